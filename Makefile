@@ -1,0 +1,78 @@
+# make demo    install into .venv, index real documentation, answer three questions
+# make test    install the development tools too and run every test
+# make check   lint, formatting and types
+# make wheel   build the wheel into dist/
+# make clean   remove what the targets above wrote, except the virtual environment
+# make distclean   remove .venv as well
+#
+# Variables:
+#   PYTHON     the interpreter that makes the virtual environment (Python 3.10 or newer)
+#   VENV       the virtual environment's folder
+#   DIST       the folder the wheel goes to
+#   PIP_ARGS   added to every pip install. On Linux the default torch wheel carries CUDA (gigabytes); for the
+#              CPU one: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   DEMO_ARGS  added to the demo's command, for instance DEMO_ARGS="--model some-folder"
+
+PYTHON ?= python3
+VENV ?= .venv
+DIST ?= dist
+PIP_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet $(PIP_ARGS) -c constraints.txt
+# Written after a successful installation, so that the next call installs nothing.
+RUN_STAMP := $(VENV)/.epic-rag-installed
+DEV_STAMP := $(VENV)/.epic-rag-dev-installed
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test check format wheel clean distclean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^Variables:/,$$d'
+
+demo: $(RUN_STAMP)
+	$(BIN)/python demos/examples/demo.py $(DEMO_ARGS)
+
+# The tests must not reach the network: a hub look-up is an error, not a slow test.
+test: export HF_HUB_OFFLINE = 1
+test: $(DEV_STAMP)
+	$(BIN)/python -m pytest
+
+check: $(DEV_STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: $(DEV_STAMP)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+# setuptools puts whatever lies in build/ into the wheel: a file deleted since would still be shipped.
+wheel: $(BIN)/python
+	rm -rf build
+	$(PIP) wheel --quiet --no-deps --wheel-dir $(DIST) .
+	rm -rf build
+	@ls -lh $(DIST)/*.whl
+
+clean:
+	rm -rf build dist .demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing epic-rag into $(VENV) (a few minutes the first time) ..."
+	$(INSTALL) -e .
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing epic-rag and its development tools into $(VENV) (a few minutes the first time) ..."
+	$(INSTALL) -e '.[dev]'
+	@touch $(RUN_STAMP) $@

@@ -1,0 +1,6 @@
+"""`python -m epic_rag_cli` is `epic-rag`."""
+
+from epic_rag_cli.main import main
+
+if __name__ == "__main__":
+    main()

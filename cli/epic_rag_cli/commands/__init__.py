@@ -1,0 +1,1 @@
+"""One module a command; `epic_rag_cli.main` lists them."""

@@ -1,0 +1,218 @@
+"""`epic-rag bank`: list, show and build demonstration banks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from epic_rag.errors import BankError
+from epic_rag_cli.options import Json, Model
+from epic_rag_cli.output import columns, emit, emit_json, message, terminal_width
+from epic_rag_cli.registry import add_command, help_when_alone, new_app
+from epic_rag_cli.text import plural, printable
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from epic_rag import DemonstrationBank
+
+__all__ = ["app"]
+
+_BANK_FILE = "bank.json"
+
+
+def bank(context: typer.Context) -> None:
+    """List, show and build banks of demonstrations.
+
+    A demonstration is a query with a passage that answers it. A few of them tell the encoder what belongs
+    together.
+
+    Examples:
+        epic-rag bank list
+        epic-rag bank show docs
+    """
+    help_when_alone(context)
+
+
+def list_banks(as_json: Json = False) -> None:
+    """List the built-in banks.
+
+    Each line has the name, the number of demonstrations and the instruction.
+
+    Examples:
+        epic-rag bank list
+        epic-rag bank list --json
+    """
+    from epic_rag.demonstrations import DemonstrationBank, built_in_banks
+
+    banks = {name: DemonstrationBank.load(name) for name in built_in_banks()}
+    if as_json:
+        emit_json([{"name": name, **_summary(bank)} for name, bank in banks.items()])
+    elif banks:
+        rows = [(name, f"{len(bank):>2}", bank.instruction or "") for name, bank in banks.items()]
+        emit(columns(rows, styles=("bold",)))
+    else:
+        message("note", "no bank ships with this installation; run `epic-rag bank build` to make one")
+
+
+def show(
+    name: Annotated[str, typer.Argument(metavar="BANK", help="A name from `epic-rag bank list`, or a bank folder.")],
+    as_json: Json = False,
+) -> None:
+    """Print a bank: its instruction and its demonstrations.
+
+    Examples:
+        epic-rag bank show docs
+        epic-rag bank show docs --json
+    """
+    from epic_rag import DemonstrationBank
+
+    loaded = DemonstrationBank.load(name)
+    if as_json:
+        pairs = [{"query": pair.query, "passage": pair.passage} for pair in loaded.demonstrations]
+        emit_json({"name": name, **_summary(loaded), "demonstrations": pairs})
+    else:
+        emit(_lines(name, loaded))
+
+
+def build(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE",
+            help='A file of lines {"query": "...", "passage": "..."} (.jsonl or .jsonl.gz), or bank folders.',
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="The bank folder to write; needed for a file of pairs."),
+    ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option("--instruction", metavar="TEXT", help="What to retrieve for a query, in one sentence."),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="TASK", help="Take the instruction of a known task, for example docs."),
+    ] = None,
+    model: Model = None,
+) -> None:
+    """Make a bank of your own pairs, or embed banks again.
+
+    A file of pairs becomes the bank folder --out; a bank folder is embedded with
+    the given model, in place or into --out.
+    Give the folder to `epic-rag query --bank`.
+
+    Examples:
+        epic-rag bank build pairs.jsonl --out mybank --instruction 'Given a question, retrieve the answer'
+        epic-rag bank build mybank
+    """
+    if out is not None and len(sources) > 1:
+        raise typer.BadParameter(f"it takes one SOURCE, not {len(sources)}", param_hint="'--out'")
+    if instruction is not None and not instruction.strip():
+        raise typer.BadParameter("it is empty", param_hint="'--instruction'")
+    if task is not None:
+        from epic_rag import get_task
+
+        get_task(task)
+    # Everything that can be wrong is found before the model is loaded and the first folder written.
+    planned = [(_read(source, instruction, task), _target(source, out)) for source in sources]
+
+    from epic_rag import EpicEncoder
+
+    encoder = EpicEncoder.from_pretrained(model)
+    for built, target in planned:
+        built.build(encoder)
+        built.save(target)
+        count = plural(len(built), "demonstration")
+        message("note", f"{count} embedded with {encoder.name} ({encoder.fingerprint})")
+        emit([printable(str(target))])
+
+
+def _read(source: Path, instruction: str | None, task: str | None) -> DemonstrationBank:
+    from epic_rag import DemonstrationBank
+
+    if source.is_dir():
+        # A path, never a built-in name: what is written goes back to this folder.
+        stored = DemonstrationBank.load(source.absolute())
+        if instruction is None and task is None:
+            return stored
+        return DemonstrationBank(
+            stored.demonstrations,
+            instruction=instruction,
+            task=task or stored.task,
+            symmetric=stored.symmetric if task is None else None,
+            origin=stored.origin,
+        )
+    if not source.exists():
+        raise BankError(
+            f"no such file or bank folder: {source}; run `epic-rag bank build PAIRS.jsonl --out FOLDER`, where "
+            'each line of the file is {"query": "...", "passage": "..."}'
+        )
+    if instruction is None and task is None:
+        raise BankError(
+            f"nothing says what the pairs in {source} are examples of; run `epic-rag bank build {source} "
+            "--out FOLDER --instruction 'Given a ..., retrieve ...'` (or --task with a known task)"
+        )
+    return DemonstrationBank.from_jsonl(source, instruction=instruction, task=task)
+
+
+def _target(source: Path, out: Path | None) -> Path:
+    target = out
+    if target is None:
+        if not source.is_dir():
+            raise BankError(
+                f"{source} is a file and nothing says where its bank goes; "
+                f"run `epic-rag bank build {source} --out FOLDER`"
+            )
+        target = source
+    if target.exists() and not target.is_dir():
+        raise BankError(f"{target} is a file, a bank is a folder; give --out another name")
+    if target.is_dir() and not (target / _BANK_FILE).is_file() and any(target.iterdir()):
+        raise BankError(f"{target} holds other files and no {_BANK_FILE}; give --out a new folder or a bank's")
+    return target
+
+
+def _summary(bank: DemonstrationBank) -> dict[str, Any]:
+    return {
+        "task": bank.task,
+        "instruction": bank.instruction,
+        "symmetric": bank.symmetric,
+        "num_demonstrations": len(bank),
+        "fingerprint": bank.fingerprint,
+        "encoder_fingerprint": bank.encoder_fingerprint,
+        "origin": bank.origin,
+    }
+
+
+def _lines(name: str, bank: DemonstrationBank) -> list[Text]:
+    import textwrap
+
+    from rich.text import Text
+
+    width = terminal_width() - 4
+    embedded = f"embedded with {bank.encoder_fingerprint}" if bank.encoder_fingerprint else "not embedded"
+    head = Text()
+    head.append(printable(name), style="bold")
+    head.append(f"  {plural(len(bank), 'demonstration')}, {embedded}")
+    lines = [head]
+    for label, value in (("instruction", bank.instruction), ("origin", bank.origin)):
+        if value:
+            lines.append(Text(f"{label}: {printable(value)}", style="dim" if label == "origin" else ""))
+    for number, pair in enumerate(bank.demonstrations, start=1):
+        lines.append(Text())
+        line = Text()
+        line.append(f"{number:>2}  ", style="dim")
+        lines.append(line.append(printable(pair.query), style="bold cyan"))
+        lines.extend(
+            Text("    " + part) for part in textwrap.wrap(printable(pair.passage), width, break_on_hyphens=False)
+        )
+    return lines
+
+
+app = new_app("bank", bank)
+add_command(app, "list", list_banks)
+add_command(app, "show", show)
+add_command(app, "build", build)

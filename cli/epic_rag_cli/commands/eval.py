@@ -1,0 +1,169 @@
+"""`epic-rag eval`: scores of models on evaluation sets and on held-out pairs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from epic_rag_cli.options import Json
+from epic_rag_cli.output import emit, emit_json, message
+
+__all__ = ["eval_command"]
+
+
+def eval_command(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="[LABEL=]MODEL[:plain]",
+            help="A model, as for `epic-rag index`; repeat it to compare several. A model with :plain, and every "
+            "model that was not trained with instructions, gets bare queries.",
+            show_default="the default model",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="A folder of evaluation sets, a folder each.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAME,...",
+            help="Sets in --data, or tasks of mteb, which are downloaded.",
+            show_default="every set in --data",
+        ),
+    ] = None,
+    num_demonstrations: Annotated[
+        str, typer.Option("--num-demonstrations", "-n", metavar="K,...", help="Numbers of demonstrations.")
+    ] = "0,8",
+    strategy: Annotated[
+        str,
+        typer.Option("--strategy", metavar="NAME", help="How demonstrations are shown: epic (as vectors) or text."),
+    ] = "epic",
+    bank: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--bank",
+            metavar="SET=SOURCE",
+            help="Where a set's demonstrations come from: a bank, a file of pairs, `train` or `train-labels`.",
+            show_default="a built-in bank that fits",
+        ),
+    ] = None,
+    instructions: Annotated[
+        Path | None,
+        typer.Option("--instructions", metavar="FILE", help="JSON: names of sets to instructions."),
+    ] = None,
+    heldout: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--heldout",
+            metavar="FILE",
+            help="A file of training pairs (JSON lines) that the models have not seen; repeat it for several.",
+        ),
+    ] = None,
+    heldout_queries: Annotated[
+        int, typer.Option("--heldout-queries", metavar="N", min=1, help="Test queries from each.")
+    ] = 1000,
+    heldout_documents: Annotated[
+        int, typer.Option("--heldout-documents", metavar="N", min=1, help="Documents from each.")
+    ] = 5000,
+    draws: Annotated[
+        int, typer.Option("--draws", metavar="N", min=1, help="Draws of demonstrations for each number of them.")
+    ] = 3,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also show shuffled demonstrations and another file's.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of all splits and draws.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write everything here as JSON, as it comes."),
+    ] = None,
+    mteb_output: Annotated[
+        Path | None,
+        typer.Option("--mteb-output", metavar="DIR", help="Keep mteb's result files here, and reuse them."),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option("--cache-dir", metavar="DIR", help="Keep embeddings here, and reuse them.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="NAME", help="cpu, cuda, ...", show_default="a GPU if there is one"),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="NAME", help="float32, bfloat16 or float16.", show_default="the device's"),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", metavar="N", min=1, help="Most texts in a batch.", show_default="by tokens"),
+    ] = None,
+    max_document_tokens: Annotated[
+        int | None,
+        typer.Option("--max-document-tokens", metavar="N", min=1, help="Longest document.", show_default="the model's"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the scores of one or more models as a Markdown table.
+
+    --data takes sets for retrieval (BEIR's layout), reranking, STS, classification and clustering, which mteb
+    scores. --heldout takes files of pairs: some rows become test queries, scored by nDCG@10, others become
+    demonstrations. A demonstration is never a test query. docs/evaluation.md says what each number means.
+
+    Examples:
+        epic-rag eval --heldout pairs.jsonl --num-demonstrations 0,1
+        epic-rag eval --heldout pairs.jsonl -n 0,1 --controls --output scores.json
+    """
+    from epic_rag.evaluation.files import read_mapping
+    from epic_rag.evaluation.report import write_json
+    from epic_rag.evaluation.request import (
+        EvaluationRequest,
+        parse_banks,
+        parse_ks,
+        parse_models,
+        parse_strategy,
+        split_names,
+    )
+    from epic_rag.evaluation.runner import run_evaluation
+
+    request = EvaluationRequest(
+        models=parse_models(model or _default_model()),
+        data=data,
+        tasks=None if tasks is None else split_names(tasks),
+        num_demonstrations=parse_ks(num_demonstrations),
+        strategy=parse_strategy(strategy),
+        instructions={} if instructions is None else read_mapping(instructions),
+        banks=parse_banks(bank or []),
+        heldout=tuple(heldout or ()),
+        heldout_queries=heldout_queries,
+        heldout_documents=heldout_documents,
+        draws=draws,
+        controls=controls,
+        seed=seed,
+        mteb_output=mteb_output,
+        cache_dir=cache_dir,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_document_tokens=max_document_tokens,
+        command=tuple(sys.argv),
+    )
+    report = run_evaluation(
+        request,
+        progress=lambda line: message("note", line),
+        on_update=None if output is None else lambda report: write_json(report, output),
+    )
+    if as_json:
+        emit_json(report.to_json())
+    else:
+        emit([report.to_markdown()])
+
+
+def _default_model() -> list[str]:
+    """The model of the environment, as for other commands; Typer would cut a list's variable at blanks."""
+    name = os.environ.get("EPIC_RAG_MODEL", "")
+    return [name] if name else []

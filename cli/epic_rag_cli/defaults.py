@@ -1,0 +1,17 @@
+"""What the commands do when nothing is said; each value in one place."""
+
+from __future__ import annotations
+
+# The task whose instruction `query` gives the encoder when neither --task nor --bank is given.
+from epic_rag.tasks import DEFAULT_TASK
+
+__all__ = ["DEFAULT_HITS", "DEFAULT_TASK", "INDEX_FOLDER", "MAX_SKIPPED_SHOWN"]
+
+DEFAULT_HITS = 5
+"""How many passages `query` prints without -k."""
+
+INDEX_FOLDER = ".epic-rag"
+"""The name of an index folder that stands in the folder it indexes."""
+
+MAX_SKIPPED_SHOWN = 10
+"""How many skipped files `index` names on a terminal; --json lists all of them."""

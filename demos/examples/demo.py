@@ -1,0 +1,222 @@
+"""Index a real folder of documentation and ask it three questions; `make demo` runs this.
+
+The folder is the project's own `docs/` and the documentation of what is installed beside it: every
+distribution's long description (its README, from the metadata pip wrote) and, for the standard library, what
+`pydoc` prints of a module. Nothing is downloaded. All the work is done by the `epic-rag` command, as a person
+would call it.
+
+    python demos/examples/demo.py [--work-dir .demo] [--model NAME_OR_FOLDER] [--export-only]
+
+Exit status 1 when a question's right file is not the first hit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import pydoc
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+# Longer texts are left out whole, and counted: they are change logs (pydantic, yarl) and modules whose pydoc
+# is mostly inherited methods (ssl, mailbox). Indexing the rest takes about two minutes on two cores.
+MAX_README_CHARACTERS = 20_000
+MAX_MODULE_CHARACTERS = 14_000
+MIN_CHARACTERS = 200  # below it a README says "see our site" and nothing more
+
+# Modules that do something when imported (open a browser, print a poem, want a display, put the packages that
+# setuptools carries on the path) or that hold no documentation.
+NOT_IMPORTED = {
+    "antigravity",
+    "distutils",
+    "idlelib",
+    "lib2to3",
+    "test",
+    "this",
+    "tkinter",
+    "turtle",
+    "turtledemo",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and the file that answers it."""
+
+    text: str
+    answer: str
+
+
+QUESTIONS = (
+    Question("Do I have to index my documents again when I change the demonstrations?", "architecture.md"),
+    Question("How do I get the text out of a PDF file?", "pypdf.md"),
+    Question("generate a token for a password reset link that nobody can guess", "secrets.txt"),
+)
+
+
+def readmes() -> Iterator[tuple[str, str]]:
+    """Yield (file name, text) of every installed distribution's long description but the project's own.
+
+    The project's README is left out because it may quote this demo, questions included.
+    """
+    suffixes = {"text/markdown": ".md", "text/x-rst": ".rst"}
+    for distribution in importlib.metadata.distributions():
+        metadata = distribution.metadata
+        name = re.sub(r"[-_.]+", "-", metadata["Name"]).lower()
+        text = metadata.json.get("description")
+        if name == "epic-rag" or not isinstance(text, str):
+            continue
+        content_type = str(metadata.json.get("description_content_type")).split(";")[0].strip()
+        yield f"packages/{name}{suffixes.get(content_type, '.txt')}", text
+
+
+def module_docs() -> Iterator[tuple[str, str]]:
+    """Yield (file name, text) of the public modules of the standard library, as `pydoc` prints them."""
+    for name in sorted(sys.stdlib_module_names):
+        if name.startswith("_") or name in NOT_IMPORTED:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            try:
+                text = pydoc.plain(pydoc.render_doc(name))
+            except ImportError:  # not on this platform, or built without it
+                continue
+        yield f"stdlib/{name}.txt", text
+
+
+def export_documentation(folder: Path) -> None:
+    """Write the installed documentation to `folder`, one file a package or module.
+
+    A second call writes nothing while the same packages are installed.
+
+    Args:
+        folder: Where the files go. Files of a package that is no longer installed are removed.
+    """
+    installed = sorted(f"{d.metadata['Name']} {d.version}" for d in importlib.metadata.distributions())
+    state = {
+        "python": platform.python_version(),
+        "limits": [MIN_CHARACTERS, MAX_README_CHARACTERS, MAX_MODULE_CHARACTERS],
+        "installed": installed,
+    }
+    stamp = folder.parent / "exported.json"
+    if stamp.is_file() and json.loads(stamp.read_text("utf-8")) == state:
+        print(f"documentation of the installed packages: unchanged in {shown(folder)}", flush=True)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    written = short = 0
+    long: list[str] = []
+    for documents, limit in ((readmes(), MAX_README_CHARACTERS), (module_docs(), MAX_MODULE_CHARACTERS)):
+        for name, text in documents:
+            if len(text) > limit:
+                long.append(Path(name).stem)
+            elif len(text) < MIN_CHARACTERS:
+                short += 1
+            else:
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, "utf-8")
+                written += 1
+    stamp.write_text(json.dumps(state, indent=2), "utf-8")
+    print(f"documentation of the installed packages: {written} files written to {shown(folder)}")
+    print(
+        f"  left out: {short} shorter than {MIN_CHARACTERS} characters; {len(long)} longer than "
+        f"{MAX_README_CHARACTERS:,} (READMEs) or {MAX_MODULE_CHARACTERS:,} (modules)",
+        flush=True,
+    )
+
+
+def shown(path: Path) -> str:
+    """Return `path` relative to the working directory where that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
+
+
+def epic_rag(*arguments: str, capture: bool = False) -> tuple[str, float]:
+    """Run the `epic-rag` command of this environment and stop the demo when it fails.
+
+    Args:
+        arguments: What a person would type after `epic-rag`.
+        capture: Return its standard output instead of showing it.
+
+    Returns:
+        The captured output ("" without `capture`) and the seconds the command took, start-up included.
+    """
+    command = shutil.which("epic-rag", path=sysconfig.get_path("scripts"))
+    if command is None:
+        raise SystemExit("error: the epic-rag command is not installed beside this Python; run: make demo")
+    # Offline on purpose: the model ships with the package, and a hub look-up would be a bug.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    started = time.perf_counter()
+    done = subprocess.run(
+        [command, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE if capture else None,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"error: epic-rag {arguments[0]} failed with exit status {done.returncode}")
+    return done.stdout or "", time.perf_counter() - started
+
+
+def ask(question: Question, index_dir: Path) -> tuple[bool, float]:
+    """Ask one question and print the answer; return whether the right file came first, and the seconds."""
+    print(f"\n$ epic-rag query {question.text!r} -k 3 --index-dir {shown(index_dir)}", flush=True)
+    output, seconds = epic_rag("query", question.text, "-k", "3", "--index-dir", str(index_dir), capture=True)
+    print(output.rstrip())
+    first_line = output.partition("\n")[0]  # "1  0.612  path:first-last  headings"
+    right = f"{question.answer}:" in first_line
+    verdict = f"right, {question.answer} is first" if right else f"wrong, {question.answer} should be first"
+    print(f"-> {verdict} ({seconds:.1f} s, most of it starting Python and loading the model)", flush=True)
+    return right, seconds
+
+
+def main() -> int:
+    """Run the demo; 0 when every question's first hit is the right file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work-dir", type=Path, default=PROJECT / ".demo", help="where documents and index go"
+    )
+    parser.add_argument("--model", help="another checkpoint than the shipped one: a folder or a hub name")
+    parser.add_argument("--export-only", action="store_true", help="write the documents and stop")
+    options = parser.parse_args()
+    work_dir: Path = options.work_dir.resolve()
+    work_dir.mkdir(parents=True, exist_ok=True)
+    index_dir = work_dir / "index"
+
+    started = time.perf_counter()
+    export_documentation(work_dir / "docs")
+    exported = time.perf_counter() - started
+    if options.export_only:
+        return 0
+
+    model = ["--model", options.model] if options.model else []
+    folders = [shown(PROJECT / "docs"), shown(work_dir / "docs")]
+    print(f"\n$ epic-rag index {' '.join(folders)} --index-dir {shown(index_dir)}", flush=True)
+    _, indexed = epic_rag("index", *folders, "--index-dir", str(index_dir), *model)
+
+    answers = [ask(question, index_dir) for question in QUESTIONS]
+    right = sum(correct for correct, _ in answers)
+    queried = ", ".join(f"{seconds:.1f}" for _, seconds in answers)
+    print(f"\n{right} of {len(answers)} questions answered with the right file first.")
+    print(f"export {exported:.1f} s, index {indexed:.1f} s, queries {queried} s")
+    return 0 if right == len(answers) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+"""Reading and writing checkpoint folders.
+
+A checkpoint is a plain Hugging Face folder plus `epic.json` and `projector.safetensors`; it also carries the few
+files that let sentence-transformers open it (zero-shot).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from epic_rag.backbone import POOLINGS, Backbone, Pooling, ProjectorKind, hash_tensors, load_transformer, quiet
+from epic_rag.checkpoints import EPIC_FILE, FORMAT_VERSION, is_shipped, read_epic_file, resolve
+from epic_rag.errors import CheckpointError, ConfigError
+from epic_rag.prompt import PromptBuilder, PromptTemplate
+
+if TYPE_CHECKING:
+    from epic_rag.encoder import EpicEncoder
+
+__all__ = ["fingerprint", "load", "save"]
+
+PROJECTOR_FILE = "projector.safetensors"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEFAULT_MAX_TOKENS = 512
+_SETTINGS = (
+    "default_instruction",
+    "max_demonstrations",
+    "temperature",
+    "training",
+    "description",
+    "license",
+    "base_model",
+)
+
+
+def load(
+    cls: type[EpicEncoder],
+    name_or_path: str | os.PathLike[str] | None,
+    *,
+    device: str | None,
+    dtype: str | torch.dtype | None,
+    num_layers: int | None,
+    adapter: str | os.PathLike[str] | None,
+    gguf_file: str | None,
+    pooling: str | None,
+    projector: str | None,
+    max_query_tokens: int | None,
+    max_document_tokens: int | None,
+    truncate_dim: int | None,
+    trust_remote_code: bool,
+    revision: str | None,
+    local_files_only: bool,
+) -> EpicEncoder:
+    """See `EpicEncoder.from_pretrained`."""
+    folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only, gguf_file=gguf_file)
+    target = parse_device(device)
+    wanted = parse_dtype(dtype, target)
+    epic = read_epic_file(folder)
+    transformer = load_transformer(
+        folder,
+        num_layers=num_layers,
+        adapter=None if adapter is None else Path(adapter).expanduser(),
+        gguf_file=gguf_file,
+        trust_remote_code=trust_remote_code,
+    )
+    tokenizer = _load_tokenizer(folder, gguf_file, trust_remote_code)
+    stored_projector = epic.get("projector", "linear")
+    if projector is not None and epic and projector != stored_projector:
+        raise ConfigError(
+            f"{folder} was trained with projector {stored_projector!r}, you asked for {projector!r}; leave it out"
+        )
+    pooled = pooling or epic.get("pooling") or _sentence_transformers_pooling(folder)
+    if pooled is not None and pooled not in POOLINGS:
+        raise ConfigError(f"pooling is {pooled!r}, known are {', '.join(POOLINGS)}; choose one of them")
+    limit = _default_length(folder, tokenizer)
+    try:
+        backbone = Backbone(
+            transformer,
+            pooling=cast("Pooling | None", pooled),
+            projector=cast("ProjectorKind", projector or stored_projector),
+        )
+        _load_projector(backbone, folder, required=bool(epic))
+        template = PromptTemplate(**epic.get("template", {}))
+        if backbone.max_positions is not None:
+            limit = min(limit, backbone.max_positions)
+        query_limit = int(epic.get("max_query_tokens", limit))
+        document_limit = int(epic.get("max_document_tokens", limit))
+        stored_dim = None if epic.get("truncate_dim") is None else int(epic["truncate_dim"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / EPIC_FILE} does not fit this release ({error}); copy the checkpoint again"
+        ) from error
+    builder = PromptBuilder(
+        tokenizer,
+        template,
+        append_eos=bool(epic.get("append_eos", backbone.pooling == "last")),
+        max_query_tokens=_checked_limit("max_query_tokens", max_query_tokens, query_limit),
+        max_document_tokens=_checked_limit("max_document_tokens", max_document_tokens, document_limit),
+        max_positions=backbone.max_positions,
+    )
+    name, source = _identity(name_or_path, folder, revision)
+    weights = None
+    if wanted == torch.bfloat16 and transformer.dtype != torch.bfloat16:
+        # bfloat16 drops bits that the fingerprint reads, so it is taken from what is stored.
+        weights = hash_tensors(backbone.state_dict().items())
+    backbone.to(device=target, dtype=wanted)
+    encoder = cls(
+        backbone.eval(),
+        builder,
+        name=str(epic.get("name") or name),
+        source=source,
+        settings={key: epic[key] for key in _SETTINGS if key in epic},
+    )
+    encoder._fingerprint = weights
+    encoder.truncate_dim = encoder._checked_dim(stored_dim if truncate_dim is None else truncate_dim)
+    return encoder
+
+
+def fingerprint(encoder: EpicEncoder, weights: str) -> str:
+    """See `EpicEncoder.fingerprint`; `weights` is the hash of the backbone's tensors."""
+    facts = {
+        "weights": weights,
+        "pooling": encoder.backbone.pooling,
+        "projector": encoder.backbone.projector.kind,
+        "dimension": encoder.dimension,
+        "default_instruction": encoder.default_instruction,
+        **encoder.prompt.settings(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def save(encoder: EpicEncoder, folder: Path, dtype: str | None) -> None:
+    """See `EpicEncoder.save_pretrained`."""
+    from safetensors.torch import save_file
+
+    kept = encoder.dtype if dtype is None else parse_dtype(dtype, encoder.device)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"no folder can be made at {folder} ({error}); save the checkpoint elsewhere") from error
+    transformer = encoder.backbone.transformer
+    state = {
+        key: value.detach().to("cpu", kept if value.is_floating_point() else value.dtype).contiguous()
+        for key, value in transformer.state_dict().items()
+    }
+    with quiet():
+        # config.json goes on naming the encoder's own dtype, the one to compute in: other libraries take theirs from
+        # it, and float16 is for the disk (a CPU is slow in it, and its vectors are others).
+        transformer.save_pretrained(folder, state_dict=state)
+    projector = {key: value.detach().to("cpu", kept) for key, value in encoder.backbone.projector.state_dict().items()}
+    save_file(projector, folder / PROJECTOR_FILE)
+    _save_tokenizer(encoder.prompt, folder)
+    _save_sentence_transformers(encoder, folder)
+    write_epic_file(encoder, folder)
+
+
+def write_epic_file(encoder: EpicEncoder, folder: Path) -> None:
+    """Write `epic.json` alone."""
+    data = {
+        "format_version": FORMAT_VERSION,
+        "name": encoder.name,
+        "pooling": encoder.backbone.pooling,
+        "projector": encoder.backbone.projector.kind,
+        "dimension": encoder.dimension,
+        **({} if encoder.truncate_dim is None else {"truncate_dim": encoder.truncate_dim}),
+        "parameters": sum(value.numel() for value in encoder.backbone.parameters()),
+        **encoder.prompt.settings(),
+        **encoder.settings,
+    }
+    (folder / EPIC_FILE).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def parse_device(device: str | None) -> torch.device:
+    """The device a string names, or the best there is.
+
+    Raises:
+        ConfigError: If there is no such device on this machine.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        parsed = torch.device(device)
+        torch.empty(0, device=parsed)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device is {device!r}, this machine does not have it ({reason}); pass 'cpu'") from error
+    return parsed
+
+
+def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype a string names; None means float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        ConfigError: If it is unknown.
+    """
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    parsed = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if parsed is None or parsed not in _DTYPES.values():
+        raise ConfigError(f"dtype is {dtype!r}, known are {', '.join(_DTYPES)}; choose one of them")
+    return parsed
+
+
+def _load_tokenizer(folder: Path, gguf_file: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **extra
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder} has no tokenizer that loads: {reason}; it needs tokenizer.json") from error
+    return tokenizer
+
+
+def _load_projector(backbone: Backbone, folder: Path, *, required: bool) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / PROJECTOR_FILE
+    if not file.is_file():
+        if required:
+            raise CheckpointError(f"{folder} has {EPIC_FILE} but no {PROJECTOR_FILE}; copy the checkpoint again")
+        return
+    try:
+        backbone.projector.load_state_dict(load_file(file))
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{file} does not fit {EPIC_FILE} ({reason}); copy the checkpoint again") from error
+
+
+def _save_tokenizer(prompt: PromptBuilder, folder: Path) -> None:
+    """Save the tokenizer, taught to pad and to append the end token as the encoder does, for other libraries' sake."""
+    tokenizer = prompt.tokenizer
+    padding = tokenizer.pad_token
+    if padding is None:
+        tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(prompt.pad_id))
+    try:
+        _save_with_template(prompt, folder)
+    finally:
+        tokenizer.pad_token = padding
+
+
+def _save_with_template(prompt: PromptBuilder, folder: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = prompt.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    own: list[int] = tokenizer("a")["input_ids"]
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if backend is None or own == [*prompt.start, *bare, *prompt.stop]:
+        tokenizer.save_pretrained(folder)
+        return
+    before = backend.post_processor
+    names = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in (*prompt.start, *prompt.stop)}
+    pieces = [*(names[token] for token in prompt.start), "$A", *(names[token] for token in prompt.stop)]
+    backend.post_processor = TemplateProcessing(
+        single=pieces, special_tokens=[(name, token) for token, name in names.items()]
+    )
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        backend.post_processor = before
+
+
+def _save_sentence_transformers(encoder: EpicEncoder, folder: Path) -> None:
+    home = "sentence_transformers.models"
+    modes: dict[str, Literal["mean_tokens", "cls_token", "lasttoken"]] = {
+        "mean": "mean_tokens",
+        "cls": "cls_token",
+        "last": "lasttoken",
+    }
+    pooling = {
+        "word_embedding_dimension": encoder.backbone.dimension,
+        **{f"pooling_mode_{mode}": mode == modes[encoder.backbone.pooling] for mode in modes.values()},
+        # The prompt's own tokens are not part of a query's mean.
+        "include_prompt": False,
+    }
+    template = encoder.prompt.template
+    instruction = encoder.default_instruction
+    prompt = f"{template.instruction.format(instruction=instruction)}{template.query} " if instruction else ""
+    _write_json(
+        folder / "modules.json",
+        [
+            {"idx": 0, "name": "0", "path": "", "type": f"{home}.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{home}.Pooling"},
+            {"idx": 2, "name": "2", "path": "2_Normalize", "type": f"{home}.Normalize"},
+        ],
+    )
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    _write_json(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": encoder.prompt.max_document_tokens, "do_lower_case": False},
+    )
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {"prompts": {"query": prompt, "document": ""}, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+
+
+def _identity(name_or_path: str | os.PathLike[str] | None, folder: Path, revision: str | None) -> tuple[str, str]:
+    """The name of a checkpoint that has none of its own, and what `from_pretrained` takes to find it again."""
+    if is_shipped(folder):
+        return folder.name, folder.name
+    if name_or_path is None or Path(name_or_path).expanduser().is_dir():
+        return folder.absolute().name, str(folder.absolute())
+    # The hub's name, unless a revision was asked for: only the downloaded folder is sure to be that one.
+    return os.fspath(name_or_path), os.fspath(name_or_path) if revision is None else str(folder)
+
+
+def _checked_limit(setting: str, given: int | None, stored: int) -> int:
+    value = stored if given is None else given
+    if value < 1:
+        raise ConfigError(f"{setting} is {value}, a text has at least 1 token; pass 1 or more")
+    return value
+
+
+def _sentence_transformers_pooling(folder: Path) -> str | None:
+    data = _read_json(folder / "1_Pooling" / "config.json")
+    # A flag for each mode up to release 5 of sentence-transformers, one name since.
+    for name, flag, mode in (
+        ("mean", "mean_tokens", "mean"),
+        ("cls", "cls_token", "cls"),
+        ("last", "lasttoken", "lasttoken"),
+    ):
+        if data.get(f"pooling_mode_{flag}") or data.get("pooling_mode") == mode:
+            return name
+    return None
+
+
+def _default_length(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest text of a folder that does not say so in `epic.json`."""
+    own = _read_json(folder / "sentence_bert_config.json").get("max_seq_length")
+    # sentence-transformers keeps its limit there since release 6; a tokenizer without one has a huge number.
+    return min(own if isinstance(own, int) and own > 0 else _DEFAULT_MAX_TOKENS, int(tokenizer.model_max_length))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _write_json(file: Path, data: object) -> None:
+    file.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

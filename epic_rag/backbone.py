@@ -1,0 +1,385 @@
+"""The transformer under the encoder: token embeddings with slots in, one unit vector a text out.
+
+    ids ──► token embeddings ──► slots replaced by projector(vector) ──► transformer ──► pool ──► L2
+
+Any Hugging Face transformer that takes `inputs_embeds` works. Decoder LLMs (causal attention) pool the last token,
+as in the paper; bidirectional encoders (BERT family) take the mean over the text's own tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import io
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from epic_rag.errors import CheckpointError, ConfigError, MissingExtraError
+from epic_rag.prompt import Batch
+
+__all__ = [
+    "POOLINGS",
+    "PROJECTORS",
+    "Backbone",
+    "Pooling",
+    "ProjectorKind",
+    "hash_tensors",
+    "load_transformer",
+    "quiet",
+]
+
+Pooling = Literal["last", "mean", "cls"]
+POOLINGS: tuple[Pooling, ...] = ("last", "mean", "cls")
+ProjectorKind = Literal["scale", "linear", "mlp"]
+PROJECTORS: tuple[ProjectorKind, ...] = ("scale", "linear", "mlp")
+
+
+class Projector(nn.Module):
+    """Maps an embedding to the input space of the transformer.
+
+    Every kind starts as the identity times the mean norm of the token embeddings, so that a slot looks like a token
+    of ordinary length before any training (a unit vector is some 10 to 100 times too short or too long).
+
+    Args:
+        kind: "scale" (one learned number), "linear" (a full matrix), or "mlp" (the scaled vector plus a two-layer
+            perceptron that starts at zero).
+        dimension: Width of embeddings and of the transformer's input.
+        norm: Mean norm of the token embeddings.
+    """
+
+    def __init__(self, kind: ProjectorKind, dimension: int, norm: float) -> None:
+        super().__init__()
+        if kind not in PROJECTORS:
+            raise ConfigError(f"projector is {kind!r}, known are {', '.join(PROJECTORS)}; choose one of them")
+        self.kind = kind
+        if kind == "linear":
+            self.linear = nn.Linear(dimension, dimension)
+            with torch.no_grad():
+                self.linear.weight.copy_(norm * torch.eye(dimension))
+                self.linear.bias.zero_()
+        else:
+            self.scale = nn.Parameter(torch.tensor(float(norm)))
+        if kind == "mlp":
+            self.mlp = nn.Sequential(nn.Linear(dimension, dimension), nn.GELU(), nn.Linear(dimension, dimension))
+            with torch.no_grad():
+                # Seeded: an untrained projector is part of the fingerprint, which must not change from load to load.
+                generator = torch.Generator().manual_seed(0)
+                bound = dimension**-0.5
+                for parameter in self.mlp[0].parameters():
+                    parameter.uniform_(-bound, bound, generator=generator)
+                for parameter in self.mlp[2].parameters():
+                    parameter.zero_()
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(slots, dim) unit vectors -> (slots, dim) input embeddings."""
+        if self.kind == "linear":
+            return self.linear(vectors)  # type: ignore[no-any-return]
+        scaled: torch.Tensor = self.scale * vectors
+        return scaled + self.mlp(vectors) * self.scale if self.kind == "mlp" else scaled
+
+
+class Backbone(nn.Module):
+    """A transformer, a projector and a pooling.
+
+    Args:
+        transformer: The model without a head.
+        pooling: "last", "mean" or "cls"; None chooses by the kind of attention.
+        projector: Kind of projector.
+
+    Raises:
+        ConfigError: If a setting is unknown or the model cannot be an encoder with slots.
+    """
+
+    def __init__(
+        self, transformer: PreTrainedModel, *, pooling: Pooling | None = None, projector: ProjectorKind = "linear"
+    ) -> None:
+        super().__init__()
+        if transformer.config.is_encoder_decoder:
+            raise ConfigError(
+                f"{type(transformer).__name__} is an encoder-decoder, an embedding needs one stack; "
+                "use a decoder LLM or a bidirectional encoder"
+            )
+        self.transformer = transformer
+        self.causal = is_causal(transformer.config)
+        self.pooling: Pooling = pooling if pooling is not None else ("last" if self.causal else "mean")
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"pooling is {pooling!r}, known are {', '.join(POOLINGS)}; choose one of them")
+        # A model with more than text (Gemma 3, for one) keeps its text settings in a configuration of their own.
+        self.dimension = int(transformer.config.get_text_config().hidden_size)
+        width = int(next(transformer.get_input_embeddings().parameters()).shape[-1])
+        if width != self.dimension:
+            raise ConfigError(
+                f"{type(transformer).__name__} has token embeddings of width {width} and vectors of width "
+                f"{self.dimension}, a slot needs the two to be equal; use another model"
+            )
+        self._takes_positions = "position_ids" in inspect.signature(transformer.forward).parameters
+        self.projector = Projector(projector, self.dimension, self._mean_token_norm())
+        weight = next(transformer.parameters())
+        self.projector.to(device=weight.device, dtype=weight.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens that the model has positions for; None for no bound."""
+        limit = getattr(self.transformer.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None:
+            return None
+        tokens = self.transformer.get_input_embeddings()
+        for module in self.transformer.modules():
+            if isinstance(module, nn.Embedding) and module is not tokens and module.num_embeddings == limit:
+                # RoBERTa's kin count positions from after the padding's id, so 514 of them are for 512 tokens.
+                return int(limit) if module.padding_idx is None else int(limit) - module.padding_idx - 1
+        return int(limit)
+
+    def forward(self, batch: Batch, slot_vectors: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed a batch.
+
+        Args:
+            batch: Padded rows.
+            slot_vectors: (slots, dim) vectors for the batch's slots, in its order; None if it has none.
+
+        Returns:
+            (rows, dim) float32 unit vectors.
+        """
+        embeddings = self.transformer.get_input_embeddings()(batch.ids)  # (rows, tokens, dim)
+        if slot_vectors is not None and len(batch.slot_rows):
+            # On the module's output, not on its weight: some models (Gemma) scale inside the module.
+            filled = self.projector(slot_vectors.to(self.projector_dtype)).to(embeddings.dtype)
+            embeddings = embeddings.index_put((batch.slot_rows, batch.slot_columns), filled)
+        inputs: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": batch.mask}
+        if self.causal and self._takes_positions:
+            # Positions count real tokens, so that padding on the left moves nothing.
+            inputs["position_ids"] = (batch.mask.cumsum(dim=1) - 1).clamp(min=0)
+        if self.causal:
+            inputs["use_cache"] = False
+        hidden = self.transformer(**inputs).last_hidden_state  # (rows, tokens, dim)
+        return nn.functional.normalize(self._pool(hidden.float(), batch), dim=-1)
+
+    @property
+    def projector_dtype(self) -> torch.dtype:
+        """The dtype of the projector's weights."""
+        return next(self.projector.parameters()).dtype
+
+    def _pool(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        rows = torch.arange(len(hidden), device=hidden.device)
+        if self.pooling == "mean":
+            weights = batch.pool_mask.unsqueeze(-1)  # (rows, tokens, 1)
+            return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
+        if self.pooling == "cls":
+            return hidden[rows, batch.mask.argmax(dim=1)]
+        columns = torch.arange(hidden.shape[1], device=hidden.device)
+        return hidden[rows, (batch.mask * columns).argmax(dim=1)]
+
+    @torch.no_grad()
+    def _mean_token_norm(self) -> float:
+        module = self.transformer.get_input_embeddings()
+        weight = next(module.parameters())  # (vocabulary, dim)
+        # Through the module, so that a scale inside it counts; a sample is enough for a mean.
+        ids = torch.arange(0, len(weight), max(1, len(weight) // 4096), device=weight.device)
+        return float(module(ids).float().norm(dim=-1).mean())
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether a model of this configuration attends to the past only.
+
+    Every bidirectional family has a masked-language-model head in transformers, and no decoder LLM has.
+    """
+    if getattr(config, "use_bidirectional_attention", False):
+        return False
+    return type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def load_transformer(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    num_layers: int | None = None,
+    adapter: Path | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a transformer from a local folder.
+
+    Args:
+        folder: Holds `config.json` and safetensors, or the GGUF file.
+        dtype: Weight dtype; None keeps the stored one.
+        num_layers: Keep the first N layers only.
+        adapter: Folder of a PEFT adapter that is merged into the weights.
+        gguf_file: Name of a GGUF file in the folder; its weights are dequantised.
+        trust_remote_code: Allow code from the folder to run.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: If the folder holds no loadable model.
+        ConfigError: If there are fewer layers than asked for.
+        MissingExtraError: If a GGUF file or an adapter needs a package that is not installed.
+    """
+    if gguf_file is not None and not (folder / gguf_file).is_file():
+        raise CheckpointError(f"{folder} has no file {gguf_file}; name a GGUF file that is in it")
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise CheckpointError(f"{adapter} has no adapter_config.json; name the folder of a PEFT adapter")
+    _require(gguf_file is not None, "gguf", "reading GGUF files")
+    _require(adapter is not None, "peft", "loading an adapter")
+    model: PreTrainedModel
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, **({"gguf_file": gguf_file} if gguf_file else {})
+            )
+            model, report = AutoModel.from_pretrained(
+                folder,
+                dtype=dtype if dtype is not None else "auto",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **({"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}),
+            )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # A broken file makes transformers, safetensors and gguf raise almost anything.
+        raise CheckpointError(
+            f"{folder} does not load as a model: {_reason(error)}; it needs config.json and safetensors weights"
+        ) from error
+    _check_complete(model, folder, sorted(report["missing_keys"]))
+    if gguf_file is not None:
+        model = _without_quantization(model, config)
+    if adapter is not None:
+        model = _merge_adapter(model, adapter)
+    if num_layers is not None:
+        _cut_layers(model, num_layers)
+    model.train(False)
+    return model
+
+
+def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names, shapes and values.
+
+    Floating-point values count in float16, so that a checkpoint has one hash whether it lies in float32 or
+    float16 and whichever of the two it is loaded to.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        value = tensor.detach().cpu()
+        value = value.to(torch.float16) if value.is_floating_point() else value
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _require(needed: bool, package: str, purpose: str) -> None:
+    if needed and importlib.util.find_spec(package) is None:
+        raise MissingExtraError(package, "train", purpose)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _check_complete(model: PreTrainedModel, folder: Path, missing: list[str]) -> None:
+    """Refuse a model that transformers has filled up with random weights, which it does without an error."""
+    if any(name.startswith("pooler.") for name in missing):
+        # Nothing here reads a pooler's output, but random weights would give each load another fingerprint.
+        model.register_module("pooler", None)
+        missing = [name for name in missing if not name.startswith("pooler.")]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the weights that its config.json asks for, {missing[0]} for one; "
+            "copy the checkpoint again"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and load report: what matters of it is an error here."""
+    log: Any = transformers_logging  # transformers leaves these functions without types
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        # The bar of the GGUF reader knows no switch; a terminal may have it.
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _without_quantization(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """The same weights under a plain configuration: one that names a quantisation cannot be saved."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    auto: Any = AutoModel
+    plain: PreTrainedModel = auto.from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def _cut_layers(model: PreTrainedModel, num_layers: int) -> None:
+    config = model.config.get_text_config()
+    total = int(config.num_hidden_layers)
+    if not 1 <= num_layers <= total:
+        raise ConfigError(f"num_layers is {num_layers}, the model has {total}; ask for 1 to {total}")
+    # The text model, if there are others beside it (a vision tower may have as many layers).
+    stack = next((module for module in model.modules() if getattr(module, "config", None) is config), model)
+    cut = ""
+    for name, module in list(stack.named_modules()):
+        # A list inside the layers themselves (experts, say) may happen to have their number.
+        if isinstance(module, nn.ModuleList) and len(module) == total and not (cut and name.startswith(cut)):
+            parent, _, child = name.rpartition(".")
+            setattr(stack.get_submodule(parent), child, module[:num_layers])
+            cut = f"{name}."
+    per_layer = {
+        key: value
+        for key, value in config.to_dict().items()
+        if isinstance(value, (list, tuple)) and len(value) == total and "layer" in key
+    }
+    config.num_hidden_layers = num_layers
+    for key, value in per_layer.items():
+        setattr(config, key, list(value)[:num_layers])
+
+
+def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(adapter / "adapter_model.safetensors")
+        with warnings.catch_warnings():
+            # PEFT asks transformers for a name that is to go away, which is no business of the caller's.
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = PeftModel(model, PeftConfig.from_pretrained(str(adapter)))
+        expected = set(get_peft_model_state_dict(wrapped))
+        # An adapter that was trained on a model with a head names its weights one level deeper.
+        root, deeper = "base_model.model.", f"base_model.model.{model.base_model_prefix}."
+        named = {key if key in expected else root + key.removeprefix(deeper): weights[key] for key in weights}
+        missing = sorted(expected - named.keys())
+        if missing:
+            raise ValueError(f"{len(missing)} of its {len(expected)} weights are missing, {missing[0]} for one")
+        set_peft_model_state_dict(wrapped, {key: named[key] for key in expected})
+        merged: PreTrainedModel = wrapped.merge_and_unload()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{adapter} does not fit {type(model).__name__}: {_reason(error)}; name a mergeable PEFT adapter (LoRA) "
+            "of this model, saved as safetensors"
+        ) from error
+    return merged

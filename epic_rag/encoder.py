@@ -1,0 +1,397 @@
+"""`EpicEncoder`: texts in, unit vectors out, with or without demonstrations."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from epic_rag import _storage
+from epic_rag.backbone import Backbone, hash_tensors
+from epic_rag.batching import embed_rows
+from epic_rag.demonstrations import DemonstrationBank, Selection, find_bank
+from epic_rag.errors import ConfigError
+from epic_rag.prompt import EncoderInput, Prefix, PromptBuilder, Strategy
+from epic_rag.tasks import get_task
+
+__all__ = ["EpicEncoder"]
+
+logger = logging.getLogger(__name__)
+
+Vectors = npt.NDArray[np.float32]
+
+# Padded tokens in a batch. A CPU is fastest while a batch's activations fit its cache; a GPU wants to be filled.
+_CPU_TOKENS = 4096
+_GPU_TOKENS = 65536
+_BANKS_KEPT = 16
+
+
+class EpicEncoder:
+    """A text encoder that reads demonstrations as their own embeddings.
+
+    Make one with `from_pretrained`. An encoder is not safe to share between threads without a lock.
+
+    Args:
+        backbone: Transformer, projector and pooling.
+        prompt: Tokenizer, template and length limits.
+        name: What to call the checkpoint in messages.
+        source: What `from_pretrained` takes to make it again.
+        settings: The rest of `epic.json` (temperature, training record, default instruction, ...).
+
+    Attributes:
+        padding_side: "right", or "left" for causal models. Vectors do not depend on it.
+        max_batch_tokens: Most padded tokens in one forward pass.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompt: PromptBuilder,
+        *,
+        name: str = "unnamed",
+        source: str = "",
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.prompt = prompt
+        self.name = name
+        self.source = source
+        self.settings: dict[str, Any] = dict(settings or {})
+        self.truncate_dim: int | None = None
+        self.padding_side: Literal["left", "right"] = "right"
+        self.max_batch_tokens = _CPU_TOKENS if backbone.device.type == "cpu" else _GPU_TOKENS
+        self._fingerprint: str | None = None
+        self._banks: OrderedDict[str, DemonstrationBank] = OrderedDict()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str] | None = None,
+        *,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        num_layers: int | None = None,
+        adapter: str | os.PathLike[str] | None = None,
+        gguf_file: str | None = None,
+        pooling: str | None = None,
+        projector: str | None = None,
+        max_query_tokens: int | None = None,
+        max_document_tokens: int | None = None,
+        truncate_dim: int | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> EpicEncoder:
+        """Load an encoder.
+
+        Args:
+            name_or_path: A shipped checkpoint ("epic-minilm"), a local folder (an epic-rag checkpoint, a plain
+                Hugging Face or sentence-transformers folder), or a hub name. None loads the shipped default.
+            device: "cpu", "cuda", "mps", "cuda:1", ...; None takes a GPU if there is one.
+            dtype: "float32", "bfloat16" or "float16"; None means float32 on a CPU and bfloat16 on a GPU.
+            num_layers: Keep the first N layers only.
+            adapter: Folder of a PEFT adapter, merged into the weights.
+            gguf_file: Name of a GGUF file in the folder.
+            pooling: "last", "mean" or "cls"; None takes the checkpoint's, or what fits the attention.
+            projector: "scale", "linear" or "mlp" for a model that has no trained projector yet.
+            max_query_tokens: Longest query in tokens, without its prompt.
+            max_document_tokens: Longest document in tokens.
+            truncate_dim: Keep the first N dimensions and renormalise; None takes the checkpoint's.
+            trust_remote_code: Allow Python code in the folder to run.
+            revision: Commit or tag on the hub.
+            local_files_only: Never ask the hub.
+
+        Raises:
+            CheckpointError: If there is no such checkpoint or it does not load.
+            ConfigError: If a setting cannot work with it.
+            MissingExtraError: If a GGUF file or adapter needs a package that is not installed.
+        """
+        return _storage.load(
+            cls,
+            name_or_path,
+            device=device,
+            dtype=dtype,
+            num_layers=num_layers,
+            adapter=adapter,
+            gguf_file=gguf_file,
+            pooling=pooling,
+            projector=projector,
+            max_query_tokens=max_query_tokens,
+            max_document_tokens=max_document_tokens,
+            truncate_dim=truncate_dim,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: str | None = None) -> None:
+        """Write a checkpoint folder that `from_pretrained`, `AutoModel` and `SentenceTransformer` open.
+
+        Args:
+            folder: Made if it is missing; a checkpoint in it is replaced.
+            dtype: Weight dtype on disk; None keeps the current one.
+
+        Raises:
+            CheckpointError: If the folder cannot be made.
+            ConfigError: If the dtype is unknown.
+        """
+        _storage.save(self, Path(folder).expanduser(), dtype)
+
+    @property
+    def dimension(self) -> int:
+        """Width of the vectors that come out."""
+        return self.truncate_dim or self.backbone.dimension
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.backbone.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights; vectors are float32 always."""
+        dtype: torch.dtype = self.backbone.transformer.dtype
+        return dtype
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        return self.prompt.tokenizer
+
+    @property
+    def max_query_tokens(self) -> int:
+        """Longest query in tokens, special tokens counted, prompt not."""
+        return self.prompt.max_query_tokens
+
+    @property
+    def max_document_tokens(self) -> int:
+        """Longest document in tokens, special tokens counted."""
+        return self.prompt.max_document_tokens
+
+    @property
+    def default_instruction(self) -> str | None:
+        """The instruction of a query for which none is given; None for a model that was not trained with one."""
+        value = self.settings.get("default_instruction")
+        return None if value is None else str(value)
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of everything that decides a vector: weights, projector, template, pooling, lengths, width."""
+        if self._fingerprint is None:
+            self._fingerprint = hash_tensors(self.backbone.state_dict().items())
+        return _storage.fingerprint(self, self._fingerprint)
+
+    def forget_fingerprint(self) -> None:
+        """Say that weights have changed, so that the fingerprint is made anew and no cached vector is reused."""
+        self._fingerprint = None
+        self._banks.clear()
+
+    def encode_query(
+        self,
+        texts: str | Sequence[str],
+        *,
+        task: str | None = None,
+        bank: DemonstrationBank | str | os.PathLike[str] | None = None,
+        instruction: str | None = None,
+        num_demonstrations: int | None = None,
+        selection: Selection = "first",
+        strategy: Strategy = "epic",
+        batch_size: int | None = None,
+        show_progress: bool = False,
+        truncate_dim: int | None = None,
+    ) -> Vectors:
+        """Encode queries.
+
+        Args:
+            texts: A query or a list of queries.
+            task: Name of a known task; gives the instruction and, for demonstrations, the built-in bank.
+            bank: A bank, a bank folder, or the name of a built-in bank.
+            instruction: Overrides the task's or the bank's; "" for none at all.
+            num_demonstrations: How many to show. None shows all of `bank`, up to the number that the checkpoint was
+                trained with, and none where only a task is named.
+            selection: How they are picked from the bank; "nearest" picks for each query its own.
+            strategy: "epic" shows vectors, "text" shows the texts (for comparison), "none" shows nothing.
+            batch_size: Most rows in a batch; None lets token counts decide.
+            show_progress: Whether to draw a progress bar.
+            truncate_dim: Overrides the encoder's own setting for this call.
+
+        Returns:
+            float32 unit rows (n, dimension), in order; (dimension,) for a single string.
+
+        Raises:
+            TaskError: If the task is unknown.
+            BankError: If the bank is missing or malformed.
+            ConfigError: If the batch size or the width cannot work.
+            PromptError: If there are fewer demonstrations than asked for, the prompt does not fit, or the strategy
+                or the selection is unknown.
+        """
+        chosen = find_bank(task, bank, num_demonstrations)
+        default = self._instruction(task, chosen)
+        instruction = default if instruction is None else instruction
+        k = 0 if chosen is None or strategy == "none" else self._count(chosen, num_demonstrations)
+        items = [texts] if isinstance(texts, str) else list(texts)
+        if not items or chosen is None or k == 0:
+            rows = self.prompt.queries(self.prompt.prefix(instruction, strategy=strategy), items)
+            vectors = self._embed(rows, None, batch_size, show_progress)
+        else:
+            built = self._built(chosen) if strategy == "epic" or selection in ("diverse", "nearest") else chosen
+            if selection == "nearest":
+                rows = self.prompt.queries(self.prompt.prefix(instruction), items)
+                zero_shot = self._embed(rows, None, batch_size, show_progress)
+                banks = [built.select(k, method="nearest", query_embedding=vector) for vector in zero_shot]
+            else:
+                banks = [built.select(k, method=selection)] * len(items)
+            vectors = self._embed_with(banks, items, instruction, strategy, batch_size, show_progress)
+        return self._finish(vectors, texts, truncate_dim)
+
+    def encode_document(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int | None = None,
+        show_progress: bool = False,
+        truncate_dim: int | None = None,
+    ) -> Vectors:
+        """Encode documents: bare texts, which no instruction and no demonstration ever touches.
+
+        Args:
+            texts: A document or a list of documents.
+            batch_size: Most rows in a batch; None lets token counts decide.
+            show_progress: Whether to draw a progress bar.
+            truncate_dim: Overrides the encoder's own setting for this call.
+
+        Returns:
+            float32 unit rows (n, dimension), in order; (dimension,) for a single string.
+        """
+        rows = self.prompt.documents([texts] if isinstance(texts, str) else list(texts))
+        return self._finish(self._embed(rows, None, batch_size, show_progress), texts, truncate_dim)
+
+    def embed_demonstrations(self, bank: DemonstrationBank) -> Vectors:
+        """Vectors of a bank's demonstrations.
+
+        Returns:
+            (k, 2, dim) float32 at full width: query (zero-shot, with the bank's instruction), passage.
+        """
+        width = self.backbone.dimension
+        queries = [item.query for item in bank.demonstrations]
+        passages = [item.passage for item in bank.demonstrations]
+        instruction = self._instruction(None, bank)
+        left = self.encode_query(queries, instruction=instruction or "", truncate_dim=width)
+        if bank.symmetric:
+            right = self.encode_query(passages, instruction=instruction or "", truncate_dim=width)
+        else:
+            right = self.encode_document(passages, truncate_dim=width)
+        return np.stack([left, right], axis=1)
+
+    def similarity(self, a: npt.ArrayLike, b: npt.ArrayLike) -> Vectors:
+        """Cosine similarity of every row of `a` with every row of `b`.
+
+        Args:
+            a: (n, dim) or (dim,) vectors, of any length above zero.
+            b: (m, dim) or (dim,) vectors.
+
+        Returns:
+            (n, m) float32.
+        """
+        left, right = (np.atleast_2d(np.asarray(side, dtype=np.float32)) for side in (a, b))
+        result: Vectors = _unit(left) @ _unit(right).T
+        return result
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Token count of each text by the encoder's own tokenizer, special tokens not counted."""
+        return [len(ids) for ids in self.prompt.token_ids(texts)]
+
+    def _count(self, bank: DemonstrationBank, asked: int | None) -> int:
+        trained = int(self.settings.get("max_demonstrations") or len(bank))
+        if asked is None:
+            return min(len(bank), trained)
+        if asked > trained:
+            logger.warning("asked for %d demonstrations, %s was trained with up to %d", asked, self.name, trained)
+        return asked
+
+    def _instruction(self, task: str | None, bank: DemonstrationBank | None) -> str | None:
+        fallback = get_task(task).instruction if task is not None else self.default_instruction
+        return bank.instruction if bank is not None and bank.instruction is not None else fallback
+
+    def _built(self, bank: DemonstrationBank) -> DemonstrationBank:
+        """The bank with this encoder's vectors; the caller's bank is left as it is."""
+        if bank.embeddings is not None and bank.encoder_fingerprint == self.fingerprint:
+            return bank
+        key = f"{self.fingerprint}-{bank.fingerprint}"
+        if key not in self._banks:
+            # A copy of the whole bank; it says so in the log if it replaces another checkpoint's vectors.
+            self._banks[key] = bank.select(len(bank)).build(self)
+            while len(self._banks) > _BANKS_KEPT:
+                self._banks.popitem(last=False)
+        self._banks.move_to_end(key)
+        return self._banks[key]
+
+    def _embed_with(
+        self,
+        banks: Sequence[DemonstrationBank],
+        texts: Sequence[str],
+        instruction: str | None,
+        strategy: Strategy,
+        batch_size: int | None,
+        show_progress: bool,
+    ) -> Vectors:
+        """Encode each text behind its own bank's demonstrations; all banks have one size."""
+        if strategy == "epic":
+            prefix = self.prompt.prefix(instruction, num_slots=len(banks[0]))
+            rows = self.prompt.queries(prefix, texts)
+            slots = [torch.from_numpy(bank.require(self.fingerprint)).flatten(0, 1) for bank in banks]
+            return self._embed(rows, slots, batch_size, show_progress)
+        prefixes: dict[int, Prefix] = {}
+        rows = []
+        for bank, text in zip(banks, texts, strict=True):
+            if id(bank) not in prefixes:
+                pairs = [(item.query, item.passage) for item in bank.demonstrations]
+                prefixes[id(bank)] = self.prompt.prefix(instruction, demonstrations=pairs, strategy=strategy)
+            rows.extend(self.prompt.queries(prefixes[id(bank)], [text]))
+        return self._embed(rows, None, batch_size, show_progress)
+
+    def _embed(
+        self,
+        rows: Sequence[EncoderInput],
+        slots: Sequence[torch.Tensor] | None,
+        batch_size: int | None,
+        show_progress: bool,
+    ) -> Vectors:
+        return embed_rows(
+            self.backbone,
+            rows,
+            slots,
+            pad_id=self.prompt.pad_id,
+            padding_side=self.padding_side,
+            max_tokens=self.max_batch_tokens,
+            max_rows=batch_size,
+            show_progress=show_progress,
+        )
+
+    def _checked_dim(self, truncate_dim: int | None) -> int | None:
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.backbone.dimension:
+            raise ConfigError(
+                f"truncate_dim is {truncate_dim}, the model has {self.backbone.dimension} dimensions; "
+                f"ask for 1 to {self.backbone.dimension}"
+            )
+        return truncate_dim
+
+    def _finish(self, vectors: Vectors, texts: str | Sequence[str], truncate_dim: int | None) -> Vectors:
+        width = self._checked_dim(truncate_dim) or self.dimension
+        if width < vectors.shape[1]:
+            vectors = _unit(vectors[:, :width])
+        return vectors[0] if isinstance(texts, str) else vectors
+
+
+def _unit(vectors: Vectors) -> Vectors:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    result: Vectors = vectors / np.maximum(norms, 1e-12)
+    return result

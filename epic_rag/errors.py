@@ -1,0 +1,111 @@
+"""Every error that epic-rag raises on purpose.
+
+    EpicError
+    ├── CheckpointError        a checkpoint is missing, broken or unknown
+    ├── BankError              a demonstration bank is missing or malformed
+    ├── DataError              a data file or a path is missing or malformed (names file and line)
+    ├── TaskError              an unknown task
+    ├── PromptError            a prompt that cannot be built (too long, bad k)
+    ├── ConfigError            a setting with a value that cannot work
+    ├── FingerprintError       stored vectors were made by another checkpoint
+    ├── MissingExtraError      an optional package is not installed
+    ├── TrainingError          training cannot start, or went wrong (NaN loss, broken resume)
+    └── IndexStateError        an index folder is not in the state that the call needs
+        ├── IndexNotFoundError     there is no index
+        ├── IndexLockedError       another process writes to it
+        └── IndexMismatchError     it was built with another model or other settings
+
+A message is one line: the facts on both sides and the command to run next. Code that calls epic-rag catches
+`EpicError`; the command line prints it and exits with status 1.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BankError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EpicError",
+    "FingerprintError",
+    "IndexLockedError",
+    "IndexMismatchError",
+    "IndexNotFoundError",
+    "IndexStateError",
+    "MissingExtraError",
+    "PromptError",
+    "TaskError",
+    "TrainingError",
+]
+
+
+class EpicError(Exception):
+    """Base of every error that epic-rag raises on purpose."""
+
+
+class CheckpointError(EpicError):
+    """A checkpoint is missing, broken or has an unknown name."""
+
+
+class BankError(EpicError):
+    """A demonstration bank is missing or malformed."""
+
+
+class DataError(EpicError):
+    """A data file or a path is missing or malformed; the message names the file and, where there is one, the line."""
+
+
+class TaskError(EpicError):
+    """A task name is unknown; the message lists the known ones."""
+
+
+class PromptError(EpicError):
+    """A prompt cannot be built: it does not fit the model, or asks for demonstrations that are not there."""
+
+
+class ConfigError(EpicError):
+    """A setting has a value that cannot work."""
+
+
+class FingerprintError(EpicError):
+    """Stored vectors were made by another checkpoint than the one that is asked to read them."""
+
+
+class MissingExtraError(EpicError):
+    """An optional package is not installed.
+
+    Args:
+        package: The package that could not be imported.
+        extra: The extra of epic-rag that brings it.
+        purpose: What it is needed for, as the subject of "needs" ("reading PDF files").
+    """
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {package}, which is not installed; run `pip install 'epic-rag[{extra}]'`")
+        self.package = package
+        self.extra = extra
+        self.purpose = purpose
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        # Exception pickles with args alone, which here is the finished message; workers need the three parts.
+        return type(self), (self.package, self.extra, self.purpose)
+
+
+class TrainingError(EpicError):
+    """Training cannot start, or went wrong in a way that going on would hide."""
+
+
+class IndexStateError(EpicError):
+    """An index folder is not in the state that the call needs."""
+
+
+class IndexNotFoundError(IndexStateError):
+    """There is no index at the given place."""
+
+
+class IndexLockedError(IndexStateError):
+    """Another process is writing to the index."""
+
+
+class IndexMismatchError(IndexStateError):
+    """The index was built with another model or other settings than the call asks for."""

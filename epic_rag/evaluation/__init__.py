@@ -1,0 +1,81 @@
+"""Evaluation: mteb's tasks and metrics over local folders, and held-out files of training pairs.
+
+    epic-rag eval --data FOLDER --model epic-minilm --num-demonstrations 0,8
+    python -m epic_rag.evaluation --help
+
+Arrows point one way: runner -> {mteb_runs, heldout_scores, report} -> {embedding, prompts, heldout,
+local_sets}. Only mteb_runs, mteb_tasks and mteb_encoder import mteb (`pip install 'epic-rag[eval]'`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt
+    from epic_rag.evaluation.heldout import HeldoutSplit, make_split
+    from epic_rag.evaluation.heldout_scores import HeldoutResult, score_heldout
+    from epic_rag.evaluation.local_sets import LocalSet, find_local_sets, load_local_set
+    from epic_rag.evaluation.mteb_encoder import EpicMtebEncoder
+    from epic_rag.evaluation.mteb_tasks import make_task
+    from epic_rag.evaluation.report import EvaluationReport
+    from epic_rag.evaluation.request import EvaluationRequest, ModelSpec
+    from epic_rag.evaluation.runner import run_evaluation
+
+# Resolved on first use: mteb takes seconds to import and need not be installed.
+_HOMES = {
+    "EmbeddingStore": "embedding",
+    "EpicMtebEncoder": "mteb_encoder",
+    "EvaluationReport": "report",
+    "EvaluationRequest": "request",
+    "HeldoutResult": "heldout_scores",
+    "HeldoutSplit": "heldout",
+    "LocalSet": "local_sets",
+    "ModelSpec": "request",
+    "QueryPrompt": "embedding",
+    "find_local_sets": "local_sets",
+    "load_local_set": "local_sets",
+    "make_split": "heldout",
+    "make_task": "mteb_tasks",
+    "run_evaluation": "runner",
+    "score_heldout": "heldout_scores",
+}
+
+__all__ = [
+    "EmbeddingStore",
+    "EpicMtebEncoder",
+    "EvaluationReport",
+    "EvaluationRequest",
+    "HeldoutResult",
+    "HeldoutSplit",
+    "LocalSet",
+    "ModelSpec",
+    "QueryPrompt",
+    "find_local_sets",
+    "load_local_set",
+    "make_split",
+    "make_task",
+    "run_evaluation",
+    "score_heldout",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("mteb", "datasets"):
+            raise
+        from epic_rag.errors import MissingExtraError
+
+        raise MissingExtraError("mteb", "eval", name) from error
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,300 @@
+"""Evaluation sets that lie in local folders: what kind one is, and its contents.
+
+A folder is recognised by its files:
+
+    retrieval       corpus.jsonl[.gz], queries.jsonl[.gz], qrels/test.tsv     (the BEIR layout)
+    sts             test.tsv with sentence1, sentence2, score
+    classification  train.jsonl[.gz], test.jsonl[.gz] with text, label
+    clustering      clustering.jsonl[.gz] with text, label
+    reranking       reranking.jsonl[.gz] with query, positive (list), negative (list)
+
+Nothing here needs mteb; `epic_rag.evaluation.mteb_tasks` turns the contents into mteb tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from epic_rag.errors import DataError
+from epic_rag.evaluation.files import content_revision, read_jsonl, read_tsv
+
+__all__ = [
+    "ClassificationData",
+    "ClusteringData",
+    "Document",
+    "Kind",
+    "LocalSet",
+    "RerankingData",
+    "RetrievalData",
+    "SetData",
+    "StsData",
+    "find_local_sets",
+    "load_local_set",
+]
+
+Kind = Literal["retrieval", "sts", "classification", "clustering", "reranking"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document of a retrieval corpus; encoded as title, a space, text."""
+
+    id: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class RetrievalData:
+    """A corpus, queries by id, and for each judged query its documents' relevance grades."""
+
+    corpus: tuple[Document, ...]
+    queries: Mapping[str, str]
+    relevant: Mapping[str, Mapping[str, int]]
+
+    @property
+    def test_texts(self) -> frozenset[str]:
+        """The texts that no demonstration may come from."""
+        return frozenset(self.queries.values())
+
+
+@dataclass(frozen=True)
+class StsData:
+    """Sentence pairs with a similarity score."""
+
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def test_texts(self) -> frozenset[str]:
+        """The texts that no demonstration may come from."""
+        return frozenset(self.first) | frozenset(self.second)
+
+
+@dataclass(frozen=True)
+class ClassificationData:
+    """Labelled texts of a training and a test split; labels are numbered, `label_names` has their names."""
+
+    train: tuple[tuple[str, int], ...]
+    test: tuple[tuple[str, int], ...]
+    label_names: tuple[str, ...]
+
+    @property
+    def test_texts(self) -> frozenset[str]:
+        """The texts that no demonstration may come from."""
+        return frozenset(text for text, _ in self.test)
+
+
+@dataclass(frozen=True)
+class ClusteringData:
+    """Texts with the number of their true cluster."""
+
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def test_texts(self) -> frozenset[str]:
+        """The texts that no demonstration may come from."""
+        return frozenset(self.texts)
+
+
+@dataclass(frozen=True)
+class RerankingData:
+    """For each query its candidates: first the relevant ones, then the others."""
+
+    queries: tuple[str, ...]
+    positives: tuple[tuple[str, ...], ...]
+    negatives: tuple[tuple[str, ...], ...]
+
+    @property
+    def test_texts(self) -> frozenset[str]:
+        """The texts that no demonstration may come from."""
+        return frozenset(self.queries)
+
+
+SetData = RetrievalData | StsData | ClassificationData | ClusteringData | RerankingData
+
+
+@dataclass(frozen=True)
+class LocalSet:
+    """An evaluation set with its contents.
+
+    Args:
+        name: The folder's name.
+        kind: What is measured.
+        folder: Where it lies.
+        revision: A hash of its files.
+        data: The contents.
+    """
+
+    name: str
+    kind: Kind
+    folder: Path
+    revision: str
+    data: SetData
+
+
+def _either(folder: Path, stem: str) -> Path | None:
+    """Return `stem.jsonl.gz` or `stem.jsonl` of a folder, whichever is there."""
+    for name in (f"{stem}.jsonl.gz", f"{stem}.jsonl"):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def _detect(folder: Path) -> tuple[Kind, tuple[Path, ...]] | None:
+    """Return a folder's kind and the files that make it up, or None."""
+    corpus, queries = _either(folder, "corpus"), _either(folder, "queries")
+    qrels = folder / "qrels" / "test.tsv"
+    if corpus and queries and qrels.is_file():
+        return "retrieval", (corpus, queries, qrels)
+    train, test = _either(folder, "train"), _either(folder, "test")
+    if train and test:
+        return "classification", (train, test)
+    clustering = _either(folder, "clustering")
+    if clustering:
+        return "clustering", (clustering,)
+    reranking = _either(folder, "reranking")
+    if reranking:
+        return "reranking", (reranking,)
+    if (folder / "test.tsv").is_file():
+        return "sts", (folder / "test.tsv",)
+    return None
+
+
+def find_local_sets(folder: Path) -> list[str]:
+    """Return the names of the evaluation sets in a folder, sorted.
+
+    Raises:
+        DataError: The folder does not exist, or is an evaluation set itself.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder} with evaluation sets; check --data")
+    if _detect(folder):
+        home = folder.resolve()
+        raise DataError(
+            f"{folder} is an evaluation set, and not the folder that holds them; "
+            f"write --data {home.parent} --tasks {home.name}"
+        )
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and _detect(entry))
+
+
+def load_local_set(folder: Path) -> LocalSet:
+    """Read an evaluation set.
+
+    Args:
+        folder: A folder in one of the layouts of this module's docstring.
+
+    Raises:
+        DataError: The folder has none of the layouts, or a file in it is malformed.
+    """
+    found = _detect(folder)
+    if found is None:
+        raise DataError(
+            f"{folder} is no evaluation set: it has neither corpus, queries and qrels/test.tsv, nor test.tsv "
+            f"nor train and test, clustering or reranking .jsonl[.gz]; look into it with `ls {folder}`"
+        )
+    kind, paths = found
+    data: SetData
+    if kind == "retrieval":
+        data = _load_retrieval(*paths)
+    elif kind == "sts":
+        data = _load_sts(*paths)
+    elif kind == "classification":
+        data = _load_classification(*paths)
+    elif kind == "clustering":
+        data = _load_clustering(*paths)
+    else:
+        data = _load_reranking(*paths)
+    return LocalSet(name=folder.resolve().name, kind=kind, folder=folder, revision=content_revision(paths), data=data)
+
+
+def _load_retrieval(corpus_path: Path, queries_path: Path, qrels_path: Path) -> RetrievalData:
+    corpus: dict[str, Document] = {}
+    for row in read_jsonl(corpus_path):
+        document = Document(row.text("_id"), row.text("title", ""), row.text("text"))
+        if document.id in corpus:
+            raise row.error(f'the document id "{document.id}" was used before; ids must differ')
+        corpus[document.id] = document
+    texts = {row.text("_id"): row.text("text") for row in read_jsonl(queries_path)}
+    relevant: dict[str, dict[str, int]] = {}
+    for number, (query, document_id, grade) in read_tsv(qrels_path, ("query-id", "corpus-id", "score")):
+        if query not in texts or document_id not in corpus:
+            raise DataError(f'{qrels_path}, line {number}: no such query or document: "{query}", "{document_id}"')
+        try:
+            relevant.setdefault(query, {})[document_id] = int(grade)
+        except ValueError:
+            raise DataError(f'{qrels_path}, line {number}: the score "{grade}" is no whole number') from None
+    if not relevant:
+        raise DataError(f"{qrels_path} judges no query; a retrieval set needs at least one line below the header")
+    # Queries without a judgement have no score; leaving them out here saves encoding them.
+    return RetrievalData(
+        tuple(corpus.values()), {query: texts[query] for query in texts if query in relevant}, relevant
+    )
+
+
+def _load_sts(path: Path) -> StsData:
+    first: list[str] = []
+    second: list[str] = []
+    scores: list[float] = []
+    for number, (sentence1, sentence2, cell) in read_tsv(path, ("sentence1", "sentence2", "score")):
+        try:
+            score = float(cell)
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise DataError(f'{path}, line {number}: the score "{cell}" is no number; correct this line')
+        first.append(sentence1)
+        second.append(sentence2)
+        scores.append(score)
+    if len(scores) < 2:
+        raise DataError(f"{path} has {len(scores)} pairs, a rank correlation needs at least 2; check the file")
+    return StsData(tuple(first), tuple(second), tuple(scores))
+
+
+def _load_classification(train_path: Path, test_path: Path) -> ClassificationData:
+    splits = [[(row.text("text"), row.label("label")) for row in read_jsonl(path)] for path in (train_path, test_path)]
+    for rows, path in zip(splits, (train_path, test_path), strict=True):
+        if not rows:
+            raise DataError(f"{path} is empty; a classification set needs rows in both splits")
+    train_rows, test_rows = splits
+    # Sorted as text, so that integer and string labels may not depend on the order of the rows.
+    names = sorted({str(label) for _, label in train_rows})
+    numbers = {name: number for number, name in enumerate(names)}
+    unknown = sorted({str(label) for _, label in test_rows} - numbers.keys())
+    if unknown:
+        raise DataError(f"{test_path} has labels that {train_path.name} lacks: {unknown}; add training rows for them")
+    if len(names) < 2:
+        raise DataError(f"{train_path} has one label, {names}; a classifier needs at least two")
+    train = tuple((text, numbers[str(label)]) for text, label in train_rows)
+    test = tuple((text, numbers[str(label)]) for text, label in test_rows)
+    return ClassificationData(train, test, tuple(names))
+
+
+def _load_clustering(path: Path) -> ClusteringData:
+    rows = [(row.text("text"), row.label("label")) for row in read_jsonl(path)]
+    names = sorted({str(label) for _, label in rows})
+    if len(names) < 2:
+        raise DataError(f"{path} has {len(names)} labels; a clustering set needs at least two")
+    numbers = {name: number for number, name in enumerate(names)}
+    return ClusteringData(tuple(text for text, _ in rows), tuple(numbers[str(label)] for _, label in rows))
+
+
+def _load_reranking(path: Path) -> RerankingData:
+    queries: list[str] = []
+    positives: list[tuple[str, ...]] = []
+    negatives: list[tuple[str, ...]] = []
+    for row in read_jsonl(path):
+        queries.append(row.text("query"))
+        positives.append(row.texts("positive"))
+        negatives.append(row.texts("negative"))
+        if not positives[-1]:
+            raise row.error('"positive" is empty; a query without a relevant passage has no score')
+    if not queries:
+        raise DataError(f"{path} is empty; a reranking set needs at least one query")
+    return RerankingData(tuple(queries), tuple(positives), tuple(negatives))

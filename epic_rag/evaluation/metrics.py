@@ -1,0 +1,79 @@
+"""nDCG by brute force: every query against every document, no index in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["mean_and_error", "ndcg_at_k"]
+
+
+def ndcg_at_k(
+    queries: npt.NDArray[np.float32],
+    documents: npt.NDArray[np.float32],
+    relevant: Sequence[Mapping[int, int] | Sequence[int]],
+    *,
+    k: int = 10,
+    excluded: Sequence[int | None] | None = None,
+) -> npt.NDArray[np.float64]:
+    """Score each query's ranking by cosine.
+
+    The gain of a document is its grade, its discount log2(rank + 1), and the sum is divided by that of the
+    best possible ranking: the same as trec_eval's ndcg_cut.
+
+    Args:
+        queries: (n, dim) unit rows.
+        documents: (m, dim) unit rows.
+        relevant: For each query its relevant documents' rows: a list (grade 1 each), or row -> grade.
+        k: Ranks that count.
+        excluded: For each query a document row that is left out of its ranking, or None.
+
+    Returns:
+        (n,) float64 between 0 and 1; 0 for a query without relevant documents.
+    """
+    grades = [dict(rows) if isinstance(rows, Mapping) else dict.fromkeys(rows, 1) for rows in relevant]
+    discounts = 1.0 / np.log2(np.arange(2, k + 2))
+    scores = np.zeros(len(grades))
+    # 256 queries at a time, so that the matrix of similarities stays small for any number of queries.
+    for start in range(0, len(grades), 256):
+        similarities = queries[start : start + 256] @ documents.T
+        for offset, row in enumerate(similarities):
+            index = start + offset
+            if excluded is not None and excluded[index] is not None:
+                row[excluded[index]] = -np.inf
+            scores[index] = _ndcg(_best(row, k), grades[index], discounts)
+    return scores
+
+
+def _best(similarities: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.intp]:
+    """Rows of the k highest similarities, best first, equal ones in the order of the rows."""
+    if len(similarities) > k:
+        # Everything that ties with the k-th stays in, so that the stable sort decides and not the partition.
+        threshold = np.partition(similarities, len(similarities) - k)[len(similarities) - k]
+        candidates = np.flatnonzero(similarities >= threshold)
+    else:
+        candidates = np.arange(len(similarities))
+    order = np.argsort(-similarities[candidates], kind="stable")[:k]
+    best = candidates[order]
+    return best[np.isfinite(similarities[best])]
+
+
+def _ndcg(
+    ranking: Sequence[int] | npt.NDArray[np.intp],
+    grades: Mapping[int, int],
+    discounts: npt.NDArray[np.float64],
+) -> float:
+    ideal = sorted((grade for grade in grades.values() if grade > 0), reverse=True)[: len(discounts)]
+    if not ideal:
+        return 0.0
+    gains = [max(grades.get(int(document), 0), 0) for document in ranking]
+    return float(gains @ discounts[: len(gains)]) / float(ideal @ discounts[: len(ideal)])
+
+
+def mean_and_error(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Return the mean of some values and its standard error (0 for fewer than two values)."""
+    if len(values) < 2:
+        return float(np.mean(values)), 0.0
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))

@@ -1,0 +1,286 @@
+"""Results of an evaluation run: as one Markdown table for people, as JSON with everything for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from epic_rag.evaluation.heldout_scores import CONDITIONS, Comparison, HeldoutResult
+
+__all__ = ["EvaluationReport", "ModelRecord", "SetScore", "versions", "write_json"]
+
+FORMAT_VERSION = 1
+_PACKAGES = ("epic-rag", "mteb", "numpy", "scikit-learn", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """A model as it was evaluated.
+
+    Args:
+        label: What tables call it.
+        source: Where it was loaded from.
+        fingerprint: Hash of everything that decides its vectors.
+        dimension: Length of a vector.
+        plain: Whether queries went bare.
+        max_query_tokens: Limit of a query.
+        max_document_tokens: Limit of a document.
+        device: Where it ran.
+        dtype: In which precision.
+    """
+
+    label: str
+    source: str
+    fingerprint: str
+    dimension: int
+    plain: bool
+    max_query_tokens: int
+    max_document_tokens: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class SetScore:
+    """One model on one evaluation set at one k.
+
+    Args:
+        model: The model's label.
+        set_name: The set.
+        kind: What is measured.
+        revision: A hash of the data, or the hub's revision.
+        metric: Name of the main score.
+        k: Number of demonstrations.
+        score: The main score, between 0 and 1 (or -1 and 1).
+        instruction: What the queries got; None for a plain model.
+        demonstrations: Where the demonstrations came from; None without any.
+        prompt: Hash of instruction and demonstrations.
+        scores: All of mteb's numbers.
+        seconds: Wall time.
+    """
+
+    model: str
+    set_name: str
+    kind: str
+    revision: str
+    metric: str
+    k: int
+    score: float
+    instruction: str | None
+    demonstrations: str | None
+    prompt: str
+    scores: dict[str, float]
+    seconds: float
+
+
+@dataclass
+class EvaluationReport:
+    """Everything that a run has found so far.
+
+    Args:
+        settings: The request as JSON values.
+        command: The command line.
+        started: ISO time.
+        models: In the order of the table's columns.
+        sets: Scores on evaluation sets.
+        heldout: (model's label, scores on one held-out file).
+        seconds: Wall time so far.
+    """
+
+    settings: dict[str, object]
+    command: tuple[str, ...] = ()
+    started: str = ""
+    models: list[ModelRecord] = field(default_factory=list)
+    sets: list[SetScore] = field(default_factory=list)
+    heldout: list[tuple[str, HeldoutResult]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def columns(self) -> list[tuple[str, int]]:
+        """The (model, k) pairs that have scores on sets: models as given, k rising."""
+        present = {(score.model, score.k) for score in self.sets}
+        return [
+            (model.label, k) for model in self.models for k in sorted(k for label, k in present if label == model.label)
+        ]
+
+    def mean(self, model: str, k: int, kind: str | None = None) -> float | None:
+        """Mean main score of a column over all sets of a kind, or over all sets.
+
+        Returns:
+            None if the column lacks one of the sets: its mean could not be compared with the others'.
+        """
+        wanted = {score.set_name for score in self.sets if kind in (None, score.kind)}
+        found = [
+            score.score for score in self.sets if score.model == model and score.k == k and kind in (None, score.kind)
+        ]
+        return sum(found) / len(found) if found and len(found) == len(wanted) else None
+
+    def to_markdown(self) -> str:
+        """The tables, scores times 100."""
+        parts = []
+        if self.sets:
+            parts.append(self._set_table())
+        if self.heldout:
+            parts.append(self._heldout_table())
+        return "\n\n".join(parts)
+
+    def _set_table(self) -> str:
+        columns = self.columns()
+        plain = {model.label for model in self.models if model.plain}
+        header = [
+            "set",
+            "score",
+            *(f"{label}, " + ("plain" if label in plain else f"k = {k}") for label, k in columns),
+        ]
+        cells = {(score.set_name, score.model, score.k): score.score for score in self.sets}
+        metrics = {(score.kind, score.set_name): score.metric for score in self.sets}
+        rows: list[list[str]] = []
+        kinds = list(dict.fromkeys(kind for kind, _ in metrics))
+        for kind in kinds:
+            of_kind = [(name, metric) for (other, name), metric in metrics.items() if other == kind]
+            rows += [
+                [name, metric, *(_percent(cells.get((name, *column))) for column in columns)]
+                for name, metric in of_kind
+            ]
+            if len(of_kind) > 1:
+                rows.append(self._mean_row(f"**mean {kind} ({len(of_kind)})**", columns, kind))
+        if len(kinds) > 1:
+            rows.append(self._mean_row(f"**mean of all {len(metrics)} sets**", columns, None))
+        return _table(header, rows, text_columns=2)
+
+    def _mean_row(self, title: str, columns: Iterable[tuple[str, int]], kind: str | None) -> list[str]:
+        means = (self.mean(model, k, kind) for model, k in columns)
+        return [
+            title,
+            "",
+            *(f"**{_percent(mean)}**" if mean is not None else _percent(None) for mean in means),
+        ]
+
+    def _heldout_table(self) -> str:
+        header = [
+            "held-out file",
+            "model",
+            "demonstrations",
+            "k",
+            "nDCG@10",
+            "sd of draws",
+            "minus k = 0",
+            "own minus it",
+        ]
+        rows = []
+        for label, result in self.heldout:
+            for score in result.scores:
+                # On a control's line: how much better the right demonstrations are than this control.
+                own = next((other for other in result.scores if (other.condition, other.k) == ("own", score.k)), None)
+                versus = None
+                if own is not None:
+                    versus = {"shuffled": own.versus_shuffled, "foreign": own.versus_foreign}.get(score.condition)
+                rows.append(
+                    [
+                        result.name,
+                        label,
+                        CONDITIONS[score.condition],
+                        str(score.k),
+                        _percent(score.ndcg_at_10),
+                        _percent(score.spread) if len(score.draws) > 1 else "",
+                        _difference(score.versus_zero),
+                        _difference(versus),
+                    ]
+                )
+        rows += [row for label in dict.fromkeys(label for label, _ in self.heldout) for row in self._pooled_rows(label)]
+        return _table(header, rows, text_columns=3)
+
+    def _pooled_rows(self, label: str) -> list[list[str]]:
+        """Means over a model's files, where there is more than one."""
+        results = [result for other, result in self.heldout if other == label]
+        keys = dict.fromkeys((score.condition, score.k) for result in results for score in result.scores)
+        rows = []
+        for condition, k in keys:
+            scores = [
+                score for result in results for score in result.scores if (score.condition, score.k) == (condition, k)
+            ]
+            if len(scores) < 2 or len(scores) < len(results):
+                continue
+            mean = sum(score.ndcg_at_10 for score in scores) / len(scores)
+            pooled = _pool([score.versus_zero for score in scores])
+            title = f"**mean of {len(scores)} files**"
+            rows.append([title, label, CONDITIONS[condition], str(k), _percent(mean), "", _difference(pooled), ""])
+        return rows
+
+    def to_json(self) -> dict[str, object]:
+        """Everything, as JSON values; scores are fractions."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "command": list(self.command),
+            "started": self.started,
+            "seconds": round(self.seconds, 1),
+            "versions": versions(),
+            "settings": self.settings,
+            "models": [dataclasses.asdict(model) for model in self.models],
+            "means": [
+                {"model": model, "k": k, "kind": kind or "all", "score": self.mean(model, k, kind)}
+                for model, k in self.columns()
+                for kind in (*dict.fromkeys(score.kind for score in self.sets), None)
+            ],
+            "sets": [dataclasses.asdict(score) for score in self.sets],
+            "heldout": [{"model": label, **dataclasses.asdict(result)} for label, result in self.heldout],
+        }
+
+
+def _pool(comparisons: Sequence[Comparison | None]) -> Comparison | None:
+    """Mean of differences on different files, which are independent of each other."""
+    known = [comparison for comparison in comparisons if comparison is not None]
+    if not known or len(known) < len(comparisons):
+        return None
+    variance = sum(comparison.standard_error**2 for comparison in known)
+    return Comparison(sum(comparison.difference for comparison in known) / len(known), variance**0.5 / len(known))
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"  # noqa: RUF001 - the sign for "nothing here"
+
+
+def _difference(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return ""
+    return f"{100 * comparison.difference:+.2f} ± {100 * comparison.standard_error:.2f}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> str:
+    """A Markdown table whose columns also line up as plain text; numbers to the right."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
+    lines = []
+    for row in cells:
+        padded = [
+            cell.ljust(width) if column < text_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(padded)} |")
+    rule = ["-" * width if column < text_columns else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    lines.insert(1, f"| {' | '.join(rule)} |")
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, the system and what scores depend on; None for a package that is not there."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def write_json(report: EvaluationReport, path: Path) -> None:
+    """Write a report, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft.write_text(json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,186 @@
+"""What an evaluation run is asked to do, and the small languages of its command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from epic_rag.checkpoints import DEFAULT_CHECKPOINT
+from epic_rag.errors import ConfigError
+from epic_rag.prompt import STRATEGIES, Strategy
+
+__all__ = ["EvaluationRequest", "ModelSpec", "parse_banks", "parse_ks", "parse_models", "parse_strategy", "split_names"]
+
+Mode = Literal["auto", "plain", "prompted"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model to evaluate.
+
+    Args:
+        source: What `EpicEncoder.from_pretrained` takes.
+        label: What tables call it.
+        mode: "plain" encodes queries bare, at k = 0 alone: for models that were never trained with an
+            instruction. "prompted" uses instructions. "auto" is plain for a model without a training record.
+    """
+
+    source: str
+    label: str
+    mode: Mode = "auto"
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """One evaluation run.
+
+    Args:
+        models: At least one.
+        data: Folder of evaluation sets; needed for local sets.
+        tasks: Names of local sets, or of mteb's own tasks (downloaded from the hub). None takes all local
+            sets.
+        num_demonstrations: Values of k.
+        strategy: How demonstrations are shown.
+        instructions: Instructions by name of a set or held-out file, over the built-in ones.
+        banks: Sources of demonstrations by set name, over the built-in ones.
+        heldout: Files of training pairs that the models have not seen.
+        heldout_queries: Test queries from each.
+        heldout_documents: Documents from each.
+        draws: Draws of demonstrations for each k > 0 on held-out files.
+        controls: Also show shuffled and foreign demonstrations there.
+        seed: Of all splits and draws.
+        mteb_output: Folder for mteb's own result files; results found in it are not computed again.
+        cache_dir: Folder for embeddings, reused by later runs.
+        device: As in `EpicEncoder.from_pretrained`.
+        dtype: As in `EpicEncoder.from_pretrained`.
+        batch_size: As in `EpicEncoder.encode_query`.
+        max_document_tokens: As in `EpicEncoder.from_pretrained`.
+        command: The command line, for the record.
+
+    Raises:
+        ConfigError: A value cannot work.
+    """
+
+    models: tuple[ModelSpec, ...]
+    data: Path | None = None
+    tasks: tuple[str, ...] | None = None
+    num_demonstrations: tuple[int, ...] = (0, 8)
+    strategy: Strategy = "epic"
+    instructions: Mapping[str, str] = field(default_factory=dict)
+    banks: Mapping[str, str] = field(default_factory=dict)
+    heldout: tuple[Path, ...] = ()
+    heldout_queries: int = 1000
+    heldout_documents: int = 5000
+    draws: int = 3
+    controls: bool = False
+    seed: int = 0
+    mteb_output: Path | None = None
+    cache_dir: Path | None = None
+    device: str | None = None
+    dtype: str | None = None
+    batch_size: int | None = None
+    max_document_tokens: int | None = None
+    command: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ConfigError("no model was named, an evaluation needs one; add --model MODEL")
+        if not self.num_demonstrations or min(self.num_demonstrations) < 0:
+            raise ConfigError(
+                f"the numbers of demonstrations are {list(self.num_demonstrations)}; "
+                "write e.g. --num-demonstrations 0,8"
+            )
+        parse_strategy(self.strategy)
+        if self.draws < 1:
+            raise ConfigError(f"{self.draws} draws of demonstrations were asked; use --draws 1 or more")
+        if self.data is None and not self.tasks and not self.heldout:
+            raise ConfigError("there is nothing to evaluate on; add --data FOLDER, --tasks NAME,... or --heldout FILE")
+
+    def record(self) -> dict[str, object]:
+        """The request as JSON values."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("models", "command")}
+        result: dict[str, object] = json.loads(json.dumps(values, default=str))
+        return result
+
+
+def parse_models(specs: Sequence[str]) -> tuple[ModelSpec, ...]:
+    """Read `[LABEL=]MODEL[:plain|:prompted]` specifications; without any, the default checkpoint.
+
+    A label that is not given is the last part of the path, or all of it where two models would be called the
+    same.
+
+    Raises:
+        ConfigError: A specification is empty, or two models have the same label.
+    """
+    read: list[tuple[str | None, str, Mode]] = []
+    for spec in specs or (DEFAULT_CHECKPOINT,):
+        label, equals, source = spec.partition("=")
+        if not equals or "/" in label or Path(spec).exists():  # "=" may be a part of a path
+            label, source = "", spec
+        mode: Mode = "auto"
+        if source.endswith(":plain"):
+            mode, source = "plain", source.removesuffix(":plain")
+        elif source.endswith(":prompted"):
+            mode, source = "prompted", source.removesuffix(":prompted")
+        if not source.strip():
+            raise ConfigError(f'"{spec}" names no model; write [LABEL=]MODEL[:plain|:prompted]')
+        read.append((label or None, source, mode))
+    short = [label or Path(source).name or source for label, source, _ in read]
+    labels = [
+        name if label or short.count(name) == 1 else source
+        for name, (label, source, _) in zip(short, read, strict=True)
+    ]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ConfigError(f"two models are called {twice}; give them labels: --model LABEL=MODEL")
+    return tuple(ModelSpec(source, label, mode) for label, (_, source, mode) in zip(labels, read, strict=True))
+
+
+def parse_ks(text: str) -> tuple[int, ...]:
+    """Read a list of numbers of demonstrations such as "0,8"; sorted, each once.
+
+    Raises:
+        ConfigError: It is no such list.
+    """
+    try:
+        values = sorted({int(part) for part in split_names(text)})
+    except ValueError:
+        values = []
+    if not values or values[0] < 0:
+        raise ConfigError(f'"{text}" is no list of numbers of demonstrations; write e.g. 0,8')
+    return tuple(values)
+
+
+def parse_banks(assignments: Sequence[str]) -> dict[str, str]:
+    """Read `SET=SOURCE` assignments.
+
+    Raises:
+        ConfigError: One lacks a side.
+    """
+    banks = {}
+    for assignment in assignments:
+        name, _, source = assignment.partition("=")
+        if not name or not source:
+            raise ConfigError(f'"{assignment}" is no SET=SOURCE; write e.g. --bank Cranfield=papers')
+        banks[name] = source
+    return banks
+
+
+def parse_strategy(text: str) -> Strategy:
+    """Read the name of a strategy.
+
+    Raises:
+        ConfigError: There is none of this name.
+    """
+    for strategy in STRATEGIES:
+        if text == strategy:
+            return strategy
+    raise ConfigError(f'the strategy is "{text}"; use one of {", ".join(STRATEGIES)}')
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list; blanks around names mean nothing."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

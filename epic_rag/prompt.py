@@ -1,0 +1,343 @@
+r"""From an instruction, demonstrations and a query to token ids and slot positions.
+
+One template, three renderings of the same demonstrations (EPIC, arXiv 2605.01372, figure 1):
+
+    zero-shot   Instruct: {instruction}\nQuery: {query}{eos}
+    text ICL    Instruct: {instruction}\nQuery: {q_1}\nResponse: {d_1}\n ... Query: {query}{eos}
+    EPIC        Instruct: {instruction}\nQuery: <f(q_1)>\nResponse: <f(d_1)>\n ... Query: {query}{eos}
+
+A slot `<f(.)>` is one input position, filled with an embedding by `epic_rag.backbone`. All three share their pieces
+and their tokenisation, so that strategies differ in nothing else.
+
+Each piece is tokenised on its own and the ids are joined: everything before the last query is then the same ids for
+every query (which is what lets a key/value cache be reused), and truncating a text can never touch an instruction, a
+slot or the end-of-sequence token, because texts are cut before they are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from epic_rag.errors import ConfigError, PromptError
+
+__all__ = ["STRATEGIES", "Batch", "EncoderInput", "Prefix", "PromptBuilder", "PromptTemplate", "Strategy", "collate"]
+
+Strategy = Literal["epic", "text", "none"]
+STRATEGIES: tuple[Strategy, ...] = ("epic", "text", "none")
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The words around instruction, demonstrations and query.
+
+    Attributes:
+        instruction: Line that holds the instruction.
+        query: What stands before a query.
+        response: What stands before a demonstration's passage.
+        end: What ends a demonstration.
+        separators: "words" puts `query`, `response` and `end` around slots; "none" puts slots side by side.
+
+    Raises:
+        ConfigError: If the instruction's line cannot be filled in, or the separators are unknown.
+    """
+
+    instruction: str = "Instruct: {instruction}\n"
+    query: str = "Query:"
+    response: str = "\nResponse:"
+    end: str = "\n"
+    separators: Literal["words", "none"] = "words"
+
+    def __post_init__(self) -> None:
+        try:
+            fits = "\0" in self.instruction.format(instruction="\0")
+        except (AttributeError, IndexError, KeyError, ValueError):
+            fits = False
+        if not fits:
+            raise ConfigError(
+                f"the template's instruction is {self.instruction!r}, it needs the field {{instruction}} and no other; "
+                "write a brace that is meant as one twice"
+            )
+        if self.separators not in ("words", "none"):
+            raise ConfigError(f"separators is {self.separators!r}, known are words, none; choose one of them")
+
+    def to_dict(self) -> dict[str, str]:
+        """The template as plain values, for `epic.json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class EncoderInput:
+    """One row of model input, not padded.
+
+    Attributes:
+        ids: Token ids; the id at a slot is a filler whose embedding is replaced.
+        slots: Positions of the slots, in the order query, passage, query, passage, ...
+        pool_start: First position that mean pooling reads: 0, or the first of the query's own tokens if a prompt
+            stands before it.
+    """
+
+    ids: tuple[int, ...]
+    slots: tuple[int, ...] = ()
+    pool_start: int = 0
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Everything before a query's own tokens: special tokens, instruction, demonstrations, "Query:".
+
+    Attributes:
+        ids: Token ids, fillers at the slots.
+        slots: Slot positions within `ids`.
+        words: Whether there is more than special tokens. A bare query is pooled like a document.
+    """
+
+    ids: tuple[int, ...]
+    slots: tuple[int, ...] = ()
+    words: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded batch.
+
+    Attributes:
+        ids: (rows, tokens) int64.
+        mask: (rows, tokens) int64, 1 on real tokens.
+        pool_mask: (rows, tokens) float32, 1 on the tokens that mean pooling reads.
+        slot_rows: (slots,) int64, the row of each slot.
+        slot_columns: (slots,) int64, the column of each slot, already shifted for left padding.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    pool_mask: torch.Tensor
+    slot_rows: torch.Tensor
+    slot_columns: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def collate(rows: Sequence[EncoderInput], *, pad_id: int, padding_side: Literal["left", "right"] = "right") -> Batch:
+    """Pad rows to one width.
+
+    Args:
+        rows: At least one row.
+        pad_id: Token id of the padding; masked everywhere.
+        padding_side: Where the padding goes.
+
+    Returns:
+        The padded batch. Slots are listed row by row, so that slot vectors of shape (slots, dim) are the rows'
+        vectors joined.
+    """
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    pool_mask = torch.zeros((len(rows), width), dtype=torch.float32)
+    slot_rows: list[int] = []
+    slot_columns: list[int] = []
+    for index, row in enumerate(rows):
+        start = width - len(row.ids) if padding_side == "left" else 0
+        stop = start + len(row.ids)
+        ids[index, start:stop] = torch.tensor(row.ids, dtype=torch.long)
+        mask[index, start:stop] = 1
+        pool_mask[index, start + row.pool_start : stop] = 1.0
+        slot_rows.extend([index] * len(row.slots))
+        slot_columns.extend(start + slot for slot in row.slots)
+    return Batch(
+        ids=ids,
+        mask=mask,
+        pool_mask=pool_mask,
+        slot_rows=torch.tensor(slot_rows, dtype=torch.long),
+        slot_columns=torch.tensor(slot_columns, dtype=torch.long),
+    )
+
+
+@dataclass
+class PromptBuilder:
+    """Turns texts into model input for one tokenizer.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        template: The words of the prompt.
+        append_eos: Whether a row must end with the end-of-sequence token (last-token pooling reads it).
+        max_query_tokens: Longest query, its special tokens counted, its prompt not.
+        max_document_tokens: Longest document, special tokens counted.
+        max_positions: The most positions the model takes; None for no bound.
+        max_demonstration_tokens: Longest query or passage of a *text* demonstration.
+
+    Raises:
+        PromptError: If the tokenizer has no end-of-sequence token and one is needed.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: PromptTemplate = field(default_factory=PromptTemplate)
+    append_eos: bool = True
+    max_query_tokens: int = 512
+    max_document_tokens: int = 512
+    max_positions: int | None = None
+    max_demonstration_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        self.start, self.stop = _special_ids(self.tokenizer)
+        eos = self.tokenizer.eos_token_id
+        if self.append_eos and (not self.stop or self.stop[-1] != eos):
+            if eos is None:
+                raise PromptError(
+                    "last-token pooling needs an end-of-sequence token and the tokenizer has none; "
+                    "set `eos_token` in tokenizer_config.json, or load with pooling='mean'"
+                )
+            self.stop = (*self.stop, int(eos))
+        pad = self.tokenizer.pad_token_id
+        self.pad_id: int = int(pad) if pad is not None else (self.stop[-1] if self.stop else 0)
+        # The filler's own embedding is never read; the end token is one that every vocabulary has.
+        self.filler = self.stop[-1] if self.stop else self.pad_id
+
+    def token_ids(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+        """Token ids of each text without special tokens, cut to `limit` tokens.
+
+        Raises:
+            PromptError: If a text is not a string.
+        """
+        if not texts:
+            return []
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise PromptError(
+                    f"text {index + 1} of {len(texts)} is {text!r}, expected a string; pass str(...) or leave it out"
+                )
+        encoded = self.tokenizer(
+            # Half a surrogate pair, which broken JSON can hold, is no character: tokenizers refuse it.
+            [text.encode("utf-8", "replace").decode("utf-8") for text in texts],
+            add_special_tokens=False,
+            truncation=limit is not None,
+            max_length=limit,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def documents(self, texts: Sequence[str]) -> list[EncoderInput]:
+        """Bare texts: special tokens, text, end.
+
+        Returns:
+            One row a text, of at most `max_document_tokens` tokens.
+        """
+        room = self._room(self.max_document_tokens, len(self.start) + len(self.stop), "a document", len(self.start))
+        return [self._row(self.start, ids) for ids in self.token_ids(texts, room)]
+
+    def prefix(
+        self,
+        instruction: str | None = None,
+        *,
+        num_slots: int = 0,
+        demonstrations: Sequence[tuple[str, str]] = (),
+        strategy: Strategy = "epic",
+    ) -> Prefix:
+        """Everything that comes before the query's own tokens.
+
+        Args:
+            instruction: What to retrieve; None or "" for no instruction line.
+            num_slots: Number of demonstrations to leave slots for (strategy "epic").
+            demonstrations: Demonstrations as text (strategy "text").
+            strategy: "epic", "text" or "none".
+
+        Returns:
+            The prefix. With no instruction and no demonstrations it is the special tokens alone, whatever the
+            strategy: k = 0 is exactly the zero-shot input.
+
+        Raises:
+            PromptError: If the strategy is unknown.
+        """
+        if strategy not in STRATEGIES:
+            raise PromptError(f"strategy is {strategy!r}, known are {', '.join(STRATEGIES)}; choose one of them")
+        template = self.template
+        count = {"epic": num_slots, "text": len(demonstrations), "none": 0}[strategy]
+        if not instruction and count == 0:
+            return Prefix(ids=self.start)
+        words = [template.query, template.response, template.end]
+        if instruction:
+            words.append(template.instruction.format(instruction=instruction))
+        query, response, end, *head = (tuple(ids) for ids in self.token_ids(words))
+        if template.separators == "none" and strategy == "epic":
+            demo_query: tuple[int, ...] = ()
+            response = end = ()
+        else:
+            demo_query = query
+        ids: list[int] = [*self.start, *(head[0] if head else ())]
+        slots: list[int] = []
+        texts = [" " + text for pair in demonstrations for text in pair] if strategy == "text" else []
+        bodies = self.token_ids(texts, self.max_demonstration_tokens)
+        for index in range(count):
+            for part, before in enumerate((demo_query, response)):
+                ids.extend(before)
+                if strategy == "epic":
+                    slots.append(len(ids))
+                    ids.append(self.filler)
+                else:
+                    ids.extend(bodies[2 * index + part])
+            ids.extend(end)
+        ids.extend(query)
+        return Prefix(ids=tuple(ids), slots=tuple(slots), words=True)
+
+    def queries(self, prefix: Prefix, texts: Sequence[str]) -> list[EncoderInput]:
+        """Queries behind a prefix.
+
+        Returns:
+            One row a text. Only the query's own tokens are ever cut.
+
+        Raises:
+            PromptError: If the prefix leaves no room for a query.
+        """
+        # The space belongs to the query's first word, as it would in one continuous text.
+        texts = [f" {text}" if isinstance(text, str) else text for text in texts] if prefix.words else texts
+        room = self._room(self.max_query_tokens, len(self.start) + len(self.stop), "a query", len(prefix.ids))
+        pool_start = len(prefix.ids) if prefix.words else 0
+        return [self._row(prefix.ids, ids, prefix.slots, pool_start) for ids in self.token_ids(texts, room)]
+
+    def _row(
+        self, before: Sequence[int], ids: Sequence[int], slots: tuple[int, ...] = (), pool_start: int = 0
+    ) -> EncoderInput:
+        row = (*before, *ids, *self.stop)
+        if len(row) == pool_start:
+            # An empty text and a tokenizer without special tokens: there must be one position to pool.
+            row = (*row, self.filler)
+        return EncoderInput(row, slots=slots, pool_start=pool_start)
+
+    def _room(self, limit: int, special: int, what: str, prefix: int = 0) -> int:
+        room = limit - special
+        if self.max_positions is not None:
+            room = min(room, self.max_positions - len(self.stop) - prefix)
+        if room < 1:
+            raise PromptError(
+                f"no room for {what}: the limit is {limit} tokens, the model takes {self.max_positions} and the "
+                f"prompt before it has {prefix}; use fewer demonstrations or a shorter instruction"
+            )
+        return room
+
+    def settings(self) -> dict[str, Any]:
+        """What the fingerprint has to know of the prompt."""
+        return {
+            "template": self.template.to_dict(),
+            "append_eos": self.append_eos,
+            "max_query_tokens": self.max_query_tokens,
+            "max_document_tokens": self.max_document_tokens,
+        }
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that a tokenizer puts before and after a text."""
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return tuple(full[:start]), tuple(full[start + len(bare) :])
+    return (), ()

@@ -1,0 +1,23 @@
+"""Training with EPIC: configuration, data, loss, trainer."""
+
+from __future__ import annotations
+
+from epic_rag.training._state import latest_checkpoint
+from epic_rag.training.config import TaskConfig, TrainingConfig
+from epic_rag.training.data import PairDataset, TrainingBatch, load_pairs
+from epic_rag.training.loss import info_nce
+from epic_rag.training.recipe import list_recipes, load_recipe
+from epic_rag.training.trainer import Trainer
+
+__all__ = [
+    "PairDataset",
+    "TaskConfig",
+    "Trainer",
+    "TrainingBatch",
+    "TrainingConfig",
+    "info_nce",
+    "latest_checkpoint",
+    "list_recipes",
+    "load_pairs",
+    "load_recipe",
+]

@@ -1,0 +1,207 @@
+"""Checkpoints of a run: everything that going on needs, in safetensors and JSON.
+
+A checkpoint is written to a temporary folder and renamed, so that a process that dies while it writes leaves the one
+before. Batches, demonstrations and dropout are functions of the step's number (see `data.sample_batch`), so the state
+is the weights, the optimiser's moments and the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from dataclasses import MISSING, fields
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from epic_rag.errors import TrainingError
+from epic_rag.training.config import TaskConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from epic_rag.training.trainer import Trainer
+
+__all__ = ["clear", "hardware", "latest_checkpoint", "restore", "save", "versions"]
+
+METRICS_FILE = "metrics.jsonl"
+_PREFIX = "checkpoint-"
+# What may change between two stretches of one run without making it another run.
+_FREE = {
+    "output",
+    "device",
+    "save_every",
+    "keep_checkpoints",
+    "description",
+    "license",
+    "base_model",
+    "name",
+    "stop_after",
+}
+
+
+def save(trainer: Trainer) -> Path:
+    """Write `checkpoint-<step>` and delete all but the newest few."""
+    final = trainer.folder / f"{_PREFIX}{trainer.step}"
+    temporary = trainer.folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    names = _parameter_names(trainer)
+    tensors = {f"model.{key}": value.detach().cpu() for key, value in trainer.encoder.backbone.state_dict().items()}
+    for parameter, state in trainer.optimizer.state.items():
+        for key, value in state.items():
+            tensors[f"optimizer.{names[id(parameter)]}.{key}"] = torch.as_tensor(value).detach().cpu()
+    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, temporary / "state.safetensors")
+    facts = {
+        "step": trainer.step,
+        "tokens": trainer.tokens,
+        "pairs": trainer.pairs,
+        "seconds": trainer.seconds,
+        "data": _hashes(trainer),
+        "config": trainer.config.to_dict(),
+    }
+    (temporary / "trainer.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for old in _checkpoints(trainer.folder)[: -trainer.config.keep_checkpoints]:
+        shutil.rmtree(old)
+    return final
+
+
+def restore(trainer: Trainer) -> bool:
+    """Go on from the newest checkpoint.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        TrainingError: If it belongs to a run with other settings.
+    """
+    newest = latest_checkpoint(trainer.folder)
+    if newest is None:
+        return False
+    try:
+        facts = json.loads((newest / "trainer.json").read_text(encoding="utf-8"))
+        _refuse_other_run(trainer, newest, facts)
+        tensors = load_file(newest / "state.safetensors")
+        trainer.encoder.backbone.load_state_dict(
+            {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(
+            f"{newest} does not load ({reason}); delete the folder and run the same command, which goes on from the "
+            "checkpoint before it"
+        ) from error
+    names = _parameter_names(trainer)
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            prefix = f"optimizer.{names[id(parameter)]}."
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if state:
+                # AdamW keeps its step counter on the CPU and its moments beside the weights.
+                trainer.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                }
+    trainer.step = int(facts["step"])
+    trainer.tokens = int(facts["tokens"])
+    # A checkpoint without a count is older than the count.
+    trainer.pairs = int(facts.get("pairs", trainer.step * trainer.config.batch_size))
+    trainer.seconds = float(facts["seconds"])
+    trainer.metrics = _metrics_until(trainer.folder / METRICS_FILE, trainer.step)
+    trainer.encoder.forget_fingerprint()
+    return True
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run's folder; None if there is none."""
+    found = _checkpoints(folder)
+    return found[-1] if found else None
+
+
+def clear(trainer: Trainer) -> None:
+    """Delete checkpoints and metrics of an earlier run in the trainer's folder.
+
+    The new run's first checkpoints would otherwise be the oldest ones of the folder, and be deleted for it.
+    """
+    for item in (*_checkpoints(trainer.folder), *trainer.folder.glob(f".{_PREFIX}*.tmp")):
+        shutil.rmtree(item)
+    if (trainer.folder / METRICS_FILE).is_file():
+        _write_metrics(trainer.folder / METRICS_FILE, trainer.metrics)
+
+
+def hardware(device: torch.device) -> str:
+    """What the run was on, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (GPU)"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", "transformers")}}
+
+
+def _parameter_names(trainer: Trainer) -> dict[int, str]:
+    return {id(value): name for name, value in trainer.encoder.backbone.named_parameters()}
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [item for item in folder.glob(f"{_PREFIX}*") if (item / "trainer.json").is_file()]
+    found = [item for item in found if item.name.removeprefix(_PREFIX).isdecimal()]
+    return sorted(found, key=lambda item: int(item.name.removeprefix(_PREFIX)))
+
+
+def _hashes(trainer: Trainer) -> dict[str, str]:
+    return {item.name: item.sha256 for item in trainer.datasets}
+
+
+def _refuse_other_run(trainer: Trainer, checkpoint: Path, facts: dict[str, Any]) -> None:
+    ours: dict[str, Any] = json.loads(json.dumps(trainer.config.to_dict()))
+    # A setting that the checkpoint's release did not know had what is now its default.
+    theirs = {**_defaults(TrainingConfig), **facts["config"]}
+    theirs["tasks"] = {name: {**_defaults(TaskConfig), **entry} for name, entry in theirs["tasks"].items()}
+    remedy = "give the run another output folder, or start afresh with `epic-rag train --no-resume`"
+    for key in sorted(ours):
+        if key not in _FREE and ours[key] != theirs.get(key):
+            raise TrainingError(
+                f"{checkpoint} was trained with {key} {theirs.get(key)!r}, this run has {ours[key]!r}; {remedy}"
+            )
+    for name, digest in _hashes(trainer).items():
+        before = facts.get("data", {}).get(name, digest)
+        if before != digest:
+            raise TrainingError(
+                f"{checkpoint} was trained on a file {name} with SHA-256 {before[:12]}..., this run's has "
+                f"{digest[:12]}...; {remedy}"
+            )
+
+
+def _defaults(config: type[TrainingConfig] | type[TaskConfig]) -> dict[str, Any]:
+    known = {item.name: item.default for item in fields(config) if item.default is not MISSING}
+    defaults: dict[str, Any] = json.loads(json.dumps(known))
+    return defaults
+
+
+def _metrics_until(file: Path, step: int) -> list[dict[str, Any]]:
+    """Entries up to a step; later ones, and a line that was being written when the process died, leave the file."""
+    kept: list[dict[str, Any]] = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if entry["step"] <= step:
+                kept.append(entry)
+        _write_metrics(file, kept)
+    return kept
+
+
+def _write_metrics(file: Path, entries: list[dict[str, Any]]) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    os.replace(temporary, file)

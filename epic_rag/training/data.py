@@ -1,0 +1,339 @@
+"""Training pairs: files, tasks, batches.
+
+A file is JSON lines of {"query", "positive", "negatives"?, "group"?}, gzipped or not, one file a task. "passage" will
+do for "positive", as in a bank's file. Rows with one group, or with one positive, are no negatives of each other.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from epic_rag.errors import DataError
+from epic_rag.training.config import TrainingConfig
+
+__all__ = ["PairDataset", "TaskRows", "TrainingBatch", "load_pairs", "sample_batch"]
+
+# A source with fewer rows would show the same demonstrations again and again.
+_SOURCE_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One training row."""
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+    group: str | None = None
+    source: str | None = None
+
+
+@dataclass
+class PairDataset:
+    """The rows of one task.
+
+    Attributes:
+        name: Name of the task.
+        rows: Training rows.
+        instruction: What to retrieve.
+        symmetric: Whether positives are encoded like queries.
+        weight: Multiplies the task's share of the mix.
+        held_out: Rows that are kept for evaluation, never trained on.
+        label_like: Whether rows share a few targets (labels, topics). See `TaskRows.demonstrations`.
+        sha256: Hash of the file, for the training record.
+        sources: How many sources share a task's part of a step; 0 draws its rows as one.
+        by_source: Rows of each source that is large enough to demonstrate for itself; made by `load_datasets`.
+    """
+
+    name: str
+    rows: list[Pair]
+    instruction: str | None = None
+    symmetric: bool = False
+    weight: float = 1.0
+    held_out: list[Pair] = field(default_factory=list)
+    sha256: str = ""
+    sources: int = 0
+    by_source: dict[str, list[Pair]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        targets = {row.group if row.group is not None else row.positive for row in [*self.rows, *self.held_out]}
+        self.label_like = len(targets) * 10 <= len(self.rows)
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """One task's part of a batch.
+
+    Attributes:
+        name: Name of the task.
+        instruction: The instruction of these rows; None for none.
+        symmetric: Whether positives are encoded like queries.
+        rows: The pairs.
+        demonstrations: For each row, positions (within `rows`) of its demonstrations, k of them.
+    """
+
+    name: str
+    instruction: str | None
+    symmetric: bool
+    rows: tuple[Pair, ...]
+    demonstrations: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """The tasks of one step."""
+
+    tasks: tuple[TaskRows, ...]
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs."""
+        return sum(len(task.rows) for task in self.tasks)
+
+
+def load_pairs(path: Path) -> tuple[list[Pair], str]:
+    """Read a file of pairs.
+
+    Returns:
+        The pairs and the SHA-256 of the file.
+
+    Raises:
+        DataError: If the file is missing or a line is malformed; names file and line.
+    """
+    pairs: list[Pair] = []
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); check the data folder of the configuration") from error
+    # Not splitlines(): a text may hold U+2028 and its kin, which JSON does not escape.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            pairs.append(_parse(line, path, number))
+    if not pairs:
+        raise DataError(f'{path} has no rows; each line is {{"query": "...", "positive": "..."}}')
+    return pairs, hashlib.sha256(raw).hexdigest()
+
+
+def load_datasets(config: TrainingConfig) -> tuple[list[PairDataset], list[PairDataset]]:
+    """Load the mix and the evaluation tasks.
+
+    Held-out rows are the first `evaluation_rows` queries of a shuffle by task name; every row that shares a positive
+    or a group with one of them leaves training too (label-like tasks excepted, where all rows do).
+
+    Returns:
+        Training datasets; evaluation datasets (those with held-out rows), which are the former where a task is in
+        both.
+
+    Raises:
+        DataError: If a file is missing or malformed, or has too few rows to train on.
+    """
+    folder = Path(config.data)
+    instructions = _instructions(folder)
+    loaded: dict[str, PairDataset] = {}
+    for name in dict.fromkeys([*config.tasks, *config.evaluation_tasks]):
+        entry = config.tasks.get(name)
+        rows, digest = load_pairs(_find(folder, name))
+        dataset = PairDataset(
+            name=name,
+            rows=rows,
+            instruction=(entry.instruction if entry else None) or instructions.get(name, config.default_instruction),
+            symmetric=entry.symmetric if entry else False,
+            weight=entry.weight if entry else 0.0,
+            sha256=digest,
+            sources=entry.sources if entry else 0,
+        )
+        if name in config.evaluation_tasks and config.evaluation_rows:
+            _hold_out(dataset, config.evaluation_rows)
+        if name in config.tasks and len(dataset.rows) < 2:
+            raise DataError(
+                f"{name} has {len(rows)} rows, of which {len(dataset.rows)} are left for training beside "
+                f"{len(dataset.held_out)} held-out ones; in-batch negatives need at least 2: add rows, or take it out "
+                "of evaluation_tasks"
+            )
+        if dataset.sources:
+            _group_by_source(dataset)
+        loaded[name] = dataset
+    evaluated = [loaded[name] for name in config.evaluation_tasks]
+    return [loaded[name] for name in config.tasks], [dataset for dataset in evaluated if dataset.held_out]
+
+
+def sample_batch(datasets: Sequence[PairDataset], config: TrainingConfig, step: int) -> TrainingBatch:
+    """The batch of a step.
+
+    A function of configuration and step alone, so that a resumed run sees the same batches without any state.
+
+    Args:
+        datasets: The mix.
+        config: Sizes and shares.
+        step: Number of the step, from 0.
+    """
+    rng = random.Random(f"{config.seed}-{step}")
+    shares = [dataset.weight * len(dataset.rows) ** config.size_power for dataset in datasets]
+    count = min(config.tasks_per_batch, len(datasets))
+    chosen: list[PairDataset] = []
+    while len(chosen) < count:
+        pick = rng.choices(datasets, shares)[0]
+        if pick not in chosen:
+            chosen.append(pick)
+    per_task = config.batch_size // count
+    tasks: list[TaskRows] = []
+    for dataset in chosen:
+        pools = _source_pools(dataset, config, rng) if dataset.sources else [dataset.rows]
+        tasks.extend(_task_rows(dataset, pool, per_task // len(pools), config, rng) for pool in pools)
+    return TrainingBatch(tuple(tasks))
+
+
+def _source_pools(dataset: PairDataset, config: TrainingConfig, rng: random.Random) -> list[list[Pair]]:
+    """Rows of a few sources, each to be a task of its own.
+
+    The instruction is the same for all, so that which source a query belongs to has to be read from the
+    demonstrations: they come from its source, and the other sources' documents are negatives.
+    """
+    names = list(dataset.by_source)
+    shares = [len(dataset.by_source[name]) ** config.size_power for name in names]
+    picked: list[str] = []
+    while len(picked) < min(dataset.sources, len(names)):
+        name = rng.choices(names, shares)[0]
+        if name not in picked:
+            picked.append(name)
+    return [dataset.by_source[name] for name in picked]
+
+
+def _task_rows(
+    dataset: PairDataset, pool: Sequence[Pair], size: int, config: TrainingConfig, rng: random.Random
+) -> TaskRows:
+    rows = tuple(rng.sample(pool, min(size, len(pool))))
+    # Turned round, a pair is another task over the same texts; nothing but demonstrations says which of the two.
+    turnable = config.turned_round > 0 and not dataset.symmetric and not dataset.label_like
+    turned = turnable and rng.random() < config.turned_round
+    if turned:
+        rows = tuple(Pair(row.positive, row.query, group=row.group, source=row.source) for row in rows)
+    draw = rng.random()
+    instruction = dataset.instruction
+    if turned:
+        # The task's instruction would be wrong; a share stays without any, as elsewhere.
+        instruction = None if draw < config.no_instruction else rng.choice(config.generic_instructions)
+    elif draw < config.generic_instruction:
+        instruction = rng.choice(config.generic_instructions)
+    elif draw < config.generic_instruction + config.no_instruction:
+        instruction = None
+    demonstrations = []
+    for index in range(len(rows)):
+        allowed = _allowed(rows, index, dataset.label_like)
+        k = min(rng.randint(0, config.max_demonstrations), len(allowed)) if config.strategy != "none" else 0
+        demonstrations.append(tuple(rng.sample(allowed, k)))
+    return TaskRows(dataset.name, instruction, dataset.symmetric, rows, tuple(demonstrations))
+
+
+def _allowed(rows: Sequence[Pair], index: int, label_like: bool) -> list[int]:
+    """Rows that may demonstrate for a row.
+
+    Never itself, and never a row with the same positive or group, which would show the answer. Label-like tasks are
+    the exception: there, a rule "never the same label" would make the answer the one label that is *not* shown, and
+    showing examples of the right label among others is what such demonstrations are for.
+    """
+    own = rows[index]
+    return [
+        other
+        for other, row in enumerate(rows)
+        if other != index
+        and row.query != own.query
+        and (label_like or (row.positive != own.positive and (row.group is None or row.group != own.group)))
+    ]
+
+
+def _hold_out(dataset: PairDataset, count: int) -> None:
+    order = list(range(len(dataset.rows)))
+    random.Random(f"held-out-{dataset.name}").shuffle(order)
+    held = order[: min(count, len(order) // 2)]
+    dataset.held_out = [dataset.rows[row] for row in held]
+    taken = set(held)
+    if not dataset.label_like:
+        positives = {row.positive for row in dataset.held_out}
+        groups = {row.group for row in dataset.held_out if row.group is not None}
+        taken |= {index for index, row in enumerate(dataset.rows) if row.positive in positives or row.group in groups}
+    dataset.rows = [row for index, row in enumerate(dataset.rows) if index not in taken]
+
+
+def _group_by_source(dataset: PairDataset) -> None:
+    groups: dict[str, list[Pair]] = {}
+    for row in dataset.rows:
+        if row.source is not None:
+            groups.setdefault(row.source, []).append(row)
+    dataset.by_source = {name: rows for name, rows in sorted(groups.items()) if len(rows) >= _SOURCE_ROWS}
+    if len(dataset.by_source) < dataset.sources:
+        raise DataError(
+            f"{dataset.name} has {len(dataset.by_source)} sources of {_SOURCE_ROWS} rows or more, `sources` asks for "
+            f'{dataset.sources} in a step; give its rows a "source", or set `sources` to 0'
+        )
+
+
+def _instructions(folder: Path) -> Mapping[str, str]:
+    file = folder / "instructions.json"
+    if not file.is_file():
+        return {}
+    try:
+        data = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} is not valid JSON ({error}); mend it") from error
+    if not isinstance(data, dict):
+        raise DataError(f'{file} holds a {type(data).__name__}; write {{"task": "instruction", ...}}')
+    return {str(key): str(value) for key, value in data.items()}
+
+
+def _find(folder: Path, name: str) -> Path:
+    for suffix in (".jsonl.gz", ".jsonl"):
+        if (folder / f"{name}{suffix}").is_file():
+            return folder / f"{name}{suffix}"
+    there = sorted(file.name.split(".")[0] for file in folder.glob("*.jsonl*")) if folder.is_dir() else []
+    raise DataError(
+        f"no file {name}.jsonl or {name}.jsonl.gz in {folder}, which has {', '.join(there) or 'none'}; "
+        "check `tasks` and `data` of the configuration"
+    )
+
+
+def _parse(line: str, path: Path, number: int) -> Pair:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        query, positive = row["query"], row["positive"] if "positive" in row else row["passage"]
+        negatives, group = row.get("negatives") or [], row.get("group")
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f'{path}:{number} is not {{"query": "...", "positive": "..."}} ({type(error).__name__}: {error}); '
+            "mend or delete the line"
+        ) from error
+    # A string would pass for a sequence of one-letter texts.
+    if not isinstance(negatives, list):
+        raise DataError(f'{path}:{number} has "negatives" that are no list; write {{"negatives": ["..."]}}')
+    if not all(_is_text(text) for text in (query, positive, *negatives)):
+        raise DataError(
+            f"{path}:{number} has a text that is empty, no string or no valid Unicode; mend or delete the line"
+        )
+    source = row.get("source")
+    return Pair(
+        query,
+        positive,
+        tuple(negatives),
+        None if group is None else str(group),
+        None if source is None else str(source),
+    )
+
+
+def _is_text(value: object) -> bool:
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        # JSON can spell half of a surrogate pair, which no tokenizer takes.
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,40 @@
+"""Chroma for epic-rag: an embedding function, and an indexer from folders to a collection.
+
+`EpicEmbeddingFunction` is registered with Chroma when it is imported. Nothing here imports chromadb, torch or
+llama_index before it is needed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from epic_rag_chroma.embedding_function import EpicEmbeddingFunction
+    from epic_rag_chroma.indexer import ChromaIndexer
+    from epic_rag_chroma.types import Hit, IndexProgress, IndexReport, IndexSettings, IndexStatus, SkippedFile
+
+__all__ = [
+    "ChromaIndexer",
+    "EpicEmbeddingFunction",
+    "Hit",
+    "IndexProgress",
+    "IndexReport",
+    "IndexSettings",
+    "IndexStatus",
+    "SkippedFile",
+]
+
+_MODULES = {"ChromaIndexer": "indexer", "EpicEmbeddingFunction": "embedding_function"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'types')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,88 @@
+"""Whether an index, a model and settings go together; every message says both sides and what to run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from epic_rag.errors import ConfigError, IndexMismatchError
+from epic_rag_chroma import roots
+from epic_rag_chroma.manifest import CHUNKER_VERSION, IndexState
+from epic_rag_chroma.types import IndexSettings
+
+if TYPE_CHECKING:
+    from epic_rag import EpicEncoder
+
+__all__ = ["check_model", "check_settings", "effective_sizes"]
+
+# [CLS] and [SEP], or EOS: what a model puts around a document.
+_SPECIAL_TOKENS = 2
+
+
+def check_model(index_dir: Path, state: IndexState, encoder: EpicEncoder, paths: Sequence[Path]) -> None:
+    """Refuse vectors of another model.
+
+    Raises:
+        IndexMismatchError: If the fingerprints differ.
+    """
+    if state.fingerprint != encoder.fingerprint:
+        raise IndexMismatchError(
+            f"index was built with {state.model} ({state.fingerprint}), you asked for {encoder.name} "
+            f"({encoder.fingerprint}); run `epic-rag index --rebuild {_shown(index_dir, state, paths)}`"
+        )
+
+
+def check_settings(index_dir: Path, state: IndexState, settings: IndexSettings | None, paths: Sequence[Path]) -> None:
+    """Refuse other chunks than the index has.
+
+    Raises:
+        IndexMismatchError: If sizes or version differ.
+    """
+    again = f"run `epic-rag index --rebuild {_shown(index_dir, state, paths)}`"
+    if state.chunker_version != CHUNKER_VERSION:
+        raise IndexMismatchError(
+            f"index was built with version {state.chunker_version} of the chunks, this is version "
+            f"{CHUNKER_VERSION}; {again}"
+        )
+    if settings is None:
+        return
+    had = (state.settings.chunk_tokens, state.settings.chunk_overlap)
+    asked = (settings.chunk_tokens, settings.chunk_overlap)
+    if had != asked:
+        raise IndexMismatchError(
+            f"index was built with chunks of {had[0]} tokens, {had[1]} shared, you asked for {asked[0]}, "
+            f"{asked[1]} shared; {again}"
+        )
+
+
+def _shown(index_dir: Path, state: IndexState, paths: Sequence[Path]) -> str:
+    """Paths as a person in the working directory would write them."""
+    shown = []
+    for path in paths or [roots.where(root, index_dir) for root in state.roots]:
+        try:
+            near = os.path.relpath(path)
+        except ValueError:  # another drive
+            near = str(path)
+        shown.append(str(path) if near.startswith("..") else near if near == "." else os.path.join(".", near))
+    return " ".join(shlex.quote(path) for path in shown)
+
+
+def effective_sizes(settings: IndexSettings, encoder: EpicEncoder) -> tuple[int, int]:
+    """Chunk size and overlap for a model: the default size shrinks to what it reads, a chosen one must fit.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    limit = encoder.max_document_tokens - _SPECIAL_TOKENS
+    tokens = settings.chunk_tokens
+    if tokens > limit:
+        if tokens != IndexSettings().chunk_tokens:
+            raise ConfigError(
+                f"chunks of {tokens} tokens are more than the {limit} that {encoder.name} reads of a document; "
+                f"run `epic-rag index --chunk-tokens {limit}`"
+            )
+        tokens = max(1, limit)
+    return tokens, min(settings.chunk_overlap, tokens // 2)

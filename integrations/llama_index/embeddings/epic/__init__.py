@@ -1,0 +1,9 @@
+"""EPIC embeddings for LlamaIndex: `from llama_index.embeddings.epic import EpicEmbedding`.
+
+`llama_index` and `llama_index.embeddings` are namespace packages that many distributions share, so neither
+folder above this one may hold an `__init__.py`.
+"""
+
+from llama_index.embeddings.epic.base import EpicEmbedding
+
+__all__ = ["EpicEmbedding"]

@@ -1,0 +1,354 @@
+"""What LlamaIndex 0.14 does to an embedding model, and that EpicEmbedding survives it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from llama_index.core import Document, Settings, VectorStoreIndex
+from llama_index.core.ingestion import IngestionCache, IngestionPipeline
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.schema import BaseComponent
+from llama_index.core.storage.kvstore import SimpleKVStore
+
+from epic_rag import DemonstrationBank, EpicEncoder, FingerprintError
+from llama_index.embeddings.epic import EpicEmbedding
+
+BANK = DemonstrationBank([("how do I undo this", "To undo a step, press Ctrl+Z.")], instruction="Find the manual page")
+OTHER_BANK = DemonstrationBank([("where are settings", "Settings lie in a file.")], instruction="Find the manual page")
+TEXTS = ["Paris", "Rome", "Oslo", "Lima"]
+
+
+@pytest.fixture
+def embedding(tiny_checkpoint: Path) -> EpicEmbedding:
+    return EpicEmbedding(model=str(tiny_checkpoint))
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, encoder: EpicEncoder) -> dict[str, list[str]]:
+    """Every text that reaches the encoder, by role."""
+    calls: dict[str, list[str]] = {"query": [], "document": []}
+
+    def watch(role: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(texts: list[str], **options: Any) -> Any:
+            calls[role].extend(texts)
+            return method(texts, **options)
+
+        return call
+
+    monkeypatch.setattr(encoder, "encode_query", watch("query", encoder.encode_query))
+    monkeypatch.setattr(encoder, "encode_document", watch("document", encoder.encode_document))
+    return calls
+
+
+# -- embeddings_cache: one key space for queries and documents --------------------------------------------------------
+
+
+def cached(checkpoint: Path, store: SimpleKVStore, bank: DemonstrationBank | None = None) -> EpicEmbedding:
+    return EpicEmbedding(model=str(checkpoint), bank=bank, embeddings_cache=store)
+
+
+def test_a_query_never_gets_the_cached_vector_of_a_document(tiny_checkpoint: Path, embedding: EpicEmbedding) -> None:
+    for ask_first in (True, False):
+        both = cached(tiny_checkpoint, SimpleKVStore(), BANK)
+        if ask_first:
+            query, text = both.get_query_embedding("Paris"), both.get_text_embedding("Paris")
+        else:
+            text, query = both.get_text_embedding("Paris"), both.get_query_embedding("Paris")
+        assert text == embedding.get_text_embedding("Paris")
+        assert query == embedding.with_bank(BANK).get_query_embedding("Paris")
+        assert query != text
+
+
+def test_the_cache_is_used_by_all_methods(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding = cached(tiny_checkpoint, SimpleKVStore())
+    calls = count_calls(monkeypatch, embedding.encoder)
+    for _ in range(2):
+        vectors = embedding.get_text_embedding_batch(TEXTS)
+        assert embedding.get_text_embedding("Rome") == vectors[1]
+        assert asyncio.run(embedding.aget_text_embedding_batch([*TEXTS[2:], "Bern"]))[:2] == vectors[2:]
+        query = embedding.get_query_embedding("Rome")
+        assert asyncio.run(embedding.aget_query_embedding("Rome")) == query
+    assert calls == {"query": ["Rome"], "document": [*TEXTS, "Bern"]}
+
+
+def test_a_cache_that_outlives_a_checkpoint_or_a_bank_serves_nothing_stale(
+    tiny_checkpoint: Path, other_checkpoint: Path
+) -> None:
+    store = SimpleKVStore()
+    makers = [(tiny_checkpoint, BANK), (tiny_checkpoint, OTHER_BANK), (other_checkpoint, BANK)]
+    for checkpoint, bank in makers:
+        shared, alone = cached(checkpoint, store, bank), EpicEmbedding(model=str(checkpoint), bank=bank)
+        assert shared.get_query_embedding("Paris") == alone.get_query_embedding("Paris")
+        assert shared.get_text_embedding("Paris") == alone.get_text_embedding("Paris")
+    # three query vectors, but one document vector a checkpoint: a bank leaves documents alone
+    assert len(store.get_all(collection="embeddings")) == 3 + 2
+
+
+def test_the_cache_is_no_setting_and_survives_copies(tiny_checkpoint: Path) -> None:
+    embedding = cached(tiny_checkpoint, SimpleKVStore())
+    assert embedding.to_dict() == EpicEmbedding(model=str(tiny_checkpoint)).to_dict()
+    vector = embedding.get_text_embedding("Paris")
+    for copied in (embedding.with_bank(BANK), pickle.loads(pickle.dumps(embedding))):
+        assert len(copied.embeddings_cache.get_all("embeddings")) == 1
+        assert copied.get_text_embedding("Paris") == vector
+
+
+# -- the IngestionPipeline's cache hashes to_dict() -------------------------------------------------------------------
+
+
+def ingest(embedding: EpicEmbedding, cache: IngestionCache, texts: list[str] = TEXTS) -> list[list[float]]:
+    pipeline = IngestionPipeline(
+        transformations=[SentenceSplitter(chunk_size=64, chunk_overlap=0), embedding], cache=cache
+    )
+    nodes = pipeline.run(documents=[Document(text=text, id_=text) for text in texts])
+    return [node.embedding or [] for node in nodes]
+
+
+def test_the_pipeline_cache_spares_the_second_run(embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, cache = count_calls(monkeypatch, embedding.encoder), IngestionCache()
+    first = ingest(embedding, cache)
+    assert ingest(EpicEmbedding.from_dict(embedding.to_dict()), cache) == first
+    assert ingest(embedding, cache) == first
+    assert calls["document"] == TEXTS
+
+
+def test_another_checkpoint_in_the_same_folder_is_not_served_stale_vectors(
+    tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder, cache = tmp_path / "model", IngestionCache()
+    shutil.copytree(tiny_checkpoint, folder)
+    before = ingest(EpicEmbedding(model=str(folder)), cache)
+    shutil.rmtree(folder)
+    shutil.copytree(other_checkpoint, folder)
+    after = ingest(EpicEmbedding(model=str(folder)), cache)
+    expected = EpicEncoder.from_pretrained(other_checkpoint).encode_document(TEXTS)
+    assert np.allclose(after, expected, atol=1e-6)
+    assert not np.allclose(after, before, atol=1e-3)
+
+
+def test_another_bank_in_the_same_folder_is_not_served_stale_vectors(
+    tiny_checkpoint: Path, embedding: EpicEmbedding, tmp_path: Path
+) -> None:
+    """In a symmetric task the bank is in the documents' vectors too."""
+    cache, seen = IngestionCache(), []
+    for pair in (("a", "b"), ("c", "d")):
+        bank = DemonstrationBank([pair], instruction="Retrieve texts of the same meaning", symmetric=True)
+        bank.save(tmp_path / "bank")
+        adapted = EpicEmbedding(model=str(tiny_checkpoint), bank=str(tmp_path / "bank"))
+        seen.append(ingest(adapted, cache))
+        assert np.allclose(seen[-1], embedding.encoder.encode_query(TEXTS, bank=bank), atol=1e-6)
+    assert not np.allclose(*seen, atol=1e-3)
+
+
+def test_for_documents_embeds_nothing_again_when_the_bank_changes(
+    embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, cache = count_calls(monkeypatch, embedding.encoder), IngestionCache()
+    variants = [
+        embedding,
+        embedding.with_bank(BANK),
+        embedding.with_bank(OTHER_BANK),
+        embedding.model_copy(update={"task": "qa"}),
+    ]
+    vectors = [ingest(variant.for_documents(), cache) for variant in variants]
+    assert calls["document"] == TEXTS
+    assert all(rows == vectors[0] for rows in vectors)
+    # without for_documents() another bank misses the cache: more work, the same vectors
+    assert ingest(embedding.with_bank(BANK), cache) == vectors[0]
+    assert calls["document"] == TEXTS * 2
+
+
+def test_for_documents_keeps_what_a_symmetric_task_needs(tiny_checkpoint: Path) -> None:
+    embedding = EpicEmbedding(model=str(tiny_checkpoint), task="sts")
+    assert embedding.for_documents().to_dict() == embedding.to_dict()
+
+
+# -- copies: __setstate__ re-runs __init__(**fields) ------------------------------------------------------------------
+
+
+def test_every_argument_is_a_field_so_that_fields_make_it_again(embedding: EpicEmbedding) -> None:
+    adapted = embedding.with_bank(BANK)
+    fields = {name: getattr(adapted, name) for name in EpicEmbedding.model_fields}
+    assert EpicEmbedding(**fields).to_dict() == adapted.to_dict()
+    # what BaseComponent would do, should a later LlamaIndex call it directly
+    restored = EpicEmbedding.__new__(EpicEmbedding)
+    BaseComponent.__setstate__(restored, {"__dict__": fields})
+    assert restored.get_query_embedding("Paris") == adapted.get_query_embedding("Paris")
+
+
+def test_a_copy_loads_at_first_use_and_then_compares_fingerprints(
+    tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    embedding = EpicEmbedding(model=str(folder))
+    sent = pickle.dumps(embedding)
+    assert not pickle.loads(sent)._engine.loaded
+    shutil.rmtree(folder)
+    # unpickling itself must not raise: a multiprocessing pool would wait for ever
+    missing, changed = pickle.loads(sent), pickle.loads(sent)
+    with pytest.raises(Exception, match="no checkpoint"):
+        missing.get_query_embedding("Paris")
+    shutil.copytree(other_checkpoint, folder)
+    for ask in (changed.get_query_embedding, changed.get_text_embedding):
+        with pytest.raises(FingerprintError):
+            ask("Paris")
+    with pytest.raises(FingerprintError):
+        asyncio.run(changed.aget_query_embedding("Paris"))
+
+
+def test_from_dict_names_both_checkpoints_and_the_remedy(tiny_checkpoint: Path, other_checkpoint: Path) -> None:
+    tiny, other = (EpicEmbedding(model=str(folder)) for folder in (tiny_checkpoint, other_checkpoint))
+    data = {**tiny.to_dict(), "model": str(other_checkpoint)}
+    with pytest.raises(FingerprintError) as caught:
+        EpicEmbedding.from_dict(data)
+    message = str(caught.value)
+    assert tiny.encoder.fingerprint in message
+    assert other.encoder.fingerprint in message
+    assert str(other_checkpoint) in message
+    assert "from_dict(data, fingerprint=None)" in message
+    assert "\n" not in message
+    assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
+    # both remedies work
+    assert EpicEmbedding.from_dict(data, fingerprint=None).fingerprint == other.fingerprint
+    assert EpicEmbedding.from_dict(data, model=str(tiny_checkpoint)).fingerprint == tiny.fingerprint
+
+
+def test_an_edited_bank_is_taken_as_it_is_and_said(
+    embedding: EpicEmbedding, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    BANK.save(tmp_path)
+    data = embedding.with_bank(tmp_path).to_dict()
+    OTHER_BANK.save(tmp_path)
+    with caplog.at_level(logging.INFO, logger="llama_index.embeddings.epic"):
+        again = EpicEmbedding.from_dict(data)
+    assert again.fingerprint == embedding.with_bank(OTHER_BANK).fingerprint != data["fingerprint"]
+    assert data["fingerprint"] in caplog.text
+
+
+def test_an_edited_bank_of_a_symmetric_task_is_refused(embedding: EpicEmbedding, tmp_path: Path) -> None:
+    for pair in (("a", "b"), ("c", "d")):
+        DemonstrationBank([pair], symmetric=True).save(tmp_path)
+        if pair[0] == "a":
+            data = embedding.with_bank(tmp_path).to_dict()
+    with pytest.raises(FingerprintError, match="symmetric"):
+        EpicEmbedding.from_dict(data)
+
+
+# -- async: the default methods block the event loop ------------------------------------------------------------------
+
+
+@pytest.fixture
+def gate(embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """An encoder that works until the gate is opened, or gives up: who blocks the loop never opens it."""
+    opened = threading.Event()
+
+    def hold(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(texts: list[str], **options: Any) -> Any:
+            assert opened.wait(timeout=20), "the event loop is blocked"
+            return method(texts, **options)
+
+        return call
+
+    for name in ("encode_query", "encode_document"):
+        monkeypatch.setattr(embedding.encoder, name, hold(getattr(embedding.encoder, name)))
+    yield opened
+    opened.set()
+
+
+@pytest.mark.parametrize("method", ["aget_query_embedding", "aget_text_embedding", "aget_text_embedding_batch"])
+def test_the_event_loop_runs_on_while_texts_are_embedded(
+    embedding: EpicEmbedding, gate: threading.Event, method: str
+) -> None:
+    embedding.embed_batch_size = 2  # more batches than the loop's shared pool has threads
+
+    async def embed() -> Any:
+        argument = ["Paris"] * 100 if method.endswith("batch") else "Paris"
+        work = asyncio.create_task(getattr(embedding, method)(argument))
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert not work.done()
+        # the loop's shared threads are free as well, however many batches wait
+        assert await asyncio.wait_for(asyncio.to_thread(time.monotonic), timeout=10)
+        gate.set()
+        return await work
+
+    assert asyncio.run(embed())
+
+
+def test_a_pipeline_may_run_in_the_loop(embedding: EpicEmbedding, gate: threading.Event) -> None:
+    async def embed() -> Any:
+        pipeline = IngestionPipeline(transformations=[embedding], disable_cache=True)
+        work = asyncio.create_task(pipeline.arun(documents=[Document(text=text) for text in TEXTS]))
+        await asyncio.sleep(0.01)
+        gate.set()
+        return await work
+
+    nodes = asyncio.run(embed())
+    assert [node.embedding for node in nodes] == embedding.get_text_embedding_batch(TEXTS)
+
+
+def test_one_text_at_a_time_reaches_the_encoder(embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EpicEncoder is not thread-safe: threads, event loops and copies of the embedding have to take turns."""
+    encoder, inside, most = embedding.encoder, 0, 0
+    original = encoder.encode_document
+
+    def encode(texts: list[str], **options: Any) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.002)
+        inside -= 1
+        return original(texts, **options)
+
+    monkeypatch.setattr(encoder, "encode_document", encode)
+    others = [embedding, embedding.with_bank(BANK), embedding.model_copy()]
+    expected = embedding.get_text_embedding("Paris")
+    with ThreadPoolExecutor(6) as pool:
+        sync = [pool.submit(other.get_text_embedding, "Paris") for other in others * 4]
+        loops = [pool.submit(lambda: asyncio.run(others[1].aget_text_embedding("Paris"))) for _ in range(4)]
+        assert all(future.result() == expected for future in [*sync, *loops])
+    assert most == 1
+
+
+# -- the global embed model gets a callback manager assigned ---------------------------------------------------------
+
+
+def test_settings_take_it_as_the_global_embed_model(embedding: EpicEmbedding) -> None:
+    previous = Settings._embed_model
+    try:
+        Settings.embed_model = embedding
+        index = VectorStoreIndex.from_documents([Document(text=text) for text in TEXTS])
+        assert len(index.as_retriever(similarity_top_k=3).retrieve("a fox")) == 3
+    finally:
+        Settings._embed_model = previous
+
+
+# -- num_workers ------------------------------------------------------------------------------------------------------
+
+
+def test_worker_processes_give_the_same_vectors_and_fill_the_cache(
+    embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multiprocessing.cpu_count", lambda: 2)  # else LlamaIndex warns on a one-core machine
+    adapted = embedding.with_bank(BANK)
+    documents = [Document(text=text, id_=text) for text in TEXTS]
+    expected = adapted.get_text_embedding_batch(TEXTS)
+    pipeline = IngestionPipeline(transformations=[adapted], cache=IngestionCache())
+    nodes = pipeline.run(documents=documents, num_workers=2)
+    assert np.allclose([node.embedding for node in nodes], expected, atol=1e-6)
+    # The workers' cache entries came back: one for each half.
+    calls = count_calls(monkeypatch, adapted.encoder)
+    again = [node for half in (documents[:2], documents[2:]) for node in pipeline.run(documents=half)]
+    assert np.allclose([node.embedding for node in again], expected, atol=1e-6)
+    assert calls["document"] == []

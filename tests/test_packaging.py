@@ -1,0 +1,249 @@
+"""What is shipped: the wheel's contents and metadata, the Makefile's targets, the sizes of what is committed."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import email
+import email.message
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import epic_rag
+from epic_rag.checkpoints import DEFAULT_CHECKPOINT
+
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 1024 * 1024
+
+
+def committed_files() -> list[str]:
+    """What git has or would take: tracked files and new ones that are not ignored, as long as they exist."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    ).stdout.decode()
+    return sorted(name for name in listed.split("\0") if name and (ROOT / name).is_file())
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """The wheel of a copy of what is committed, built with the installed setuptools: the network is not needed."""
+    source = tmp_path_factory.mktemp("source")
+    for name in committed_files():
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, target)
+    folder = tmp_path_factory.mktemp("wheel")
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)],
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    shutil.rmtree(source)
+    [path] = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+@pytest.fixture(scope="session")
+def names(wheel: zipfile.ZipFile) -> set[str]:
+    return set(wheel.namelist())
+
+
+@pytest.fixture(scope="session")
+def metadata(wheel: zipfile.ZipFile, names: set[str]) -> email.message.Message:
+    [path] = [name for name in names if name.endswith(".dist-info/METADATA")]
+    return email.message_from_bytes(wheel.read(path))
+
+
+def test_only_our_packages_land_in_site_packages(names: set[str]) -> None:
+    tops = {name.split("/")[0] for name in names}
+    expected = {"epic_rag", "epic_rag_chroma", "epic_rag_cli", "epic_rag_demos", "llama_index"}
+    assert tops == {*expected, f"epic_rag-{epic_rag.__version__}.dist-info"}
+
+
+def test_llama_index_stays_a_namespace(names: set[str]) -> None:
+    # An __init__.py on these levels would hide llama-index-core, or be overwritten by it.
+    assert not {"llama_index/__init__.py", "llama_index/embeddings/__init__.py"} & names
+    ours = {name for name in names if name.startswith("llama_index/")}
+    assert "llama_index/embeddings/epic/__init__.py" in ours
+    assert {name for name in ours if not name.startswith("llama_index/embeddings/epic/")} == set()
+
+
+def test_every_module_is_in_the_wheel_under_its_own_root(names: set[str]) -> None:
+    roots = ("integrations/", "cli/", "demos/", "")
+    package = re.compile(r"(epic_rag|epic_rag_chroma|epic_rag_cli|epic_rag_demos|llama_index)/.*\.py")
+    expected = set()
+    for name in committed_files():
+        inner = next(name[len(root) :] for root in roots if name.startswith(root))
+        if package.fullmatch(inner):
+            expected.add(inner)
+    assert len(expected) > 20
+    assert {name for name in names if name.endswith(".py")} == expected
+
+
+def test_no_caches_and_no_examples_in_the_wheel(names: set[str]) -> None:
+    assert [name for name in names if "__pycache__" in name or name.endswith(".pyc")] == []
+    assert [name for name in names if "examples" in name.split("/")] == []
+
+
+def test_the_default_checkpoint_is_in_the_wheel(names: set[str]) -> None:
+    folder = f"epic_rag/checkpoints/{DEFAULT_CHECKPOINT}"
+    for file in (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "epic.json",
+        "projector.safetensors",
+        "README.md",
+    ):
+        assert f"{folder}/{file}" in names
+
+
+def test_every_committed_data_file_of_a_package_is_in_the_wheel(names: set[str]) -> None:
+    data = [
+        name.removeprefix("demos/")
+        for name in committed_files()
+        if name.startswith(("epic_rag/checkpoints/", "demos/epic_rag_demos/"))
+    ]
+    assert sorted(name for name in data if name not in names) == []
+
+
+@pytest.mark.parametrize("task", ["claims", "code", "commands", "docs", "intent", "papers", "qa", "sts"])
+def test_built_in_banks_are_in_the_wheel(names: set[str], task: str) -> None:
+    assert f"epic_rag_demos/{task}/bank.json" in names
+    assert f"epic_rag_demos/{task}/embeddings.safetensors" in names
+
+
+@pytest.mark.parametrize("package", ["epic_rag", "epic_rag_chroma", "epic_rag_cli", "epic_rag_demos"])
+def test_packages_are_marked_as_typed(names: set[str], package: str) -> None:
+    assert f"{package}/py.typed" in names
+
+
+def test_the_wheel_is_under_100_megabytes(wheel: zipfile.ZipFile) -> None:
+    assert wheel.filename is not None
+    assert Path(wheel.filename).stat().st_size < 100 * MIB
+
+
+def test_the_command_is_declared(wheel: zipfile.ZipFile, names: set[str]) -> None:
+    [path] = [name for name in names if name.endswith(".dist-info/entry_points.txt")]
+    parser = configparser.ConfigParser()
+    parser.read_string(wheel.read(path).decode())
+    assert dict(parser["console_scripts"]) == {"epic-rag": "epic_rag_cli.main:main"}
+
+
+def test_metadata_says_version_python_licence_and_extras(
+    metadata: email.message.Message, names: set[str]
+) -> None:
+    assert metadata["Name"] == "epic-rag"
+    assert metadata["Version"] == epic_rag.__version__
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert f"epic_rag-{epic_rag.__version__}.dist-info/licenses/LICENSE" in names
+    assert {"train", "eval", "files", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+
+
+def test_runtime_requirements_have_no_pin_and_no_address(metadata: email.message.Message) -> None:
+    # The pin of torch belongs to constraints.txt: in the metadata it would be forced on everyone.
+    requirements = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert any(line.startswith("torch>=") for line in requirements)
+    assert [line for line in requirements if "==" in line or "@" in line] == []
+
+
+def test_the_licence_is_the_whole_apache_licence() -> None:
+    text = (ROOT / "LICENSE").read_text("utf-8")
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    for section in range(1, 10):
+        assert re.search(rf"^ {{3}}{section}\. [A-Z]", text, re.MULTILINE), section
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "check", "wheel", "clean"])
+def test_make_knows_the_target(target: str, tmp_path: Path) -> None:
+    # A dry run in an empty environment: it must plan commands, and execute none.
+    planned = subprocess.run(
+        ["make", "--dry-run", target, f"VENV={tmp_path / 'venv'}", f"DIST={tmp_path / 'dist'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert planned.returncode == 0, planned.stderr
+    assert planned.stdout.strip()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_make_without_a_target_changes_nothing_but_explains() -> None:
+    shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("demo", "test", "check", "wheel", "clean"):
+        assert re.search(rf"^make {target} ", shown, re.MULTILINE)
+
+
+def test_no_committed_file_is_over_50_megabytes() -> None:
+    sizes = {name: (ROOT / name).stat().st_size for name in committed_files()}
+    assert len(sizes) > 50
+    assert {name: size for name, size in sizes.items() if size >= 50 * MIB} == {}
+
+
+def test_no_module_is_over_400_lines() -> None:
+    lines = {
+        name: len((ROOT / name).read_text("utf-8").splitlines())
+        for name in committed_files()
+        if name.endswith(".py")
+    }
+    assert {name: count for name, count in lines.items() if count > 400} == {}
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        (
+            "epic_rag",
+            {"llama_index", "chromadb", "typer", "epic_rag_chroma", "epic_rag_cli", "epic_rag_demos"},
+        ),
+        ("integrations", {"typer", "epic_rag_cli"}),
+    ],
+)
+def test_imports_point_one_way(folder: str, forbidden: set[str]) -> None:
+    # cli -> integrations -> epic_rag; a lazy import inside a function counts as well.
+    found = []
+    for name in committed_files():
+        if not (name.startswith(f"{folder}/") and name.endswith(".py")):
+            continue
+        for node in ast.walk(ast.parse((ROOT / name).read_text("utf-8"))):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module or ""]
+            found += [f"{name}: {module}" for module in modules if module.split(".")[0] in forbidden]
+    assert found == []
+
+
+def test_the_demo_has_a_real_folder_of_200_files_with_the_answers_in_it(tmp_path: Path) -> None:
+    def export() -> str:
+        command = [
+            sys.executable,
+            str(ROOT / "demos/examples/demo.py"),
+            "--work-dir",
+            str(tmp_path),
+            "--export-only",
+        ]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "files written" in export()
+    files = [path for path in (tmp_path / "docs").rglob("*") if path.is_file()]
+    assert len(files) >= 200
+    assert sum(path.stat().st_size for path in files) < 3 * MIB  # more would not be indexed in two minutes
+    assert {"pypdf.md", "secrets.txt"} <= {path.name for path in files}
+    assert (ROOT / "docs/architecture.md").is_file()
+    assert "unchanged" in export()
