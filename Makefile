@@ -2,6 +2,7 @@
 # make test    install the development tools too and run every test
 # make check   lint, formatting and types
 # make wheel   build the wheel into dist/
+# make banks   embed the built-in demonstration banks with the shipped checkpoint
 # make clean   remove what the targets above wrote, except the virtual environment
 # make distclean   remove .venv as well
 #
@@ -28,7 +29,7 @@ DEV_STAMP := $(VENV)/.epic-rag-dev-installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check format wheel clean distclean
+.PHONY: help demo test check format wheel banks clean distclean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^Variables:/,$$d'
@@ -49,6 +50,9 @@ check: $(DEV_STAMP)
 format: $(DEV_STAMP)
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+banks: $(RUN_STAMP)
+	$(BIN)/epic-rag bank build $(dir $(wildcard demos/epic_rag_demos/*/bank.json))
 
 # setuptools puts whatever lies in build/ into the wheel: a file deleted since would still be shipped.
 wheel: $(BIN)/python

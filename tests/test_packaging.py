@@ -142,9 +142,7 @@ def test_the_command_is_declared(wheel: zipfile.ZipFile, names: set[str]) -> Non
     assert dict(parser["console_scripts"]) == {"epic-rag": "epic_rag_cli.main:main"}
 
 
-def test_metadata_says_version_python_licence_and_extras(
-    metadata: email.message.Message, names: set[str]
-) -> None:
+def test_metadata_says_version_python_licence_and_extras(metadata: email.message.Message, names: set[str]) -> None:
     assert metadata["Name"] == "epic-rag"
     assert metadata["Version"] == epic_rag.__version__
     assert metadata["Requires-Python"] == ">=3.10"
@@ -196,9 +194,7 @@ def test_no_committed_file_is_over_50_megabytes() -> None:
 
 def test_no_module_is_over_400_lines() -> None:
     lines = {
-        name: len((ROOT / name).read_text("utf-8").splitlines())
-        for name in committed_files()
-        if name.endswith(".py")
+        name: len((ROOT / name).read_text("utf-8").splitlines()) for name in committed_files() if name.endswith(".py")
     }
     assert {name: count for name, count in lines.items() if count > 400} == {}
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["IndexDir", "Json", "Model", "Task"]
+__all__ = ["IndexDir", "Json", "Model"]
 
 IndexDir = Annotated[
     Path | None,
@@ -27,8 +27,4 @@ Model = Annotated[
         envvar="EPIC_RAG_MODEL",
         help="A name from `epic-rag models`, a checkpoint folder or a Hugging Face name.",
     ),
-]
-Task = Annotated[
-    str | None,
-    typer.Option("--task", metavar="TASK", help="The task whose instruction the encoder gets."),
 ]

@@ -101,7 +101,7 @@ class TrainingConfig:
         dtype: "float32", or "bfloat16" for autocast.
         device: None takes a GPU if there is one.
         seed: Of data order, demonstrations and dropout.
-        evaluate_every: Steps between evaluations on held-out rows; 0 for never.
+        evaluate_every: Steps between evaluations on held-out rows, the first before any step; 0 for never.
         evaluation_rows: Held-out rows of each evaluated task.
         evaluation_tasks: Tasks that are evaluated; files that are not in `tasks` are tasks never trained on.
         evaluation_demonstrations: Values of k that are evaluated.
@@ -195,8 +195,8 @@ class TrainingConfig:
             rows = self.batch_size // min(self.tasks_per_batch, len(self.tasks)) // max(1, task.sources)
             if rows < 2:
                 raise ConfigError(
-                    f"tasks.{name}.sources is {task.sources}, which leaves {rows} of a step's {self.batch_size} pairs for "
-                    "each; in-batch negatives need at least 2: raise batch_size or lower sources"
+                    f"tasks.{name}.sources is {task.sources}, which leaves {rows} of a step's {self.batch_size} pairs "
+                    "for each; in-batch negatives need at least 2: raise batch_size or lower sources"
                 )
 
     def _check_ranges(self) -> None:

@@ -54,10 +54,10 @@ def write_model_card(folder: str | os.PathLike[str], *, figures: str = "") -> Pa
     where = str(epic.get("name")) if shipped else f"path/to/{home.resolve().name}"
     parts = [_front_matter(epic), _introduction(epic), _use(epic, where)]
     parts.append(f"## Evaluation\n\n{figures.strip() or _NO_FIGURES}\n")
-    record, heading = epic.get("training"), "Training"
+    record, heading, above = epic.get("training"), "Training", None
     while record:
-        parts.append(_training(record, heading))
-        record, heading = record.get("previous"), "Training before that"
+        parts.append(_training(record, heading, same_data=record["data"] == above))
+        record, heading, above = record.get("previous"), "Training before that", record["data"]
     card = home / "README.md"
     card.write_text("\n".join(parts), encoding="utf-8")
     return card
@@ -147,7 +147,7 @@ def _introduction(epic: Mapping[str, Any]) -> str:
         rows.append(("demonstrations in training", f"0 to {epic['max_demonstrations']} a query"))
     if epic.get("default_instruction"):
         rows.append(("default instruction", epic["default_instruction"]))
-    return "\n".join(text) + _table(("", ""), rows)
+    return "\n".join([*text, _table(("", ""), rows)])
 
 
 def _use(epic: Mapping[str, Any], where: str) -> str:
@@ -188,9 +188,7 @@ from transformers import AutoModel, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({name}, padding_side="right")
 model = AutoModel.from_pretrained({name}).float()
 texts = ["To undo a step, press Ctrl+Z.", "To save, press Ctrl+S."]
-batch = tokenizer(
-    texts, padding=True, truncation=True, max_length={epic["max_document_tokens"]}, return_tensors="pt"
-)
+batch = tokenizer(texts, padding=True, truncation=True, max_length={epic["max_document_tokens"]}, return_tensors="pt")
 with torch.no_grad():
     hidden = model(**batch).last_hidden_state
 {pooling}
@@ -199,13 +197,19 @@ vectors = torch.nn.functional.normalize(vectors, dim=-1)
 """
 
 
-def _training(record: Mapping[str, Any], heading: str) -> str:
+def _training(record: Mapping[str, Any], heading: str, *, same_data: bool) -> str:
     rows = []
     for task, facts in sorted(record["data"].items()):
         source = SOURCES.get(task)
         told = (source.content, source.origin, source.licence) if source else ("", "not stated", "not stated")
         rows.append((task, f"{facts['rows']:,}", f"{facts['held_out']:,}", *told, f"`{facts['sha256'][:12]}`"))
     data = _table(("task", "rows", "held out", "what", "origin", "licence", "SHA-256 of the file"), rows)
+    data += (
+        f"\nWhole hashes are in `{EPIC_FILE}`. Held-out rows, and rows that share a passage or a group with them, were "
+        "not\ntrained on.\n"
+    )
+    if same_data:
+        data = "The same as above.\n"
     run = _table(
         ("", ""),
         (
@@ -223,9 +227,6 @@ def _training(record: Mapping[str, Any], heading: str) -> str:
 ### Data
 
 {data}
-Whole hashes are in `{EPIC_FILE}`. Held-out rows, and rows that share a passage or a group with them, were not
-trained on.
-
 ### Run
 
 {run}

@@ -121,6 +121,9 @@ class Trainer:
         with tqdm(
             total=self.last_step, initial=self.step, desc="Training", unit="step", disable=not show_progress
         ) as bar:
+            if self.step == 0 and self.config.evaluate_every:
+                # What training is compared with: the backbone as it comes.
+                self.evaluate()
             while self.step < self.last_step:
                 started = time.perf_counter()
                 result = self.train_step(sample_batch(self.datasets, self.config, self.step))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["html"]
 
-_DROPPED = ("script", "style", "noscript", "template", "svg", "math", "iframe", "nav", "head", "title", "select", "button")
+_DROPPED = ("script", "style", "noscript", "template", "svg", "math", "iframe", "nav", "head", "title", "select")
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 _BLOCK_NAMES = (
     "p div section article main aside header footer ul ol li dl dt dd table thead tbody tr pre blockquote figure "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -120,12 +121,12 @@ def test_headings_never_take_more_than_a_quarter_of_a_chunk() -> None:
 def test_overlap_repeats_the_end_of_the_chunk_before() -> None:
     text = "\n".join(f"line {n} has six words here." for n in range(30))
     with_overlap, without = (cut(structure.plain(split_lines(text)), 36, overlap) for overlap in (8, 0))
-    pairs = list(zip(with_overlap, with_overlap[1:], strict=False))
+    pairs = list(pairwise(with_overlap))
     assert pairs
     assert all(right.first_line <= left.last_line for left, right in pairs)  # type: ignore[operator]
     assert all(
         right.first_line == left.last_line + 1  # type: ignore[operator]
-        for left, right in zip(without, without[1:], strict=False)
+        for left, right in pairwise(without)
     )
 
 

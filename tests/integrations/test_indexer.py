@@ -333,7 +333,7 @@ def test_another_version_of_the_chunks_needs_a_rebuild(indexer: ChromaIndexer, d
     indexer.index([docs])
     path = docs / ".epic-rag/index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chunker_version": 0}))
-    with pytest.raises(IndexMismatchError, match="version 0 of the chunks, this is version 1; .*--rebuild"):
+    with pytest.raises(IndexMismatchError, match=r"version 0 of the chunks, this is version 1; .*--rebuild"):
         indexer.index([docs])
     indexer.index([docs], rebuild=True)
     assert counts(indexer.index([docs])) == (0, 0, 0, 3)
@@ -360,13 +360,13 @@ def test_an_index_of_a_newer_format_is_left_alone(indexer: ChromaIndexer, docs: 
 def test_no_index(tmp_path: Path) -> None:
     indexer = ChromaIndexer(tmp_path / "none")
     for call in (indexer.status, indexer.clear, lambda: indexer.query("x")):
-        with pytest.raises(IndexNotFoundError, match="no index in .*none; run `epic-rag index PATH`"):
+        with pytest.raises(IndexNotFoundError, match=r"no index in .*none; run `epic-rag index PATH`"):
             call()
     assert not (tmp_path / "none").exists()
 
 
 def test_missing_paths_and_bad_arguments(indexer: ChromaIndexer, docs: Path) -> None:
-    with pytest.raises(DataError, match="no such file or folder: .*missing"):
+    with pytest.raises(DataError, match=r"no such file or folder: .*missing"):
         indexer.index([docs, docs / "missing"])
     with pytest.raises(DataError, match="no path is given"):
         indexer.index([])

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,14 @@ def edited(folder: Path) -> None:
     (folder / "moved.md").rename(folder / "sub/moved.md")
 
 
+def edited_again(folder: Path) -> None:
+    """Takes back a part of it, as may happen between a crash and the next run."""
+    (folder / "added.md").unlink()
+    write(folder, "a.md", TEXTS[3])
+    write(folder, "grown.md", TEXTS[2])
+    write(folder, "gone.md", TEXTS[1])
+
+
 def start(folder: Path) -> Path:
     for name, text in {"a.md": TEXTS[3], "grown.md": TEXTS[1], "gone.md": TEXTS[2], "moved.md": TEXTS[4]}.items():
         write(folder, name, text)
@@ -142,7 +150,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> Callable[[], int]
     def tick() -> None:
         nonlocal seen
         seen += 1
-        if seen == moment:
+        if seen >= moment:  # a dead process does nothing afterwards either
             raise KilledError
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -182,11 +190,14 @@ def test_a_run_that_ends_anywhere_is_made_up_for(
     before = texts_found(base, tiny_encoder) if kind != "first" else set()
     final = Path(shutil.copytree(base, tmp_path / "final"))
     edited(final)
-    expected = clean(final, tiny_encoder, rows)
-    after = {(metadata["path"], text) for text, metadata, _ in expected.values()}
-    moment = 0
+    expected = {False: clean(final, tiny_encoder, rows)}
+    after = {(metadata["path"], text) for text, metadata, _ in expected[False].values()}
+    edited_again(final)
+    expected[True] = clean(final, tiny_encoder, rows)
+    # Every fourth moment, each kind of run beginning with another one; a run has about forty.
+    moment = ["first", "update", "rebuild"].index(kind) - 3
     while True:
-        moment += 1
+        moment += 4
         folder = Path(shutil.copytree(base, tmp_path / f"run{moment}"))
         edited(folder)
         with monkeypatch.context() as patch:
@@ -201,11 +212,42 @@ def test_a_run_that_ends_anywhere_is_made_up_for(
         if (folder / ".epic-rag/index.json").exists() and kind != "first":
             # What was there before and is still there afterwards was never out of sight.
             assert before & after <= texts_found(folder, tiny_encoder)
+        more = moment % 8 >= 4
+        if more:
+            edited_again(folder)
         run(folder, tiny_encoder)
-        assert_same(rows(folder / ".epic-rag"), expected)
+        assert_same(rows(folder / ".epic-rag"), expected[more])
         assert json.loads((folder / ".epic-rag/manifest.json").read_text())["complete"]
         shutil.rmtree(folder)
     assert moment > 10
+
+
+def test_an_edit_taken_back_after_a_crash_is_seen(
+    tmp_path: Path, tiny_encoder: EpicEncoder, rows: ReadRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The collection has the new text, the manifest the old one, and both have one row.
+    folder = tmp_path / "docs"
+    write(folder, "a.md", "one\n")
+    run(folder, tiny_encoder)
+    expected = rows(folder / ".epic-rag")
+    write(folder, "a.md", "two\n")
+    with monkeypatch.context() as patch:
+        save, calls = manifest_module.write_atomically, 0
+
+        def die(*arguments: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise KilledError
+            save(*arguments)
+
+        patch.setattr(manifest_module, "write_atomically", die)
+        with pytest.raises(KilledError):
+            run(folder, tiny_encoder)
+    assert [text for text, _, _ in rows(folder / ".epic-rag").values()] == ["two"]
+    write(folder, "a.md", "one\n")
+    run(folder, tiny_encoder)
+    assert_same(rows(folder / ".epic-rag"), expected)
 
 
 def test_what_was_stored_before_a_crash_is_not_embedded_again(
@@ -303,24 +345,41 @@ INDEX = """
 import sys
 from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer
-with ChromaIndexer(sys.argv[1] + "/.epic-rag", encoder=EpicEncoder.from_pretrained(sys.argv[2])) as indexer:
-    indexer.index([sys.argv[1]], rebuild="rebuild" in sys.argv)
+encoder = EpicEncoder.from_pretrained(sys.argv[2])
+for mode in sys.argv[3:]:
+    sys.stdin.readline()
+    with ChromaIndexer(sys.argv[1] + "/.epic-rag", encoder=encoder) as indexer:
+        indexer.index([sys.argv[1]], rebuild=mode == "rebuild")
+    print("done", flush=True)
 """
 
 
-@pytest.mark.parametrize("mode", ["update", "rebuild"])
-def test_a_live_reader_sees_what_another_process_wrote(tmp_path: Path, tiny_checkpoint: Path, mode: str) -> None:
+def test_a_live_reader_sees_what_another_process_wrote(tmp_path: Path, tiny_checkpoint: Path) -> None:
     folder = start(tmp_path / "docs")
     encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
     run(folder, encoder)
-    with ChromaIndexer(folder / ".epic-rag", encoder=encoder) as reader:
-        assert not any("brand new" in hit.text for hit in reader.query("x", k=100))
-        write(folder, "new.md", "brand new text\n")
-        (folder / "a.md").unlink()
-        subprocess.run([sys.executable, "-c", INDEX, str(folder), str(tiny_checkpoint), mode], check=True)
-        paths = {hit.path for hit in reader.query("x", k=100)}
-        assert "new.md" in paths
-        assert "a.md" not in paths
+    modes = ["update", "rebuild", "update"]
+    writer = subprocess.Popen(
+        [sys.executable, "-c", INDEX, str(folder), str(tiny_checkpoint), *modes],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with writer, ChromaIndexer(folder / ".epic-rag", encoder=encoder) as reader:
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        for number, gone in enumerate(["a.md", "gone.md", "moved.md"]):
+            paths = {hit.path for hit in reader.query("x", k=100)}
+            assert gone in paths
+            assert f"new{number}.md" not in paths
+            write(folder, f"new{number}.md", f"brand new text {number}\n")
+            (folder / gone).unlink()
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+            assert writer.stdout.readline() == "done\n"
+            paths = {hit.path for hit in reader.query("x", k=100)}
+            assert f"new{number}.md" in paths
+            assert gone not in paths
 
 
 def test_a_killed_process_is_made_up_for(tmp_path: Path, tiny_checkpoint: Path, rows: ReadRows) -> None:
@@ -328,12 +387,14 @@ def test_a_killed_process_is_made_up_for(tmp_path: Path, tiny_checkpoint: Path, 
     folder = tmp_path / "docs"
     for number in range(30):
         write(folder, f"{number}.md", f"# T{number}\n\n" + f"text {number}\n\n## S\n\nmore\n" * 3)
-    code = "from epic_rag_chroma import sync\nsync._BATCH_CHUNKS = 5\n" + textwrap.dedent(INDEX)
+    code = "from epic_rag_chroma import sync\nsync._BATCH_CHUNKS = 5\n" + INDEX
     chance = random.Random(7)
-    with subprocess.Popen([sys.executable, "-c", code, str(folder), str(tiny_checkpoint)]) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), str(tiny_checkpoint), "update"], stdin=subprocess.DEVNULL
+    ) as process:
         database = folder / ".epic-rag/chroma/chroma.sqlite3"
         while process.poll() is None and not database.exists():
-            pass
+            time.sleep(0.02)
         try:
             process.wait(timeout=0.2 + chance.random())
         except subprocess.TimeoutExpired:

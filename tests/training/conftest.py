@@ -14,7 +14,7 @@ import pytest
 from epic_rag.training import TrainingConfig
 from epic_rag_cli.main import run
 
-WORDS = "cat dog pen cup hat sun map key box jar fox owl ant bee elm oak".split()
+WORDS = ["cat", "dog", "pen", "cup", "hat", "sun", "map", "key", "box", "jar", "fox", "owl", "ant", "bee", "elm", "oak"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,168 @@
+"""`EpicEmbeddingFunction` in plain Chroma: documents, queries, and a configuration that finds the same model again."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import chromadb
+import numpy as np
+import pytest
+from chromadb.utils.embedding_functions import known_embedding_functions
+
+from epic_rag import DemonstrationBank, EpicEncoder
+from epic_rag.errors import ConfigError, FingerprintError
+from epic_rag_chroma import ChromaIndexer, EpicEmbeddingFunction
+
+DOCUMENTS = ["Cats sleep most of the day.", "Run the installer.", "Delete the folder."]
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[Any]:
+    with chromadb.PersistentClient(str(tmp_path / "chroma")) as made:  # type: ignore[attr-defined]
+        yield made
+
+
+def test_documents_are_bare_and_queries_prompted(tiny_encoder: EpicEncoder) -> None:
+    function = EpicEmbeddingFunction(tiny_encoder, task="docs")
+    np.testing.assert_allclose(function(DOCUMENTS), tiny_encoder.encode_document(DOCUMENTS), atol=1e-6)
+    expected = tiny_encoder.encode_query(["cats"], task="docs")
+    np.testing.assert_allclose(function.embed_query(["cats"]), expected, atol=1e-6)
+    assert not np.allclose(function.embed_query(["cats"]), function(["cats"]))
+
+
+def test_it_is_registered_and_says_what_chroma_asks(tiny_encoder: EpicEncoder) -> None:
+    function = EpicEmbeddingFunction(tiny_encoder)
+    assert known_embedding_functions["epic-rag"] is EpicEmbeddingFunction
+    assert (function.name(), function.default_space()) == ("epic-rag", "cosine")
+    assert "cosine" in function.supported_spaces()
+    assert not function.is_legacy()
+
+
+def test_the_configuration_is_plain_and_round_trips(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bank = DemonstrationBank([("q one", "p one"), ("q two", "p two")], instruction="Find it")
+    bank.build(EpicEncoder.from_pretrained(tiny_checkpoint)).save(tmp_path / "bank")
+    function = EpicEmbeddingFunction(tiny_checkpoint, bank=tmp_path / "bank", num_demonstrations=1, truncate_dim=16)
+    config = json.loads(json.dumps(function.get_config()))
+    assert set(config) == {"model", "task", "bank", "num_demonstrations", "truncate_dim", "fingerprint"}
+    again = EpicEmbeddingFunction.build_from_config(config)
+    assert again.get_config() == config
+    for texts in (["cats"], DOCUMENTS):
+        np.testing.assert_array_equal(again(texts), function(texts))
+        np.testing.assert_array_equal(again.embed_query(texts), function.embed_query(texts))
+    assert len(again(["x"])[0]) == 16
+
+
+def test_a_loaded_encoder_that_is_cut_is_found_again(tiny_checkpoint: Path) -> None:
+    encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
+    function = EpicEmbeddingFunction(encoder, truncate_dim=16)
+    assert encoder.truncate_dim is None  # the caller's is left alone
+    again = EpicEmbeddingFunction.build_from_config(function.get_config())
+    np.testing.assert_allclose(again(DOCUMENTS), function(DOCUMENTS), atol=1e-6)
+
+
+def test_another_fingerprint_is_refused_when_the_model_is_loaded(tiny_checkpoint: Path, other_checkpoint: Path) -> None:
+    config = EpicEmbeddingFunction(tiny_checkpoint).get_config()
+    function = EpicEmbeddingFunction.build_from_config({**config, "model": str(other_checkpoint)})
+    for call in (function, function.embed_query):
+        with pytest.raises(FingerprintError, match=rf"fingerprint {config['fingerprint']}, .* has \w+; "):
+            call(["x"])
+    with pytest.raises(FingerprintError):
+        EpicEmbeddingFunction(EpicEncoder.from_pretrained(other_checkpoint), fingerprint=config["fingerprint"])
+
+
+def test_making_one_loads_nothing() -> None:
+    function = EpicEmbeddingFunction("no/such/model", fingerprint="abc")
+    assert function.get_config()["model"] == "no/such/model"
+    assert not function.is_legacy()
+
+
+def test_what_a_configuration_cannot_keep_is_refused(tiny_encoder: EpicEncoder) -> None:
+    bank: Any = DemonstrationBank([("q", "p")])
+    with pytest.raises(ConfigError, match=r"bank\.save\(folder\)"):
+        EpicEmbeddingFunction(tiny_encoder, bank=bank)
+    with pytest.raises(ConfigError, match="has colour, known are"):
+        EpicEmbeddingFunction.build_from_config({"colour": "red"})
+
+
+def test_a_configuration_update_may_change_the_task_and_not_the_model(tiny_encoder: EpicEncoder) -> None:
+    function = EpicEmbeddingFunction(tiny_encoder)
+    config = function.get_config()
+    function.validate_config_update(config, {**config, "task": "docs"})
+    with pytest.raises(FingerprintError, match="the collection's vectors were made by"):
+        function.validate_config_update(config, {**config, "fingerprint": "other"})
+
+
+def test_a_collection_with_it(client: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    function = EpicEmbeddingFunction(tiny_checkpoint, task="docs")
+    made = client.create_collection("docs", embedding_function=function)
+    made.add(ids=["a", "b", "c"], documents=DOCUMENTS)
+    assert made.configuration_json["hnsw"]["space"] == "cosine"
+    expected = made.query(query_texts=["cats"], n_results=3)
+    # opened by name alone: Chroma makes the function again, for every text, from the configuration
+    opened = client.get_collection("docs")
+    found = opened.query(query_texts=["cats"], n_results=3)
+    assert (found["ids"], found["distances"]) == (expected["ids"], expected["distances"])
+    encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
+    cosines = encoder.similarity(encoder.encode_query("cats", task="docs"), encoder.encode_document(DOCUMENTS))[0]
+    by_id = dict(zip(found["ids"][0], found["distances"][0], strict=True))
+    for row, cosine in zip("abc", cosines, strict=True):
+        assert 1 - by_id[row] == pytest.approx(float(cosine), abs=1e-4)
+
+
+def test_the_model_is_loaded_once(client: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from epic_rag_chroma import embedding_function
+
+    embedding_function._load.cache_clear()
+    load, calls = EpicEncoder.from_pretrained, []
+    monkeypatch.setattr(EpicEncoder, "from_pretrained", lambda *a, **k: (calls.append(a), load(*a, **k))[1])
+    made = client.create_collection("docs", embedding_function=EpicEmbeddingFunction(tiny_checkpoint))
+    made.add(ids=["a"], documents=["x"])
+    for _ in range(3):
+        client.get_collection("docs").query(query_texts=["x"], n_results=1)
+    assert len(calls) == 1
+
+
+def test_a_conflict_is_judged_by_name_alone_and_caught_by_the_fingerprint(
+    client: Any, tiny_checkpoint: Path, other_checkpoint: Path
+) -> None:
+    client.create_collection("docs", embedding_function=EpicEmbeddingFunction(tiny_checkpoint)).add(
+        ids=["a"], documents=["x"]
+    )
+    # the trap: another model under the same name is let in
+    wrong = client.get_collection("docs", embedding_function=EpicEmbeddingFunction(other_checkpoint))
+    assert wrong.query(query_texts=["x"], n_results=1)["ids"] == [["a"]]
+    # with the fingerprint that the collection keeps it is not
+    kept = wrong.configuration_json["embedding_function"]["config"]["fingerprint"]
+    checked = EpicEmbeddingFunction(other_checkpoint, fingerprint=kept)
+    with pytest.raises(FingerprintError):
+        client.get_collection("docs", embedding_function=checked).query(query_texts=["x"], n_results=1)
+
+
+def test_threads_share_one_model(tiny_encoder: EpicEncoder) -> None:
+    function = EpicEmbeddingFunction(tiny_encoder)
+    texts = [[f"text {n} " * (n + 1)] for n in range(12)]
+    expected = [function(each)[0] for each in texts]
+    found: dict[int, Any] = {}
+    threads = [
+        threading.Thread(target=lambda n=n: found.__setitem__(n, function(texts[n])[0])) for n in range(len(texts))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, vector in enumerate(expected):
+        np.testing.assert_allclose(found[number], vector, atol=1e-6)
+
+
+def test_an_index_opens_with_plain_chroma(tmp_path: Path, docs: Path, tiny_checkpoint: Path) -> None:
+    with ChromaIndexer(docs / ".epic-rag", encoder=EpicEncoder.from_pretrained(tiny_checkpoint)) as indexer:
+        indexer.index([docs])
+        mine = indexer.query("cats", k=4)
+        with chromadb.PersistentClient(str(docs / ".epic-rag/chroma")) as client:  # type: ignore[attr-defined]
+            found = client.get_collection("epic_rag").query(query_texts=["cats"], n_results=4)
+    assert found["ids"][0] == [hit.id for hit in mine]
+    assert [1 - distance for distance in found["distances"][0]] == pytest.approx([hit.score for hit in mine], abs=1e-5)
