@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.errors import ConfigError, IndexMismatchError
 from epic_rag_chroma import roots
 from epic_rag_chroma.manifest import CHUNKER_VERSION, IndexState
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from epic_rag import EpicEncoder
 
 __all__ = ["check_model", "check_settings", "effective_sizes"]
+
+# Where an index lies when nobody says where.
+INDEX_FOLDER = ".epic-rag"
 
 # [CLS] and [SEP], or EOS: what a model puts around a document.
 _SPECIAL_TOKENS = 2
@@ -29,9 +33,11 @@ def check_model(index_dir: Path, state: IndexState, encoder: EpicEncoder, paths:
         IndexMismatchError: If the fingerprints differ.
     """
     if state.fingerprint != encoder.fingerprint:
+        # Without it, the command would rebuild with the default model.
+        model = "" if encoder.source == DEFAULT_CHECKPOINT else f" --model {shlex.quote(encoder.source)}"
         raise IndexMismatchError(
             f"index was built with {state.model} ({state.fingerprint}), you asked for {encoder.name} "
-            f"({encoder.fingerprint}); run `epic-rag index --rebuild {_shown(index_dir, state, paths)}`"
+            f"({encoder.fingerprint}); run `epic-rag index --rebuild {_shown(index_dir, state, paths)}{model}`"
         )
 
 
@@ -59,15 +65,21 @@ def check_settings(index_dir: Path, state: IndexState, settings: IndexSettings |
 
 
 def _shown(index_dir: Path, state: IndexState, paths: Sequence[Path]) -> str:
-    """Paths as a person in the working directory would write them."""
-    shown = []
-    for path in paths or [roots.where(root, index_dir) for root in state.roots]:
-        try:
-            near = os.path.relpath(path)
-        except ValueError:  # another drive
-            near = str(path)
-        shown.append(str(path) if near.startswith("..") else near if near == "." else os.path.join(".", near))
-    return " ".join(shlex.quote(path) for path in shown)
+    """Paths, and the index folder where it is not the first path's own, as a person here would write them."""
+    wanted = list(paths) or [Path(roots.where(root, index_dir)) for root in state.roots]
+    words = [shlex.quote(_near(path)) for path in wanted]
+    first = wanted[0] if wanted[0].is_dir() else wanted[0].parent
+    if (first / INDEX_FOLDER).resolve() != index_dir.resolve():
+        words.append(f"--index-dir {shlex.quote(_near(index_dir))}")
+    return " ".join(words)
+
+
+def _near(path: Path) -> str:
+    try:
+        near = os.path.relpath(path)
+    except ValueError:  # another drive
+        return str(path)
+    return str(path) if near.startswith("..") else near if near == "." else os.path.join(".", near)
 
 
 def effective_sizes(settings: IndexSettings, encoder: EpicEncoder) -> tuple[int, int]:

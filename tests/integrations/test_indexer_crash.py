@@ -300,12 +300,10 @@ def test_what_is_lost_is_made_again(tmp_path: Path, tiny_encoder: EpicEncoder, r
 
 
 WRITER = """
-import sys, time
-from pathlib import Path
+import pathlib, sys, time
 from epic_rag_chroma.lock import write_lock
-with write_lock(Path(sys.argv[1])):
-    print("locked", flush=True)
-    time.sleep(60)
+with write_lock(pathlib.Path(sys.argv[1])):
+    print("locked", flush=True); time.sleep(60)
 """
 
 
@@ -331,8 +329,7 @@ def test_a_second_process_is_told_who_writes_and_a_dead_one_holds_nothing(
 
 def test_two_indexers_of_one_process_exclude_each_other(tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
     folder = start(tmp_path / "docs")
-    second = ChromaIndexer(folder / ".epic-rag", encoder=tiny_encoder)
-    first = ChromaIndexer(folder / ".epic-rag", encoder=tiny_encoder)
+    first, second = (ChromaIndexer(folder / ".epic-rag", encoder=tiny_encoder) for _ in range(2))
 
     def meanwhile(_: Any) -> None:
         with pytest.raises(IndexLockedError, match=f"process {os.getpid()}"):
