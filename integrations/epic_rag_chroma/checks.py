@@ -67,6 +67,8 @@ def check_settings(index_dir: Path, state: IndexState, settings: IndexSettings |
 def _shown(index_dir: Path, state: IndexState, paths: Sequence[Path]) -> str:
     """Paths, and the index folder where it is not the first path's own, as a person here would write them."""
     wanted = list(paths) or [Path(roots.where(root, index_dir)) for root in state.roots]
+    if not wanted:
+        return f"PATH --index-dir {shlex.quote(_near(index_dir))}"
     words = [shlex.quote(_near(path)) for path in wanted]
     first = wanted[0] if wanted[0].is_dir() else wanted[0].parent
     if (first / INDEX_FOLDER).resolve() != index_dir.resolve():
