@@ -2,7 +2,9 @@
 # make test    install the development tools too and run every test
 # make check   lint, formatting and types
 # make wheel   build the wheel into dist/
-# make banks   embed the built-in demonstration banks with the shipped checkpoint
+# make banks   embed the built-in demonstration banks with every shipped checkpoint
+# make results run what docs/results.md reports and write its tables and plots (hours); see benchmarks/results.py
+# make results-quick   the same commands on tiny generated data with a tiny random model; touches no document
 # make clean   remove what the targets above wrote, except the virtual environment
 # make distclean   remove .venv as well
 #
@@ -12,6 +14,7 @@
 #   DIST       the folder the wheel goes to
 #   PIP_ARGS   added to every pip install. On Linux the default torch wheel carries CUDA (gigabytes); for the
 #              CPU one: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   RESULTS_ARGS  added to the results' command: RESULTS_ARGS="--data DIR --minilm DIR --llm DIR --only heldout,report"
 #   DEMO_ARGS  added to the demo's command, for instance DEMO_ARGS="--model some-folder"
 
 PYTHON ?= python3
@@ -19,6 +22,7 @@ VENV ?= .venv
 DIST ?= dist
 PIP_ARGS ?=
 DEMO_ARGS ?=
+RESULTS_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -29,7 +33,7 @@ DEV_STAMP := $(VENV)/.epic-rag-dev-installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check format wheel banks clean distclean
+.PHONY: help demo test check format wheel banks results results-quick clean distclean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^Variables:/,$$d'
@@ -52,7 +56,15 @@ format: $(DEV_STAMP)
 	$(BIN)/python -m ruff format .
 
 banks: $(RUN_STAMP)
-	$(BIN)/epic-rag bank build $(dir $(wildcard demos/epic_rag_demos/*/bank.json))
+	$(BIN)/epic-rag bank build $(dir $(wildcard demos/epic_rag_demos/*/bank.json)) \
+	  $(patsubst epic_rag/checkpoints/%/epic.json,--model %,$(wildcard epic_rag/checkpoints/*/epic.json))
+
+results: $(DEV_STAMP)
+	$(BIN)/python benchmarks/results.py $(RESULTS_ARGS)
+
+results-quick: export HF_HUB_OFFLINE = 1
+results-quick: $(DEV_STAMP)
+	$(BIN)/python benchmarks/results.py --quick $(RESULTS_ARGS)
 
 # setuptools puts whatever lies in build/ into the wheel: a file deleted since would still be shipped.
 wheel: $(BIN)/python

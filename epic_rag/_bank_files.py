@@ -16,10 +16,12 @@ import numpy.typing as npt
 
 from epic_rag.errors import DataError
 
-__all__ = ["read_pairs", "read_vectors", "write_vectors"]
+__all__ = ["Vectors", "read_pairs", "read_vectors", "write_json", "write_vectors"]
 
 logger = logging.getLogger(__name__)
 
+Vectors = npt.NDArray[np.float32]
+_FIRST = "embeddings"
 _FORM = '{"query": "...", "passage": "..."}'
 
 
@@ -56,28 +58,64 @@ def _parse_line(line: str, file: Path, number: int) -> tuple[str, str]:
     return query, passage
 
 
-def write_vectors(file: Path, vectors: npt.NDArray[np.float32], metadata: Mapping[str, str]) -> None:
-    """Write vectors; a process that dies on the way leaves the file that was there before."""
+def write_vectors(file: Path, vectors: Mapping[str, Vectors], bank: str) -> None:
+    """Write a bank's vectors; a process that dies on the way leaves the file that was there before.
+
+    The first encoder's are the tensor `embeddings`, another's `embeddings.FINGERPRINT`.
+
+    Args:
+        file: The file.
+        vectors: (k, 2, dim) by encoder's fingerprint, one or more.
+        bank: The fingerprint of the bank's texts.
+    """
     from safetensors.numpy import save_file
 
+    first = next(iter(vectors))
+    tensors = {_tensor(name, first): np.ascontiguousarray(array) for name, array in vectors.items()}
     temporary = file.with_name(file.name + ".tmp")
-    save_file({"embeddings": np.ascontiguousarray(vectors)}, temporary, metadata=dict(metadata))
+    save_file(tensors, temporary, metadata={"encoder": first, "bank": bank})
     os.replace(temporary, file)
 
 
-def read_vectors(file: Path, metadata: Mapping[str, str]) -> npt.NDArray[np.float32] | None:
-    """Read vectors that were written with this metadata; None, with a log line, if the file's are others."""
+def read_vectors(file: Path, *, encoder: str, bank: str, count: int) -> dict[str, Vectors]:
+    """Read a bank's vectors.
+
+    Args:
+        file: What `write_vectors` has written.
+        encoder: The fingerprint of the first encoder.
+        bank: The fingerprint of the bank's texts.
+        count: Number of demonstrations, k.
+
+    Returns:
+        (k, 2, dim) by encoder's fingerprint, the given one first. Nothing, and a log line, if the vectors are broken
+        or those of other texts.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="numpy") as stored:
             found: dict[str, str] = stored.metadata() or {}
-            vectors: npt.NDArray[np.float32] = stored.get_tensor("embeddings").astype(np.float32, copy=False)
+            tensors = {key: stored.get_tensor(key).astype(np.float32, copy=False) for key in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         # The texts are all there, so nothing is lost but the time to embed them.
         logger.warning("%s cannot be read (%s); its vectors will be made again", file, error)
-        return None
-    if found != metadata:
+        return {}
+    whole = all(array.ndim == 3 and array.shape[:2] == (count, 2) for array in tensors.values())
+    if found != {"encoder": encoder, "bank": bank} or _FIRST not in tensors or not whole:
         logger.info("the vectors in %s do not belong to its texts; they will be made again", file.parent)
-        return None
-    return vectors
+        return {}
+    others = {key.removeprefix(f"{_FIRST}."): array for key, array in sorted(tensors.items()) if key != _FIRST}
+    return {encoder: tensors[_FIRST], **others}
+
+
+def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON; a process that dies on the way leaves the file that was there before."""
+    temporary = file.with_name(file.name + ".tmp")
+    text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
+    # Half a surrogate pair has no UTF-8; its backslash escape is valid JSON and reads back as what it was.
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(temporary, file)
+
+
+def _tensor(encoder: str, first: str) -> str:
+    return _FIRST if encoder == first else f"{_FIRST}.{encoder}"

@@ -15,8 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from epic_rag._quantisation import dequantise, quantise, remove_weights, write_int8_model
 from epic_rag.backbone import POOLINGS, Backbone, Pooling, ProjectorKind, hash_tensors, load_transformer, quiet
-from epic_rag.checkpoints import EPIC_FILE, FORMAT_VERSION, is_shipped, read_epic_file, resolve
+from epic_rag.checkpoints import (
+    EPIC_FILE,
+    FORMAT_VERSION,
+    INT8_FORMAT_VERSION,
+    INT8_ROWS,
+    is_int8,
+    is_shipped,
+    read_epic_file,
+    resolve,
+)
 from epic_rag.errors import CheckpointError, ConfigError
 from epic_rag.prompt import PromptBuilder, PromptTemplate
 
@@ -26,12 +36,14 @@ if TYPE_CHECKING:
 __all__ = ["fingerprint", "load", "save"]
 
 PROJECTOR_FILE = "projector.safetensors"
+INT8 = "int8"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_MAX_TOKENS = 512
 _SETTINGS = (
     "default_instruction",
     "max_demonstrations",
     "temperature",
+    "matryoshka_dims",
     "training",
     "description",
     "license",
@@ -67,6 +79,7 @@ def load(
         num_layers=num_layers,
         adapter=None if adapter is None else Path(adapter).expanduser(),
         gguf_file=gguf_file,
+        int8=gguf_file is None and is_int8(epic),
         trust_remote_code=trust_remote_code,
     )
     tokenizer = _load_tokenizer(folder, gguf_file, trust_remote_code)
@@ -139,7 +152,8 @@ def save(encoder: EpicEncoder, folder: Path, dtype: str | None) -> None:
     """See `EpicEncoder.save_pretrained`."""
     from safetensors.torch import save_file
 
-    kept = encoder.dtype if dtype is None else parse_dtype(dtype, encoder.device)
+    int8 = dtype == INT8
+    kept = encoder.dtype if dtype is None or int8 else parse_dtype(dtype, encoder.device, extra=(INT8,))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -152,24 +166,28 @@ def save(encoder: EpicEncoder, folder: Path, dtype: str | None) -> None:
     with quiet():
         # config.json goes on naming the encoder's own dtype, the one to compute in: other libraries take theirs from
         # it, and float16 is for the disk (a CPU is slow in it, and its vectors are others).
-        transformer.save_pretrained(folder, state_dict=state)
+        transformer.save_pretrained(folder, state_dict={} if int8 else state)
+    # Weights of both formats in one folder would be two models, and other libraries would open the older one.
+    new = write_int8_model(state, folder) if int8 else set(folder.glob("model*")) - set(folder.glob("model-int8-*"))
+    remove_weights(folder, keep=new)
     projector = {key: value.detach().to("cpu", kept) for key, value in encoder.backbone.projector.state_dict().items()}
-    save_file(projector, folder / PROJECTOR_FILE)
+    save_file(quantise(projector) if int8 else projector, folder / PROJECTOR_FILE)
     _save_tokenizer(encoder.prompt, folder)
     _save_sentence_transformers(encoder, folder)
-    write_epic_file(encoder, folder)
+    write_epic_file(encoder, folder, int8=int8)
 
 
-def write_epic_file(encoder: EpicEncoder, folder: Path) -> None:
-    """Write `epic.json` alone."""
+def write_epic_file(encoder: EpicEncoder, folder: Path, *, int8: bool = False) -> None:
+    """Write `epic.json` alone; `int8` is whether the weights beside it are int8 rows."""
     data = {
-        "format_version": FORMAT_VERSION,
+        "format_version": INT8_FORMAT_VERSION if int8 else FORMAT_VERSION,
         "name": encoder.name,
         "pooling": encoder.backbone.pooling,
         "projector": encoder.backbone.projector.kind,
         "dimension": encoder.dimension,
         **({} if encoder.truncate_dim is None else {"truncate_dim": encoder.truncate_dim}),
         "parameters": sum(value.numel() for value in encoder.backbone.parameters()),
+        **({"weights": {"format": INT8_ROWS}} if int8 else {}),
         **encoder.prompt.settings(),
         **encoder.settings,
     }
@@ -195,8 +213,13 @@ def parse_device(device: str | None) -> torch.device:
     return parsed
 
 
-def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def parse_dtype(dtype: str | torch.dtype | None, device: torch.device, *, extra: tuple[str, ...] = ()) -> torch.dtype:
     """The dtype a string names; None means float32 on a CPU and bfloat16 elsewhere.
+
+    Args:
+        dtype: A dtype or its name.
+        device: Decides what None means.
+        extra: Further names for the message, which the caller takes.
 
     Raises:
         ConfigError: If it is unknown.
@@ -205,7 +228,7 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     parsed = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if parsed is None or parsed not in _DTYPES.values():
-        raise ConfigError(f"dtype is {dtype!r}, known are {', '.join(_DTYPES)}; choose one of them")
+        raise ConfigError(f"dtype is {dtype!r}, known are {', '.join((*_DTYPES, *extra))}; choose one of them")
     return parsed
 
 
@@ -231,7 +254,7 @@ def _load_projector(backbone: Backbone, folder: Path, *, required: bool) -> None
             raise CheckpointError(f"{folder} has {EPIC_FILE} but no {PROJECTOR_FILE}; copy the checkpoint again")
         return
     try:
-        backbone.projector.load_state_dict(load_file(file))
+        backbone.projector.load_state_dict(dequantise(load_file(file)))
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{file} does not fit {EPIC_FILE} ({reason}); copy the checkpoint again") from error
@@ -247,6 +270,11 @@ def _save_tokenizer(prompt: PromptBuilder, folder: Path) -> None:
         _save_with_template(prompt, folder)
     finally:
         tokenizer.pad_token = padding
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        # The indentation of a vocabulary is a third of its file.
+        data = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(data, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
 def _save_with_template(prompt: PromptBuilder, folder: Path) -> None:

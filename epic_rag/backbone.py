@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from epic_rag._quantisation import load_int8_model
 from epic_rag.errors import CheckpointError, ConfigError, MissingExtraError
 from epic_rag.prompt import Batch
 
@@ -211,6 +212,7 @@ def load_transformer(
     num_layers: int | None = None,
     adapter: Path | None = None,
     gguf_file: str | None = None,
+    int8: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a transformer from a local folder.
@@ -221,6 +223,7 @@ def load_transformer(
         num_layers: Keep the first N layers only.
         adapter: Folder of a PEFT adapter that is merged into the weights.
         gguf_file: Name of a GGUF file in the folder; its weights are dequantised.
+        int8: Whether the weights are int8 rows, which become float32.
         trust_remote_code: Allow code from the folder to run.
 
     Returns:
@@ -243,14 +246,17 @@ def load_transformer(
             config = AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, **({"gguf_file": gguf_file} if gguf_file else {})
             )
-            model, report = AutoModel.from_pretrained(
-                folder,
-                dtype=dtype if dtype is not None else "auto",
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **({"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}),
-            )
-    except (MemoryError, torch.OutOfMemoryError):
+            if int8:
+                model, report = load_int8_model(folder, config, trust_remote_code=trust_remote_code)
+            else:
+                model, report = AutoModel.from_pretrained(
+                    folder,
+                    dtype=dtype if dtype is not None else "auto",
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    **({"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}),
+                )
+    except (MemoryError, torch.OutOfMemoryError, CheckpointError):
         raise
     except Exception as error:  # A broken file makes transformers, safetensors and gguf raise almost anything.
         raise CheckpointError(
@@ -366,7 +372,9 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             # PEFT asks transformers for a name that is to go away, which is no business of the caller's.
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = PeftModel(model, PeftConfig.from_pretrained(str(adapter)))
-        expected = set(get_peft_model_state_dict(wrapped))
+        # Left to itself, PEFT looks for the base model on the hub to see whether its embeddings were changed.
+        embeddings = any("embed" in key and "lora_" not in key for key in weights)
+        expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=embeddings))
         # An adapter that was trained on a model with a head names its weights one level deeper.
         root, deeper = "base_model.model.", f"base_model.model.{model.base_model_prefix}."
         named = {key if key in expected else root + key.removeprefix(deeper): weights[key] for key in weights}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ __all__ = [
     "DEFAULT_CHECKPOINT",
     "EPIC_FILE",
     "FORMAT_VERSION",
+    "INT8_FORMAT_VERSION",
+    "INT8_ROWS",
     "CheckpointInfo",
+    "is_int8",
     "is_shipped",
     "list_checkpoints",
     "read_epic_file",
@@ -24,6 +28,9 @@ __all__ = [
 DEFAULT_CHECKPOINT = "epic-minilm"
 EPIC_FILE = "epic.json"
 FORMAT_VERSION = 1
+# Of a folder whose weights are int8 rows. A release that cannot read those says so, and reads all other folders.
+INT8_FORMAT_VERSION = 2
+INT8_ROWS = "int8-rows"
 _SHIPPED = Path(__file__).parent / "checkpoints"
 # What a checkpoint may consist of. Pickled weights are left on the hub: only safetensors are ever read.
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
@@ -155,8 +162,19 @@ def read_epic_file(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} holds a {type(data).__name__}, expected an object; copy the checkpoint again")
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, INT8_FORMAT_VERSION):
         raise CheckpointError(
-            f"{file} has format version {version}, this release reads {FORMAT_VERSION}; run `pip install -U epic-rag`"
+            f"{file} has format version {version}, this release reads {FORMAT_VERSION} and {INT8_FORMAT_VERSION}; "
+            "run `pip install -U epic-rag`"
+        )
+    if is_int8(data) and data.get("weights") != {"format": INT8_ROWS}:
+        raise CheckpointError(
+            f"{file} has weights stored as {data.get('weights')}, this release reads {{'format': {INT8_ROWS!r}}}; "
+            "run `pip install -U epic-rag`"
         )
     return data
+
+
+def is_int8(epic: Mapping[str, Any]) -> bool:
+    """Whether the weights beside an `epic.json` with these contents are int8 rows."""
+    return bool(epic.get("format_version") == INT8_FORMAT_VERSION)

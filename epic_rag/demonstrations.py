@@ -1,12 +1,12 @@
 """Demonstrations and the banks that hold them.
 
 A demonstration is a query and a passage that answers it. A `DemonstrationBank` is an instruction, a list of
-demonstrations and their embeddings *under one checkpoint's fingerprint*. On disk it is a folder:
+demonstrations and their embeddings *under the fingerprint of a checkpoint*, or of several. On disk it is a folder:
 
-    bank.json                 format version, task, instruction, demonstrations as text, fingerprint of the vectors
-    embeddings.safetensors    (k, 2, dim) float32: query, passage
+    bank.json                 format version, task, instruction, demonstrations as text, fingerprints of the vectors
+    embeddings.safetensors    (k, 2, dim) float32: query, passage; one tensor a checkpoint
 
-Vectors of another checkpoint are never used: a bank whose fingerprint differs is embedded again from its texts.
+Vectors of another checkpoint are never used: a bank that has none of the encoder's is embedded again from its texts.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from epic_rag._bank_files import read_pairs, read_vectors, write_vectors
+from epic_rag._bank_files import Vectors, read_pairs, read_vectors, write_json, write_vectors
+from epic_rag._selection import farthest_rows, nearest_rows
 from epic_rag.errors import BankError, FingerprintError, PromptError, TaskError
 
 if TYPE_CHECKING:
@@ -86,14 +86,17 @@ class DemonstrationBank:
         self.instruction = instruction if instruction is not None else known[0]
         self.symmetric = symmetric if symmetric is not None else known[1]
         self.origin = origin
-        self.embeddings: npt.NDArray[np.float32] | None = None
+        self.embeddings: Vectors | None = None
         self.encoder_fingerprint: str | None = None
+        self._others: dict[str, Vectors] = {}
 
     def __len__(self) -> int:
         return len(self.demonstrations)
 
     def __repr__(self) -> str:
-        state = f"embedded under {self.encoder_fingerprint}" if self.encoder_fingerprint else "not embedded"
+        state = (
+            f"embedded under {', '.join(self.encoder_fingerprints)}" if self.encoder_fingerprints else "not embedded"
+        )
         return f"DemonstrationBank(task={self.task!r}, {len(self)} demonstrations, {state})"
 
     @property
@@ -101,6 +104,11 @@ class DemonstrationBank:
         """Short hash of the texts, the instruction and the symmetry; not of the vectors."""
         content = [self.instruction, self.symmetric, [[item.query, item.passage] for item in self.demonstrations]]
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:12]
+
+    @property
+    def encoder_fingerprints(self) -> tuple[str, ...]:
+        """The checkpoints that the bank has vectors of; the first is `encoder_fingerprint`, whose are `embeddings`."""
+        return tuple(self._by_encoder())
 
     @classmethod
     def from_jsonl(
@@ -180,44 +188,49 @@ class DemonstrationBank:
             "origin": self.origin,
             "encoder_fingerprint": self.encoder_fingerprint,
             "dimension": None if self.embeddings is None else int(self.embeddings.shape[-1]),
+            **(
+                {"other_encoders": {key: array.shape[-1] for key, array in self._others.items()}}
+                if self._others
+                else {}
+            ),
             "demonstrations": [{"query": item.query, "passage": item.passage} for item in self.demonstrations],
         }
         vectors = target / EMBEDDINGS_FILE
         # Vectors first and under a fingerprint of their own: a crash between the two writes leaves a pair that
         # disagrees, which load() takes for "not embedded" rather than for valid.
         if self.embeddings is not None:
-            write_vectors(
-                vectors, self.embeddings, {"encoder": self.encoder_fingerprint or "", "bank": self.fingerprint}
-            )
+            write_vectors(vectors, self._by_encoder(), self.fingerprint)
         else:
             vectors.unlink(missing_ok=True)
-        temporary = target / (BANK_FILE + ".tmp")
-        text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
-        # Half a surrogate pair has no UTF-8; its backslash escape is valid JSON and reads back as what it was.
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, target / BANK_FILE)
+        write_json(target / BANK_FILE, data)
 
-    def build(self, encoder: EpicEncoder) -> DemonstrationBank:
+    def build(self, encoder: EpicEncoder, *others: EpicEncoder) -> DemonstrationBank:
         """Embed the demonstrations with an encoder, in place.
 
         Queries are encoded zero-shot with the bank's instruction and passages as documents (as queries, if the task
-        is symmetric). Does nothing if the bank's vectors are the encoder's already.
+        is symmetric). Vectors of the encoder that the bank has already are kept, those of other encoders are dropped.
+
+        Args:
+            encoder: Its vectors become `embeddings`, (k, 2, dim) float32.
+            others: The bank gets the vectors of these encoders as well, for whoever builds or loads it with one.
 
         Returns:
-            The bank itself, with `embeddings` (k, 2, dim) float32.
+            The bank itself.
         """
-        if self.embeddings is not None and self.encoder_fingerprint == encoder.fingerprint:
-            return self
-        if self.embeddings is not None:
-            logger.info(
-                "bank %s was embedded under %s, the encoder is %s: embedding its %d demonstrations again",
-                self.task or self.fingerprint,
-                self.encoder_fingerprint,
-                encoder.fingerprint,
-                len(self),
-            )
-        self.embeddings = encoder.embed_demonstrations(self)
-        self.encoder_fingerprint = encoder.fingerprint
+        known = self._by_encoder()
+        built = {}
+        for each in (encoder, *others):
+            if known and each.fingerprint not in known:
+                logger.info(
+                    "bank %s was embedded under %s, the encoder is %s: embedding its %d demonstrations again",
+                    self.task or self.fingerprint,
+                    ", ".join(known),
+                    each.fingerprint,
+                    len(self),
+                )
+            vectors = known.get(each.fingerprint)
+            built[each.fingerprint] = each.embed_demonstrations(self) if vectors is None else vectors
+        self._set_vectors(built)
         return self
 
     def select(
@@ -226,7 +239,7 @@ class DemonstrationBank:
         *,
         method: Selection = "first",
         seed: int = 0,
-        query_embedding: npt.NDArray[np.float32] | None = None,
+        query_embedding: Vectors | None = None,
     ) -> DemonstrationBank:
         """Pick k demonstrations.
 
@@ -251,23 +264,14 @@ class DemonstrationBank:
         elif method == "random":
             rows = random.Random(seed).sample(range(len(self)), k)
         elif method == "diverse":
-            rows = _farthest_points(self._vectors(method)[:, 0], k)
+            rows = farthest_rows(self._vectors(method)[:, 0], k)
         elif method == "nearest":
-            if query_embedding is None:
-                raise PromptError("selection 'nearest' needs query_embedding and got none; pass the query's vector")
-            vectors, vector = self._vectors(method)[:, 0], np.asarray(query_embedding, dtype=np.float32)
-            if vector.shape != vectors.shape[1:]:
-                raise PromptError(
-                    f"query_embedding has shape {vector.shape}, the bank's vectors have {vectors.shape[1:]}; "
-                    "encode one query with the same encoder at full width"
-                )
-            scores = vectors @ vector
-            rows = [int(row) for row in np.argsort(-scores, kind="stable")[:k]][::-1]
+            rows = nearest_rows(self._vectors(method)[:, 0], query_embedding, k)
         else:
             raise PromptError(f"selection is {method!r}, known are {', '.join(SELECTIONS)}; choose one of them")
         return self._take(rows)
 
-    def require(self, fingerprint: str) -> npt.NDArray[np.float32]:
+    def require(self, fingerprint: str) -> Vectors:
         """The vectors, if they are those of the given checkpoint.
 
         Returns:
@@ -292,12 +296,20 @@ class DemonstrationBank:
             origin=self.origin,
         )
         chosen.task = self.task
-        if self.embeddings is not None:
-            chosen.embeddings = self.embeddings[list(rows)]
-            chosen.encoder_fingerprint = self.encoder_fingerprint
+        chosen._set_vectors({key: array[list(rows)] for key, array in self._by_encoder().items()})
         return chosen
 
-    def _vectors(self, method: str) -> npt.NDArray[np.float32]:
+    def _by_encoder(self) -> dict[str, Vectors]:
+        """All vectors by encoder's fingerprint, `embeddings` first."""
+        return {} if self.embeddings is None else {self.encoder_fingerprint or "": self.embeddings, **self._others}
+
+    def _set_vectors(self, vectors: Mapping[str, Vectors]) -> None:
+        """What `_by_encoder` returns becomes the bank's."""
+        self._others = dict(vectors)
+        self.encoder_fingerprint = next(iter(self._others), None)
+        self.embeddings = None if self.encoder_fingerprint is None else self._others.pop(self.encoder_fingerprint)
+
+    def _vectors(self, method: str) -> Vectors:
         if self.embeddings is None:
             raise BankError(f"selection {method!r} needs vectors and the bank has none; call bank.build(encoder) first")
         return self.embeddings
@@ -307,9 +319,7 @@ class DemonstrationBank:
         if not isinstance(fingerprint, str) or not file.is_file():
             return
         # Texts that were edited by hand after embedding make these vectors somebody else's.
-        vectors = read_vectors(file, {"encoder": fingerprint, "bank": self.fingerprint})
-        if vectors is not None and vectors.ndim == 3 and vectors.shape[:2] == (len(self), 2):
-            self.embeddings, self.encoder_fingerprint = vectors, fingerprint
+        self._set_vectors(read_vectors(file, encoder=fingerprint, bank=self.fingerprint, count=len(self)))
 
 
 def built_in_banks() -> dict[str, Path]:
@@ -380,13 +390,3 @@ def _demonstration(item: Demonstration | tuple[str, str], index: int) -> Demonst
             f"demonstration {index + 1} is {item!r}; each is a (query, passage) pair of two non-empty strings"
         )
     return Demonstration(*pair)
-
-
-def _farthest_points(vectors: npt.NDArray[np.float32], k: int) -> list[int]:
-    """Greedy farthest-point choice by cosine, from row 0 on."""
-    chosen: list[int] = [0][:k]
-    while len(chosen) < k:
-        closest = (vectors @ vectors[chosen].T).max(axis=1)
-        closest[chosen] = np.inf
-        chosen.append(int(closest.argmin()))
-    return chosen

@@ -133,14 +133,15 @@ class EpicEncoder:
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: str | None = None) -> None:
-        """Write a checkpoint folder that `from_pretrained`, `AutoModel` and `SentenceTransformer` open.
+        """Write a checkpoint folder that `from_pretrained` opens, and `AutoModel` and `SentenceTransformer` too.
 
         Args:
             folder: Made if it is missing; a checkpoint in it is replaced.
-            dtype: Weight dtype on disk; None keeps the current one.
+            dtype: Weight dtype on disk; None keeps the current one. "int8" rounds each row of a matrix to int8 and a
+                scale: the smallest folder, and the one kind that only `from_pretrained` reads.
 
         Raises:
-            CheckpointError: If the folder cannot be made.
+            CheckpointError: If the folder cannot be made, or weights for int8 are not finite.
             ConfigError: If the dtype is unknown.
         """
         _storage.save(self, Path(folder).expanduser(), dtype)

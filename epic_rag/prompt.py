@@ -41,9 +41,11 @@ class PromptTemplate:
         response: What stands before a demonstration's passage.
         end: What ends a demonstration.
         separators: "words" puts `query`, `response` and `end` around slots; "none" puts slots side by side.
+        demonstration_instructions: "shared" has one instruction line, before all demonstrations; "each" has one before
+            every demonstration and one before the query.
 
     Raises:
-        ConfigError: If the instruction's line cannot be filled in, or the separators are unknown.
+        ConfigError: If the instruction's line cannot be filled in, or another value is unknown.
     """
 
     instruction: str = "Instruct: {instruction}\n"
@@ -51,6 +53,7 @@ class PromptTemplate:
     response: str = "\nResponse:"
     end: str = "\n"
     separators: Literal["words", "none"] = "words"
+    demonstration_instructions: Literal["shared", "each"] = "shared"
 
     def __post_init__(self) -> None:
         try:
@@ -64,10 +67,19 @@ class PromptTemplate:
             )
         if self.separators not in ("words", "none"):
             raise ConfigError(f"separators is {self.separators!r}, known are words, none; choose one of them")
+        if self.demonstration_instructions not in ("shared", "each"):
+            raise ConfigError(
+                f"demonstration_instructions is {self.demonstration_instructions!r}, known are shared, each; "
+                "choose one of them"
+            )
 
     def to_dict(self) -> dict[str, str]:
         """The template as plain values, for `epic.json`."""
-        return asdict(self)
+        values = asdict(self)
+        if self.demonstration_instructions == "shared":
+            # Left out, so that checkpoints from before there was a choice keep their fingerprint.
+            del values["demonstration_instructions"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -272,11 +284,14 @@ class PromptBuilder:
             response = end = ()
         else:
             demo_query = query
-        ids: list[int] = [*self.start, *(head[0] if head else ())]
+        line = head[0] if head else ()
+        each = template.demonstration_instructions == "each"
+        ids: list[int] = [*self.start, *(() if each else line)]
         slots: list[int] = []
         texts = [" " + text for pair in demonstrations for text in pair] if strategy == "text" else []
         bodies = self.token_ids(texts, self.max_demonstration_tokens)
         for index in range(count):
+            ids.extend(line if each else ())
             for part, before in enumerate((demo_query, response)):
                 ids.extend(before)
                 if strategy == "epic":
@@ -285,7 +300,7 @@ class PromptBuilder:
                 else:
                     ids.extend(bodies[2 * index + part])
             ids.extend(end)
-        ids.extend(query)
+        ids.extend((*line, *query) if each else query)
         return Prefix(ids=tuple(ids), slots=tuple(slots), words=True)
 
     def queries(self, prefix: Prefix, texts: Sequence[str]) -> list[EncoderInput]:

@@ -225,8 +225,16 @@ def test_a_short_model_is_not_asked_for_more_than_it_takes(tmp_path: Path) -> No
         ("{", r"epic\.json is not valid JSON .*; copy the checkpoint again"),
         (b"\xff\xfe\x00", r"epic\.json is not valid JSON .*; copy the checkpoint again"),
         ("[]", r"epic\.json holds a list, expected an object; copy the checkpoint again"),
-        ('{"format_version": 2}', r"has format version 2, this release reads 1; run `pip install -U epic-rag`"),
-        ("{}", r"has format version None, this release reads 1; run `pip install -U epic-rag`"),
+        ('{"format_version": 3}', r"has format version 3, this release reads 1 and 2; run `pip install -U epic-rag`"),
+        ("{}", r"has format version None, this release reads 1 and 2; run `pip install -U epic-rag`"),
+        (
+            '{"format_version": 2}',
+            r"has weights stored as None, this release reads {'format': 'int8-rows'}; run `pip install -U epic-rag`",
+        ),
+        (
+            '{"format_version": 2, "weights": {"format": "int4-groups"}}',
+            r"has weights stored as {'format': 'int4-groups'}, this release reads {'format': 'int8-rows'}; run `pip ins",
+        ),
     ],
 )
 def test_a_broken_epic_file(content: str | bytes, message: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -281,7 +289,7 @@ def test_options_that_cannot_work(options: dict[str, Any], message: str, tiny_ch
 
 
 def test_an_unknown_dtype_on_saving(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="dtype is 'int4', known are"):
+    with pytest.raises(ConfigError, match="dtype is 'int4', known are float32, bfloat16, float16, int8; choose"):
         make_encoder().save_pretrained(tmp_path / "x", dtype="int4")
     assert not (tmp_path / "x").exists()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from epic_rag import DemonstrationBank, EpicEncoder, get_task, list_tasks
+from epic_rag import DemonstrationBank, EpicEncoder, get_task, list_checkpoints, list_tasks
 from epic_rag.demonstrations import built_in_banks
 from epic_rag_cli.main import run
 from epic_rag_demos import bank_folder, bank_names
@@ -159,6 +159,19 @@ def test_a_bank_can_be_embedded_and_changes_queries_only(name: str, tiny_encoder
     by_task = tiny_encoder.encode_query(query, task=name, num_demonstrations=4)
     assert np.allclose(tiny_encoder.encode_query(query, bank=name, num_demonstrations=4), by_task, atol=1e-5)
     assert not np.allclose(by_task, zero_shot, atol=1e-3)
+
+
+@pytest.mark.parametrize("checkpoint", [info.name for info in list_checkpoints()])
+def test_banks_have_the_vectors_of_every_shipped_checkpoint(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make banks` makes them; without, each start of the command line would embed its bank again."""
+    encoder = EpicEncoder.from_pretrained(checkpoint, device="cpu")
+    monkeypatch.setattr(encoder, "embed_demonstrations", lambda bank: pytest.fail("embedded again"))
+    for name in BANKS:
+        stored = load(name)
+        bank = DemonstrationBank.load(name, encoder)
+        assert bank.require(encoder.fingerprint).shape == (len(bank), 2, encoder.backbone.dimension)
+        assert set(stored.encoder_fingerprints) >= {encoder.fingerprint}
+        assert len(stored.encoder_fingerprints) == len(list_checkpoints())
 
 
 @pytest.mark.parametrize("name", BANKS)

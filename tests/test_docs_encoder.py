@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from transformers import AutoModel
 
 from epic_rag import EpicEncoder, checkpoints
+from epic_rag_cli.main import run
 from tests.conftest import make_encoder, make_tokenizer
 from tests.model_files import make_adapter, make_hub_cache, write_gguf
 
@@ -36,18 +39,30 @@ def guide_folder(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_guides_python_runs(guide_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     examples = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(examples) == 16
+    assert len(examples) == 17
     capsys.readouterr()
     state: dict[str, object] = {}
     for example in examples:
         exec(compile(example, str(GUIDE), "exec"), state)
-    assert {"from-gguf", "my-checkpoint", "my-checkpoint-half", "machine-bank"} <= {
+    assert {"from-gguf", "my-checkpoint", "my-checkpoint-half", "my-checkpoint-int8", "machine-bank"} <= {
         path.name for path in guide_folder.iterdir()
     }
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[-4:-1]] == ["epic", "text", "none"]
     # What the guide says that is printed.
     assert f"print(error)  # {printed[-1]}\n" in GUIDE.read_text("utf-8")
+
+
+def test_the_guides_commands_run(guide_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    EpicEncoder.from_pretrained("my-model").save_pretrained("my-checkpoint")
+    rows = [{"query": f"term {number}", "passage": f"what {number} means"} for number in range(12)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = re.findall(r"^    (epic-rag .*)$", GUIDE.read_text("utf-8"), re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        assert run(shlex.split(line)[1:]) == 0, line
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^\| pairs +\| {label} ", printed, re.MULTILINE) for label in ("before", "int8"))
 
 
 @pytest.mark.parametrize(

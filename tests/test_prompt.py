@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -101,6 +100,32 @@ def test_the_three_renderings_word_for_word() -> None:
     bare = made.queries(made.prefix(), ["hello"])[0]
     assert bare.ids == (*tokens("hello"), 0)
     assert made.documents(["hello"])[0] == bare
+
+
+def test_an_instruction_for_each_demonstration() -> None:
+    each = PromptTemplate(demonstration_instructions="each")
+    made, shared = builder(template=each, max_query_tokens=100), builder(max_query_tokens=100)
+
+    def tokens(text: str) -> tuple[int, ...]:
+        return tuple(BYTES(text)["input_ids"])
+
+    line = tokens("Instruct: find it\n")
+    epic = made.queries(made.prefix("find it", num_slots=2), ["hello"])[0]
+    one = (*line, *tokens("Query:"), 0, *tokens("\nResponse:"), 0, *tokens("\n"))
+    assert epic.ids == (*one, *one, *line, *tokens("Query: hello"), 0)
+    assert [epic.ids[slot] for slot in epic.slots] == [0] * 4
+    pairs = [("the quick fox", "jumps over")]
+    text = made.queries(made.prefix("find it", demonstrations=pairs, strategy="text"), ["hello"])[0]
+    written = "Instruct: find it\nQuery: the quick fox\nResponse: jumps over\nInstruct: find it\nQuery: hello"
+    assert text.ids == (*tokens(written), 0)
+    # Without demonstrations, or without an instruction, there is no difference.
+    assert made.prefix("find it") == shared.prefix("find it")
+    assert made.prefix(None, num_slots=2) == shared.prefix(None, num_slots=2)
+    # At its default the setting is not part of the template's record, nor of a fingerprint made from it.
+    assert "demonstration_instructions" not in PromptTemplate().to_dict()
+    assert PromptTemplate(**each.to_dict()) == each  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="demonstration_instructions is 'all', known are shared, each; choose"):
+        PromptTemplate(demonstration_instructions="all")  # type: ignore[arg-type]
 
 
 @PROPERTY
@@ -336,42 +361,3 @@ def test_a_template_may_hold_braces_and_so_may_an_instruction() -> None:
     )
     with pytest.raises(ConfigError, match="separators is 'commas', known are words, none"):
         PromptTemplate(separators="commas")  # type: ignore[arg-type]
-
-
-rows_of_input = st.lists(
-    st.integers(1, 12).flatmap(
-        lambda size: st.builds(
-            EncoderInput,
-            ids=st.lists(st.integers(2, 99), min_size=size, max_size=size).map(tuple),
-            slots=st.lists(st.integers(0, size - 1), unique=True, max_size=4).map(lambda slots: tuple(sorted(slots))),
-            pool_start=st.integers(0, size - 1),
-        )
-    ),
-    min_size=1,
-    max_size=6,
-)
-
-
-@PROPERTY
-@given(rows=rows_of_input, side=st.sampled_from(["left", "right"]))
-def test_collate_pads_on_the_given_side_and_moves_slots_along(rows: list[EncoderInput], side: str) -> None:
-    batch = collate(rows, pad_id=1, padding_side=side)  # type: ignore[arg-type]
-    width = max(len(row.ids) for row in rows)
-    assert batch.ids.shape == batch.mask.shape == batch.pool_mask.shape == (len(rows), width)
-    at = list(zip(batch.slot_rows.tolist(), batch.slot_columns.tolist(), strict=True))
-    for index, row in enumerate(rows):
-        kept = batch.mask[index].bool()
-        assert tuple(batch.ids[index][kept].tolist()) == row.ids
-        assert set(batch.ids[index][~kept].tolist()) <= {1}
-        real = kept.nonzero().flatten()
-        assert (int(real[0]) == 0) if side == "right" else (int(real[-1]) == width - 1)
-        assert batch.pool_mask[index][kept].tolist() == [float(n >= row.pool_start) for n in range(len(row.ids))]
-        assert batch.pool_mask[index][~kept].sum() == 0
-        columns = [column for line, column in at if line == index]
-        assert [column - int(real[0]) for column in columns] == list(row.slots)
-    assert [line for line, _ in at] == [index for index, row in enumerate(rows) for _ in row.slots]
-
-
-def test_a_batch_moves_as_a_whole() -> None:
-    batch = collate([EncoderInput((1, 2), (0,))], pad_id=0).to(torch.device("meta"))
-    assert all(getattr(batch, name).device.type == "meta" for name in batch.__dataclass_fields__)

@@ -50,10 +50,12 @@ _JSON = """\
 | `index` | `index_dir`; `added`, `changed`, `deleted`, `unchanged` (numbers of files); `skipped` (list of `path`, `reason`); `chunks_embedded`, `chunks_total`, `seconds`, `chunks_per_second` |
 | `query` | `query`, `index_dir`, `task`, `bank`, `hits`: list of `rank`, `score` (cosine), `path` (relative to `root`), `root`, `first_line`, `last_line` (from 1, inclusive; null where there are none), `page` (of a PDF, else null), `heading_path` (list), `text`, `id` |
 | `status` | `index_dir`, `roots`, `model`, `fingerprint`, `dimension`, `files`, `chunks`, `size_bytes`, `updated_at`, `settings` (`chunk_tokens`, `chunk_overlap`, `include`, `exclude`) |
-| `bank list` | list of `name`, `task`, `instruction`, `symmetric`, `num_demonstrations`, `fingerprint`, `encoder_fingerprint`, `origin` |
+| `bank list` | list of `name`, `task`, `instruction`, `symmetric`, `num_demonstrations`, `fingerprint`, `encoder_fingerprint` (null if not embedded), `encoder_fingerprints` (list: the former, and other models that the bank has vectors of), `origin` |
 | `bank show` | the same, and `demonstrations`: list of `query`, `passage` |
+| `mine` | `file`, `rows`, `documents`, `mined` (negatives added), `short` (rows with fewer than asked for), `candidates`, `dropped_share` (of the candidates, as likely false negatives) |
 | `train` | `checkpoint`, `steps`, `loss` |
 | `eval` | see [evaluation.md](evaluation.md) |
+| `ablate` | see [evaluation.md](evaluation.md) |
 | `models` | list of `name`, `path`, `dimension`, `parameters`, `size_bytes`, `description`, `default` |
 """  # noqa: E501 - a table row cannot be broken
 
@@ -111,7 +113,7 @@ def _usage(argument: Any) -> str:
 
 
 def _names(option: Any) -> str:
-    value = f" {option.metavar}" if option.metavar else ""
+    value = f" {option.metavar}".replace("|", "\\|") if option.metavar else ""  # a bar would end the table's cell
     return ", ".join(f"`{name}{value}`" for name in option.opts)
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from epic_rag.errors import EpicError
-from epic_rag_cli.commands import bank, clear, eval, index, models, query, status, train
+from epic_rag_cli.commands import ablate, bank, clear, eval, index, mine, models, query, status, train
 from epic_rag_cli.interrupt import Interrupted
 from epic_rag_cli.output import emit, message
 from epic_rag_cli.quiet import debugging, quieten
@@ -63,9 +63,11 @@ add_command(app, "index", index.index)
 add_command(app, "query", query.query)
 add_command(app, "status", status.status)
 add_command(app, "clear", clear.clear)
-add_command(app, "models", models.models)
 add_command(app, "eval", eval.eval_command)
+add_command(app, "mine", mine.mine)
 add_command(app, "train", train.train)
+add_command(app, "ablate", ablate.ablate)
+app.add_typer(models.app)
 app.add_typer(bank.app)
 
 

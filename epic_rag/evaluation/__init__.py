@@ -2,9 +2,12 @@
 
     epic-rag eval --data FOLDER --model epic-minilm --num-demonstrations 0,8
     python -m epic_rag.evaluation --help
+    epic-rag ablate GRID.yaml
 
-Arrows point one way: runner -> {mteb_runs, heldout_scores, report} -> {embedding, prompts, heldout,
-local_sets}. Only mteb_runs, mteb_tasks and mteb_encoder import mteb (`pip install 'epic-rag[eval]'`).
+Arrows point one way: runner -> {scorers, set_plans, collection} -> {mteb_runs, heldout_scores, report} ->
+{embedding, bm25, prompts, heldout, pairs, local_sets}. ablation -> {plots, ablation_report} ->
+ablation_arms -> {training, ablation_scores, ablation_grid}. Only the modules called mteb_... import mteb
+(`pip install 'epic-rag[eval]'`).
 """
 
 from __future__ import annotations
@@ -13,6 +16,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from epic_rag.evaluation.ablation import AblationReport, run_ablation
+    from epic_rag.evaluation.ablation_grid import AblationGrid, load_grid
+    from epic_rag.evaluation.efficiency import EfficiencyReport, measure_queries
     from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt
     from epic_rag.evaluation.heldout import HeldoutSplit, make_split
     from epic_rag.evaluation.heldout_scores import HeldoutResult, score_heldout
@@ -22,9 +28,13 @@ if TYPE_CHECKING:
     from epic_rag.evaluation.report import EvaluationReport
     from epic_rag.evaluation.request import EvaluationRequest, ModelSpec
     from epic_rag.evaluation.runner import run_evaluation
+    from epic_rag.evaluation.training_cost import measure_training
 
 # Resolved on first use: mteb takes seconds to import and need not be installed.
 _HOMES = {
+    "AblationGrid": "ablation_grid",
+    "AblationReport": "ablation_report",
+    "EfficiencyReport": "efficiency",
     "EmbeddingStore": "embedding",
     "EpicMtebEncoder": "mteb_encoder",
     "EvaluationReport": "report",
@@ -35,14 +45,21 @@ _HOMES = {
     "ModelSpec": "request",
     "QueryPrompt": "embedding",
     "find_local_sets": "local_sets",
+    "load_grid": "ablation_grid",
     "load_local_set": "local_sets",
     "make_split": "heldout",
     "make_task": "mteb_tasks",
+    "measure_queries": "efficiency",
+    "measure_training": "training_cost",
+    "run_ablation": "ablation",
     "run_evaluation": "runner",
     "score_heldout": "heldout_scores",
 }
 
 __all__ = [
+    "AblationGrid",
+    "AblationReport",
+    "EfficiencyReport",
     "EmbeddingStore",
     "EpicMtebEncoder",
     "EvaluationReport",
@@ -53,9 +70,13 @@ __all__ = [
     "ModelSpec",
     "QueryPrompt",
     "find_local_sets",
+    "load_grid",
     "load_local_set",
     "make_split",
     "make_task",
+    "measure_queries",
+    "measure_training",
+    "run_ablation",
     "run_evaluation",
     "score_heldout",
 ]

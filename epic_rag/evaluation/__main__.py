@@ -21,6 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", action="append", default=[], metavar="[LABEL=]MODEL[:plain|:prompted]")
     parser.add_argument("--data", type=Path, metavar="DIR")
     parser.add_argument("--tasks", metavar="NAME,...")
+    parser.add_argument("--kinds", action="append", metavar="KIND,...")
     parser.add_argument("--num-demonstrations", default="0,8", metavar="K,...")
     parser.add_argument("--strategy", default="epic", choices=("epic", "text", "none"))
     parser.add_argument("--instructions", type=Path, metavar="FILE.json")
@@ -28,6 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heldout", action="append", default=[], type=Path, metavar="FILE.jsonl.gz")
     parser.add_argument("--heldout-queries", type=int, default=1000, metavar="N")
     parser.add_argument("--heldout-documents", type=int, default=5000, metavar="N")
+    parser.add_argument("--heldout-collection", action="append", metavar="NAME,...")
+    parser.add_argument("--heldout-instruction", action="append", metavar="NAME,...")
     parser.add_argument("--draws", type=int, default=3, metavar="N")
     parser.add_argument("--controls", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
@@ -66,10 +69,14 @@ def _say(line: str) -> None:
 
 def _evaluate(options: argparse.Namespace, command: tuple[str, ...]) -> str:
     from epic_rag.evaluation.files import read_mapping
+    from epic_rag.evaluation.local_sets import KINDS
     from epic_rag.evaluation.report import write_json
     from epic_rag.evaluation.request import (
+        COLLECTIONS,
+        INSTRUCTION_SOURCES,
         EvaluationRequest,
         parse_banks,
+        parse_choices,
         parse_ks,
         parse_models,
         split_names,
@@ -80,6 +87,7 @@ def _evaluate(options: argparse.Namespace, command: tuple[str, ...]) -> str:
         models=parse_models(options.model),
         data=options.data,
         tasks=None if options.tasks is None else split_names(options.tasks),
+        kinds=None if options.kinds is None else parse_choices(options.kinds, KINDS, "--kinds"),
         num_demonstrations=parse_ks(options.num_demonstrations),
         strategy=options.strategy,
         instructions=read_mapping(options.instructions) if options.instructions else {},
@@ -87,6 +95,10 @@ def _evaluate(options: argparse.Namespace, command: tuple[str, ...]) -> str:
         heldout=tuple(options.heldout),
         heldout_queries=options.heldout_queries,
         heldout_documents=options.heldout_documents,
+        heldout_collections=parse_choices(options.heldout_collection or ["own"], COLLECTIONS, "--heldout-collection"),
+        heldout_instructions=parse_choices(
+            options.heldout_instruction or ["own"], INSTRUCTION_SOURCES, "--heldout-instruction"
+        ),
         draws=options.draws,
         controls=options.controls,
         seed=options.seed,

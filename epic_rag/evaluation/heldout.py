@@ -11,16 +11,40 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from epic_rag.demonstrations import Demonstration
 from epic_rag.errors import ConfigError, DataError
-from epic_rag.evaluation.files import content_revision, read_jsonl, read_mapping
+from epic_rag.evaluation.files import content_revision, read_mapping
+from epic_rag.evaluation.pairs import (
+    Pair,
+    draw_demonstrations,
+    file_stem,
+    load_pairs,
+    mismatch,
+    passage_key,
+    with_components,
+)
 from epic_rag.evaluation.prompts import normalised
 
-__all__ = ["HeldoutSplit", "Pair", "draw_demonstrations", "file_stem", "load_pairs", "make_split", "mismatch"]
+__all__ = [
+    "Collection",
+    "HeldoutSplit",
+    "InstructionSource",
+    "Pair",
+    "assemble_split",
+    "draw_demonstrations",
+    "file_stem",
+    "load_pairs",
+    "make_split",
+    "mismatch",
+    "passage_key",
+    "query_rows",
+    "rows_of_queries",
+    "with_components",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +52,10 @@ GENERIC_INSTRUCTION = "Given a query, retrieve what belongs to it"
 """For a file that comes without an instruction."""
 _DEMONSTRATION_SHARE = 0.25
 
-
-@dataclass(frozen=True)
-class Pair:
-    """A row of a pairs file.
-
-    Args:
-        query: The query.
-        passage: Its positive.
-        group: Rows with the same group are each other's positives; None for a row of its own.
-        component: Number of the rows that this one shares anything with; set by `load_pairs`.
-    """
-
-    query: str
-    passage: str
-    group: str | None = None
-    component: int = -1
+Collection = Literal["own", "pooled", "pooled-with-queries"]
+"""What the queries are ranked in: the file's own documents, those of all files, or those and queries as documents."""
+InstructionSource = Literal["own", "default", "none"]
+"""Whose instruction the queries get: the file's, the checkpoint's default, or none."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +69,15 @@ class HeldoutSplit:
         queries: Test queries, all different.
         documents: The corpus, all different.
         relevant: For each query the corpus rows that answer it.
-        excluded: For each query the corpus row that is the query itself (and would come first), or None.
+        excluded: For each query the corpus rows that are the query itself (and would come first).
         pool: Rows that share nothing with a test query.
         symmetric: Whether documents are encoded like queries.
+        other_queries: Queries of rows that are neither in the test nor in the pool, all different and none of
+            them a test query; a corpus can hold them as documents that answer nothing.
+        collection: What the corpus is.
+        instruction_source: Whose instruction it is.
+        parts: The lists of texts that a pooled corpus was put together from, each encoded once for all of its
+            files; empty for a file's own corpus.
     """
 
     name: str
@@ -68,63 +86,13 @@ class HeldoutSplit:
     queries: tuple[str, ...]
     documents: tuple[str, ...]
     relevant: tuple[tuple[int, ...], ...]
-    excluded: tuple[int | None, ...]
+    excluded: tuple[tuple[int, ...], ...]
     pool: tuple[Pair, ...]
     symmetric: bool = False
-
-
-def file_stem(path: Path) -> str:
-    """Return a file's name without `.jsonl` and `.gz`."""
-    name = path.name
-    for ending in (".gz", ".jsonl"):
-        name = name.removesuffix(ending)
-    return name
-
-
-def _passage_key(text: str) -> str:
-    return " ".join(text.split())  # case says something in a command, spacing does not
-
-
-def load_pairs(path: Path) -> list[Pair]:
-    """Read a pairs file: {"query", "positive" (or "passage"), "group"?} a line.
-
-    Returns:
-        The rows in order, with their components.
-
-    Raises:
-        DataError: The file is missing or a line is malformed.
-    """
-    rows: list[tuple[str, str, str | None]] = []
-    for row in read_jsonl(path):
-        group = row.values.get("group")
-        query, passage = row.text("query"), row.text("passage" if "passage" in row.values else "positive")
-        if not (query.strip() and passage.strip()):
-            raise row.error('"query" and "positive" may not be empty; correct this line')
-        rows.append((query, passage, None if group is None else str(group)))
-    return [
-        Pair(query, passage, group, component)
-        for (query, passage, group), component in zip(rows, _components(rows), strict=True)
-    ]
-
-
-def _components(rows: Sequence[tuple[str, str, str | None]]) -> list[int]:
-    """Number the connected components of rows that share a query, a passage or a group."""
-    parent = list(range(len(rows)))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
-
-    first_with: dict[Hashable, int] = {}
-    for number, (query, passage, group) in enumerate(rows):
-        keys: list[Hashable] = [("query", normalised(query)), ("passage", _passage_key(passage))]
-        if group is not None:
-            keys.append(("group", group))
-        for key in keys:
-            parent[root(number)] = root(first_with.setdefault(key, number))
-    return [root(number) for number in range(len(rows))]
+    other_queries: tuple[str, ...] = ()
+    collection: Collection = "own"
+    instruction_source: InstructionSource = "own"
+    parts: tuple[tuple[str, ...], ...] = ()
 
 
 def make_split(
@@ -174,26 +142,83 @@ def make_split(
     rest = [pair for pair in pairs if pair.component not in for_pool]
     rng.shuffle(pool)
     rng.shuffle(rest)
-    test = _test_rows(rest, queries)
+    test = query_rows(rest, queries)
     if not test:
         raise DataError(f"{path} has no row whose query differs from its positive outside the pool; use another file")
     if len(test) < queries:
         logger.info("%s has %d test queries, %d were asked for", name, len(test), queries)
+    return assemble_split(
+        name,
+        test=test,
+        rest=rest,
+        pool=pool,
+        documents=documents,
+        instruction=instruction,
+        revision=content_revision([path]),
+        symmetric=symmetric,
+    )
+
+
+def assemble_split(
+    name: str,
+    *,
+    test: Sequence[Pair],
+    rest: Sequence[Pair],
+    pool: Sequence[Pair],
+    documents: int,
+    instruction: str,
+    revision: str,
+    symmetric: bool = False,
+) -> HeldoutSplit:
+    """Make a retrieval test of rows that have been chosen already.
+
+    Args:
+        name: What the report calls it.
+        test: Rows whose queries are asked, all different.
+        rest: Rows that fill the corpus up and say what else is relevant; the test rows among them.
+        pool: Rows that demonstrations are drawn from.
+        documents: Documents wanted in the corpus, which is never cut below the test rows' passages.
+        instruction: The task in words.
+        revision: A hash of the data.
+        symmetric: Whether documents are encoded like queries.
+    """
     rows, texts = _corpus(test, rest, documents)
     relevant = _relevant(test, rest, rows)
-    by_text = {normalised(text): row for row, text in enumerate(texts)}
-    excluded = [by_text.get(normalised(pair.query)) for pair in test]
+    excluded = rows_of_queries([pair.query for pair in test], texts)
     return HeldoutSplit(
         name=name,
         instruction=instruction,
-        revision=content_revision([path]),
+        revision=revision,
         queries=tuple(pair.query for pair in test),
         documents=tuple(texts),
-        relevant=tuple(tuple(sorted(found - {skip})) for found, skip in zip(relevant, excluded, strict=True)),
-        excluded=tuple(excluded),
+        relevant=tuple(tuple(sorted(found - {*skip})) for found, skip in zip(relevant, excluded, strict=True)),
+        excluded=excluded,
         pool=tuple(pool),
         symmetric=symmetric,
+        other_queries=_other_queries(test, rest, documents),
     )
+
+
+def rows_of_queries(queries: Sequence[str], documents: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """For each query the rows of the documents that are the query itself but for case and spacing."""
+    rows: dict[str, list[int]] = {normalised(query): [] for query in queries}
+    for row, text in enumerate(documents):
+        found = rows.get(normalised(text))
+        if found is not None:
+            found.append(row)
+    return tuple(tuple(rows[normalised(query)]) for query in queries)
+
+
+def _other_queries(test: Sequence[Pair], rest: Sequence[Pair], count: int) -> tuple[str, ...]:
+    """The first `count` different queries of rows that ask none of the test's queries."""
+    asked = {normalised(pair.query) for pair in test}
+    found: dict[str, str] = {}
+    for pair in rest:
+        if len(found) == count:
+            break
+        if normalised(pair.query) not in asked:
+            found.setdefault(normalised(pair.query), pair.query)
+    return tuple(found.values())
 
 
 def _instruction_beside(path: Path, name: str) -> str:
@@ -214,7 +239,7 @@ def _instruction_beside(path: Path, name: str) -> str:
     return instructions[name]
 
 
-def _test_rows(rows: Sequence[Pair], count: int) -> list[Pair]:
+def query_rows(rows: Sequence[Pair], count: int) -> list[Pair]:
     """The first `count` rows with different queries, none of which is its own answer."""
     chosen: dict[str, Pair] = {}
     for pair in rows:
@@ -232,7 +257,7 @@ def _corpus(test: Sequence[Pair], rest: Sequence[Pair], count: int) -> tuple[dic
     for number, pair in enumerate([*test, *rest]):
         if number >= len(test) and len(texts) >= count:
             break
-        key = _passage_key(pair.passage)
+        key = passage_key(pair.passage)
         if key not in rows:
             rows[key] = len(texts)
             texts.append(pair.passage)
@@ -244,7 +269,7 @@ def _relevant(test: Sequence[Pair], rest: Sequence[Pair], rows: dict[str, int]) 
     by_group: dict[str, set[int]] = {}
     by_query: dict[str, set[int]] = {}
     for pair in rest:
-        row = rows.get(_passage_key(pair.passage))
+        row = rows.get(passage_key(pair.passage))
         if row is not None:
             by_query.setdefault(normalised(pair.query), set()).add(row)
             if pair.group is not None:
@@ -252,59 +277,5 @@ def _relevant(test: Sequence[Pair], rest: Sequence[Pair], rows: dict[str, int]) 
     found = []
     for pair in test:
         same_group = by_group.get(pair.group, set()) if pair.group is not None else set()
-        found.append({rows[_passage_key(pair.passage)]} | by_query[normalised(pair.query)] | same_group)
+        found.append({rows[passage_key(pair.passage)]} | by_query[normalised(pair.query)] | same_group)
     return found
-
-
-def draw_demonstrations(pool: Sequence[Pair], k: int, *, seed: int) -> list[Pair]:
-    """Draw k rows, as different from each other as the pool allows; a smaller k is a prefix of a larger one.
-
-    Raises:
-        DataError: The pool has fewer than k rows.
-    """
-    if k > len(pool):
-        raise DataError(
-            f"{k} demonstrations were asked, {len(pool)} rows are free for them; lower --num-demonstrations"
-        )
-    rng = random.Random(seed)
-    order = rng.sample(range(len(pool)), len(pool))
-    # Rows of new components first, then rows of new passages, then the rest.
-    chosen: dict[int, None] = {}
-    components: set[int] = set()
-    for row in order:
-        if pool[row].component not in components:
-            components.add(pool[row].component)
-            chosen[row] = None
-    passages = {_passage_key(pool[row].passage) for row in chosen}
-    for row in order:
-        if len(chosen) >= k:
-            break
-        if _passage_key(pool[row].passage) not in passages:
-            passages.add(_passage_key(pool[row].passage))
-            chosen[row] = None
-    chosen.update(dict.fromkeys(order))
-    return [pool[row] for row in list(chosen)[:k]]
-
-
-def mismatch(demonstrations: Sequence[Pair], pool: Sequence[Pair], *, seed: int) -> list[Demonstration] | None:
-    """Give each demonstration's query the passage of another one, of another component, so that it is wrong.
-
-    Passages come from the demonstrations themselves where they can (the same vectors, paired wrongly),
-    otherwise from the pool.
-
-    Returns:
-        The wrong demonstrations, or None if the pool has no passage that is wrong for one of them.
-    """
-    rng = random.Random(seed)
-    spare = [pool[row] for row in rng.sample(range(len(pool)), len(pool))]
-    wrong: list[Demonstration] = []
-    used: set[int] = set()
-    for number, pair in enumerate(demonstrations):
-        others = [*demonstrations[number + 1 :], *demonstrations[:number], *spare]
-        fitting = [other for other in others if other.component != pair.component]
-        if not fitting:
-            return None
-        passage = next((other for other in fitting if id(other) not in used), fitting[0])
-        used.add(id(passage))
-        wrong.append(Demonstration(pair.query, passage.passage))
-    return wrong

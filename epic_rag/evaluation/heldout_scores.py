@@ -1,10 +1,10 @@
-"""Scores of one model on held-out pairs: without demonstrations, with them, and with wrong ones."""
+"""Scores of one model, or of BM25, on held-out pairs: without demonstrations, with them, and with wrong ones."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,12 +12,22 @@ import numpy as np
 import numpy.typing as npt
 
 from epic_rag.demonstrations import Demonstration
-from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt
-from epic_rag.evaluation.heldout import HeldoutSplit, Pair, draw_demonstrations, mismatch
-from epic_rag.evaluation.metrics import mean_and_error, ndcg_at_k
+from epic_rag.evaluation.bm25 import Bm25Index
+from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt, Vectors
+from epic_rag.evaluation.heldout import Collection, HeldoutSplit, InstructionSource, Pair, draw_demonstrations, mismatch
+from epic_rag.evaluation.metrics import mean_and_error, ndcg_at_k, ndcg_of_scores
 from epic_rag.prompt import Strategy
 
-__all__ = ["CONDITIONS", "Comparison", "Condition", "HeldoutResult", "HeldoutScore", "score_heldout"]
+__all__ = [
+    "CONDITIONS",
+    "Comparison",
+    "Condition",
+    "HeldoutResult",
+    "HeldoutScore",
+    "Observe",
+    "score_heldout",
+    "score_heldout_bm25",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +41,8 @@ CONDITIONS: dict[Condition, str] = {
 """What is shown to the model, and how the report calls it."""
 
 _Scores = npt.NDArray[np.float64]
+Observe = Callable[[Condition, int, _Scores], None]
+"""Takes a condition, its k, and (draws, queries) scores."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +90,14 @@ class HeldoutResult:
     Args:
         name: The file's name.
         revision: A hash of the file.
-        instruction: What the queries got; None for a plain model.
+        instruction: What the queries got, "" for none; None for a plain model and for BM25.
         queries: Number of test queries.
         documents: Number of documents.
         pool: Number of rows that demonstrations were drawn from.
         scores: By condition and k.
         seconds: Wall time.
+        collection: What the queries were ranked in.
+        instruction_source: Whose instruction it is; "plain" for a model that gets none at all.
     """
 
     name: str
@@ -94,6 +108,8 @@ class HeldoutResult:
     pool: int
     scores: tuple[HeldoutScore, ...]
     seconds: float = field(compare=False)
+    collection: Collection = "own"
+    instruction_source: InstructionSource | Literal["plain"] = "own"
 
 
 def score_heldout(
@@ -106,6 +122,7 @@ def score_heldout(
     foreign_pool: Sequence[Pair] | None = None,
     plain: bool = False,
     strategy: Strategy = "epic",
+    observe: Observe | None = None,
 ) -> HeldoutResult:
     """Score a model on held-out pairs.
 
@@ -118,26 +135,60 @@ def score_heldout(
         foreign_pool: Rows of another file.
         plain: No instruction and no demonstrations; `ks` above 0 are left out.
         strategy: How demonstrations are shown.
+        observe: Called with the single queries' scores behind every line of the result, for example to compare two
+            models query by query.
     """
     started = time.monotonic()
     instruction = None if plain else split.instruction
     wanted = [] if plain else sorted({k for k in ks if k > 0})
+    documents = _documents(store, split, instruction)
 
     def score(demonstrations: Sequence[Demonstration]) -> _Scores:
         prompt = QueryPrompt(instruction, tuple(demonstrations), split.symmetric, strategy)
-        # The documents of a symmetric task are queries without demonstrations, as in training.
-        bare = QueryPrompt(instruction)
-        documents = store.queries(split.documents, bare) if split.symmetric else store.documents(split.documents)
         return ndcg_at_k(store.queries(split.queries, prompt), documents, split.relevant, excluded=split.excluded)
 
     zero = score(())
-    scores = [HeldoutScore("none", 0, float(zero.mean()), (float(zero.mean()),), 0.0)]
+    see = observe or (lambda condition, k, scores: None)
+    see("none", 0, zero[None])
+    scores = [_without(zero)]
     for k in wanted:
         shown = {
             condition: np.stack([score(demonstrations) for demonstrations in variants])
             for condition, variants in _variants(split, k, draws, controls, foreign_pool).items()
         }
-        scores += [_summary(condition, k, shown, zero) for condition in shown]
+        for condition, values in shown.items():
+            see(condition, k, values)
+            scores.append(_summary(condition, k, shown, zero))
+    return _result(split, instruction, scores, started)
+
+
+def score_heldout_bm25(split: HeldoutSplit) -> HeldoutResult:
+    """Score BM25 on held-out pairs, at k = 0: it reads neither instructions nor demonstrations.
+
+    Raises:
+        MissingExtraError: bm25s is not installed.
+    """
+    started = time.monotonic()
+    index = Bm25Index(split.documents)
+    zero = ndcg_of_scores(index.found(split.queries), split.relevant, excluded=split.excluded)
+    return _result(split, None, [_without(zero)], started)
+
+
+def _documents(store: EmbeddingStore, split: HeldoutSplit, instruction: str | None) -> Vectors:
+    """(m, dim) vectors of the corpus; texts that several corpora share are encoded once."""
+    if split.symmetric:
+        # The documents of a symmetric task are queries without demonstrations, as in training.
+        return store.queries(split.documents, QueryPrompt(instruction))
+    if not split.parts:
+        return store.documents(split.documents)
+    vectors = np.concatenate([store.documents(part) for part in split.parts])
+    rows = {text: row for row, text in enumerate(text for part in split.parts for text in part)}
+    return vectors[[rows[text] for text in split.documents]]
+
+
+def _result(
+    split: HeldoutSplit, instruction: str | None, scores: Sequence[HeldoutScore], started: float
+) -> HeldoutResult:
     return HeldoutResult(
         name=split.name,
         revision=split.revision,
@@ -147,7 +198,15 @@ def score_heldout(
         pool=len(split.pool),
         scores=tuple(scores),
         seconds=time.monotonic() - started,
+        collection=split.collection,
+        instruction_source="plain" if instruction is None else split.instruction_source,
     )
+
+
+def _without(zero: _Scores) -> HeldoutScore:
+    """The line without demonstrations."""
+    mean = float(zero.mean())
+    return HeldoutScore("none", 0, mean, (mean,), 0.0)
 
 
 def _variants(

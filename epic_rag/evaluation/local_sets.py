@@ -17,12 +17,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from epic_rag.errors import DataError
 from epic_rag.evaluation.files import content_revision, read_jsonl, read_tsv
 
 __all__ = [
+    "KINDS",
     "ClassificationData",
     "ClusteringData",
     "Document",
@@ -34,9 +35,12 @@ __all__ = [
     "StsData",
     "find_local_sets",
     "load_local_set",
+    "set_kind",
 ]
 
-Kind = Literal["retrieval", "sts", "classification", "clustering", "reranking"]
+Kind = Literal["retrieval", "reranking", "sts", "classification", "clustering"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""All kinds, in the order in which reports list them."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +171,14 @@ def _detect(folder: Path) -> tuple[Kind, tuple[Path, ...]] | None:
     return None
 
 
+def set_kind(folder: Path) -> Kind | None:
+    """Return what an evaluation set measures, or None for a folder that is none; reads no file."""
+    found = _detect(folder)
+    return found[0] if found else None
+
+
 def find_local_sets(folder: Path) -> list[str]:
-    """Return the names of the evaluation sets in a folder, sorted.
+    """Return the names of the evaluation sets in a folder, by kind in the order of `KINDS`, then by name.
 
     Raises:
         DataError: The folder does not exist, or is an evaluation set itself.
@@ -181,7 +191,9 @@ def find_local_sets(folder: Path) -> list[str]:
             f"{folder} is an evaluation set, and not the folder that holds them; "
             f"write --data {home.parent} --tasks {home.name}"
         )
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and _detect(entry))
+    kinds = {entry.name: set_kind(entry) for entry in folder.iterdir() if entry.is_dir()}
+    found = [(KINDS.index(kind), name) for name, kind in kinds.items() if kind is not None]
+    return [name for _, name in sorted(found)]
 
 
 def load_local_set(folder: Path) -> LocalSet:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["mean_and_error", "ndcg_at_k"]
+__all__ = ["mean_and_error", "ndcg_at_k", "ndcg_of_scores"]
 
 
 def ndcg_at_k(
@@ -16,7 +16,7 @@ def ndcg_at_k(
     relevant: Sequence[Mapping[int, int] | Sequence[int]],
     *,
     k: int = 10,
-    excluded: Sequence[int | None] | None = None,
+    excluded: Sequence[Sequence[int]] | None = None,
 ) -> npt.NDArray[np.float64]:
     """Score each query's ranking by cosine.
 
@@ -28,23 +28,48 @@ def ndcg_at_k(
         documents: (m, dim) unit rows.
         relevant: For each query its relevant documents' rows: a list (grade 1 each), or row -> grade.
         k: Ranks that count.
-        excluded: For each query a document row that is left out of its ranking, or None.
+        excluded: For each query the document rows that are left out of its ranking; None for no such rows.
 
     Returns:
         (n,) float64 between 0 and 1; 0 for a query without relevant documents.
     """
-    grades = [dict(rows) if isinstance(rows, Mapping) else dict.fromkeys(rows, 1) for rows in relevant]
-    discounts = 1.0 / np.log2(np.arange(2, k + 2))
-    scores = np.zeros(len(grades))
+    return ndcg_of_scores(_similarities(queries, documents), relevant, k=k, excluded=excluded)
+
+
+def _similarities(
+    queries: npt.NDArray[np.float32], documents: npt.NDArray[np.float32]
+) -> Iterator[npt.NDArray[np.float32]]:
     # 256 queries at a time, so that the matrix of similarities stays small for any number of queries.
-    for start in range(0, len(grades), 256):
-        similarities = queries[start : start + 256] @ documents.T
-        for offset, row in enumerate(similarities):
-            index = start + offset
-            if excluded is not None and excluded[index] is not None:
-                row[excluded[index]] = -np.inf
-            scores[index] = _ndcg(_best(row, k), grades[index], discounts)
-    return scores
+    for start in range(0, len(queries), 256):
+        yield from queries[start : start + 256] @ documents.T
+
+
+def ndcg_of_scores(
+    scores: Iterable[npt.NDArray[np.float32]],
+    relevant: Sequence[Mapping[int, int] | Sequence[int]],
+    *,
+    k: int = 10,
+    excluded: Sequence[Sequence[int]] | None = None,
+) -> npt.NDArray[np.float64]:
+    """Score rankings that are given by a score for each document.
+
+    Args:
+        scores: For each query (m,) float32; a document with -inf is not found. The arrays are written to.
+        relevant: As in `ndcg_at_k`.
+        k: Ranks that count.
+        excluded: As in `ndcg_at_k`.
+
+    Returns:
+        (n,) float64 between 0 and 1, as `ndcg_at_k`.
+    """
+    discounts = 1.0 / np.log2(np.arange(2, k + 2))
+    found = np.zeros(len(relevant))
+    for index, (row, rows) in enumerate(zip(scores, relevant, strict=True)):
+        if excluded is not None:
+            row[list(excluded[index])] = -np.inf
+        grades = dict(rows) if isinstance(rows, Mapping) else dict.fromkeys(rows, 1)
+        found[index] = _ndcg(_best(row, k), grades, discounts)
+    return found
 
 
 def _best(similarities: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.intp]:

@@ -13,7 +13,12 @@ from mteb.types import PromptType
 
 from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt, Vectors
 
-__all__ = ["EpicMtebEncoder"]
+__all__ = ["EpicMtebEncoder", "meta_name"]
+
+
+def meta_name(label: str) -> str:
+    """A label as mteb wants a model's name, "organisation/model", which becomes a folder's name."""
+    return f"epic-rag/{re.sub(r'[^A-Za-z0-9._-]+', '_', label).strip('_.') or 'model'}"
 
 
 class EpicMtebEncoder(AbsEncoder):
@@ -49,8 +54,7 @@ class EpicMtebEncoder(AbsEncoder):
                 experiment["strategy"] = prompt.strategy
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={
-                # mteb wants "organisation/model", and makes a folder of it.
-                "name": f"epic-rag/{re.sub(r'[^A-Za-z0-9._-]+', '_', name).strip('_.') or 'model'}",
+                "name": meta_name(name),
                 "revision": store.revision,
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "embed_dim": store.encoder.dimension,

@@ -17,9 +17,10 @@ from sklearn.exceptions import ConvergenceWarning, UndefinedMetricWarning  # typ
 
 from epic_rag.errors import TaskError
 from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt
+from epic_rag.evaluation.mteb_bm25 import Bm25Search
 from epic_rag.evaluation.mteb_encoder import EpicMtebEncoder
 
-__all__ = ["hub_instruction", "hub_task", "run_task"]
+__all__ = ["hub_instruction", "hub_task", "run_model", "run_task"]
 
 
 def hub_task(name: str) -> AbsTask:
@@ -53,7 +54,7 @@ def run_task(
     model_name: str,
     output: Path | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """Run a task, or read its result where `output` has it.
+    """Run a task with an encoder, or read its result where `output` has it.
 
     Args:
         task: A task that has not run yet.
@@ -63,18 +64,34 @@ def run_task(
         output: Folder for mteb's result files.
 
     Returns:
+        As `run_model`.
+    """
+    return run_model(task, EpicMtebEncoder(store, prompt, name=model_name), output=output)
+
+
+def run_model(
+    task: AbsTask, model: EpicMtebEncoder | Bm25Search, *, output: Path | None = None
+) -> tuple[float, dict[str, float]]:
+    """Run a task with a model of mteb's protocols, or read its result where `output` has it.
+
+    Args:
+        task: A task that has not run yet.
+        model: The model.
+        output: Folder for mteb's result files.
+
+    Returns:
         The main score, and every number among mteb's scores (of the first language subset, where there are
         more).
     """
     cache = mteb.ResultCache(output) if output is not None else None
-    # mteb's protocols ask for a constructor from a model's name; an encoder that is handed over needs none.
-    encoder: Any = EpicMtebEncoder(store, prompt, name=model_name)
+    # mteb's protocols ask for a constructor from a model's name; a model that is handed over needs none.
+    ready: Any = model
     with _quiet():
         results = mteb.evaluate(
-            encoder,
+            ready,
             task,
             cache=cache,
-            overwrite_strategy="only-missing" if _is_current(cache, task, encoder) else "always",
+            overwrite_strategy="only-missing" if _is_current(cache, task, model) else "always",
             co2_tracker=False,
             show_progress_bar=False,
             encode_kwargs=cast("EncodeKwargs", {"batch_size": 256, "show_progress_bar": False}),
@@ -89,9 +106,9 @@ def run_task(
     return float(result.get_score()), numbers
 
 
-def _is_current(cache: mteb.ResultCache | None, task: AbsTask, encoder: EpicMtebEncoder) -> bool:
+def _is_current(cache: mteb.ResultCache | None, task: AbsTask, model: EpicMtebEncoder | Bm25Search) -> bool:
     """Whether a stored result is of this data and this mteb; mteb itself compares neither when one is complete."""
-    stored = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta) if cache is not None else None
+    stored = cache.load_task_result(task.metadata.name, model.mteb_model_meta) if cache is not None else None
     return (
         stored is not None
         and stored.dataset_revision == task.metadata.revision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -11,12 +12,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from epic_rag.evaluation.heldout_scores import CONDITIONS, Comparison, HeldoutResult
+from epic_rag.evaluation.heldout_scores import CONDITIONS, Comparison, HeldoutResult, HeldoutScore
 
-__all__ = ["EvaluationReport", "ModelRecord", "SetScore", "versions", "write_json"]
+__all__ = [
+    "EvaluationReport",
+    "ModelRecord",
+    "SetScore",
+    "difference",
+    "markdown_table",
+    "percent",
+    "pool_comparisons",
+    "versions",
+    "write_json",
+]
 
 FORMAT_VERSION = 1
-_PACKAGES = ("epic-rag", "mteb", "numpy", "scikit-learn", "torch", "transformers")
+_PACKAGES = ("bm25s", "epic-rag", "mteb", "numpy", "scikit-learn", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class ModelRecord:
         max_document_tokens: Limit of a document.
         device: Where it ran.
         dtype: In which precision.
+        lexical: Whether it is BM25, which has no vectors; dimension and limits are 0 then.
     """
 
     label: str
@@ -44,6 +56,7 @@ class ModelRecord:
     max_document_tokens: int
     device: str
     dtype: str
+    lexical: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,21 @@ class EvaluationReport:
         ]
         return sum(found) / len(found) if found and len(found) == len(wanted) else None
 
+    def shared_sets(self) -> list[str]:
+        """The sets that every column has a score on, over which all columns can be compared."""
+        columns = self.columns()
+        cells = {(score.set_name, score.model, score.k) for score in self.sets}
+        names = dict.fromkeys(score.set_name for score in self.sets)
+        return [name for name in names if all((name, *column) in cells for column in columns)]
+
+    def shared_mean(self, model: str, k: int) -> float | None:
+        """Mean main score of a column over `shared_sets`; None if there are none."""
+        shared = set(self.shared_sets())
+        found = [
+            score.score for score in self.sets if (score.model, score.k) == (model, k) and score.set_name in shared
+        ]
+        return sum(found) / len(found) if found else None
+
     def to_markdown(self) -> str:
         """The tables, scores times 100."""
         parts = []
@@ -131,12 +159,8 @@ class EvaluationReport:
 
     def _set_table(self) -> str:
         columns = self.columns()
-        plain = {model.label for model in self.models if model.plain}
-        header = [
-            "set",
-            "score",
-            *(f"{label}, " + ("plain" if label in plain else f"k = {k}") for label, k in columns),
-        ]
+        models = {model.label: model for model in self.models}
+        header = ["set", "score", *(_column_title(models[label], k) for label, k in columns)]
         cells = {(score.set_name, score.model, score.k): score.score for score in self.sets}
         metrics = {(score.kind, score.set_name): score.metric for score in self.sets}
         rows: list[list[str]] = []
@@ -144,27 +168,33 @@ class EvaluationReport:
         for kind in kinds:
             of_kind = [(name, metric) for (other, name), metric in metrics.items() if other == kind]
             rows += [
-                [name, metric, *(_percent(cells.get((name, *column))) for column in columns)]
-                for name, metric in of_kind
+                [name, metric, *(percent(cells.get((name, *column))) for column in columns)] for name, metric in of_kind
             ]
             if len(of_kind) > 1:
-                rows.append(self._mean_row(f"**mean {kind} ({len(of_kind)})**", columns, kind))
+                means = [self.mean(model, k, kind) for model, k in columns]
+                rows.append(_mean_row(f"**mean {kind} ({len(of_kind)})**", means))
         if len(kinds) > 1:
-            rows.append(self._mean_row(f"**mean of all {len(metrics)} sets**", columns, None))
-        return _table(header, rows, text_columns=2)
-
-    def _mean_row(self, title: str, columns: Iterable[tuple[str, int]], kind: str | None) -> list[str]:
-        means = (self.mean(model, k, kind) for model, k in columns)
-        return [
-            title,
-            "",
-            *(f"**{_percent(mean)}**" if mean is not None else _percent(None) for mean in means),
-        ]
+            means = [self.mean(model, k) for model, k in columns]
+            rows.append(_mean_row(f"**mean of all {len(metrics)} sets**", means))
+        shared = self.shared_sets()
+        if 1 < len(shared) < len(metrics):
+            means = [self.shared_mean(model, k) for model, k in columns]
+            rows.append(_mean_row(f"**mean of the {len(shared)} in all columns**", means))
+        return markdown_table(header, rows, text_columns=2)
 
     def _heldout_table(self) -> str:
+        # Columns that would say the same in every line are left out.
+        collections = {result.collection for _, result in self.heldout}
+        sources = {result.instruction_source for _, result in self.heldout} - {"plain"}
+        show = (len(collections) > 1 or collections != {"own"}, len(sources) > 1 or not sources <= {"own"})
+
+        def where(result: HeldoutResult) -> list[str]:
+            return list(itertools.compress((result.collection, result.instruction_source), show))
+
         header = [
             "held-out file",
             "model",
+            *itertools.compress(("collection", "instruction"), show),
             "demonstrations",
             "k",
             "nDCG@10",
@@ -175,42 +205,25 @@ class EvaluationReport:
         rows = []
         for label, result in self.heldout:
             for score in result.scores:
-                # On a control's line: how much better the right demonstrations are than this control.
-                own = next((other for other in result.scores if (other.condition, other.k) == ("own", score.k)), None)
-                versus = None
-                if own is not None:
-                    versus = {"shuffled": own.versus_shuffled, "foreign": own.versus_foreign}.get(score.condition)
                 rows.append(
                     [
                         result.name,
                         label,
+                        *where(result),
                         CONDITIONS[score.condition],
                         str(score.k),
-                        _percent(score.ndcg_at_10),
-                        _percent(score.spread) if len(score.draws) > 1 else "",
-                        _difference(score.versus_zero),
-                        _difference(versus),
+                        percent(score.ndcg_at_10),
+                        percent(score.spread) if len(score.draws) > 1 else "",
+                        difference(score.versus_zero),
+                        difference(_own_minus(result, score)),
                     ]
                 )
-        rows += [row for label in dict.fromkeys(label for label, _ in self.heldout) for row in self._pooled_rows(label)]
-        return _table(header, rows, text_columns=3)
-
-    def _pooled_rows(self, label: str) -> list[list[str]]:
-        """Means over a model's files, where there is more than one."""
-        results = [result for other, result in self.heldout if other == label]
-        keys = dict.fromkeys((score.condition, score.k) for result in results for score in result.scores)
-        rows = []
-        for condition, k in keys:
-            scores = [
-                score for result in results for score in result.scores if (score.condition, score.k) == (condition, k)
-            ]
-            if len(scores) < 2 or len(scores) < len(results):
-                continue
-            mean = sum(score.ndcg_at_10 for score in scores) / len(scores)
-            pooled = _pool([score.versus_zero for score in scores])
-            title = f"**mean of {len(scores)} files**"
-            rows.append([title, label, CONDITIONS[condition], str(k), _percent(mean), "", _difference(pooled), ""])
-        return rows
+        groups: dict[tuple[str, str, str], list[HeldoutResult]] = {}
+        for label, result in self.heldout:
+            groups.setdefault((label, result.collection, result.instruction_source), []).append(result)
+        for (label, _, _), results in groups.items():
+            rows += _mean_rows([label, *where(results[0])], results)
+        return markdown_table(header, rows, text_columns=3 + sum(show))
 
     def to_json(self) -> dict[str, object]:
         """Everything, as JSON values; scores are fractions."""
@@ -227,12 +240,55 @@ class EvaluationReport:
                 for model, k in self.columns()
                 for kind in (*dict.fromkeys(score.kind for score in self.sets), None)
             ],
+            "shared_sets": self.shared_sets(),
+            "shared_means": [
+                {"model": model, "k": k, "score": self.shared_mean(model, k)} for model, k in self.columns()
+            ],
             "sets": [dataclasses.asdict(score) for score in self.sets],
             "heldout": [{"model": label, **dataclasses.asdict(result)} for label, result in self.heldout],
         }
 
 
-def _pool(comparisons: Sequence[Comparison | None]) -> Comparison | None:
+def _column_title(model: ModelRecord, k: int) -> str:
+    if model.lexical:
+        return model.label
+    return f"{model.label}, " + ("plain" if model.plain else f"k = {k}")
+
+
+def _mean_row(title: str, means: Iterable[float | None]) -> list[str]:
+    return [title, "", *(f"**{percent(mean)}**" if mean is not None else percent(None) for mean in means)]
+
+
+def _mean_rows(who: Sequence[str], results: Sequence[HeldoutResult]) -> list[list[str]]:
+    """Means over the files of one model in one collection with one kind of instruction, where there are several."""
+    keys = dict.fromkeys((score.condition, score.k) for result in results for score in result.scores)
+    rows = []
+    for condition, k in keys:
+        found = [
+            (result, score)
+            for result in results
+            for score in result.scores
+            if (score.condition, score.k) == (condition, k)
+        ]
+        if len(found) < 2 or len(found) < len(results):
+            continue
+        mean = sum(score.ndcg_at_10 for _, score in found) / len(found)
+        gain = pool_comparisons([score.versus_zero for _, score in found])
+        own = pool_comparisons([_own_minus(result, score) for result, score in found])
+        title = f"**mean of {len(found)} files**"
+        rows.append([title, *who, CONDITIONS[condition], str(k), percent(mean), "", difference(gain), difference(own)])
+    return rows
+
+
+def _own_minus(result: HeldoutResult, score: HeldoutScore) -> Comparison | None:
+    """For a control: how much better the right demonstrations are than it."""
+    own = next((other for other in result.scores if (other.condition, other.k) == ("own", score.k)), None)
+    if own is None:
+        return None
+    return {"shuffled": own.versus_shuffled, "foreign": own.versus_foreign}.get(score.condition)
+
+
+def pool_comparisons(comparisons: Sequence[Comparison | None]) -> Comparison | None:
     """Mean of differences on different files, which are independent of each other."""
     known = [comparison for comparison in comparisons if comparison is not None]
     if not known or len(known) < len(comparisons):
@@ -241,17 +297,19 @@ def _pool(comparisons: Sequence[Comparison | None]) -> Comparison | None:
     return Comparison(sum(comparison.difference for comparison in known) / len(known), variance**0.5 / len(known))
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A fraction times 100, with two decimals; a dash for what was not scored."""
     return "–" if value is None else f"{100 * value:.2f}"  # noqa: RUF001 - the sign for "nothing here"
 
 
-def _difference(comparison: Comparison | None) -> str:
+def difference(comparison: Comparison | None) -> str:
+    """A difference and its standard error, times 100; empty for one that was not taken."""
     if comparison is None:
         return ""
     return f"{100 * comparison.difference:+.2f} ± {100 * comparison.standard_error:.2f}"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> str:
     """A Markdown table whose columns also line up as plain text; numbers to the right."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]

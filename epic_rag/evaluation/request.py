@@ -6,15 +6,35 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, get_args
 
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.errors import ConfigError
+from epic_rag.evaluation.bm25 import BM25_NAME
+from epic_rag.evaluation.heldout import Collection, InstructionSource
+from epic_rag.evaluation.local_sets import KINDS, Kind
 from epic_rag.prompt import STRATEGIES, Strategy
 
-__all__ = ["EvaluationRequest", "ModelSpec", "parse_banks", "parse_ks", "parse_models", "parse_strategy", "split_names"]
+__all__ = [
+    "COLLECTIONS",
+    "INSTRUCTION_SOURCES",
+    "EvaluationRequest",
+    "ModelSpec",
+    "parse_banks",
+    "parse_choices",
+    "parse_ks",
+    "parse_models",
+    "parse_strategy",
+    "split_names",
+]
 
-Mode = Literal["auto", "plain", "prompted"]
+Mode = Literal["auto", "plain", "prompted", "bm25"]
+COLLECTIONS: tuple[Collection, ...] = get_args(Collection)
+"""What held-out queries can be ranked in."""
+INSTRUCTION_SOURCES: tuple[InstructionSource, ...] = get_args(InstructionSource)
+"""Whose instruction held-out queries can get."""
+
+_Choice = TypeVar("_Choice", bound=str)
 
 
 @dataclass(frozen=True)
@@ -26,6 +46,7 @@ class ModelSpec:
         label: What tables call it.
         mode: "plain" encodes queries bare, at k = 0 alone: for models that were never trained with an
             instruction. "prompted" uses instructions. "auto" is plain for a model without a training record.
+            "bm25" is no model but BM25, on sets of documents and held-out files alone.
     """
 
     source: str
@@ -42,6 +63,7 @@ class EvaluationRequest:
         data: Folder of evaluation sets; needed for local sets.
         tasks: Names of local sets, or of mteb's own tasks (downloaded from the hub). None takes all local
             sets.
+        kinds: Kinds of sets that are evaluated; None for all.
         num_demonstrations: Values of k.
         strategy: How demonstrations are shown.
         instructions: Instructions by name of a set or held-out file, over the built-in ones.
@@ -49,6 +71,8 @@ class EvaluationRequest:
         heldout: Files of training pairs that the models have not seen.
         heldout_queries: Test queries from each.
         heldout_documents: Documents from each.
+        heldout_collections: What their queries are ranked in, each in turn.
+        heldout_instructions: Whose instruction they get, each in turn.
         draws: Draws of demonstrations for each k > 0 on held-out files.
         controls: Also show shuffled and foreign demonstrations there.
         seed: Of all splits and draws.
@@ -67,6 +91,7 @@ class EvaluationRequest:
     models: tuple[ModelSpec, ...]
     data: Path | None = None
     tasks: tuple[str, ...] | None = None
+    kinds: tuple[Kind, ...] | None = None
     num_demonstrations: tuple[int, ...] = (0, 8)
     strategy: Strategy = "epic"
     instructions: Mapping[str, str] = field(default_factory=dict)
@@ -74,6 +99,8 @@ class EvaluationRequest:
     heldout: tuple[Path, ...] = ()
     heldout_queries: int = 1000
     heldout_documents: int = 5000
+    heldout_collections: tuple[Collection, ...] = ("own",)
+    heldout_instructions: tuple[InstructionSource, ...] = ("own",)
     draws: int = 3
     controls: bool = False
     seed: int = 0
@@ -94,6 +121,10 @@ class EvaluationRequest:
                 "write e.g. --num-demonstrations 0,8"
             )
         parse_strategy(self.strategy)
+        parse_choices(self.heldout_collections, COLLECTIONS, "--heldout-collection")
+        parse_choices(self.heldout_instructions, INSTRUCTION_SOURCES, "--heldout-instruction")
+        if self.kinds is not None:
+            parse_choices(self.kinds, KINDS, "--kinds")
         if self.draws < 1:
             raise ConfigError(f"{self.draws} draws of demonstrations were asked; use --draws 1 or more")
         if self.data is None and not self.tasks and not self.heldout:
@@ -109,8 +140,8 @@ class EvaluationRequest:
 def parse_models(specs: Sequence[str]) -> tuple[ModelSpec, ...]:
     """Read `[LABEL=]MODEL[:plain|:prompted]` specifications; without any, the default checkpoint.
 
-    A label that is not given is the last part of the path, or all of it where two models would be called the
-    same.
+    The model `bm25` is BM25 (a folder of this name is `./bm25`). A label that is not given is the last part of
+    the path, or all of it where two models would be called the same.
 
     Raises:
         ConfigError: A specification is empty, or two models have the same label.
@@ -125,6 +156,8 @@ def parse_models(specs: Sequence[str]) -> tuple[ModelSpec, ...]:
             mode, source = "plain", source.removesuffix(":plain")
         elif source.endswith(":prompted"):
             mode, source = "prompted", source.removesuffix(":prompted")
+        elif source == BM25_NAME:
+            mode = "bm25"
         if not source.strip():
             raise ConfigError(f'"{spec}" names no model; write [LABEL=]MODEL[:plain|:prompted]')
         read.append((label or None, source, mode))
@@ -167,6 +200,25 @@ def parse_banks(assignments: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f'"{assignment}" is no SET=SOURCE; write e.g. --bank Cranfield=papers')
         banks[name] = source
     return banks
+
+
+def parse_choices(texts: Sequence[str], allowed: Sequence[_Choice], option: str) -> tuple[_Choice, ...]:
+    """Read an option that names one or more of a few values, repeated or as comma-separated lists; each once.
+
+    Args:
+        texts: What was given, once or more.
+        allowed: The values there are.
+        option: The option's name, for the message.
+
+    Raises:
+        ConfigError: Nothing was named, or a value that there is not.
+    """
+    named = dict.fromkeys(name for text in texts for name in split_names(text))
+    unknown = [name for name in named if name not in allowed]
+    if unknown or not named:
+        given = f'"{unknown[0]}"' if unknown else "nothing"
+        raise ConfigError(f"{option} names {given}; use one or more of {', '.join(allowed)}")
+    return tuple(value for name in named for value in allowed if value == name)
 
 
 def parse_strategy(text: str) -> Strategy:

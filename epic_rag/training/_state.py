@@ -2,17 +2,16 @@
 
 A checkpoint is written to a temporary folder and renamed, so that a process that dies while it writes leaves the one
 before. Batches, demonstrations and dropout are functions of the step's number (see `data.sample_batch`), so the state
-is the weights, the optimiser's moments and the step.
+is the weights, the optimiser's moments, the loss scale and the step. With LoRA only what is trained is kept: the rest
+is the base model's.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 from dataclasses import MISSING, fields
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from epic_rag.training.config import TaskConfig, TrainingConfig
 if TYPE_CHECKING:
     from epic_rag.training.trainer import Trainer
 
-__all__ = ["clear", "hardware", "latest_checkpoint", "restore", "save", "versions"]
+__all__ = ["clear", "latest_checkpoint", "restore", "save"]
 
 METRICS_FILE = "metrics.jsonl"
 _PREFIX = "checkpoint-"
@@ -36,6 +35,10 @@ _FREE = {
     "device",
     "save_every",
     "keep_checkpoints",
+    "tensorboard",
+    # Where memory goes; the sums are the same.
+    "grad_cache",
+    "gradient_checkpointing",
     "description",
     "license",
     "base_model",
@@ -51,7 +54,7 @@ def save(trainer: Trainer) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     names = _parameter_names(trainer)
-    tensors = {f"model.{key}": value.detach().cpu() for key, value in trainer.encoder.backbone.state_dict().items()}
+    tensors = {f"model.{key}": value.detach().cpu() for key, value in _trained_state(trainer).items()}
     for parameter, state in trainer.optimizer.state.items():
         for key, value in state.items():
             tensors[f"optimizer.{names[id(parameter)]}.{key}"] = torch.as_tensor(value).detach().cpu()
@@ -63,6 +66,7 @@ def save(trainer: Trainer) -> Path:
         "seconds": trainer.seconds,
         "data": _hashes(trainer),
         "config": trainer.config.to_dict(),
+        "scaler": trainer.scaler.state_dict(),
     }
     (temporary / "trainer.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
@@ -81,16 +85,21 @@ def restore(trainer: Trainer) -> bool:
     Raises:
         TrainingError: If it belongs to a run with other settings.
     """
-    newest = latest_checkpoint(trainer.folder)
+    # Rank 0 says which: another process may look when it has just been written, or deleted.
+    newest = trainer.world.told(latest_checkpoint(trainer.folder))
     if newest is None:
         return False
     try:
         facts = json.loads((newest / "trainer.json").read_text(encoding="utf-8"))
         _refuse_other_run(trainer, newest, facts)
         tensors = load_file(newest / "state.safetensors")
-        trainer.encoder.backbone.load_state_dict(
-            {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
-        )
+        weights = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+        expected = _trained_state(trainer).keys()
+        if weights.keys() != expected:
+            raise KeyError(f"{min(weights.keys() ^ expected)} is in only one of checkpoint and model")
+        # What is frozen is not in the checkpoint.
+        trainer.encoder.backbone.load_state_dict(weights, strict=False)
+        trainer.scaler.load_state_dict(facts.get("scaler") or {})
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(
@@ -103,16 +112,17 @@ def restore(trainer: Trainer) -> bool:
             prefix = f"optimizer.{names[id(parameter)]}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if state:
-                # AdamW keeps its step counter on the CPU and its moments beside the weights.
+                # AdamW keeps its moments beside the weights, and its step counter there too only if it is fused.
+                beside = parameter.device if group.get("fused") else torch.device("cpu")
                 trainer.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                    key: value.to(beside if key == "step" else parameter.device) for key, value in state.items()
                 }
     trainer.step = int(facts["step"])
     trainer.tokens = int(facts["tokens"])
     # A checkpoint without a count is older than the count.
     trainer.pairs = int(facts.get("pairs", trainer.step * trainer.config.batch_size))
     trainer.seconds = float(facts["seconds"])
-    trainer.metrics = _metrics_until(trainer.folder / METRICS_FILE, trainer.step)
+    trainer.metrics = _metrics_until(trainer.folder / METRICS_FILE, trainer.step, rewrite=trainer.world.is_main)
     trainer.encoder.forget_fingerprint()
     return True
 
@@ -130,24 +140,24 @@ def clear(trainer: Trainer) -> None:
     """
     for item in (*_checkpoints(trainer.folder), *trainer.folder.glob(f".{_PREFIX}*.tmp")):
         shutil.rmtree(item)
+    for events in trainer.folder.glob("tensorboard/events.out.tfevents.*"):
+        events.unlink()
     if (trainer.folder / METRICS_FILE).is_file():
         _write_metrics(trainer.folder / METRICS_FILE, trainer.metrics)
 
 
-def hardware(device: torch.device) -> str:
-    """What the run was on, in words."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} (GPU)"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", "transformers")}}
-
-
 def _parameter_names(trainer: Trainer) -> dict[int, str]:
     return {id(value): name for name, value in trainer.encoder.backbone.named_parameters()}
+
+
+def _trained_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights and buffers of the model; with LoRA the weights that are trained alone."""
+    backbone = trainer.encoder.backbone
+    state: dict[str, torch.Tensor] = backbone.state_dict()
+    if trainer.adapter is None:
+        return state
+    trained = {name for name, value in backbone.named_parameters() if value.requires_grad}
+    return {name: value for name, value in state.items() if name in trained}
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -186,7 +196,7 @@ def _defaults(config: type[TrainingConfig] | type[TaskConfig]) -> dict[str, Any]
     return defaults
 
 
-def _metrics_until(file: Path, step: int) -> list[dict[str, Any]]:
+def _metrics_until(file: Path, step: int, *, rewrite: bool) -> list[dict[str, Any]]:
     """Entries up to a step; later ones, and a line that was being written when the process died, leave the file."""
     kept: list[dict[str, Any]] = []
     if file.is_file():
@@ -197,7 +207,8 @@ def _metrics_until(file: Path, step: int) -> list[dict[str, Any]]:
                 continue
             if entry["step"] <= step:
                 kept.append(entry)
-        _write_metrics(file, kept)
+        if rewrite:
+            _write_metrics(file, kept)
     return kept
 
 

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import types
-import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from epic_rag.backbone import PROJECTORS
-from epic_rag.errors import ConfigError, MissingExtraError
-from epic_rag.prompt import STRATEGIES
+from epic_rag.errors import ConfigError
+from epic_rag.training._checks import check_run, check_task
+from epic_rag.training._values import coerced, read_values
 
-__all__ = ["TaskConfig", "TrainingConfig", "read_values", "yaml_module"]
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "strategy": STRATEGIES,
-    "projector": PROJECTORS,
-    "separators": ("words", "none"),
-    "dtype": ("float32", "bfloat16"),
-}
-_AT_LEAST_ONE = (
-    *("steps", "batch_size", "tasks_per_batch", "save_every", "keep_checkpoints", "num_layers"),
-    *("stop_after", "max_query_tokens", "max_document_tokens", "inference_tokens", "micro_batch_tokens"),
-)
-_ABOVE_ZERO = ("temperature", "learning_rate", "max_grad_norm")
-_NOT_NEGATIVE = (
-    *("size_power", "max_demonstrations", "zero_shot_weight", "projector_learning_rate", "weight_decay"),
-    *("evaluate_every", "evaluation_rows", "generic_instruction", "no_instruction"),
-)
+__all__ = ["TaskConfig", "TrainingConfig"]
 
 
 @dataclass(frozen=True)
@@ -44,18 +24,18 @@ class TaskConfig:
         symmetric: Whether positives are encoded like queries.
         sources: Draw the task's part of a step from this many sources (the rows' "source"), each with demonstrations
             of its own; 0 draws rows from the whole file.
+        in_batch_negatives: Whether other rows' documents are negatives of a row; if not, only its own hard negatives
+            are. For tasks where most of a batch would be false negatives (few labels, near-duplicates).
     """
 
     weight: float = 1.0
     instruction: str | None = None
     symmetric: bool = False
     sources: int = 0
+    in_batch_negatives: bool = True
 
     def __post_init__(self) -> None:
-        if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ConfigError(f"weight is {self.weight}; give a task a value above 0, or leave it out of tasks")
-        if self.sources < 0:
-            raise ConfigError(f"sources is {self.sources}; give a task 0 (its rows as one) or more")
+        check_task(self)
 
 
 @dataclass(frozen=True)
@@ -74,19 +54,35 @@ class TrainingConfig:
             more, each query's negatives are its own task's and the other tasks' documents, so that what is wanted
             has to be read from the prompt.
         size_power: A task's share is its size to this power, times its weight.
+        plain_steps: The first steps, which are trained without demonstrations and so cost half.
         strategy: "epic" (slots), "text" (demonstrations as text) or "none" (plain contrastive training).
         max_demonstrations: K: rows draw k uniformly from 0..K.
         zero_shot_weight: w, the weight of the zero-shot term.
         detach_demonstrations: Cut gradients through the slots.
+        demonstration_source: "batch": other rows of the batch; "bank": a fixed pool of the task's rows, not trained on.
+        bank_size: Rows in a task's pool, for demonstration_source "bank".
+        demonstration_instructions: "shared": one instruction before all demonstrations; "each": one before each.
         projector: "scale", "linear" or "mlp".
         separators: "words" or "none" between slots.
         generic_instruction: Share of a step's tasks whose instruction is replaced by a generic one.
         no_instruction: Share of a step's tasks that get no instruction at all.
         turned_round: Share of a step's tasks whose pairs are turned round (passage as query, query as passage), under
             a generic instruction or none. Symmetric and label-like tasks are left as they are.
+        several_tasks: Share of a step's tasks that are asked twice, with the same queries: for their passages, and for
+            the queries themselves in other words, under one generic instruction or none. Symmetric and label-like
+            tasks are left as they are.
+        mismatched_demonstrations: Share of the rows whose demonstrations are wrong on purpose (shuffled, or another
+            task's); they are trained to be read as if there were none.
         stop_after: Stop after this many steps of the schedule, as if it were the last; None for never. For a first
             stage whose learning rate another stage goes on from.
         temperature: Of the softmax in InfoNCE.
+        matryoshka_dims: Widths at which InfoNCE is computed besides the full one; the loss is the mean over all.
+        hard_negatives: Most hard negatives of a row in a step, drawn anew each step; None for all.
+        false_negative_margin: Other rows' documents whose zero-shot score is above the positive's minus this are not
+            counted as negatives; None counts all.
+        teacher: Encoder whose cosines between the batch's texts are imitated; None for none.
+        teacher_weight: Weight of that term.
+        mismatched_weight: Weight of the consistency term of rows whose demonstrations are deliberately wrong.
         learning_rate: Peak of the linear warm-up, linear decay schedule.
         projector_learning_rate: The projector's own peak; it starts from the identity and has further to go.
         warmup: Share of the steps.
@@ -96,9 +92,16 @@ class TrainingConfig:
         max_document_tokens: Training length of documents.
         inference_tokens: Length limit that is written into the checkpoint; None keeps the backbone's.
         micro_batch_tokens: Most padded tokens in one forward pass.
+        grad_cache: Keep only one forward pass's activations at a time, at the cost of a second forward pass.
+        gradient_checkpointing: Keep only each layer's input for the backward pass, at the same cost.
+        pooling: "last", "mean" or "cls"; None keeps the backbone's, or what fits its attention.
         num_layers: Keep the first N layers of the backbone.
         gguf_file: GGUF file in the backbone's folder.
-        dtype: "float32", or "bfloat16" for autocast.
+        lora_rank: Train low-rank adapters of this rank instead of the transformer's weights; None trains all weights.
+        lora_alpha: The adapters' output is multiplied by alpha / rank.
+        lora_dropout: Dropout on the adapters' input.
+        lora_targets: Names of the linear modules that get an adapter, or "all-linear".
+        dtype: "float32", or "bfloat16" or "float16" for autocast; with float16 the loss is scaled.
         device: None takes a GPU if there is one.
         seed: Of data order, demonstrations and dropout.
         evaluate_every: Steps between evaluations on held-out rows, the first before any step; 0 for never.
@@ -107,6 +110,7 @@ class TrainingConfig:
         evaluation_demonstrations: Values of k that are evaluated.
         save_every: Steps between checkpoints.
         keep_checkpoints: How many are kept.
+        tensorboard: Write metrics for TensorBoard, too, in `tensorboard/`.
         default_instruction: Written into the checkpoint for queries that come without one; also the instruction of
             tasks that have none.
         description: One sentence for `epic-rag models` and the model card.
@@ -123,17 +127,29 @@ class TrainingConfig:
     batch_size: int = 64
     tasks_per_batch: int = 1
     size_power: float = 0.5
+    plain_steps: int = 0
     strategy: str = "epic"
     max_demonstrations: int = 8
     zero_shot_weight: float = 1.0
     detach_demonstrations: bool = False
+    demonstration_source: str = "batch"
+    bank_size: int = 32
+    demonstration_instructions: str = "shared"
     projector: str = "linear"
     separators: str = "words"
     generic_instruction: float = 0.0
     no_instruction: float = 0.0
     turned_round: float = 0.0
+    several_tasks: float = 0.0
+    mismatched_demonstrations: float = 0.0
     stop_after: int | None = None
     temperature: float = 0.03
+    matryoshka_dims: tuple[int, ...] = ()
+    hard_negatives: int | None = None
+    false_negative_margin: float | None = None
+    teacher: str | None = None
+    teacher_weight: float = 0.0
+    mismatched_weight: float = 1.0
     learning_rate: float = 3e-5
     projector_learning_rate: float = 3e-4
     warmup: float = 0.1
@@ -143,8 +159,15 @@ class TrainingConfig:
     max_document_tokens: int = 128
     inference_tokens: int | None = None
     micro_batch_tokens: int = 8192
+    grad_cache: bool = False
+    gradient_checkpointing: bool = False
+    pooling: str | None = None
     num_layers: int | None = None
     gguf_file: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("all-linear",)
     dtype: str = "float32"
     device: str | None = None
     seed: int = 0
@@ -154,6 +177,7 @@ class TrainingConfig:
     evaluation_demonstrations: tuple[int, ...] = (0, 8)
     save_every: int = 200
     keep_checkpoints: int = 2
+    tensorboard: bool = False
     default_instruction: str | None = None
     description: str = ""
     license: str = ""
@@ -168,55 +192,7 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        self._check_ranges()
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}, known are {', '.join(known)}; choose one of them"
-                )
-        if not self.tasks:
-            raise ConfigError("tasks is empty; name at least one file of the data folder")
-        if self.batch_size < 2 * self.tasks_per_batch:
-            raise ConfigError(
-                f"batch_size is {self.batch_size} for {self.tasks_per_batch} tasks in a batch; "
-                "in-batch negatives need at least 2 pairs a task"
-            )
-        if not 0 <= self.generic_instruction + self.no_instruction <= 1:
-            raise ConfigError(
-                f"generic_instruction is {self.generic_instruction} and no_instruction {self.no_instruction}; "
-                "together they are at most 1"
-            )
-        if (self.generic_instruction or self.turned_round) and not self.generic_instructions:
-            raise ConfigError(
-                f"generic_instruction is {self.generic_instruction}, turned_round {self.turned_round}, and "
-                "generic_instructions is empty; give at least one, or set both to 0"
-            )
-        for name, task in self.tasks.items():
-            rows = self.batch_size // min(self.tasks_per_batch, len(self.tasks)) // max(1, task.sources)
-            if rows < 2:
-                raise ConfigError(
-                    f"tasks.{name}.sources is {task.sources}, which leaves {rows} of a step's {self.batch_size} pairs "
-                    "for each; in-batch negatives need at least 2: raise batch_size or lower sources"
-                )
-
-    def _check_ranges(self) -> None:
-        for names, lowest, words in (
-            (_AT_LEAST_ONE, 1, "at least 1"),
-            (_ABOVE_ZERO, math.ulp(0.0), "above 0"),
-            (_NOT_NEGATIVE, 0, "of 0 or more"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                # Written so that nan fails, too.
-                if value is not None and not lowest <= value < math.inf:
-                    raise ConfigError(f"{name} is {value}; give a value {words}")
-        for name in ("warmup", "turned_round"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give a share, from 0 to 1")
-        if any(k < 0 for k in self.evaluation_demonstrations):
-            raise ConfigError(
-                f"evaluation_demonstrations is {list(self.evaluation_demonstrations)}; give numbers of 0 or more"
-            )
+        check_run(self)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], **overrides: Any) -> TrainingConfig:
@@ -243,59 +219,13 @@ class TrainingConfig:
             )
         try:
             values = {name: value for name, value in data.items() if name != "tasks"}
-            return cls(**_coerced(cls, values), tasks=_tasks(data["tasks"]))
+            return cls(**coerced(cls, values), tasks=_tasks(data["tasks"]))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{origin} does not make a training run: {error}; see docs/training.md") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
-
-
-def read_values(file: Path) -> dict[str, Any]:
-    """Read a YAML or JSON file of settings, which are not checked.
-
-    Raises:
-        ConfigError: If the file is missing or malformed.
-        MissingExtraError: If it is YAML and PyYAML is not installed.
-    """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}); pass a training configuration") from error
-    if file.suffix == ".json":
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{file}:{error.lineno} is not valid JSON ({error.msg}); mend the line") from error
-    else:
-        data = _parse_yaml(text, file)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{file} holds a {type(data).__name__}, expected names and values; see docs/training.md")
-    return data
-
-
-def yaml_module() -> types.ModuleType:
-    """PyYAML.
-
-    Raises:
-        MissingExtraError: If it is not installed.
-    """
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingExtraError("PyYAML", "train", "reading a YAML configuration") from error
-    return yaml
-
-
-def _parse_yaml(text: str, file: Path) -> Any:
-    yaml = yaml_module()
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{file}{line} is not valid YAML; mend the line") from error
 
 
 def _tasks(value: Any) -> dict[str, TaskConfig]:
@@ -310,39 +240,8 @@ def _tasks(value: Any) -> dict[str, TaskConfig]:
             raise TypeError(f"tasks.{name} is {entry!r}, expected settings such as {{weight: 2}}")
         try:
             tasks[str(name)] = (
-                entry if isinstance(entry, TaskConfig) else TaskConfig(**_coerced(TaskConfig, entry or {}))
+                entry if isinstance(entry, TaskConfig) else TaskConfig(**coerced(TaskConfig, entry or {}))
             )
         except (TypeError, ConfigError) as error:
             raise TypeError(f"tasks.{name}: {error}") from error
     return tasks
-
-
-def _coerced(cls: type[TaskConfig] | type[TrainingConfig], data: dict[str, Any]) -> dict[str, Any]:
-    """Values of the types that the fields have; a TypeError names the field."""
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(str(name) for name in data if name not in hints)
-    if unknown:
-        raise TypeError(f"there is no {', '.join(unknown)}; known are {', '.join(hints)}")
-    return {name: _value(name, value, hints[name]) for name, value in data.items()}
-
-
-def _value(name: str, value: Any, hint: Any) -> Any:
-    """YAML reads 3e-5 as a string and a list for a tuple; everything else must have its type already."""
-    inner = typing.get_args(hint)
-    if type(None) in inner:
-        return None if value is None else _value(name, value, inner[0])
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"{name} is {value!r}, expected a list")
-        return tuple(_value(name, item, inner[0]) for item in value)
-    if hint is float and type(value) in (int, float, str):
-        try:
-            return float(value)
-        except ValueError:
-            raise TypeError(f"{name} is {value!r}, expected a number") from None
-    if hint in (int, str, bool) and type(value) is not hint:
-        raise TypeError(f"{name} is {value!r}, expected {_WORDS[hint]}")
-    return value
-
-
-_WORDS = {int: "a whole number", str: "a text", bool: "true or false"}

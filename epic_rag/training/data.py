@@ -1,4 +1,4 @@
-"""Training pairs: files, tasks, batches.
+"""Training pairs: files and tasks, and what a batch of them is (`epic_rag.training.sampling` draws one).
 
 A file is JSON lines of {"query", "positive", "negatives"?, "group"?}, gzipped or not, one file a task. "passage" will
 do for "positive", as in a bank's file. Rows with one group, or with one positive, are no negatives of each other.
@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from epic_rag.errors import DataError
 from epic_rag.training.config import TrainingConfig
 
-__all__ = ["PairDataset", "TaskRows", "TrainingBatch", "load_pairs", "sample_batch"]
+__all__ = ["Pair", "PairDataset", "TaskRows", "TrainingBatch", "load_datasets", "load_pairs"]
 
 # A source with fewer rows would show the same demonstrations again and again.
 _SOURCE_ROWS = 32
@@ -47,7 +47,7 @@ class PairDataset:
         symmetric: Whether positives are encoded like queries.
         weight: Multiplies the task's share of the mix.
         held_out: Rows that are kept for evaluation, never trained on.
-        label_like: Whether rows share a few targets (labels, topics). See `TaskRows.demonstrations`.
+        label_like: Whether rows share a few targets (labels, topics). See `sampling.allowed`.
         sha256: Hash of the file, for the training record.
         sources: How many sources share a task's part of a step; 0 draws its rows as one.
         by_source: Rows of each source that is large enough to demonstrate for itself; made by `load_datasets`.
@@ -78,6 +78,8 @@ class TaskRows:
         symmetric: Whether positives are encoded like queries.
         rows: The pairs.
         demonstrations: For each row, positions (within `rows`) of its demonstrations, k of them.
+        mismatched: For each row, demonstrations that are deliberately wrong, as (query, positive) positions in the
+            whole batch; empty where they are right. Empty for a batch without any.
     """
 
     name: str
@@ -85,6 +87,7 @@ class TaskRows:
     symmetric: bool
     rows: tuple[Pair, ...]
     demonstrations: tuple[tuple[int, ...], ...]
+    mismatched: tuple[tuple[tuple[int, int], ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,91 +167,6 @@ def load_datasets(config: TrainingConfig) -> tuple[list[PairDataset], list[PairD
         loaded[name] = dataset
     evaluated = [loaded[name] for name in config.evaluation_tasks]
     return [loaded[name] for name in config.tasks], [dataset for dataset in evaluated if dataset.held_out]
-
-
-def sample_batch(datasets: Sequence[PairDataset], config: TrainingConfig, step: int) -> TrainingBatch:
-    """The batch of a step.
-
-    A function of configuration and step alone, so that a resumed run sees the same batches without any state.
-
-    Args:
-        datasets: The mix.
-        config: Sizes and shares.
-        step: Number of the step, from 0.
-    """
-    rng = random.Random(f"{config.seed}-{step}")
-    shares = [dataset.weight * len(dataset.rows) ** config.size_power for dataset in datasets]
-    count = min(config.tasks_per_batch, len(datasets))
-    chosen: list[PairDataset] = []
-    while len(chosen) < count:
-        pick = rng.choices(datasets, shares)[0]
-        if pick not in chosen:
-            chosen.append(pick)
-    per_task = config.batch_size // count
-    tasks: list[TaskRows] = []
-    for dataset in chosen:
-        pools = _source_pools(dataset, config, rng) if dataset.sources else [dataset.rows]
-        tasks.extend(_task_rows(dataset, pool, per_task // len(pools), config, rng) for pool in pools)
-    return TrainingBatch(tuple(tasks))
-
-
-def _source_pools(dataset: PairDataset, config: TrainingConfig, rng: random.Random) -> list[list[Pair]]:
-    """Rows of a few sources, each to be a task of its own.
-
-    The instruction is the same for all, so that which source a query belongs to has to be read from the
-    demonstrations: they come from its source, and the other sources' documents are negatives.
-    """
-    names = list(dataset.by_source)
-    shares = [len(dataset.by_source[name]) ** config.size_power for name in names]
-    picked: list[str] = []
-    while len(picked) < min(dataset.sources, len(names)):
-        name = rng.choices(names, shares)[0]
-        if name not in picked:
-            picked.append(name)
-    return [dataset.by_source[name] for name in picked]
-
-
-def _task_rows(
-    dataset: PairDataset, pool: Sequence[Pair], size: int, config: TrainingConfig, rng: random.Random
-) -> TaskRows:
-    rows = tuple(rng.sample(pool, min(size, len(pool))))
-    # Turned round, a pair is another task over the same texts; nothing but demonstrations says which of the two.
-    turnable = config.turned_round > 0 and not dataset.symmetric and not dataset.label_like
-    turned = turnable and rng.random() < config.turned_round
-    if turned:
-        rows = tuple(Pair(row.positive, row.query, group=row.group, source=row.source) for row in rows)
-    draw = rng.random()
-    instruction = dataset.instruction
-    if turned:
-        # The task's instruction would be wrong; a share stays without any, as elsewhere.
-        instruction = None if draw < config.no_instruction else rng.choice(config.generic_instructions)
-    elif draw < config.generic_instruction:
-        instruction = rng.choice(config.generic_instructions)
-    elif draw < config.generic_instruction + config.no_instruction:
-        instruction = None
-    demonstrations = []
-    for index in range(len(rows)):
-        allowed = _allowed(rows, index, dataset.label_like)
-        k = min(rng.randint(0, config.max_demonstrations), len(allowed)) if config.strategy != "none" else 0
-        demonstrations.append(tuple(rng.sample(allowed, k)))
-    return TaskRows(dataset.name, instruction, dataset.symmetric, rows, tuple(demonstrations))
-
-
-def _allowed(rows: Sequence[Pair], index: int, label_like: bool) -> list[int]:
-    """Rows that may demonstrate for a row.
-
-    Never itself, and never a row with the same positive or group, which would show the answer. Label-like tasks are
-    the exception: there, a rule "never the same label" would make the answer the one label that is *not* shown, and
-    showing examples of the right label among others is what such demonstrations are for.
-    """
-    own = rows[index]
-    return [
-        other
-        for other, row in enumerate(rows)
-        if other != index
-        and row.query != own.query
-        and (label_like or (row.positive != own.positive and (row.group is None or row.group != own.group)))
-    ]
 
 
 def _hold_out(dataset: PairDataset, count: int) -> None:

@@ -14,7 +14,7 @@ from epic_rag.prompt import Strategy
 
 if TYPE_CHECKING:
     from epic_rag.encoder import EpicEncoder
-    from epic_rag.training.data import PairDataset
+    from epic_rag.training.data import Pair, PairDataset
 
 __all__ = ["evaluate_held_out", "ndcg_at_10"]
 
@@ -39,7 +39,12 @@ def ndcg_at_10(scores: npt.NDArray[np.float32], relevant: npt.NDArray[np.bool_])
 
 
 def evaluate_held_out(
-    encoder: EpicEncoder, dataset: PairDataset, ks: Sequence[int], *, strategy: Strategy = "epic"
+    encoder: EpicEncoder,
+    dataset: PairDataset,
+    ks: Sequence[int],
+    *,
+    strategy: Strategy = "epic",
+    demonstrations: Sequence[Pair] | None = None,
 ) -> dict[str, float]:
     """Score a task's held-out queries among their positives and a few training documents.
 
@@ -50,6 +55,7 @@ def evaluate_held_out(
         dataset: With held-out rows.
         ks: Numbers of demonstrations.
         strategy: How they are shown; the one that the encoder is trained with.
+        demonstrations: What is shown, from the first on; None for a draw of training rows.
 
     Returns:
         {"k=0": nDCG@10 in points, ...}
@@ -58,7 +64,8 @@ def evaluate_held_out(
     rows = dataset.held_out
     spare = rng.sample(dataset.rows, min(len(dataset.rows), _DISTRACTORS + 3 * max([*ks, 1])))
     positives = {row.positive for row in rows}
-    shown = [(row.query, row.positive) for row in spare if row.positive not in positives or dataset.label_like]
+    source = spare if demonstrations is None else demonstrations
+    shown = [(row.query, row.positive) for row in source if row.positive not in positives or dataset.label_like]
     bank = DemonstrationBank(
         shown[: max(ks, default=0)], instruction=dataset.instruction or "", symmetric=dataset.symmetric
     )

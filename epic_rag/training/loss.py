@@ -1,29 +1,53 @@
-"""InfoNCE over in-batch documents, with false negatives masked."""
+"""The losses of a step, and which documents are negatives of which queries."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from epic_rag.training.data import TrainingBatch
+from epic_rag.errors import DataError
 
-__all__ = ["false_negatives", "info_nce"]
+if TYPE_CHECKING:
+    from epic_rag.training.config import TrainingConfig
+    from epic_rag.training.data import PairDataset, TrainingBatch
+
+__all__ = [
+    "asked_elsewhere",
+    "consistency",
+    "cosine_distillation",
+    "false_negatives",
+    "info_nce",
+    "margin_mask",
+    "matryoshka_info_nce",
+    "negatives_mask",
+    "own_negatives",
+    "require_negatives",
+]
 
 
 def info_nce(
-    queries: torch.Tensor, documents: torch.Tensor, *, temperature: float, mask: torch.Tensor | None = None
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    *,
+    temperature: float,
+    mask: torch.Tensor | None = None,
+    targets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Contrastive loss (van den Oord et al. 2018; EPIC, arXiv 2605.01372, section 3).
+    r"""Contrastive loss (van den Oord et al. 2018; EPIC, arXiv 2605.01372, section 3).
+
+        L = mean_i  -log  exp(q_i . d_i / t) / sum_j exp(q_i . d_j / t)
 
     Args:
         queries: (n, dim) unit vectors.
-        documents: (m, dim) unit vectors, m >= n; document i is query i's positive.
-        temperature: Divides the cosines.
+        documents: (m, dim) unit vectors.
+        temperature: t, divides the cosines.
         mask: (n, m) bool, True where a document is no negative of a query although it is not its positive
             (same text, same group). The positive itself is never masked.
+        targets: (n,) the position of each query's positive; None where document i is query i's.
 
     Returns:
         Scalar mean loss.
@@ -34,12 +58,124 @@ def info_nce(
         True
     """
     scores = queries @ documents.T / temperature  # (n, m)
-    targets = torch.arange(len(queries), device=queries.device)
+    rows = torch.arange(len(queries), device=queries.device)
+    targets = rows if targets is None else targets
     if mask is not None:
         keep = mask.clone()
-        keep[targets, targets] = False
+        keep[rows, targets] = False
         scores = scores.masked_fill(keep, float("-inf"))
     return nn.functional.cross_entropy(scores, targets)
+
+
+def matryoshka_info_nce(
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    *,
+    widths: Sequence[int],
+    temperature: float,
+    mask: torch.Tensor | None = None,
+    targets: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """InfoNCE at several widths (Kusupati et al. 2022, "Matryoshka Representation Learning").
+
+        L = 1/|W| sum_{w in W} InfoNCE(q[:w] / |q[:w]|, d[:w] / |d[:w]|)
+
+    with the full width always in W, so that vectors may be cut to any of the widths.
+
+    Args:
+        queries: (n, dim) unit vectors.
+        documents: (m, dim) unit vectors.
+        widths: Widths besides the full one.
+        temperature: See `info_nce`.
+        mask: See `info_nce`.
+        targets: See `info_nce`.
+
+    Returns:
+        Scalar mean loss.
+
+    Example:
+        >>> eye = torch.eye(4)
+        >>> whole = info_nce(eye, eye, temperature=1.0)
+        >>> bool(matryoshka_info_nce(eye, eye, widths=[], temperature=1.0) == whole)
+        True
+    """
+    full = queries.shape[1]
+    losses = [info_nce(queries, documents, temperature=temperature, mask=mask, targets=targets)]
+    for width in sorted(set(widths) - {full}):
+        left, right = (nn.functional.normalize(side[:, :width], dim=-1) for side in (queries, documents))
+        losses.append(info_nce(left, right, temperature=temperature, mask=mask, targets=targets))
+    return torch.stack(losses).mean()
+
+
+def cosine_distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of two encoders' cosines between the same texts.
+
+        L = 1/n^2 sum_{i,j} (s_i . s_j - t_i . t_j)^2
+
+    (Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation"; on cosines, so that widths may differ.)
+
+    Args:
+        student: (n, dim) unit vectors, with gradients.
+        teacher: (n, width) unit vectors of the same texts; no gradients flow into them.
+
+    Returns:
+        Scalar, 0 where all cosines agree.
+
+    Example:
+        >>> student, teacher = torch.eye(2), torch.eye(3)[:2]
+        >>> float(cosine_distillation(student, teacher))
+        0.0
+    """
+    goal = teacher.detach().to(student.dtype)
+    return nn.functional.mse_loss(student @ student.T, goal @ goal.T)
+
+
+def consistency(prompted: torch.Tensor, zero_shot: torch.Tensor) -> torch.Tensor:
+    """How far wrong demonstrations move a query.
+
+        L = mean_i (1 - cos(q1_i, stopgrad(q0_i)))
+
+    A query whose demonstrations say nothing about what it wants should be read as if there were none.
+
+    Args:
+        prompted: (n, dim) unit vectors, q1.
+        zero_shot: (n, dim) unit vectors, q0; no gradients flow into them.
+
+    Returns:
+        Scalar, 0 to 2.
+
+    Example:
+        >>> eye = torch.eye(2)
+        >>> float(consistency(eye, eye)), float(consistency(eye, -eye))
+        (0.0, 2.0)
+    """
+    return (1 - (prompted * zero_shot.detach()).sum(dim=-1)).mean()
+
+
+def margin_mask(scores: torch.Tensor, own: torch.Tensor, margin: float) -> torch.Tensor:
+    """In-batch documents that score too close to the positive to be sure negatives.
+
+    (Moreira et al. 2024, "NV-Retriever", and Solatorio 2024, "GISTEmbed": a negative counts if it scores below the
+    positive's score minus a margin. A negative margin leaves out only what scores above the positive by more.)
+
+    Args:
+        scores: (n, m) cosines without demonstrations; document i is query i's positive.
+        own: (n, m) bool, a row's own hard negatives, which were chosen for it and always count.
+        margin: Difference of cosines.
+
+    Returns:
+        (n, m) bool, True where a document is left out.
+
+    Example:
+        >>> scores = torch.tensor([[0.8, 0.79, 0.2], [0.1, 0.9, 0.95]])
+        >>> margin_mask(scores, torch.zeros(2, 3, dtype=torch.bool), 0.05).tolist()
+        [[False, True, False], [False, False, True]]
+    """
+    positives = scores.diagonal().unsqueeze(1)  # (n, 1)
+    close = scores > positives - margin
+    rows = torch.arange(len(scores), device=scores.device)
+    close[rows, rows] = False
+    return close & ~own
 
 
 def false_negatives(batch: TrainingBatch) -> torch.Tensor:
@@ -73,3 +209,60 @@ def false_negatives(batch: TrainingBatch) -> torch.Tensor:
             for column in columns.get(text, ()):
                 mask[index, column] = True
     return mask
+
+
+def asked_elsewhere(batch: TrainingBatch) -> torch.Tensor:
+    """Which documents answer a row's query under another task of the batch.
+
+    Without demonstrations nothing says which of the tasks is meant, so there they are no negatives.
+
+    Returns:
+        (pairs, pairs + hard negatives) bool.
+    """
+    rows = [(part, row.query) for part, task in enumerate(batch.tasks) for row in task.rows]
+    counts = Counter(query for _, query in rows)
+    mask = torch.zeros((len(rows), own_negatives(batch).shape[1]), dtype=torch.bool)
+    for index, (part, query) in enumerate(rows):
+        if counts[query] > 1:
+            for column, (other, text) in enumerate(rows):
+                mask[index, column] = other != part and text == query
+    return mask
+
+
+def own_negatives(batch: TrainingBatch) -> torch.Tensor:
+    """(pairs, pairs + hard negatives) bool, True at a row's own hard negatives."""
+    rows = [row for task in batch.tasks for row in task.rows]
+    own = torch.zeros((len(rows), len(rows) + sum(len(row.negatives) for row in rows)), dtype=torch.bool)
+    column = len(rows)
+    for index, row in enumerate(rows):
+        own[index, column : column + len(row.negatives)] = True
+        column += len(row.negatives)
+    return own
+
+
+def negatives_mask(batch: TrainingBatch, config: TrainingConfig) -> torch.Tensor:
+    """`false_negatives`, and every other row's document where a task has no in-batch negatives."""
+    mask = false_negatives(batch)
+    alone = [not _in_batch(config, task.name) for task in batch.tasks for _ in task.rows]
+    if any(alone):
+        mask |= torch.tensor(alone).unsqueeze(1) & ~own_negatives(batch)
+    return mask
+
+
+def require_negatives(datasets: Sequence[PairDataset], config: TrainingConfig) -> None:
+    """Check that tasks without in-batch negatives have hard ones.
+
+    Raises:
+        DataError: If rows of one have none: they would have nothing to learn from.
+    """
+    for dataset in datasets:
+        without = sum(not row.negatives for row in dataset.rows)
+        if without and not _in_batch(config, dataset.name):
+            raise DataError(
+                f"{dataset.name} has {len(dataset.rows)} rows, {without} of them without hard negatives, and its "
+                'in_batch_negatives is false; give each row "negatives", or set in_batch_negatives to true'
+            )
+
+
+def _in_batch(config: TrainingConfig, name: str) -> bool:
+    return name not in config.tasks or config.tasks[name].in_batch_negatives

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from epic_rag.checkpoints import EPIC_FILE, list_checkpoints, read_epic_file
+from epic_rag.checkpoints import EPIC_FILE, is_int8, list_checkpoints, read_epic_file
 from epic_rag.errors import CheckpointError, DataError, EpicError
 from epic_rag.training.config import TaskConfig
 from epic_rag.training.sources import SOURCES
@@ -52,10 +53,11 @@ def write_model_card(folder: str | os.PathLike[str], *, figures: str = "") -> Pa
         raise CheckpointError(f"{home} has no {EPIC_FILE}; name a checkpoint folder of epic-rag, such as RUN/final")
     shipped = any(info.path == home.resolve() for info in list_checkpoints())
     where = str(epic.get("name")) if shipped else f"path/to/{home.resolve().name}"
-    parts = [_front_matter(epic), _introduction(epic), _use(epic, where)]
+    parts = [_front_matter(epic), _introduction(epic), _use(epic, where, int8=is_int8(epic))]
     parts.append(f"## Evaluation\n\n{figures.strip() or _NO_FIGURES}\n")
     record, heading, above = epic.get("training"), "Training", None
-    while record:
+    # A record of somebody else's making may say less than ours; it has no section.
+    while record and {"config", "data"} <= record.keys():
         parts.append(_training(record, heading, same_data=record["data"] == above))
         record, heading, above = record.get("previous"), "Training before that", record["data"]
     card = home / "README.md"
@@ -150,9 +152,18 @@ def _introduction(epic: Mapping[str, Any]) -> str:
     return "\n".join([*text, _table(("", ""), rows)])
 
 
-def _use(epic: Mapping[str, Any], where: str) -> str:
-    name = json.dumps(where, ensure_ascii=False)
+def _use(epic: Mapping[str, Any], where: str, *, int8: bool) -> str:
+    name = exported = json.dumps(where, ensure_ascii=False)
     pooling = "\n".join(_POOLING[str(epic["pooling"])])
+    note = ""
+    if int8:
+        target = f"path/to/{Path(where).name}-float16"
+        exported = json.dumps(target, ensure_ascii=False)
+        note = (
+            "Stored as int8, with a scale for each row of a matrix, the weights are for epic-rag alone. This writes a\n"
+            "folder for other libraries, with the same fingerprint:\n\n"
+            f"    epic-rag models export {shlex.quote(where)} {shlex.quote(target)}\n\n"
+        )
     return f"""\
 ## Use
 
@@ -169,12 +180,12 @@ few_shot = encoder.encode_query(["how do I take that back"], bank=bank)
 scores = encoder.similarity(few_shot, documents)
 ```
 
-With sentence-transformers, zero-shot:
+{note}With sentence-transformers, zero-shot:
 
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer({name})
+model = SentenceTransformer({exported})
 documents = model.encode_document(["To undo a step, press Ctrl+Z.", "To save, press Ctrl+S."])
 queries = model.encode_query(["how do I take that back"])
 ```
@@ -185,8 +196,8 @@ With transformers, documents:
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({name}, padding_side="right")
-model = AutoModel.from_pretrained({name}).float()
+tokenizer = AutoTokenizer.from_pretrained({exported}, padding_side="right")
+model = AutoModel.from_pretrained({exported}).float()
 texts = ["To undo a step, press Ctrl+Z.", "To save, press Ctrl+S."]
 batch = tokenizer(texts, padding=True, truncation=True, max_length={epic["max_document_tokens"]}, return_tensors="pt")
 with torch.no_grad():

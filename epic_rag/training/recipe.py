@@ -9,9 +9,10 @@ from typing import Any
 
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.errors import ConfigError
-from epic_rag.training.config import TrainingConfig, read_values, yaml_module
+from epic_rag.training._values import read_values, yaml_module
+from epic_rag.training.config import TrainingConfig
 
-__all__ = ["list_recipes", "load_recipe"]
+__all__ = ["change_setting", "list_recipes", "load_recipe", "recipe_values"]
 
 _RECIPES = Path(__file__).parent / "recipes"
 
@@ -40,6 +41,25 @@ def load_recipe(
         ConfigError: If there is no such file or recipe, or a setting cannot work.
         MissingExtraError: If PyYAML is needed and not installed.
     """
+    values = recipe_values(name_or_path)
+    for setting in settings:
+        change_setting(values, setting)
+    values.setdefault("model", default_model)
+    if output is not None:
+        values["output"] = output
+    return TrainingConfig.from_dict(values, origin=name_or_path)
+
+
+def recipe_values(name_or_path: str) -> dict[str, Any]:
+    """Read the plain values of a configuration, which are not checked.
+
+    Args:
+        name_or_path: A YAML or JSON file, or the name of a shipped recipe. A file wins.
+
+    Raises:
+        ConfigError: If there is no such file or recipe.
+        MissingExtraError: If PyYAML is needed and not installed.
+    """
     file = Path(name_or_path).expanduser()
     if not file.is_file():
         known = list_recipes()
@@ -49,16 +69,15 @@ def load_recipe(
                 "pass a YAML or JSON file, or one of them"
             )
         file = _RECIPES / f"{name_or_path}.yaml"
-    values = read_values(file)
-    for setting in settings:
-        _override(values, setting)
-    values.setdefault("model", default_model)
-    if output is not None:
-        values["output"] = output
-    return TrainingConfig.from_dict(values, origin=name_or_path)
+    return read_values(file)
 
 
-def _override(values: dict[str, Any], setting: str) -> None:
+def change_setting(values: dict[str, Any], setting: str) -> None:
+    """Put a setting such as "steps=100" or "tasks.faq.weight=2" into plain values.
+
+    Raises:
+        ConfigError: If there is no such setting, or its value is no YAML.
+    """
     name, equals, text = setting.partition("=")
     path = name.strip().split(".")
     # A name of a task may have dots of its own.

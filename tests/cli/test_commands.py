@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from epic_rag import DemonstrationBank, list_checkpoints
+from epic_rag import DemonstrationBank, EpicEncoder, list_checkpoints
+from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.demonstrations import built_in_banks
 
 SUMMARY = re.compile(
@@ -202,6 +204,51 @@ def test_models(cli: Any) -> None:
     assert [line.removeprefix("*").split()[0] for line in cli("models").out.splitlines()] == names
 
 
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        ([], "model.safetensors"),
+        (["--dtype", "float32"], "model.safetensors"),
+        (["--dtype", "int8"], "model-int8-00001-of-00001.safetensors"),
+    ],
+)
+def test_models_export(cli: Any, tiny_checkpoint: Path, options: list[str], file: str) -> None:
+    shutil.copytree(tiny_checkpoint, "given")
+    Path("given/README.md").write_text("# A card\n")
+    result = cli("models", "export", "given", "out put/here", *options)
+    written = options[-1] if options else "float16"
+    assert (result.status, result.out) == (0, "out put/here\n")
+    assert result.err == f"note: tiny written with {written} weights\n"
+    assert [path.name for path in Path("out put/here").glob("model*")] == [file]
+    assert Path("out put/here/README.md").read_text() == "# A card\n"
+    loaded, given = (EpicEncoder.from_pretrained(folder) for folder in ("out put/here", "given"))
+    assert (loaded.fingerprint == given.fingerprint) is (written != "int8")
+
+
+def test_models_export_of_a_shipped_checkpoint_opens_elsewhere(cli: Any) -> None:
+    from transformers import AutoModel
+
+    assert cli("models", "export", DEFAULT_CHECKPOINT, "exported").status == 0
+    assert EpicEncoder.from_pretrained("exported").fingerprint == EpicEncoder.from_pretrained().fingerprint
+    assert AutoModel.from_pretrained("exported").dtype.is_floating_point
+
+
+def test_models_export_overwrites_nothing(cli: Any, tiny_checkpoint: Path) -> None:
+    Path("file").write_text("")
+    Path("full").mkdir()
+    Path("full/notes.txt").write_text("kept")
+    for target, said in (
+        ("file", "file is a file, a checkpoint is a folder; give another name"),
+        ("full", "full holds other files; give a new folder"),
+    ):
+        result = cli("models", "export", tiny_checkpoint, target)
+        assert (result.status, result.out, result.err) == (1, "", f"error: {said}\n")
+    result = cli("models", "export", tiny_checkpoint, "new", "--dtype", "int4")
+    assert (result.status, result.out) == (1, "")
+    assert "dtype is 'int4', known are float32, bfloat16, float16, int8; choose one of them" in result.err
+    assert not Path("new").exists()
+
+
 def test_bank_list(cli: Any) -> None:
     listed = json.loads(cli("bank", "list", "--json").out)
     assert [bank["name"] for bank in listed] == list(built_in_banks())
@@ -233,6 +280,22 @@ def test_bank_build_from_pairs_and_again_for_another_model(
     again = DemonstrationBank.load("mine")
     assert again.demonstrations == bank.demonstrations
     assert again.encoder_fingerprint not in (None, bank.encoder_fingerprint)
+
+
+def test_bank_build_for_several_models(
+    cli: Any, pairs: Path, tiny_checkpoint: Path, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [EpicEncoder.from_pretrained(folder).fingerprint for folder in (tiny_checkpoint, other_checkpoint)]
+    both = ("--model", tiny_checkpoint, "--model", other_checkpoint)
+    assert cli("bank", "build", pairs, "--out", "mine", "--task", "docs", *both).status == 0
+    assert DemonstrationBank.load("mine").encoder_fingerprints == tuple(models)
+    shown = json.loads(cli("bank", "show", "mine", "--json").out)
+    assert (shown["encoder_fingerprint"], shown["encoder_fingerprints"]) == (models[0], models)
+    assert f"embedded with {models[0]}, {models[1]}\n" in cli("bank", "show", "mine").out
+    # Those that are not named any more are dropped; without --model it is the environment's.
+    monkeypatch.setenv("EPIC_RAG_MODEL", str(other_checkpoint))
+    assert cli("bank", "build", "mine").status == 0
+    assert DemonstrationBank.load("mine").encoder_fingerprints == (models[1],)
 
 
 def test_bank_build_writes_a_copy_with_another_instruction(cli: Any, pairs: Path, tiny_checkpoint: Path) -> None:

@@ -12,6 +12,12 @@ from epic_rag_cli.docs import command_help, commands, markdown
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = [(name, example) for name, command in commands() for example in command_help(command)[1]]
+GRID = """
+recipe: {data: ., tasks: [pairs], batch_size: 2, max_demonstrations: 2}
+budget: {steps: 2}
+evaluation: {heldout: [terms], num_demonstrations: [0, 2]}
+arms: {epic: {}, none: {strategy: none}}
+"""
 
 
 def test_documentation_is_current() -> None:
@@ -45,6 +51,10 @@ def test_example_runs(
     Path(".epic-rag").symlink_to(indexed / ".epic-rag")
     if "mybank" in example and "--out mybank" not in example:
         assert cli("bank", "build", pairs, "--out", "mybank", "--task", "docs").status == 0
+    if "grid.yaml" in example:
+        terms = [f'{{"query": "term {number}", "positive": "what {number} means"}}\n' for number in range(12)]
+        Path("terms.jsonl").write_text("".join(terms))
+        Path("grid.yaml").write_text(GRID)
     program, *arguments = shlex.split(example)
     assert program == "epic-rag"
     result = cli(*arguments)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 
 @dataclass(frozen=True)
@@ -139,3 +140,55 @@ def sets(tmp_path: Path) -> Path:
     (root / "empty").mkdir()
     (root / "README.md").write_text("not a set\n", encoding="utf-8")
     return root
+
+
+GRID_WORDS = [
+    f"{first}{second}" for first in ("cat", "dog", "pen", "cup", "hat", "sun") for second in ("ly", "er", "ing", "s")
+]
+GRID_TASKS = {"up": "+ {}", "down": "- {}", "far": "go to {}", "near": "stay by {}"}
+
+
+@pytest.fixture(name="values")
+def _grid_values(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A grid of two arms over two tasks, with two files held out."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in GRID_TASKS.items():
+        rows = [{"query": word, "positive": text.format(word)} for word in GRID_WORDS]
+        write_jsonl(tmp_path / f"data/{name}.jsonl", rows)
+    (tmp_path / "data/instructions.json").write_text(
+        json.dumps({name: f"Go {name}" for name in GRID_TASKS}), encoding="utf-8"
+    )
+    return {
+        "recipe": {
+            "model": str(tiny_checkpoint),
+            "data": "data",
+            "tasks": ["up", "down"],
+            "batch_size": 8,
+            "temperature": 0.1,
+            "learning_rate": 1.0e-3,
+            "max_query_tokens": 16,
+            "max_document_tokens": 16,
+            "save_every": 2,
+        },
+        "base": {"max_demonstrations": 2, "evaluation_tasks": ["up", "down"], "evaluation_rows": 5},
+        "budget": {"steps": 3},
+        "reference": "epic",
+        "evaluation": {
+            "heldout": ["far", "near"],
+            "num_demonstrations": [0, 1, 2],
+            "queries": 6,
+            "documents": 12,
+        },
+        "arms": {"epic": {"axis": "strategy"}, "none": {"axis": "strategy", "strategy": "none"}},
+    }
+
+
+@pytest.fixture
+def write_grid(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+    """Write a grid."""
+
+    def write(values: dict[str, Any]) -> str:
+        (tmp_path / "grid.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        return "grid.yaml"
+
+    return write

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,20 @@ def test_table_json_and_file(
     assert [score["k"] for score in printed["heldout"][0]["scores"]] == [0]
 
 
+def test_collections_instructions_and_bm25_in_a_process_of_its_own(tiny_checkpoint: Path) -> None:
+    Path("other.jsonl").write_text(Path("pairs.jsonl").read_text().replace("term", "name").replace("what", "whose"))
+    command = [sys.executable, "-m", "epic_rag_cli", "eval", "--heldout", "pairs.jsonl", "--heldout", "other.jsonl"]
+    command += ["--heldout-collection", "own", "--heldout-collection", "pooled,pooled-with-queries", "-n", "0,1"]
+    command += ["--heldout-instruction", "own,none", "--model", f"{tiny_checkpoint}:prompted", "--model", "bm25"]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    assert rows[0][:6] == ["held-out file", "model", "collection", "instruction", "demonstrations", "k"]
+    # Two files and their mean, three collections; two instructions with k = 0 and 1, and BM25 once.
+    assert len(rows) - 2 == 3 * 3 * (2 * 2 + 1)
+    assert ["pairs", "bm25", "pooled", "plain", "none", "0"] in [row[:6] for row in rows]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
@@ -51,6 +67,9 @@ def test_table_json_and_file(
         (["--heldout", "pairs.jsonl", "--strategy", "magic"], 1, 'the strategy is "magic"'),
         (["--heldout", "pairs.jsonl", "--model", "a=b", "--model", "a=c"], 1, "two models are called"),
         (["--heldout", "pairs.jsonl", "--draws", "0"], 2, "--draws"),
+        (["--heldout", "pairs.jsonl", "--heldout-collection", "both"], 1, '--heldout-collection names "both"'),
+        (["--heldout", "pairs.jsonl", "--heldout-instruction", ","], 1, "--heldout-instruction names nothing"),
+        (["--data", ".", "--kinds", "poems"], 1, '--kinds names "poems"'),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], status: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,15 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from epic_rag.errors import ConfigError, DataError
-from epic_rag.evaluation.heldout import (
-    GENERIC_INSTRUCTION,
-    Pair,
-    draw_demonstrations,
-    file_stem,
-    load_pairs,
-    make_split,
-    mismatch,
-)
+from epic_rag.evaluation.heldout import GENERIC_INSTRUCTION, make_split
+from epic_rag.evaluation.pairs import Pair, draw_demonstrations, file_stem, load_pairs, mismatch
 from epic_rag.evaluation.prompts import normalised
 
 ROWS = st.lists(
@@ -63,9 +56,12 @@ def test_demonstrations_share_nothing_with_test_queries(
     for query, relevant, excluded in zip(split.queries, split.relevant, split.excluded, strict=True):
         positives = {key(row["positive"]) for row in rows if row["query"] == query}
         assert any(key(split.documents[row]) in positives for row in relevant)
-        assert excluded not in relevant
+        assert not {*excluded} & {*relevant}
         for number, document in enumerate(split.documents):
-            assert (excluded == number) == (normalised(document) == normalised(query))
+            assert (number in excluded) == (normalised(document) == normalised(query))
+    others = [normalised(query) for query in split.other_queries]
+    assert len(others) == len({*others}) <= documents
+    assert not {*others} & (asked | {normalised(pair.query) for pair in split.pool})
     assert split == make_split(path, queries=queries, documents=documents, seed=seed, instruction="find it")
 
 
@@ -114,7 +110,7 @@ def test_what_counts_as_relevant(tmp_path: Path, jsonl: Callable[[Path, Any], Pa
             texts = {" ".join(split.documents[row].split()) for row in relevant}
             found.setdefault(normalised(query), set()).update(texts)
             if query == "Echo" and "echo" in split.documents:
-                assert excluded == split.documents.index("echo"), "the query itself may not come first"
+                assert excluded == (split.documents.index("echo"),), "the query itself may not come first"
     assert found["same question"] == {"answer one", "answer two"}
     assert found["other words"] == {"answer one"}
     assert found["asks for red"] == found["asks for red too"] == {"red one", "red two"}

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from epic_rag.evaluation.embedding import EmbeddingStore
-from epic_rag.evaluation.heldout import HeldoutSplit, Pair
-from epic_rag.evaluation.heldout_scores import score_heldout
+from epic_rag.evaluation.heldout import HeldoutSplit
+from epic_rag.evaluation.heldout_scores import score_heldout, score_heldout_bm25
+from epic_rag.evaluation.pairs import Pair
 
 VECTORS = {
     "d1": (1.0, 0.0),
@@ -29,7 +30,7 @@ def _split(**changes: Any) -> HeldoutSplit:
         "queries": ("q1", "q2"),
         "documents": ("d1", "d2", "d3"),
         "relevant": ((1,), (2,)),
-        "excluded": (None, None),
+        "excluded": ((), ()),
         "pool": POOL,
     }
     return HeldoutSplit(**{**fields, **changes})
@@ -140,3 +141,32 @@ def test_the_spread_is_over_draws(written: Any) -> None:
     assert own.draws == pytest.approx([first, second])
     assert own.ndcg_at_10 == pytest.approx((first + second) / 2)
     assert own.spread == pytest.approx((first - second) / math.sqrt(2))
+
+
+def test_lists_that_corpora_share_are_encoded_once(written: Any) -> None:
+    encoder = written(VECTORS)
+    store = EmbeddingStore(encoder)
+    own = score_heldout(store, _split(), ks=(0,))
+    corpus = ("d3", "d2", "q1", "d1")
+    parts = (("d1", "d2", "d3"), ("q1",))
+    changes = {"documents": corpus, "parts": parts, "relevant": ((1,), (0,)), "excluded": ((2,), ())}
+    pooled = score_heldout(store, _split(**changes, collection="pooled-with-queries"), ks=(0,))
+    assert [call.texts for call in encoder.calls if call.role == "document"] == [("d1", "d2", "d3"), ("q1",)]
+    # q1 ranks d1, d2, d3 as before, its own text left out; for q2 the text of q1 comes first, so d3 is the fourth.
+    assert pooled.scores[0].ndcg_at_10 == pytest.approx((SECOND + 1 / math.log2(5)) / 2)
+    assert own.scores[0].ndcg_at_10 == pytest.approx((SECOND + THIRD) / 2)
+    assert (own.collection, pooled.collection, pooled.documents) == ("own", "pooled-with-queries", 4)
+
+
+def test_bm25_ranks_by_words() -> None:
+    split = _split(
+        queries=("the red apples", "green", "nothing shared", "red apple pies"),
+        documents=("An apple is red", "a green pear", "red red wine", "red apple pies"),
+        relevant=((0,), (0,), (0, 1, 2), (0,)),
+        excluded=((3,), (), (), (3,)),
+    )
+    result = score_heldout_bm25(split)
+    (score,) = result.scores
+    # Found first (stems: apples is apple), not found, no word in common, and first with its own text left out.
+    assert score.ndcg_at_10 == pytest.approx((1 + 0 + 0 + 1) / 4)
+    assert (score.condition, score.k, result.instruction, result.instruction_source) == ("none", 0, None, "plain")

@@ -21,9 +21,9 @@ from epic_rag.evaluation.local_sets import (
 
 def test_folders_are_known_by_their_files(sets: Path) -> None:
     names = find_local_sets(sets)
-    assert names == ["candidates", "library", "likeness", "requests", "topics"]
+    assert names == ["library", "candidates", "likeness", "requests", "topics"]
     kinds = [load_local_set(sets / name).kind for name in names]
-    assert kinds == ["reranking", "retrieval", "sts", "classification", "clustering"]
+    assert kinds == ["retrieval", "reranking", "sts", "classification", "clustering"]
 
 
 def test_contents_of_each_kind(sets: Path) -> None:

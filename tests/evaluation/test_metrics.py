@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from epic_rag.evaluation.metrics import mean_and_error, ndcg_at_k
+from epic_rag.evaluation.metrics import mean_and_error, ndcg_at_k, ndcg_of_scores
 
 
 def _rows(*angles: float) -> np.ndarray:
@@ -38,8 +38,14 @@ def test_ties_keep_the_order_of_the_documents() -> None:
 
 def test_an_excluded_document_has_no_rank() -> None:
     documents = _rows(0, 30, 60)
-    assert ndcg_at_k(_rows(0, 0), documents, [[1], [1]], excluded=[0, None]) == pytest.approx([1, 1 / math.log2(3)])
-    assert ndcg_at_k(_rows(0), documents[:1], [[0]], excluded=[0]) == [0.0]
+    assert ndcg_at_k(_rows(0, 0), documents, [[1], [1]], excluded=[[0], []]) == pytest.approx([1, 1 / math.log2(3)])
+    assert ndcg_at_k(_rows(0), documents[:1], [[0]], excluded=[[0]]) == [0.0]
+    assert ndcg_at_k(_rows(0), documents, [[2]], excluded=[[0, 1]]) == [1.0]
+
+
+def test_what_is_not_found_has_no_rank() -> None:
+    rows = [np.array([-np.inf, 2.0, 1.0], dtype=np.float32), np.full(3, -np.inf, dtype=np.float32)]
+    assert ndcg_of_scores(rows, [[0, 2], [1]]) == pytest.approx([(1 / math.log2(3)) / (1 + 1 / math.log2(3)), 0.0])
 
 
 def test_ndcg_is_trec_evals() -> None:

@@ -15,8 +15,9 @@ from epic_rag.demonstrations import Demonstration
 from epic_rag.errors import TaskError
 from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt
 from epic_rag.evaluation.local_sets import load_local_set
+from epic_rag.evaluation.mteb_bm25 import Bm25Search
 from epic_rag.evaluation.mteb_encoder import EpicMtebEncoder
-from epic_rag.evaluation.mteb_runs import hub_instruction, hub_task, run_task
+from epic_rag.evaluation.mteb_runs import hub_instruction, hub_task, run_model, run_task
 from epic_rag.evaluation.mteb_tasks import MAIN_SCORES, make_task
 
 LIBRARY = {
@@ -166,3 +167,48 @@ def test_mtebs_own_tasks_by_name() -> None:
     assert hub_instruction(hub_task("STS12"))
     with pytest.raises(TaskError, match=r'"SciFakt" is neither a local evaluation set nor a task of mteb 2'):
         hub_task("SciFakt")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_bm25_is_mtebs_own_baseline(tmp_path: Path, jsonl: Any) -> None:
+    from mteb.models.model_implementations.bm25 import BM25Search
+    from mteb.models.model_meta import ModelMeta
+
+    words = ["red", "green", "apple", "pear", "plum", "wine", "cellar", "garden", "tree", "stone", "river", "boat"]
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(words, size=int(length))) for length in rng.integers(2, 9, 40)]
+    corpus = [{"_id": f"d{number}", "title": text.split()[0], "text": text} for number, text in enumerate(texts)]
+    jsonl(tmp_path / "garden" / "corpus.jsonl", corpus)
+    jsonl(
+        tmp_path / "garden" / "queries.jsonl",
+        [{"_id": "q1", "text": "red trees"}, {"_id": "q2", "text": "pears, wine"}],
+    )
+    (tmp_path / "garden" / "qrels").mkdir()
+    judged = "".join(f"q{1 + number % 2}\td{number}\t1\n" for number in range(12))
+    (tmp_path / "garden" / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
+    local = load_local_set(tmp_path / "garden")
+    score, _ = run_model(make_task(local), Bm25Search(name="BM25", revision="1"))
+    theirs: Any = BM25Search()
+    theirs.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": "x/y", "revision": "1", "modalities": ["text"]})
+    expected, _ = run_model(make_task(local), theirs)
+    assert score == pytest.approx(expected, abs=1e-5)
+    assert score > 0
+
+
+def test_bm25_ranks_all_candidates(tmp_path: Path, jsonl: Any) -> None:
+    rows = [
+        {"query": "red apple", "positive": ["the red apples"], "negative": ["a green pear", "red wine"]},
+        {"query": "blue plum", "positive": ["nothing shared"], "negative": ["a blue plum"]},
+    ]
+    jsonl(tmp_path / "fruit" / "reranking.jsonl", rows)
+    task = make_task(load_local_set(tmp_path / "fruit"))
+    score, _ = run_model(task, Bm25Search(name="BM25", revision="1"))
+    assert score == pytest.approx((1 + 1 / 2) / 2)
+
+
+def test_bm25_needs_an_index_first() -> None:
+    nothing: Any = None
+    with pytest.raises(RuntimeError, match="call index with the corpus first"):
+        Bm25Search(name="BM25", revision="1").search(
+            nothing, task_metadata=nothing, hf_split="", hf_subset="", top_k=1, encode_kwargs=nothing, num_proc=None
+        )

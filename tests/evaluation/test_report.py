@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -59,6 +60,22 @@ def test_the_table(report: EvaluationReport) -> None:
     ]
 
 
+def test_a_last_line_compares_what_all_columns_have(report: EvaluationReport) -> None:
+    assert report.shared_sets() == ["library"], "one set is no mean"
+    report.sets.append(_score("ours", "a|b", "sts", 8, 0.79))
+    report.models.append(dataclasses.replace(_model("BM25", plain=True), lexical=True))
+    lines = report.to_markdown().splitlines()
+    assert lines[0].endswith("| base, plain | ours, k = 0 | ours, k = 8 |")
+    assert lines[-1] == "| **mean of the 2 in all columns** |            |   **65.00** |   **70.62** |   **72.00** |"
+    report.sets.append(_score("BM25", "library", "retrieval", 0, 0.4))
+    report.sets.append(_score("BM25", "manual", "retrieval", 0, 0.5))
+    lines = report.to_markdown().splitlines()
+    assert lines[0].endswith("| ours, k = 8 |      BM25 |")
+    assert next(line for line in lines if "mean retrieval (2)" in line).endswith("|           – | **45.00** |")
+    assert lines[-1].startswith("| **mean of all 3 sets** "), "library alone is in all columns now"
+    assert lines[-1].endswith("|         – |")
+
+
 def test_a_mean_is_over_the_same_sets_or_none(report: EvaluationReport) -> None:
     assert report.mean("ours", 0, "retrieval") == pytest.approx(0.5)
     assert report.mean("ours", 8, "retrieval") is None
@@ -74,6 +91,7 @@ def test_the_table_of_held_out_files(report: EvaluationReport) -> None:
     assert cells[4] == ["terms", "ours", "own, passages shuffled", "8", "51.00", "0.00", "+1.00 ± 0.40", "+2.00 ± 0.40"]
     # Means of differences on two files: 3 and 1; the error is sqrt(0.3² + 0.3²) / 2.
     assert cells[-2] == ["**mean of 2 files**", "ours", "own", "8", "52.00", "", "+2.00 ± 0.21", ""]
+    assert cells[-1][-3:] == ["", "+0.00 ± 0.28", "+2.00 ± 0.28"], "the mean of what the right ones add to a control"
 
 
 def test_json_has_everything_and_is_written_whole(report: EvaluationReport, tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import pytest
 
 from epic_rag.errors import ConfigError
 from epic_rag.evaluation.request import (
+    COLLECTIONS,
     EvaluationRequest,
     ModelSpec,
     parse_banks,
+    parse_choices,
     parse_ks,
     parse_models,
     split_names,
@@ -34,6 +36,8 @@ from epic_rag.evaluation.request import (
             ["sentence-transformers/all-MiniLM-L6-v2:plain"],
             [("sentence-transformers/all-MiniLM-L6-v2", "all-MiniLM-L6-v2", "plain")],
         ),
+        (["bm25", "words=bm25"], [("bm25", "bm25", "bm25"), ("bm25", "words", "bm25")]),
+        (["./bm25", "a/bm25:prompted"], [("./bm25", "./bm25", "auto"), ("a/bm25", "a/bm25", "prompted")]),
     ],
 )
 def test_models(specs: list[str], expected: list[tuple[str, str, Any]]) -> None:
@@ -50,6 +54,7 @@ def test_small_languages() -> None:
     assert parse_ks("8, 0,1,8") == (0, 1, 8)
     assert parse_banks(["Cranfield=papers", "x=a=b"]) == {"Cranfield": "papers", "x": "a=b"}
     assert split_names(" a, b,,") == ("a", "b")
+    assert parse_choices(["pooled, own", "pooled"], COLLECTIONS, "--x") == ("pooled", "own")
     for text in ("", "a", "-1", "1.5"):
         with pytest.raises(ConfigError, match="no list of numbers"):
             parse_ks(text)
@@ -67,6 +72,9 @@ def test_small_languages() -> None:
         ({"strategy": "magic"}, 'the strategy is "magic"'),
         ({"draws": 0}, "0 draws"),
         ({"data": None}, "nothing to evaluate on"),
+        ({"kinds": ("retrieval", "poems")}, '--kinds names "poems"; use one or more of retrieval, reranking'),
+        ({"heldout_collections": ()}, "--heldout-collection names nothing; use one or more of own, pooled"),
+        ({"heldout_instructions": ("mine",)}, '--heldout-instruction names "mine"; use one or more of own, default'),
     ],
 )
 def test_requests_that_cannot_work(changes: dict[str, Any], said: str) -> None:

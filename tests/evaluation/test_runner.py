@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from epic_rag.demonstrations import DemonstrationBank
 from epic_rag.encoder import EpicEncoder
-from epic_rag.errors import DataError, MissingExtraError, PromptError, TaskError
+from epic_rag.errors import ConfigError, DataError, MissingExtraError, PromptError, TaskError
 from epic_rag.evaluation.__main__ import main
 from epic_rag.evaluation.request import EvaluationRequest, ModelSpec
 from epic_rag.evaluation.runner import run_evaluation
@@ -61,7 +62,7 @@ def test_a_run_over_all_kinds(tiny_checkpoint: Path, sets: Path, bank: Path, tmp
     seen: list[int] = []
     request = _request(tiny_checkpoint, sets, bank, mteb_output=tmp_path / "mteb", cache_dir=tmp_path / "cache")
     report = run_evaluation(request, progress=lines.append, on_update=lambda report: seen.append(len(report.sets)))
-    names = ["candidates", "library", "likeness", "requests", "topics"]
+    names = ["library", "candidates", "likeness", "requests", "topics"]
     assert [(score.set_name, score.k) for score in report.sets] == [(name, k) for name in names for k in (0, 2)]
     assert seen == [*range(1, 11), 10]
     assert len(lines) == 11
@@ -137,6 +138,12 @@ def test_everything_is_checked_before_a_model_is_loaded(sets: Path, bank: Path, 
         run_evaluation(_request(nowhere, sets / "library", bank))
     with pytest.raises(DataError, match="holds no evaluation set"):
         run_evaluation(_request(nowhere, sets / "empty", bank))
+    with pytest.raises(DataError, match="none of topics is of the kinds retrieval, sts"):
+        run_evaluation(_request(nowhere, sets, bank, tasks=("topics",), kinds=("retrieval", "sts")))
+    symmetric = pairs.rename(pairs.with_name("snips_same_intent.jsonl.gz"))
+    request = _request(nowhere, sets, bank, data=None, heldout=(symmetric,), heldout_collections=("pooled",))
+    with pytest.raises(ConfigError, match=r"of snips_same_intent are encoded like queries, those of a pooled coll"):
+        run_evaluation(replace(request, instructions={"snips_same_intent": "x"}))
     with pytest.raises(DataError, match="there is no file"):
         run_evaluation(
             _request(nowhere, sets, bank, heldout=(pairs.with_name("other.jsonl"),), instructions={"other": "x"})
@@ -178,6 +185,85 @@ def test_held_out_files_need_no_mteb(
     assert "mean of 2 files" in report.to_markdown()
 
 
+def test_every_combination_of_collection_and_instruction(
+    trained_checkpoint: Path, pairs: Path, jsonl: Callable[[Path, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    original = EpicEncoder.encode_document
+
+    def counted(self: EpicEncoder, texts: Any, **options: Any) -> Any:
+        if len(texts) > 2:  # and not a bank's passages
+            encoded.extend(texts)
+        return original(self, texts, **options)
+
+    monkeypatch.setattr(EpicEncoder, "encode_document", counted)
+    record = json.loads((trained_checkpoint / "epic.json").read_text(encoding="utf-8"))
+    record["default_instruction"] = "Find what fits"
+    (trained_checkpoint / "epic.json").write_text(json.dumps(record), encoding="utf-8")
+    other = jsonl(pairs.with_name("commands.jsonl"), [{"query": f"do {n}", "positive": f"run -{n}"} for n in range(24)])
+    request = EvaluationRequest(
+        models=(
+            ModelSpec(str(trained_checkpoint), "tiny"),
+            ModelSpec(str(trained_checkpoint), "bare", "plain"),
+            ModelSpec("bm25", "BM25", "bm25"),
+        ),
+        heldout=(pairs, other),
+        heldout_queries=6,
+        heldout_documents=10,
+        heldout_collections=("own", "pooled", "pooled-with-queries"),
+        heldout_instructions=("own", "default", "none"),
+        num_demonstrations=(0, 2),
+        draws=1,
+        instructions={"commands": "Find the command"},
+    )
+    report = run_evaluation(request)
+    found = [
+        (label, result.name, result.collection, result.instruction, result.documents)
+        for label, result in report.heldout
+    ]
+    sizes = {"own": 10, "pooled": 20, "pooled-with-queries": 40}
+    own = {"terms": "Find the term", "commands": "Find the command"}
+    assert [item for item in found if item[0] == "tiny"] == [
+        ("tiny", name, collection, instruction, size)
+        for collection, size in sizes.items()
+        for name in own
+        for instruction in (own[name], "Find what fits", "")
+    ]
+    for label in ("bare", "BM25"):
+        assert [item for item in found if item[0] == label] == [
+            (label, name, collection, None, size) for collection, size in sizes.items() for name in own
+        ]
+    assert len(encoded) == len({*encoded}) * 2, "once by each of the two encoders"
+    table = report.to_markdown()
+    for cells in (
+        "| BM25  | pooled-with-queries | plain       |",
+        "| tiny  | own                 | default     |",
+        "| **mean of 2 files** | tiny  | pooled              | none        |",
+    ):
+        assert cells in table
+    assert table.count("mean of 2 files") == 3 * 3 * 2 + 3 + 3
+
+
+def test_kinds_and_bm25(tiny_checkpoint: Path, sets: Path, bank: Path, tmp_path: Path) -> None:
+    models = (ModelSpec("bm25", "BM25", "bm25"), ModelSpec(str(tiny_checkpoint), "tiny", "prompted"))
+    kinds: Any = ("retrieval", "reranking", "sts")
+    request = _request(tiny_checkpoint, sets, bank, models=models, kinds=kinds, mteb_output=tmp_path / "mteb")
+    report = run_evaluation(request)
+    assert [(score.set_name, score.k) for score in report.sets if score.model == "BM25"] == [
+        ("library", 0),
+        ("candidates", 0),
+    ]
+    assert [score.set_name for score in report.sets if score.model == "tiny" and score.k == 0] == [
+        "library",
+        "candidates",
+        "likeness",
+    ]
+    assert [model.lexical for model in report.models] == [True, False]
+    assert "| **mean of the 2 in all columns** |" in report.to_markdown()
+    again = run_evaluation(replace(request, models=models[:1]))
+    assert [score.score for score in again.sets] == [score.score for score in report.sets[:2]]
+
+
 def test_missing_mteb_names_the_extra(
     tiny_checkpoint: Path, sets: Path, bank: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +292,7 @@ def test_the_module_command(
     ]
     arguments += ["--num-demonstrations", "0,1", "--instructions", instructions, "--output", output]
     arguments += ["--heldout", pairs, "--heldout-queries", "4", "--heldout-documents", "8", "--draws", "1"]
+    arguments += ["--heldout-instruction", "own", "--heldout-collection", "own,pooled", "--kinds", "retrieval"]
     status = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     assert status == 0
@@ -216,6 +303,7 @@ def test_the_module_command(
     assert data["sets"][0]["instruction"] == "Find the book"
     assert data["command"][:2] == ["--model", f"tiny={tiny_checkpoint}:prompted"]
     assert len(data["heldout"][0]["scores"]) == 2
+    assert [result["collection"] for result in data["heldout"]] == ["own", "pooled"]
 
     assert main(["--model", "x", "--data", str(tmp_path / "nowhere")]) == 1
     captured = capsys.readouterr()

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from epic_rag.errors import DataError
 from epic_rag.training import PairDataset, TrainingConfig, load_pairs
-from epic_rag.training.data import Pair, load_datasets, sample_batch
+from epic_rag.training.data import Pair, load_datasets
+from epic_rag.training.sampling import sample_batch
 
 quick = hypothesis_settings(deadline=None, max_examples=60)
 # Few different texts, so that rows share queries, positives and groups; below ten rows no task is label-like.

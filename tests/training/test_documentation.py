@@ -30,6 +30,7 @@ def test_everything_on_the_page_runs(
     Path("manual").mkdir()
     Path("manual/display.md").write_text("# Display\n\nIf nothing is displayed, hold the power button.\n")
     ran = {"files": 0, "commands": 0, "code": 0}
+    printed = ""
     for block in FENCE.finditer(PAGE):
         language, text = block.groups()
         if language == "console":
@@ -42,6 +43,8 @@ def test_everything_on_the_page_runs(
                 ran["commands"] += 1
         elif language == "python":
             exec(text, {})
+            # The next command would throw away what was printed here.
+            printed += capsys.readouterr().out
             ran["code"] += 1
         else:
             file = Path(re.findall(r"as `([^`]+)`:", PAGE[: block.start()])[-1])
@@ -49,8 +52,9 @@ def test_everything_on_the_page_runs(
             file.parent.mkdir(exist_ok=True)
             file.write_text(text)
             ran["files"] += 1
-    assert ran == {"files": 4, "commands": 5, "code": 2}
-    assert "runs/mine-3/final {'step': 5" in capsys.readouterr().out
+    assert ran == {"files": 4, "commands": 6, "code": 3}
+    assert "runs/mine-3/final {'step': 5" in printed
+    assert "MiningReport(rows=4, documents=4, " in printed
     assert sorted(path.name for path in Path("runs").iterdir()) == ["faq", "mine", "mine-2", "mine-3"]
 
 

@@ -114,7 +114,8 @@ def test_metrics(trained: Trainer) -> None:
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line in steps:
-        assert set(line) == {"step", "loss", "with_demonstrations", "zero_shot", "pairs", "tokens", "seconds"}
+        told = {"step", "loss", "with_demonstrations", "zero_shot", "pairs", "tokens", "gradient_norm", "seconds"}
+        assert set(line) == told
         assert line["loss"] == pytest.approx(line["with_demonstrations"] + line["zero_shot"], rel=1e-5)
         assert line["pairs"] == 8
     evaluations = [line for line in lines if "evaluation" in line]

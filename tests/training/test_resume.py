@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import random
 import re
 import signal
 import subprocess
@@ -34,6 +37,20 @@ def kill(source, target):
             os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 os.replace = kill
+main()
+"""
+
+# The command, killed some time after a step has begun: in it, between two, or while it writes.
+KILLED_AT_RANDOM = """
+import os, signal, threading
+from epic_rag.training import Trainer
+from epic_rag_cli.main import main
+train_step = Trainer.train_step
+def timed(self, batch):
+    if self.step == int(os.environ["KILL_AT"]):
+        threading.Timer(float(os.environ["KILL_AFTER"]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return train_step(self, batch)
+Trainer.train_step = timed
 main()
 """
 
@@ -131,6 +148,42 @@ def test_a_killed_command_goes_on_to_the_same_weights(
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_rank": 4, "lora_dropout": 0.1, "dtype": "float16"},
+        {"grad_cache": True, "micro_batch_tokens": 60},
+    ],
+)
+def test_a_command_killed_anywhere_ends_with_the_same_bits(
+    settings: Callable[..., dict[str, Any]], config: Config, tmp_path: Path, cli: Any, changes: dict[str, Any]
+) -> None:
+    changes = {**changes, "save_every": 1}
+    whole = config(output=str(tmp_path / "whole"), **changes)
+    Trainer(whole).train(show_progress=False)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(settings(**changes)))
+    step, after = random.randrange(6), random.uniform(0, 0.05)
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_RANDOM, "train", str(file)],
+        capture_output=True,
+        timeout=600,
+        check=False,
+        env={**os.environ, "KILL_AT": str(step), "KILL_AFTER": str(after)},
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    result = cli("train", file)
+    assert result.status == 0, result.err
+    told = f"killed {after} s after step {step} began"
+    left, right = state(whole), state(config(**changes))
+    assert left.keys() == right.keys(), told
+    assert all(torch.equal(left[key], right[key]) for key in left), told
+    final = [Path(folder) / "final" / "model.safetensors" for folder in (whole.output, config().output)]
+    assert final[0].read_bytes() == final[1].read_bytes(), told
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6], told
+
+
 def test_a_finished_run_is_written_again(config: Config) -> None:
     final = Trainer(config()).train(show_progress=False)
     before = {file.name: file.read_bytes() for file in final.glob("*.safetensors")}
@@ -213,6 +266,7 @@ def test_a_changed_file_is_refused(config: Config, data: Path, write_task: Calla
 def test_what_is_free_to_change(config: Config) -> None:
     stop_at(Trainer(config()), 4)
     changes = {"save_every": 1, "keep_checkpoints": 9, "device": "cpu", "description": "d", "license": "l", "name": "n"}
+    changes |= {"grad_cache": True, "gradient_checkpointing": True, "tensorboard": True}
     trainer = Trainer(config(**changes))
     trainer.train(show_progress=False)
     assert sorted(path.name for path in trainer.folder.glob("checkpoint-*")) == [
@@ -257,13 +311,13 @@ def test_a_broken_checkpoint_is_named(config: Config, name: str, content: str | 
 
 def test_a_loss_that_is_not_finite(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(config(save_every=2))
-    compute = trainer.loss
+    compute = trainer.objective
 
-    def poisoned(batch: Any) -> Any:
-        loss, *rest = compute(batch)
-        return (loss * float("nan") if trainer.step == 3 else loss, *rest)
+    def poisoned(*arguments: Any) -> Any:
+        terms = compute(*arguments)
+        return dataclasses.replace(terms, loss=terms.loss * float("nan")) if trainer.step == 3 else terms
 
-    monkeypatch.setattr(trainer, "loss", poisoned)
+    monkeypatch.setattr(trainer, "objective", poisoned)
     with pytest.raises(TrainingError, match=r"the loss at step 4 is nan, and .*checkpoint-2 is good") as caught:
         trainer.train(show_progress=False)
     assert "lower learning_rate" in str(caught.value)
@@ -276,14 +330,14 @@ def test_a_loss_that_is_not_finite(config: Config, monkeypatch: pytest.MonkeyPat
 
 def test_a_gradient_that_is_not_finite(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(config())
-    compute = trainer.loss
+    compute = trainer.objective
 
-    def poisoned(batch: Any) -> Any:
-        loss, *rest = compute(batch)
+    def poisoned(*arguments: Any) -> Any:
+        terms = compute(*arguments)
         # The root's gradient at zero is infinite, and its value is not.
-        return (loss + torch.sqrt((loss - loss.detach()).abs()), *rest)
+        return dataclasses.replace(terms, loss=terms.loss + torch.sqrt((terms.loss - terms.loss.detach()).abs()))
 
-    monkeypatch.setattr(trainer, "loss", poisoned)
+    monkeypatch.setattr(trainer, "objective", poisoned)
     with pytest.raises(TrainingError, match=r"the gradient's norm at step 1 is (nan|inf), and there is no checkpoint"):
         trainer.train(show_progress=False)
     assert all(bool(torch.isfinite(value).all()) for value in trainer.encoder.backbone.parameters())

@@ -14,8 +14,11 @@ import torch
 from epic_rag import EpicEncoder
 from epic_rag.prompt import EncoderInput
 from epic_rag.training import TaskConfig, Trainer, TrainingBatch, TrainingConfig
-from epic_rag.training.data import Pair, TaskRows, sample_batch
-from epic_rag.training.trainer import _optimizer, _schedule
+from epic_rag.training._forward import SlotTable
+from epic_rag.training._inputs import build_inputs
+from epic_rag.training.data import Pair, TaskRows
+from epic_rag.training.optimizer import build_optimizer, warmup_and_decay
+from epic_rag.training.sampling import sample_batch
 
 Config = Callable[..., TrainingConfig]
 
@@ -27,7 +30,7 @@ def first_batch(trainer: Trainer) -> TrainingBatch:
 def recorded(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """What the trainer embeds in a step, in order (queries, documents, queries with demonstrations)."""
     seen: list[torch.Tensor] = []
-    embed = trainer._embed
+    embed = trainer.forward
 
     def spy(*arguments: Any) -> torch.Tensor:
         vectors = embed(*arguments)
@@ -36,7 +39,7 @@ def recorded(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[torch.Te
         seen.append(vectors)
         return vectors
 
-    monkeypatch.setattr(trainer, "_embed", spy)
+    monkeypatch.setattr(trainer, "forward", spy)
     return seen
 
 
@@ -48,11 +51,11 @@ def test_no_demonstrations_is_exactly_zero_shot(
     encoder: EpicEncoder = request.getfixturevalue(kind)
     trainer = Trainer(config(strategy=strategy, max_demonstrations=0), encoder)
     seen = recorded(trainer, monkeypatch)
-    loss, with_demonstrations, zero_shot, _ = trainer.loss(first_batch(trainer))
+    terms = trainer.loss(first_batch(trainer))
     q0, _, q1 = seen
     assert torch.equal(q0, q1)
-    assert torch.equal(with_demonstrations, zero_shot)
-    torch.testing.assert_close(loss, 2 * zero_shot)
+    assert torch.equal(terms.with_demonstrations, terms.zero_shot)
+    torch.testing.assert_close(terms.loss, 2 * terms.zero_shot)
 
 
 def test_demonstrations_change_the_query(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,9 +79,9 @@ def test_loss_is_the_weighted_sum(config: Config) -> None:
     losses = []
     for weight in (0.0, 0.25):
         trainer = Trainer(config(zero_shot_weight=weight))
-        loss, with_demonstrations, zero_shot, _ = trainer.loss(first_batch(trainer))
-        torch.testing.assert_close(loss, with_demonstrations + weight * zero_shot)
-        losses.append((float(with_demonstrations), float(zero_shot)))
+        terms = trainer.loss(first_batch(trainer))
+        torch.testing.assert_close(terms.loss, terms.with_demonstrations + weight * terms.zero_shot)
+        losses.append((float(terms.with_demonstrations), float(terms.zero_shot)))
     assert losses[0] == losses[1]
 
 
@@ -88,22 +91,25 @@ def test_every_row_is_shown_its_own_demonstrations(config: Config) -> None:
         TaskRows("up", "Go", False, (Pair("a", "1"), Pair("b", "2"), Pair("c", "3")), ((2,), (), (1, 0))),
         TaskRows("down", None, False, (Pair("d", "4"), Pair("e", "5")), ((1,), (0,))),
     )
-    q0, d = torch.arange(5.0)[:, None], 10 + torch.arange(7.0)[:, None]  # five positives, two hard negatives
-    rows, slots = trainer._prompted(TrainingBatch(tasks), q0, d)
-    assert [vectors.flatten().tolist() for vectors in slots] == [[2, 12], [], [1, 11, 0, 10], [4, 14], [3, 13]]
-    assert [len(row.slots) for row in rows.items] == [2, 0, 4, 2, 2]
-    text = [trainer.prompt.tokenizer.decode(row.ids[row.pool_start :]) for row in rows.items]
+    inputs = build_inputs(TrainingBatch(tasks), trainer.prompt, trainer.config)
+    # Five queries and five positives.
+    table = SlotTable(torch.cat([torch.arange(5.0), 10 + torch.arange(5.0)])[:, None], inputs.shown)
+    slots = [table.take([row]).flatten().tolist() for row in range(5)]
+    assert slots == [[2, 12], [], [1, 11, 0, 10], [4, 14], [3, 13]]
+    assert table.take([3, 1, 0]).flatten().tolist() == [4, 14, 2, 12]
+    assert [len(row.slots) for row in inputs.prompted] == [2, 0, 4, 2, 2]
+    text = [trainer.prompt.tokenizer.decode(row.ids[row.pool_start :]) for row in inputs.prompted]
     assert text == [f" {letter}<eos>" for letter in "abcde"]
 
 
 def test_text_demonstrations_are_the_same_rows(config: Config) -> None:
     trainer = Trainer(config(strategy="text"))
     task = TaskRows("up", "Go", False, (Pair("a", "1"), Pair("b", "2")), ((1,), ()))
-    rows, slots = trainer._prompted(TrainingBatch((task,)), torch.zeros(2, 32), torch.zeros(2, 32))
-    decoded = [trainer.prompt.tokenizer.decode(row.ids) for row in rows.items]
+    inputs = build_inputs(TrainingBatch((task,)), trainer.prompt, trainer.config)
+    decoded = [trainer.prompt.tokenizer.decode(row.ids) for row in inputs.prompted]
     assert decoded == ["Instruct: Go\nQuery: b\nResponse: 2\nQuery: a<eos>", "Instruct: Go\nQuery: b<eos>"]
-    assert all(not row.slots for row in rows.items)
-    assert all(len(vectors) == 0 for vectors in slots)
+    assert all(not row.slots for row in inputs.prompted)
+    assert inputs.shown == [[], []]
 
 
 @pytest.mark.parametrize("detach", [False, True])
@@ -113,7 +119,7 @@ def test_gradients_flow_through_slots_unless_detached(
     # Without the zero-shot term, slots are the only way from the loss to q0.
     trainer = Trainer(config(detach_demonstrations=detach, zero_shot_weight=0.0))
     seen = recorded(trainer, monkeypatch)
-    trainer.loss(first_batch(trainer))[0].backward()
+    trainer.loss(first_batch(trainer)).loss.backward()
     q0, d, q1 = seen
     assert (float(q0.grad.abs().max()) == 0.0) == detach
     assert float(d.grad.abs().max()) > 0
@@ -170,21 +176,21 @@ def test_forward_passes_can_be_small(config: Config) -> None:
     losses = []
     for tokens in (1, 40, 8192):
         trainer = Trainer(config(micro_batch_tokens=tokens))
-        losses.append(float(trainer.loss(first_batch(trainer))[0].detach()))
+        losses.append(float(trainer.loss(first_batch(trainer)).loss.detach()))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
 def test_tokens_are_the_real_ones(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(config())
     rows: list[EncoderInput] = []
-    embed = trainer._embed
-    monkeypatch.setattr(trainer, "_embed", lambda items, *rest: (rows.extend(items.items), embed(items, *rest))[1])
-    assert trainer.loss(first_batch(trainer))[3] == sum(len(row.ids) for row in rows)
+    embed = trainer.forward
+    monkeypatch.setattr(trainer, "forward", lambda items, *rest: (rows.extend(items), embed(items, *rest))[1])
+    assert trainer.train_step(first_batch(trainer)).tokens == sum(len(row.ids) for row in rows)
 
 
 def test_schedule() -> None:
     config = TrainingConfig("m", "o", "d", {"t": TaskConfig()}, steps=10, warmup=0.2)
-    rates = [_schedule(step, config) for step in range(10)]
+    rates = [warmup_and_decay(step, config) for step in range(10)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
 
 
@@ -192,7 +198,7 @@ def test_optimizer_groups(config: Config, tiny_encoder: EpicEncoder) -> None:
     run = config(projector_learning_rate=0.5, learning_rate=0.25, weight_decay=0.125)
     names = {id(value): name for name, value in tiny_encoder.backbone.named_parameters()}
     seen = set()
-    for group in _optimizer(tiny_encoder, run).param_groups:
+    for group in build_optimizer(tiny_encoder.backbone, run).param_groups:
         for value in group["params"]:
             name = names[id(value)]
             seen.add(name)
@@ -213,8 +219,8 @@ def test_the_loss_goes_down(config: Config) -> None:
 def test_demonstrations_are_used_where_nothing_else_tells(
     config: Config, data: Path, write_task: Callable[..., Path]
 ) -> None:
-    # Two tasks want different documents for the same queries, and no instruction says which task it is: without
-    # demonstrations a coin toss is the best there is, a loss of ln 2.
+    # Two tasks want different documents for the same queries, and no instruction says which task it is: three of four
+    # rows are shown demonstrations, and if these were not read, a coin toss would be the best there is, a loss of ln 2.
     words = ("cat", "dog", "pen", "cup")
     write_task(data, "up", [{"query": word, "positive": f"+ {word}"} for word in words])
     write_task(data, "down", [{"query": word, "positive": f"- {word}"} for word in words])
@@ -231,10 +237,8 @@ def test_demonstrations_are_used_where_nothing_else_tells(
     trainer.train(show_progress=False)
     last = trainer.metrics[-20:]
     with_demonstrations = sum(entry["with_demonstrations"] for entry in last) / 20
-    zero_shot = sum(entry["zero_shot"] for entry in last) / 20
-    assert zero_shot > 0.65
-    # A quarter of the rows draw k = 0 and stay at ln 2.
-    assert with_demonstrations < 0.55
+    # Rows that draw k = 0 are not asked to tell the two tasks apart.
+    assert with_demonstrations < 0.35
 
 
 def test_the_first_layers_only(config: Config) -> None:

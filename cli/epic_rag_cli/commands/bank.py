@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from epic_rag.errors import BankError
-from epic_rag_cli.options import Json, Model
+from epic_rag_cli.options import Json
 from epic_rag_cli.output import columns, emit, emit_json, message, terminal_width
 from epic_rag_cli.registry import add_command, help_when_alone, new_app
 from epic_rag_cli.text import plural, printable
@@ -97,13 +98,23 @@ def build(
         str | None,
         typer.Option("--task", metavar="TASK", help="Take the instruction of a known task, for example docs."),
     ] = None,
-    model: Model = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="A name from `epic-rag models`, a checkpoint folder or a Hugging Face name; repeat it for several. "
+            "Without it: what EPIC_RAG_MODEL names, or the default model.",
+        ),
+    ] = None,
 ) -> None:
     """Make a bank of your own pairs, or embed banks again.
 
     A file of pairs becomes the bank folder --out; a bank folder is embedded with
     the given model, in place or into --out.
     Give the folder to `epic-rag query --bank`.
+    With several models, the bank has vectors for each of them and serves each
+    without delay; vectors of models that are not named are dropped.
 
     Examples:
         epic-rag bank build pairs.jsonl --out mybank --instruction 'Given a question, retrieve the answer'
@@ -122,12 +133,14 @@ def build(
 
     from epic_rag import EpicEncoder
 
-    encoder = EpicEncoder.from_pretrained(model)
+    # Not Typer's own variable: it would cut a list at blanks, and a folder's name may have some.
+    names: list[str | None] = [*model] if model else [os.environ.get("EPIC_RAG_MODEL") or None]
+    encoders = [EpicEncoder.from_pretrained(name) for name in names]
+    used = " and ".join(f"{encoder.name} ({encoder.fingerprint})" for encoder in encoders)
     for built, target in planned:
-        built.build(encoder)
+        built.build(*encoders)
         built.save(target)
-        count = plural(len(built), "demonstration")
-        message("note", f"{count} embedded with {encoder.name} ({encoder.fingerprint})")
+        message("note", f"{plural(len(built), 'demonstration')} embedded with {used}")
         emit([printable(str(target))])
 
 
@@ -183,6 +196,7 @@ def _summary(bank: DemonstrationBank) -> dict[str, Any]:
         "num_demonstrations": len(bank),
         "fingerprint": bank.fingerprint,
         "encoder_fingerprint": bank.encoder_fingerprint,
+        "encoder_fingerprints": list(bank.encoder_fingerprints),
         "origin": bank.origin,
     }
 
@@ -193,7 +207,8 @@ def _lines(name: str, bank: DemonstrationBank) -> list[Text]:
     from rich.text import Text
 
     width = terminal_width() - 4
-    embedded = f"embedded with {bank.encoder_fingerprint}" if bank.encoder_fingerprint else "not embedded"
+    fingerprints = bank.encoder_fingerprints
+    embedded = f"embedded with {', '.join(fingerprints)}" if fingerprints else "not embedded"
     head = Text()
     head.append(printable(name), style="bold")
     head.append(f"  {plural(len(bank), 'demonstration')}, {embedded}")

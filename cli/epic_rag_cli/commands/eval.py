@@ -20,9 +20,9 @@ def eval_command(
         list[str] | None,
         typer.Option(
             "--model",
-            metavar="[LABEL=]MODEL[:plain]",
-            help="A model, as for `epic-rag index`; repeat it to compare several. A model with :plain, and every "
-            "model that was not trained with instructions, gets bare queries.",
+            metavar="[LABEL=]MODEL[:plain|:prompted]",
+            help="A model, as for `epic-rag index`, or bm25; repeat it to compare several. A model with :plain, and "
+            "every model that was not trained with instructions and has no :prompted, gets bare queries.",
             show_default="the default model",
         ),
     ] = None,
@@ -36,6 +36,15 @@ def eval_command(
             metavar="NAME,...",
             help="Sets in --data, or tasks of mteb, which are downloaded.",
             show_default="every set in --data",
+        ),
+    ] = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kinds",
+            metavar="KIND,...",
+            help="Only sets of these kinds: retrieval, reranking, sts, classification, clustering.",
+            show_default="all",
         ),
     ] = None,
     num_demonstrations: Annotated[
@@ -72,6 +81,25 @@ def eval_command(
     heldout_documents: Annotated[
         int, typer.Option("--heldout-documents", metavar="N", min=1, help="Documents from each.")
     ] = 5000,
+    heldout_collection: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--heldout-collection",
+            metavar="NAME,...",
+            help="What their queries are ranked in: own (the file's documents), pooled (those of all files) or "
+            "pooled-with-queries (other rows' queries among them).",
+            show_default="`own`",
+        ),
+    ] = None,
+    heldout_instruction: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--heldout-instruction",
+            metavar="NAME,...",
+            help="Whose instruction they get: own (the file's), default (the checkpoint's) or none.",
+            show_default="`own`",
+        ),
+    ] = None,
     draws: Annotated[
         int, typer.Option("--draws", metavar="N", min=1, help="Draws of demonstrations for each number of them.")
     ] = 3,
@@ -112,17 +140,23 @@ def eval_command(
 
     --data takes sets for retrieval (BEIR's layout), reranking, STS, classification and clustering, which mteb
     scores. --heldout takes files of pairs: some rows become test queries, scored by nDCG@10, others become
-    demonstrations. A demonstration is never a test query. docs/evaluation.md says what each number means.
+    demonstrations. A demonstration is never a test query. --heldout-collection and --heldout-instruction take
+    several names: every combination is scored. docs/evaluation.md says what each number means.
 
     Examples:
         epic-rag eval --heldout pairs.jsonl --num-demonstrations 0,1
         epic-rag eval --heldout pairs.jsonl -n 0,1 --controls --output scores.json
+        epic-rag eval --heldout pairs.jsonl -n 0,1 --heldout-collection own,pooled-with-queries --model bm25
     """
     from epic_rag.evaluation.files import read_mapping
+    from epic_rag.evaluation.local_sets import KINDS
     from epic_rag.evaluation.report import write_json
     from epic_rag.evaluation.request import (
+        COLLECTIONS,
+        INSTRUCTION_SOURCES,
         EvaluationRequest,
         parse_banks,
+        parse_choices,
         parse_ks,
         parse_models,
         parse_strategy,
@@ -134,6 +168,7 @@ def eval_command(
         models=parse_models(model or _default_model()),
         data=data,
         tasks=None if tasks is None else split_names(tasks),
+        kinds=None if kinds is None else parse_choices(kinds, KINDS, "--kinds"),
         num_demonstrations=parse_ks(num_demonstrations),
         strategy=parse_strategy(strategy),
         instructions={} if instructions is None else read_mapping(instructions),
@@ -141,6 +176,10 @@ def eval_command(
         heldout=tuple(heldout or ()),
         heldout_queries=heldout_queries,
         heldout_documents=heldout_documents,
+        heldout_collections=parse_choices(heldout_collection or ["own"], COLLECTIONS, "--heldout-collection"),
+        heldout_instructions=parse_choices(
+            heldout_instruction or ["own"], INSTRUCTION_SOURCES, "--heldout-instruction"
+        ),
         draws=draws,
         controls=controls,
         seed=seed,

@@ -1,17 +1,25 @@
-"""`epic-rag models`: the checkpoints that ship with the package."""
+"""`epic-rag models`: the checkpoints that ship with the package, and folders of them for other libraries."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from epic_rag.errors import CheckpointError
 from epic_rag_cli.options import Json
 from epic_rag_cli.output import columns, emit, emit_json, message
-from epic_rag_cli.text import size
+from epic_rag_cli.registry import add_command, new_app
+from epic_rag_cli.text import printable, size
 
-__all__ = ["models"]
+__all__ = ["app"]
+
+_CARD = "README.md"
 
 
-def models(as_json: Json = False) -> None:
+def models(context: typer.Context, as_json: Json = False) -> None:
     """List the models that need no download.
 
     --model also takes a checkpoint folder or a Hugging Face name.
@@ -20,6 +28,8 @@ def models(as_json: Json = False) -> None:
         epic-rag models
         epic-rag models --json
     """
+    if context.invoked_subcommand is not None:
+        return
     from epic_rag.checkpoints import list_checkpoints
 
     found = list_checkpoints()
@@ -40,3 +50,48 @@ def models(as_json: Json = False) -> None:
         emit(columns(rows, styles=("green", "bold")))
     else:
         message("note", "no model ships with this installation; give --model a checkpoint folder or a hub name")
+
+
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A name from `epic-rag models`, a checkpoint folder or a Hugging Face name."
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write, new or empty.")],
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", metavar="NAME", help="How weights are stored: float32, float16, bfloat16 or int8."),
+    ] = "float16",
+) -> None:
+    """Write a model as a folder that other libraries open.
+
+    The models that ship with epic-rag store their weights as int8, which only
+    epic-rag reads. The folder is one for transformers and sentence-transformers,
+    too, unless --dtype is int8.
+
+    Examples:
+        epic-rag models export epic-minilm exported
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, a checkpoint is a folder; give another name")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} holds other files; give a new folder")
+    import shutil
+
+    from epic_rag import EpicEncoder
+    from epic_rag.checkpoints import resolve
+
+    # On the CPU in float32, whatever the machine: a GPU's default dtype has fewer bits than some weights on disk.
+    encoder = EpicEncoder.from_pretrained(model, device="cpu", dtype="float32")
+    encoder.save_pretrained(folder, dtype=dtype)
+    card = resolve(model) / _CARD
+    if card.is_file():
+        shutil.copyfile(card, folder / _CARD)
+    message("note", f"{encoder.name} written with {dtype} weights")
+    emit([printable(str(folder))])
+
+
+app = new_app("models", models)
+add_command(app, "export", export)

@@ -76,6 +76,9 @@ def train(
             final = trainer.train(resume=not no_resume, show_progress=sys.stderr.isatty())
     except KeyboardInterrupt:
         raise Interrupted(_interrupted_line(run, trainer)) from None
+    if not trainer.world.is_main:
+        # One of several processes of a run; the first one speaks for all.
+        return
     if as_json:
         losses = [entry["loss"] for entry in trainer.metrics if "loss" in entry]
         emit_json({"checkpoint": str(final), "steps": trainer.step, "loss": losses[-1] if losses else None})

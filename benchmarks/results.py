@@ -1,0 +1,353 @@
+"""Everything that docs/results.md reports: run it, and write its tables and plots. `make results` runs this.
+
+    python benchmarks/results.py --data DIR --minilm DIR --llm DIR --plain DIR --smollm2 DIR
+                                 [--only STAGE,...] [--output DIR]
+    python benchmarks/results.py --quick
+
+The stages and their commands are in benchmarks/results/STAGE.yaml. Every step of a stage has a folder of its own under
+the output folder, with the table that its command printed and the files that it wrote. A step that is finished is not
+run again as long as its command, its models and its data are the same; one that was killed is, and takes vectors that
+it has computed from the cache. The stage `report` writes what the finished steps have found between the markers of a
+document:
+
+    <!-- begin STAGE-STEP -->
+    <!-- end STAGE-STEP -->
+
+`--quick` runs the same commands on generated data with tiny random models in a temporary folder, in a few minutes: it
+shows that everything works, and its numbers mean nothing. It touches no document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from results_report import Finished, placeholder_document, write_report
+
+from epic_rag import __version__
+from epic_rag.checkpoints import DEFAULT_CHECKPOINT, list_checkpoints
+from epic_rag.errors import ConfigError, EpicError
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("ablations", "efficiency", "heldout", "evaluation", "quantisation")
+REPORT = "report"
+# What each program is told beyond the command that is shown, so that its files lie in the step's folder.
+PLUMBING = {
+    ("epic-rag", "eval"): "--output {step}/result.json --cache-dir {cache} --mteb-output {step}/mteb",
+    ("epic-rag", "ablate"): "--output {step}",
+    ("python", "benchmarks/efficiency.py"): "--output {step}",
+}
+# What a reader sees in the place of a folder that is somewhere else on every machine.
+SHOWN = {
+    "data": "data",
+    "minilm": "path/to/all-MiniLM-L6-v2",
+    "llm": "path/to/untrained-LLM",
+    "plain": "runs/plain/final",
+    "float": "path/to/float-weights",
+    "default": DEFAULT_CHECKPOINT,
+    "smollm2": "runs/epic-smollm2/int8",
+}
+OPTION_OF = {
+    "data": "--data",
+    "minilm": "--minilm",
+    "llm": "--llm",
+    "plain": "--plain",
+    "smollm2": "--smollm2",
+    "float": "--float-weights",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a stage.
+
+    Args:
+        stage: The stage's name.
+        name: The step's name.
+        command: With places like {data} left open.
+        table: "all" of what the command prints, or its lines of "means".
+        plot: Whether the report draws the step's held-out scores.
+        quick: Arguments that make the command small, added under `--quick`.
+    """
+
+    stage: str
+    name: str
+    command: str
+    table: str = "all"
+    plot: bool = False
+    quick: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name of the step's place in a document."""
+        return f"{self.stage}-{self.name}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where things are.
+
+    Args:
+        output: Folder of all steps.
+        places: What stands for {data} and the other places; None for a folder that was not given.
+        shipped: Label (or "") and source of each shipped checkpoint.
+        quick: Whether everything is tiny.
+        environment: Variables for the commands, beside this process's own.
+    """
+
+    output: Path
+    places: Mapping[str, str | None]
+    shipped: Sequence[tuple[str, str]]
+    quick: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_stage(name: str, folder: Path = ROOT / "benchmarks" / "results") -> list[Step]:
+    """Read a stage's steps.
+
+    Raises:
+        ConfigError: The file is malformed.
+    """
+    path = folder / f"{name}.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {"command", "table", "plot", "quick"}
+    steps = []
+    for step, values in content["steps"].items():
+        unknown = sorted(values.keys() - known)
+        if unknown or values.get("table", "all") not in ("all", "means"):
+            raise ConfigError(f"{path}, step {step}: unknown {unknown or values['table']}; known are {sorted(known)}")
+        steps.append(Step(name, step, **{**values, "command": " ".join(values["command"].split())}))
+    return steps
+
+
+def fill(command: str, places: Mapping[str, str | None], shipped: Sequence[tuple[str, str]], stage: str) -> list[str]:
+    """Return a command's words with its places filled.
+
+    Args:
+        command: With places like {data}; {shipped} becomes a --model for each shipped checkpoint.
+        places: What to put there.
+        shipped: Label (or "") and source of each shipped checkpoint.
+        stage: For the message.
+
+    Raises:
+        ConfigError: A folder is needed that was not given.
+    """
+    words: list[str] = []
+    for word in shlex.split(command):
+        if word == "{shipped}":
+            words += [part for label, name in shipped for part in ("--model", f"{label}={name}" if label else name)]
+            continue
+        for place, value in places.items():
+            if "{" + place + "}" in word:
+                if value is None:
+                    raise ConfigError(
+                        f"the stage {stage} needs {SHOWN[place]}, which was not given; "
+                        f"pass {OPTION_OF[place]} DIR, or leave the stage out with --only"
+                    )
+                word = word.replace("{" + place + "}", value)
+        words.append(word)
+    return words
+
+
+def content_hash(path: Path) -> str:
+    """Hash a file, or the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
+    for file in files:
+        digest.update(f"{file.relative_to(path)}\0".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def settings_of(words: Sequence[str]) -> dict[str, Any]:
+    """What decides a step's result: the command, and the contents of every file, folder and checkpoint in it."""
+    shipped = {info.name: info.path for info in list_checkpoints()}
+    inputs: dict[str, str] = {}
+    for word in words[2:]:
+        name = word.rsplit("=", 1)[-1]
+        for mode in (":plain", ":prompted"):
+            name = name.removesuffix(mode)
+        path = shipped.get(name, Path(name))
+        if path.exists():
+            inputs[name] = content_hash(path)
+    return {"command": list(words), "inputs": inputs, "epic_rag": __version__}
+
+
+def run_step(step: Step, run: Run) -> Finished:
+    """Run a step, unless it is finished already.
+
+    Raises:
+        ConfigError: A folder is needed that was not given.
+        EpicError: The command failed.
+    """
+    folder = run.output / step.stage / step.name
+    command = f"{step.command} {step.quick}" if run.quick else step.command
+    words = fill(command, run.places, run.shipped, step.stage)
+    shown = fill(step.command, SHOWN, run.shipped, step.stage)
+    finished = Finished(step.title, tuple(shown), folder, step.table, step.plot)
+    settings = settings_of(words)
+    state = folder / "state.json"
+    if state.is_file() and json.loads(state.read_text(encoding="utf-8"))["settings"] == settings:
+        say(f"{step.title}: finished before")
+        return finished
+    folder.mkdir(parents=True, exist_ok=True)
+    state.unlink(missing_ok=True)
+    plumbing = PLUMBING[words[0], words[1]].format(step=folder, cache=run.output / "cache")
+    call = [*words, *shlex.split(plumbing)]
+    say(f"{step.title}: {shlex.join(call)}")
+    started = time.monotonic()
+    draft = folder / "table.md.tmp"
+    with draft.open("w", encoding="utf-8") as table:
+        status = subprocess.run(
+            [*interpreter(call)], stdout=table, env={**os.environ, **run.environment}, check=False
+        ).returncode
+    if status:
+        raise EpicError(
+            f"{step.title} ended with status {status} (see above); when the cause is gone, run the same command again"
+        )
+    os.replace(draft, folder / "table.md")
+    record = {"settings": settings, "seconds": round(time.monotonic() - started, 1)}
+    write_text(state, json.dumps(record, indent=1) + "\n")
+    say(f"{step.title}: {record['seconds']} s")
+    return finished
+
+
+def interpreter(words: Sequence[str]) -> list[str]:
+    """A command as this interpreter runs it, whatever is on the path."""
+    if words[0] == "epic-rag":
+        return [sys.executable, "-m", "epic_rag_cli", *words[1:]]
+    return [sys.executable, str(ROOT / words[1]), *words[2:]]
+
+
+def write_text(path: Path, text: str) -> None:
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def say(line: str) -> None:
+    print(f"results: {line}", file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks/results.py", description=(__doc__ or "").partition("\n")[0])
+    environment = os.environ.get
+    parser.add_argument("--data", default=environment("EPIC_RAG_DATA"), metavar="DIR", help="holds eval/ and train/")
+    parser.add_argument("--minilm", default=environment("EPIC_RAG_MINILM"), metavar="DIR", help="all-MiniLM-L6-v2")
+    parser.add_argument("--llm", default=environment("EPIC_RAG_LLM"), metavar="DIR", help="an untrained LLM")
+    parser.add_argument(
+        "--plain", default=environment("EPIC_RAG_PLAIN"), metavar="DIR", help="where ablations start: see their grids"
+    )
+    parser.add_argument(
+        "--smollm2", default=environment("EPIC_RAG_SMOLLM2"), metavar="DIR", help="epic-smollm2 with int8 weights"
+    )
+    parser.add_argument(
+        "--float-weights", default=environment("EPIC_RAG_FLOAT_WEIGHTS"), metavar="DIR", help="epic-smollm2 before int8"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/results"), metavar="DIR", help="of all steps")
+    parser.add_argument("--only", metavar="STAGE,...", help=f"of {', '.join((*STAGES, REPORT))}")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "results.md", metavar="FILE.md")
+    parser.add_argument("--quick", action="store_true", help="tiny models, generated data, a temporary folder")
+    return parser.parse_args(arguments)
+
+
+def chosen_stages(only: str | None) -> list[str]:
+    """The stages to run, in order.
+
+    Raises:
+        ConfigError: There is no such stage.
+    """
+    known = (*STAGES, REPORT)
+    wanted = known if only is None else tuple(name.strip() for name in only.split(",") if name.strip())
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        raise ConfigError(f"--only names {', '.join(unknown) or 'no stage'}; use one or more of {', '.join(known)}")
+    return [name for name in known if name in wanted]
+
+
+def run_stages(stages: Sequence[str], run: Run, document: Path) -> None:
+    """Run stages and write what they and earlier runs have found.
+
+    Raises:
+        EpicError: Something is missing or has failed; what is finished stays.
+    """
+    finished = [run_step(step, run) for stage in stages if stage != REPORT for step in load_stage(stage)]
+    if REPORT not in stages:
+        return
+    found = {item.title: item for item in finished}
+    for stage in STAGES:
+        for step in load_stage(stage):
+            folder = run.output / stage / step.name
+            if step.title not in found and (folder / "state.json").is_file():
+                shown = fill(step.command, SHOWN, run.shipped, stage)
+                found[step.title] = Finished(step.title, tuple(shown), folder, step.table, step.plot)
+    for line in write_report(list(found.values()), document):
+        say(line)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        stages = chosen_stages(options.only)
+        if options.quick:
+            return quick(stages)
+        places = {
+            "data": options.data,
+            "minilm": options.minilm,
+            "llm": options.llm,
+            "plain": options.plain,
+            "float": options.float_weights,
+            "default": DEFAULT_CHECKPOINT,
+            "smollm2": options.smollm2,
+        }
+        shipped = [("", info.name) for info in list_checkpoints()]
+        run_stages(stages, Run(options.output, places, shipped), options.document)
+    except EpicError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def quick(stages: Sequence[str]) -> int:
+    """Run stages on tiny things and print the document that a report of them would be.
+
+    Raises:
+        EpicError: A command failed, or its table did not arrive in the document.
+    """
+    from results_quick import make_tiny_world
+
+    steps = [step for stage in stages if stage != REPORT for step in load_stage(stage)]
+    with tempfile.TemporaryDirectory(prefix="epic-rag-results-") as folder:
+        places = make_tiny_world(Path(folder), [step.command for step in steps])
+        run = Run(
+            Path(folder) / "output",
+            places,
+            [(DEFAULT_CHECKPOINT, places["default"])],
+            quick=True,
+            environment={"HF_HUB_OFFLINE": "1"},
+        )
+        document = Path(folder) / "results.md"
+        document.write_text(placeholder_document([step.title for step in steps]), encoding="utf-8")
+        run_stages(stages, run, document)
+        written = document.read_text(encoding="utf-8")
+        missing = [step.title for step in steps if REPORT in stages and f"<!-- end {step.title}" not in written]
+        if missing or (REPORT in stages and written.count("| ---") < len(steps)):
+            raise EpicError(f"the document lacks tables of {', '.join(missing) or 'some steps'}; look into its stages")
+        print(written)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
