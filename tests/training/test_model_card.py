@@ -239,3 +239,12 @@ def test_every_file_of_the_recipes_has_a_source() -> None:
     assert named
     assert named <= set(SOURCES)
     assert all(source.content and source.origin and source.licence for source in SOURCES.values())
+
+
+def test_a_record_that_says_less_than_ours_has_no_section(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    EpicEncoder.from_pretrained(tiny_checkpoint).save_pretrained(folder)
+    facts = json.loads((folder / "epic.json").read_text(encoding="utf-8"))
+    (folder / "epic.json").write_text(json.dumps({**facts, "training": {"steps": 1}}), encoding="utf-8")
+    write_model_card(folder)
+    assert "## Training" not in card_of(folder)
