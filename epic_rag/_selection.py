@@ -1,4 +1,4 @@
-"""Which demonstrations to show: rows of a bank, chosen by its queries' vectors."""
+"""Which demonstrations to show: rows of a bank, chosen by its queries' vectors; and vectors of length one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from epic_rag.errors import PromptError
 
-__all__ = ["farthest_rows", "nearest_rows"]
+__all__ = ["farthest_rows", "nearest_rows", "unit_rows"]
 
 Matrix = npt.NDArray[np.float32]
 
@@ -47,3 +47,10 @@ def farthest_rows(vectors: Matrix, k: int) -> list[int]:
         closest[chosen] = np.inf
         chosen.append(int(closest.argmin()))
     return chosen
+
+
+def unit_rows(vectors: Matrix) -> Matrix:
+    """Each row (rows, dim) at length one; a zero row stays zero."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    result: Matrix = vectors / np.maximum(norms, 1e-12)
+    return result

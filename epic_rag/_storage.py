@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from epic_rag._quantisation import dequantise, quantise, remove_weights, write_int8_model
-from epic_rag.backbone import POOLINGS, Backbone, Pooling, ProjectorKind, hash_tensors, load_transformer, quiet
+from epic_rag.backbone import POOLINGS, Backbone, Pooling, hash_tensors, load_transformer, quiet
 from epic_rag.checkpoints import (
     EPIC_FILE,
     FORMAT_VERSION,
@@ -28,6 +28,7 @@ from epic_rag.checkpoints import (
     resolve,
 )
 from epic_rag.errors import CheckpointError, ConfigError
+from epic_rag.projector import ProjectorKind
 from epic_rag.prompt import PromptBuilder, PromptTemplate
 
 if TYPE_CHECKING:

@@ -27,14 +27,13 @@ from transformers.utils import logging as transformers_logging
 
 from epic_rag._quantisation import load_int8_model
 from epic_rag.errors import CheckpointError, ConfigError, MissingExtraError
+from epic_rag.projector import Projector, ProjectorKind
 from epic_rag.prompt import Batch
 
 __all__ = [
     "POOLINGS",
-    "PROJECTORS",
     "Backbone",
     "Pooling",
-    "ProjectorKind",
     "hash_tensors",
     "load_transformer",
     "quiet",
@@ -42,52 +41,6 @@ __all__ = [
 
 Pooling = Literal["last", "mean", "cls"]
 POOLINGS: tuple[Pooling, ...] = ("last", "mean", "cls")
-ProjectorKind = Literal["scale", "linear", "mlp"]
-PROJECTORS: tuple[ProjectorKind, ...] = ("scale", "linear", "mlp")
-
-
-class Projector(nn.Module):
-    """Maps an embedding to the input space of the transformer.
-
-    Every kind starts as the identity times the mean norm of the token embeddings, so that a slot looks like a token
-    of ordinary length before any training (a unit vector is some 10 to 100 times too short or too long).
-
-    Args:
-        kind: "scale" (one learned number), "linear" (a full matrix), or "mlp" (the scaled vector plus a two-layer
-            perceptron that starts at zero).
-        dimension: Width of embeddings and of the transformer's input.
-        norm: Mean norm of the token embeddings.
-    """
-
-    def __init__(self, kind: ProjectorKind, dimension: int, norm: float) -> None:
-        super().__init__()
-        if kind not in PROJECTORS:
-            raise ConfigError(f"projector is {kind!r}, known are {', '.join(PROJECTORS)}; choose one of them")
-        self.kind = kind
-        if kind == "linear":
-            self.linear = nn.Linear(dimension, dimension)
-            with torch.no_grad():
-                self.linear.weight.copy_(norm * torch.eye(dimension))
-                self.linear.bias.zero_()
-        else:
-            self.scale = nn.Parameter(torch.tensor(float(norm)))
-        if kind == "mlp":
-            self.mlp = nn.Sequential(nn.Linear(dimension, dimension), nn.GELU(), nn.Linear(dimension, dimension))
-            with torch.no_grad():
-                # Seeded: an untrained projector is part of the fingerprint, which must not change from load to load.
-                generator = torch.Generator().manual_seed(0)
-                bound = dimension**-0.5
-                for parameter in self.mlp[0].parameters():
-                    parameter.uniform_(-bound, bound, generator=generator)
-                for parameter in self.mlp[2].parameters():
-                    parameter.zero_()
-
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        """(slots, dim) unit vectors -> (slots, dim) input embeddings."""
-        if self.kind == "linear":
-            return self.linear(vectors)  # type: ignore[no-any-return]
-        scaled: torch.Tensor = self.scale * vectors
-        return scaled + self.mlp(vectors) * self.scale if self.kind == "mlp" else scaled
 
 
 class Backbone(nn.Module):
@@ -124,7 +77,10 @@ class Backbone(nn.Module):
                 f"{type(transformer).__name__} has token embeddings of width {width} and vectors of width "
                 f"{self.dimension}, a slot needs the two to be equal; use another model"
             )
-        self._takes_positions = "position_ids" in inspect.signature(transformer.forward).parameters
+        accepted = inspect.signature(transformer.forward).parameters
+        self.takes_positions = "position_ids" in accepted
+        # Newer versions of transformers have another name for the keys and values that came before.
+        self.cache_argument = next((name for name in ("cache", "past_key_values") if name in accepted), None)
         self.projector = Projector(projector, self.dimension, self._mean_token_norm())
         weight = next(transformer.parameters())
         self.projector.to(device=weight.device, dtype=weight.dtype)
@@ -157,19 +113,40 @@ class Backbone(nn.Module):
         Returns:
             (rows, dim) float32 unit vectors.
         """
-        embeddings = self.transformer.get_input_embeddings()(batch.ids)  # (rows, tokens, dim)
-        if slot_vectors is not None and len(batch.slot_rows):
-            # On the module's output, not on its weight: some models (Gemma) scale inside the module.
-            filled = self.projector(slot_vectors.to(self.projector_dtype)).to(embeddings.dtype)
-            embeddings = embeddings.index_put((batch.slot_rows, batch.slot_columns), filled)
+        embeddings = self.fill(batch.ids, batch.slot_rows, batch.slot_columns, slot_vectors)
         inputs: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": batch.mask}
-        if self.causal and self._takes_positions:
+        if self.causal and self.takes_positions:
             # Positions count real tokens, so that padding on the left moves nothing.
             inputs["position_ids"] = (batch.mask.cumsum(dim=1) - 1).clamp(min=0)
         if self.causal:
             inputs["use_cache"] = False
         hidden = self.transformer(**inputs).last_hidden_state  # (rows, tokens, dim)
         return nn.functional.normalize(self._pool(hidden.float(), batch), dim=-1)
+
+    def fill(
+        self,
+        ids: torch.Tensor,
+        slot_rows: torch.Tensor,
+        slot_columns: torch.Tensor,
+        slot_vectors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Token embeddings with the slots replaced (EPIC, arXiv 2605.01372, section 3).
+
+        Args:
+            ids: (rows, tokens) token ids.
+            slot_rows: (slots,) row of each slot.
+            slot_columns: (slots,) column of each slot.
+            slot_vectors: (slots, dim) vectors that fill them; None leaves the tokens' own embeddings.
+
+        Returns:
+            (rows, tokens, dim) in the transformer's dtype.
+        """
+        embeddings: torch.Tensor = self.transformer.get_input_embeddings()(ids)
+        if slot_vectors is None or not len(slot_rows):
+            return embeddings
+        # On the module's output, not on its weight: some models (Gemma) scale inside the module.
+        filled = self.projector(slot_vectors.to(self.projector_dtype)).to(embeddings.dtype)
+        return embeddings.index_put((slot_rows, slot_columns), filled)
 
     @property
     def projector_dtype(self) -> torch.dtype:

@@ -15,12 +15,18 @@ import torch
 from tqdm.auto import tqdm
 
 from epic_rag.errors import ConfigError
+from epic_rag.prefix import PrefixCache, can_cache, embed_packed, packs
 from epic_rag.prompt import EncoderInput, collate
 
 if TYPE_CHECKING:
     from epic_rag.backbone import Backbone
 
-__all__ = ["embed_rows", "is_out_of_memory", "token_batches"]
+__all__ = ["embed_queries", "embed_rows", "is_out_of_memory", "token_batches"]
+
+# Tokens of a pack of queries behind one prompt, and of the packs of a batch. Attention is computed for all pairs of a
+# pack's tokens and most of them are masked, so packs are short; matrix products want many tokens, so there are several.
+_CPU_PACK, _CPU_PACKED = 128, 1024
+_GPU_PACK, _GPU_PACKED = 256, 32768
 
 
 def token_batches(lengths: Sequence[int], *, max_tokens: int, max_rows: int | None = None) -> list[list[int]]:
@@ -121,3 +127,108 @@ def embed_rows(
                 continue
             bar.update(len(chosen))
     return out
+
+
+def embed_queries(
+    backbone: Backbone,
+    rows: Sequence[EncoderInput],
+    slots: Sequence[torch.Tensor] | None = None,
+    *,
+    cache: PrefixCache | None,
+    pad_id: int,
+    padding_side: Literal["left", "right"] = "right",
+    max_tokens: int,
+    max_rows: int | None = None,
+    show_progress: bool = False,
+) -> npt.NDArray[np.float32]:
+    """Embed rows of which many begin alike: what they share is computed once and kept in `cache`.
+
+    The rows share the whole prompt if one bank stands before all of them, and the instruction if each has
+    demonstrations of its own. Where nothing is shared, or the model's past cannot be kept, this is `embed_rows`.
+
+    Args:
+        backbone: The model, in evaluation mode.
+        rows: Model inputs.
+        slots: For each row, the (2k, dim) vectors of its slots; rows with the same demonstrations share one tensor.
+        cache: Where keys and values of prompts are kept; None computes every position of every row.
+        pad_id: See `embed_rows`, as for the rest.
+        padding_side: Where the padding goes; what is packed has none.
+        max_tokens: Most padded tokens in a batch.
+        max_rows: Most rows in a batch.
+        show_progress: Whether to draw a progress bar.
+
+    Returns:
+        (rows, dim) float32, in the order of the rows.
+
+    Raises:
+        ConfigError: See `embed_rows`.
+    """
+    shared = _shared_positions(rows, slots) if cache is not None and (max_rows is None or max_rows > 0) else 0
+    prefix = None
+    if cache is not None and shared and can_cache(backbone, max(len(row.ids) for row in rows)):
+        inside = [slot for slot in rows[0].slots if slot < shared]
+        prefix = cache.get(backbone, rows[0].ids[:shared], inside, None if slots is None else slots[0][: len(inside)])
+    if prefix is None:
+        return embed_rows(
+            backbone,
+            rows,
+            slots,
+            pad_id=pad_id,
+            padding_side=padding_side,
+            max_tokens=max_tokens,
+            max_rows=max_rows,
+            show_progress=show_progress,
+        )
+    skipped = len([slot for slot in rows[0].slots if slot < shared])
+    out = np.zeros((len(rows), backbone.dimension), dtype=np.float32)
+    width, tokens = (_CPU_PACK, _CPU_PACKED) if backbone.device.type == "cpu" else (_GPU_PACK, _GPU_PACKED)
+    waiting = _packed_batches([len(row.ids) - shared for row in rows], width, min(max_tokens, tokens), max_rows)
+    with tqdm(total=len(rows), desc="Encoding", unit="text", disable=not show_progress) as bar, torch.inference_mode():
+        while waiting:
+            batch = waiting.pop(0)
+            chosen = [index for pack in batch for index in pack]
+            try:
+                own = None
+                if slots is not None and len(rows[0].slots) > skipped:
+                    own = torch.cat([slots[index][skipped:] for index in chosen]).to(backbone.device)
+                packed = [[rows[index] for index in pack] for pack in batch]
+                out[chosen] = embed_packed(backbone, prefix, packed, own).cpu().numpy()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(chosen) == 1:
+                    raise
+                middle = len(chosen) // 2
+                waiting[:0] = [[chosen[:middle]], [chosen[middle:]]]
+                continue
+            bar.update(len(chosen))
+    return out
+
+
+def _packed_batches(lengths: Sequence[int], width: int, tokens: int, max_rows: int | None) -> list[list[list[int]]]:
+    """Batches of packs of rows: packs of about `width` tokens, as many in a batch as `tokens` and `max_rows` allow."""
+    # Like lengths together: the packs of a batch are padded to the longest.
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    found: list[list[list[int]]] = []
+    rows = longest = 0
+    for pack in packs([lengths[row] for row in order], width, max_rows):
+        total = sum(lengths[order[row]] for row in pack)
+        longest = max(longest, total)
+        full = not found or (len(found[-1]) + 1) * longest > tokens
+        if full or (max_rows is not None and rows + len(pack) > max_rows):
+            found.append([])
+            rows, longest = 0, total
+        found[-1].append([order[row] for row in pack])
+        rows += len(pack)
+    return found
+
+
+def _shared_positions(rows: Sequence[EncoderInput], slots: Sequence[torch.Tensor] | None) -> int:
+    """How many positions at their beginning all rows have in common, vectors in the slots included."""
+    if not rows:
+        return 0
+    first = rows[0]
+    shared = first.pool_start  # the prompt's length; 0 for documents
+    if slots is not None and first.slots and any(each is not slots[0] for each in slots):
+        shared = min(shared, first.slots[0])
+    head = first.ids[:shared]
+    same = all(row.ids[:shared] == head and row.slots == first.slots and len(row.ids) > shared for row in rows)
+    return shared if same else 0

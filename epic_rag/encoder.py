@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +14,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from epic_rag import _storage
+from epic_rag._banks import BuiltBanks
+from epic_rag._selection import unit_rows
 from epic_rag.backbone import Backbone, hash_tensors
-from epic_rag.batching import embed_rows
+from epic_rag.batching import embed_queries
 from epic_rag.demonstrations import DemonstrationBank, Selection, find_bank
 from epic_rag.errors import ConfigError
+from epic_rag.prefix import PrefixCache
 from epic_rag.prompt import EncoderInput, Prefix, PromptBuilder, Strategy
 from epic_rag.tasks import get_task
 
@@ -31,7 +33,6 @@ Vectors = npt.NDArray[np.float32]
 # Padded tokens in a batch. A CPU is fastest while a batch's activations fit its cache; a GPU wants to be filled.
 _CPU_TOKENS = 4096
 _GPU_TOKENS = 65536
-_BANKS_KEPT = 16
 
 
 class EpicEncoder:
@@ -49,6 +50,7 @@ class EpicEncoder:
     Attributes:
         padding_side: "right", or "left" for causal models. Vectors do not depend on it.
         max_batch_tokens: Most padded tokens in one forward pass.
+        prefix_cache: Keys and values of the prompts used last (causal models); None computes each prompt every time.
     """
 
     def __init__(
@@ -68,8 +70,9 @@ class EpicEncoder:
         self.truncate_dim: int | None = None
         self.padding_side: Literal["left", "right"] = "right"
         self.max_batch_tokens = _CPU_TOKENS if backbone.device.type == "cpu" else _GPU_TOKENS
+        self.prefix_cache: PrefixCache | None = PrefixCache()
         self._fingerprint: str | None = None
-        self._banks: OrderedDict[str, DemonstrationBank] = OrderedDict()
+        self._banks = BuiltBanks()
 
     @classmethod
     def from_pretrained(
@@ -194,6 +197,8 @@ class EpicEncoder:
         """Say that weights have changed, so that the fingerprint is made anew and no cached vector is reused."""
         self._fingerprint = None
         self._banks.clear()
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
 
     def encode_query(
         self,
@@ -243,14 +248,17 @@ class EpicEncoder:
             rows = self.prompt.queries(self.prompt.prefix(instruction, strategy=strategy), items)
             vectors = self._embed(rows, None, batch_size, show_progress)
         else:
-            built = self._built(chosen) if strategy == "epic" or selection in ("diverse", "nearest") else chosen
+            built = (
+                self._banks.get(self, chosen) if strategy == "epic" or selection in ("diverse", "nearest") else chosen
+            )
+            zero_shot: list[EncoderInput] = []
             if selection == "nearest":
-                rows = self.prompt.queries(self.prompt.prefix(instruction), items)
-                zero_shot = self._embed(rows, None, batch_size, show_progress)
-                banks = [built.select(k, method="nearest", query_embedding=vector) for vector in zero_shot]
+                zero_shot = self.prompt.queries(self.prompt.prefix(instruction), items)
+                found = self._embed(zero_shot, None, batch_size, show_progress)
+                banks = [built.select(k, method="nearest", query_embedding=vector) for vector in found]
             else:
                 banks = [built.select(k, method=selection)] * len(items)
-            vectors = self._embed_with(banks, items, instruction, strategy, batch_size, show_progress)
+            vectors = self._embed_with(banks, items, zero_shot, instruction, strategy, batch_size, show_progress)
         return self._finish(vectors, texts, truncate_dim)
 
     def encode_document(
@@ -303,7 +311,7 @@ class EpicEncoder:
             (n, m) float32.
         """
         left, right = (np.atleast_2d(np.asarray(side, dtype=np.float32)) for side in (a, b))
-        result: Vectors = _unit(left) @ _unit(right).T
+        result: Vectors = unit_rows(left) @ unit_rows(right).T
         return result
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
@@ -322,34 +330,27 @@ class EpicEncoder:
         fallback = get_task(task).instruction if task is not None else self.default_instruction
         return bank.instruction if bank is not None and bank.instruction is not None else fallback
 
-    def _built(self, bank: DemonstrationBank) -> DemonstrationBank:
-        """The bank with this encoder's vectors; the caller's bank is left as it is."""
-        if bank.embeddings is not None and bank.encoder_fingerprint == self.fingerprint:
-            return bank
-        key = f"{self.fingerprint}-{bank.fingerprint}"
-        if key not in self._banks:
-            # A copy of the whole bank; it says so in the log if it replaces another checkpoint's vectors.
-            self._banks[key] = bank.select(len(bank)).build(self)
-            while len(self._banks) > _BANKS_KEPT:
-                self._banks.popitem(last=False)
-        self._banks.move_to_end(key)
-        return self._banks[key]
-
     def _embed_with(
         self,
         banks: Sequence[DemonstrationBank],
         texts: Sequence[str],
+        zero_shot: Sequence[EncoderInput],
         instruction: str | None,
         strategy: Strategy,
         batch_size: int | None,
         show_progress: bool,
     ) -> Vectors:
-        """Encode each text behind its own bank's demonstrations; all banks have one size."""
+        """Encode each text behind its own bank's demonstrations; all banks have one size.
+
+        `zero_shot` has the texts' rows without demonstrations if they are tokenised already.
+        """
         if strategy == "epic":
             prefix = self.prompt.prefix(instruction, num_slots=len(banks[0]))
-            rows = self.prompt.queries(prefix, texts)
-            slots = [torch.from_numpy(bank.require(self.fingerprint)).flatten(0, 1) for bank in banks]
-            return self._embed(rows, slots, batch_size, show_progress)
+            tokenised = bool(zero_shot) and bool(instruction)
+            rows = self.prompt.behind(prefix, zero_shot) if tokenised else self.prompt.queries(prefix, texts)
+            # One tensor for a bank that is shown to all: that is how it is seen that the prompt is shared.
+            vectors = {id(bank): torch.from_numpy(bank.require(self.fingerprint)).flatten(0, 1) for bank in banks}
+            return self._embed(rows, [vectors[id(bank)] for bank in banks], batch_size, show_progress)
         prefixes: dict[int, Prefix] = {}
         rows = []
         for bank, text in zip(banks, texts, strict=True):
@@ -366,10 +367,11 @@ class EpicEncoder:
         batch_size: int | None,
         show_progress: bool,
     ) -> Vectors:
-        return embed_rows(
+        return embed_queries(
             self.backbone,
             rows,
             slots,
+            cache=self.prefix_cache,
             pad_id=self.prompt.pad_id,
             padding_side=self.padding_side,
             max_tokens=self.max_batch_tokens,
@@ -388,11 +390,5 @@ class EpicEncoder:
     def _finish(self, vectors: Vectors, texts: str | Sequence[str], truncate_dim: int | None) -> Vectors:
         width = self._checked_dim(truncate_dim) or self.dimension
         if width < vectors.shape[1]:
-            vectors = _unit(vectors[:, :width])
+            vectors = unit_rows(vectors[:, :width])
         return vectors[0] if isinstance(texts, str) else vectors
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    result: Vectors = vectors / np.maximum(norms, 1e-12)
-    return result

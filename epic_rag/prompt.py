@@ -29,6 +29,7 @@ __all__ = ["STRATEGIES", "Batch", "EncoderInput", "Prefix", "PromptBuilder", "Pr
 
 Strategy = Literal["epic", "text", "none"]
 STRATEGIES: tuple[Strategy, ...] = ("epic", "text", "none")
+_PREFIXES_KEPT = 64
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ class PromptBuilder:
         self.pad_id: int = int(pad) if pad is not None else (self.stop[-1] if self.stop else 0)
         # The filler's own embedding is never read; the end token is one that every vocabulary has.
         self.filler = self.stop[-1] if self.stop else self.pad_id
+        self._prefixes: dict[tuple[PromptTemplate, str | None, int, Strategy], Prefix] = {}
 
     def token_ids(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """Token ids of each text without special tokens, cut to `limit` tokens.
@@ -271,6 +273,23 @@ class PromptBuilder:
         """
         if strategy not in STRATEGIES:
             raise PromptError(f"strategy is {strategy!r}, known are {', '.join(STRATEGIES)}; choose one of them")
+        if strategy == "text" and demonstrations:
+            return self._prefix(instruction, 0, demonstrations, strategy)
+        # The same few prompts stand before all queries, and tokenising one costs as much as a query.
+        key = (self.template, instruction, num_slots, strategy)
+        if key not in self._prefixes:
+            if len(self._prefixes) >= _PREFIXES_KEPT:
+                self._prefixes.clear()
+            self._prefixes[key] = self._prefix(instruction, num_slots, (), strategy)
+        return self._prefixes[key]
+
+    def _prefix(
+        self,
+        instruction: str | None,
+        num_slots: int,
+        demonstrations: Sequence[tuple[str, str]],
+        strategy: Strategy,
+    ) -> Prefix:
         template = self.template
         count = {"epic": num_slots, "text": len(demonstrations), "none": 0}[strategy]
         if not instruction and count == 0:
@@ -314,9 +333,26 @@ class PromptBuilder:
         """
         # The space belongs to the query's first word, as it would in one continuous text.
         texts = [f" {text}" if isinstance(text, str) else text for text in texts] if prefix.words else texts
-        room = self._room(self.max_query_tokens, len(self.start) + len(self.stop), "a query", len(prefix.ids))
+        room = self._query_room(prefix)
         pool_start = len(prefix.ids) if prefix.words else 0
         return [self._row(prefix.ids, ids, prefix.slots, pool_start) for ids in self.token_ids(texts, room)]
+
+    def behind(self, prefix: Prefix, rows: Sequence[EncoderInput]) -> list[EncoderInput]:
+        """The queries of rows behind another prefix with words, without tokenising them again.
+
+        Args:
+            prefix: The new prefix.
+            rows: What `queries` made with a prefix with words.
+
+        Raises:
+            PromptError: If the prefix leaves no room for a query.
+        """
+        room, stop = self._query_room(prefix), len(self.stop)
+        texts = [row.ids[row.pool_start : len(row.ids) - stop][:room] for row in rows]
+        return [self._row(prefix.ids, ids, prefix.slots, len(prefix.ids)) for ids in texts]
+
+    def _query_room(self, prefix: Prefix) -> int:
+        return self._room(self.max_query_tokens, len(self.start) + len(self.stop), "a query", len(prefix.ids))
 
     def _row(
         self, before: Sequence[int], ids: Sequence[int], slots: tuple[int, ...] = (), pool_start: int = 0

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModel
 
 from epic_rag import ConfigError, EpicEncoder
-from epic_rag.backbone import PROJECTORS, Backbone, Projector, ProjectorKind, hash_tensors, is_causal
+from epic_rag.backbone import Backbone, hash_tensors, is_causal
+from epic_rag.projector import PROJECTORS, Projector, ProjectorKind
 from epic_rag.prompt import EncoderInput, PromptBuilder, collate
 from tests.families import (
     DECODERS,
@@ -78,7 +79,7 @@ def test_left_padding_needs_the_positions_that_are_passed(monkeypatch: pytest.Mo
     made = encoder("gpt2")
     rows = made.prompt.documents(TEXTS)
     right = embed(made.backbone, rows)
-    monkeypatch.setattr(made.backbone, "_takes_positions", False)
+    monkeypatch.setattr(made.backbone, "takes_positions", False)
     assert (embed(made.backbone, rows, side="left") - right).abs().max() > 1e-2
 
 

@@ -13,7 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epic_rag import batching
 from epic_rag import BankError, ConfigError, DemonstrationBank, EpicEncoder, PromptError, TaskError, get_task
+from epic_rag.prefix import embed_packed
 from epic_rag.prompt import STRATEGIES
 from tests.conftest import make_encoder
 
@@ -96,7 +98,12 @@ def test_batch_size_is_the_most_rows_of_a_batch(
         sizes.append(len(batch.ids))
         return forward(batch, slots)
 
+    def count_packed(backbone: Any, prefix: Any, rows: Any, vectors: Any) -> torch.Tensor:
+        sizes.append(sum(map(len, rows)))
+        return embed_packed(backbone, prefix, rows, vectors)
+
     monkeypatch.setattr(tiny_encoder.backbone, "forward", count)
+    monkeypatch.setattr(batching, "embed_packed", count_packed)
     tiny_encoder.encode_document(TEXTS, batch_size=batch_size)
     tiny_encoder.encode_query(TEXTS, bank=bank, num_demonstrations=2, selection="nearest", batch_size=batch_size)
     assert max(sizes) == batch_size

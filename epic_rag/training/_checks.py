@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from epic_rag.backbone import POOLINGS, PROJECTORS
+from epic_rag.backbone import POOLINGS
 from epic_rag.errors import ConfigError
+from epic_rag.projector import PROJECTORS
 from epic_rag.prompt import STRATEGIES
 
 if TYPE_CHECKING:

@@ -1,0 +1,100 @@
+"""What the benchmarks share: a bar and whether it is met, interleaved timing, and the record of the machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epic_rag.evaluation.measuring import Spread, machine, spread_of, timed
+from epic_rag.evaluation.report import markdown_table, versions
+
+__all__ = ["Bar", "bars_table", "interleaved", "milliseconds", "ratio", "say", "write"]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure that has a limit.
+
+    Attributes:
+        what: What is compared.
+        value: What was measured: median of the ratios of runs side by side, or a single figure.
+        limit: The limit.
+        at_most: Whether the limit is an upper one.
+        low: Lower quartile of the ratios; None for a single figure.
+        high: Upper quartile.
+    """
+
+    what: str
+    value: float
+    limit: float
+    at_most: bool
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+    def row(self) -> list[str]:
+        sign = "≤" if self.at_most else "≥"
+        spread = "" if self.low is None else f" ({self.low:.3g}–{self.high:.3g})"  # noqa: RUF001 - a range
+        verdict = "met" if self.met else f"missed by {abs(self.value / self.limit - 1):.0%}"
+        return [self.what, f"{self.value:.3g}{spread}", f"{sign} {self.limit:g}", verdict]
+
+
+def bars_table(bars: list[Bar]) -> str:
+    """The bars as a Markdown table."""
+    return markdown_table(["bar", "measured", "limit", ""], [bar.row() for bar in bars], text_columns=1)
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], runs: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each call in each run, all calls in turn, so that a machine that slows down does so for all."""
+    for call in calls.values():  # warm-up
+        call()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for run in range(runs):
+        say(f"run {run + 1} of {runs}")
+        for name, call in calls.items():
+            found[name].append(timed(device, call))
+    return found
+
+
+def ratio(what: str, above: list[float], below: list[float], limit: float, *, at_most: bool) -> Bar:
+    """A bar on the ratio of two calls: the median of the ratios of runs side by side, and their quartiles."""
+    spread = spread_of([a / b for a, b in zip(above, below, strict=True)])
+    return Bar(what, spread.median, limit, at_most, spread.low, spread.high)
+
+
+def milliseconds(seconds: list[float]) -> str:
+    """Median and quartiles."""
+    spread: Spread = spread_of(seconds)
+    return f"{1e3 * spread.median:.1f} ({1e3 * spread.low:.1f}–{1e3 * spread.high:.1f})"  # noqa: RUF001 - a range
+
+
+def write(folder: Path, name: str, markdown: str, bars: list[Bar], device: torch.device, **facts: Any) -> None:
+    """Write NAME.json and NAME.md to a folder, and print the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "format_version": 1,
+        "command": sys.argv,
+        "when": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "machine": machine(device),
+        "versions": versions(),
+        "bars": [{**asdict(bar), "met": bar.met} for bar in bars],
+        **facts,
+    }
+    (folder / f"{name}.json").write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown + "\n", encoding="utf-8")
+    sys.stdout.write(markdown + "\n")
+
+
+def say(line: str) -> None:
+    """One line of progress."""
+    sys.stderr.write(f"{line}\n")
