@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from epic_rag._kernels import use_onednn
 from epic_rag._quantisation import dequantise, quantise, remove_weights, write_int8_model
 from epic_rag.backbone import POOLINGS, Backbone, Pooling, hash_tensors, load_transformer, quiet
 from epic_rag.checkpoints import (
@@ -124,6 +125,7 @@ def load(
         # bfloat16 drops bits that the fingerprint reads, so it is taken from what is stored.
         weights = hash_tensors(backbone.state_dict().items())
     backbone.to(device=target, dtype=wanted)
+    use_onednn(backbone)
     encoder = cls(
         backbone.eval(),
         builder,

@@ -6,7 +6,8 @@ that product wastes little on padding and keeps memory flat, whatever the mix of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from epic_rag.prompt import EncoderInput, collate
 if TYPE_CHECKING:
     from epic_rag.backbone import Backbone
 
-__all__ = ["embed_queries", "embed_rows", "is_out_of_memory", "token_batches"]
+__all__ = ["embed_queries", "embed_rows", "is_out_of_memory", "made_ahead", "token_batches"]
 
 # Tokens of a pack of queries behind one prompt, and of the packs of a batch. Attention is computed for all pairs of a
 # pack's tokens and most of them are masked, so packs are short; matrix products want many tokens, so there are several.
@@ -60,6 +61,31 @@ def token_batches(lengths: Sequence[int], *, max_tokens: int, max_rows: int | No
     if current:
         batches.append(current)
     return batches
+
+
+def made_ahead(
+    make: Callable[[Sequence[str]], list[EncoderInput]], texts: Sequence[str], block: int
+) -> Iterator[list[EncoderInput]]:
+    """Rows of texts, a block at a time; a thread makes the next block's while the caller works on this one's.
+
+    Args:
+        make: From texts to rows; the tokenizer lets other threads run.
+        texts: All texts.
+        block: Texts of a block.
+
+    Yields:
+        Rows of each block in order; one empty list for no texts.
+    """
+    if len(texts) <= block:
+        yield make(texts)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="epic-rag-tokenizer") as pool:
+        waiting = pool.submit(make, texts[:block])
+        for start in range(block, len(texts), block):
+            rows = waiting.result()
+            waiting = pool.submit(make, texts[start : start + block])
+            yield rows
+        yield waiting.result()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from epic_rag import _storage
 from epic_rag._banks import BuiltBanks
 from epic_rag._selection import unit_rows
 from epic_rag.backbone import Backbone, hash_tensors
-from epic_rag.batching import embed_queries
+from epic_rag.batching import embed_queries, made_ahead
 from epic_rag.demonstrations import DemonstrationBank, Selection, find_bank
 from epic_rag.errors import ConfigError
 from epic_rag.prefix import PrefixCache
@@ -33,6 +33,8 @@ Vectors = npt.NDArray[np.float32]
 # Padded tokens in a batch. A CPU is fastest while a batch's activations fit its cache; a GPU wants to be filled.
 _CPU_TOKENS = 4096
 _GPU_TOKENS = 65536
+# Documents that are sorted by length together.
+_BLOCK = 4096
 
 
 class EpicEncoder:
@@ -280,8 +282,11 @@ class EpicEncoder:
         Returns:
             float32 unit rows (n, dimension), in order; (dimension,) for a single string.
         """
-        rows = self.prompt.documents([texts] if isinstance(texts, str) else list(texts))
-        return self._finish(self._embed(rows, None, batch_size, show_progress), texts, truncate_dim)
+        items = [texts] if isinstance(texts, str) else list(texts)
+        # While one block is embedded the next one is tokenised; and only two are in memory as tokens.
+        blocks = made_ahead(self.prompt.documents, items, _BLOCK)
+        found = [self._embed(rows, None, batch_size, show_progress) for rows in blocks]
+        return self._finish(np.concatenate(found), texts, truncate_dim)
 
     def embed_demonstrations(self, bank: DemonstrationBank) -> Vectors:
         """Vectors of a bank's demonstrations.

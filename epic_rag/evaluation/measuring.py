@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from epic_rag._kernels import portable
+
 if TYPE_CHECKING:
     from epic_rag.encoder import EpicEncoder
 
@@ -42,7 +44,8 @@ def count_flops(call: Callable[[], object]) -> int:
     Matrix products and attention are counted, element-wise operations are not. Attention counts in full, as if nothing
     were masked.
     """
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    # The counter does not know oneDNN's products.
+    with portable(), FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         call()
     return int(counter.get_total_flops())
 

@@ -1,0 +1,180 @@
+"""Documents a second: this encoder and sentence-transformers on the same weights, texts and machine.
+
+    python benchmarks/throughput.py --model epic-minilm --texts docs_sections.jsonl.gz --count 3000 --output DIR
+
+sentence-transformers encodes at its default batch size and at each of several others; both sides in the same dtype, and
+this encoder in the fastest dtype that the machine has too. Then the share of padding, and the rate of matrix products
+against what the machine reaches on matrices of these shapes alone. Writes throughput.json and throughput.md to DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_common import Bar, bars_table, interleaved, ratio, say, write
+from torch import nn
+
+from epic_rag import DemonstrationBank, EpicEncoder
+from epic_rag._kernels import use_onednn
+from epic_rag.batching import token_batches
+from epic_rag.errors import EpicError
+from epic_rag.evaluation.measuring import count_flops, spread_of, timed
+from epic_rag.evaluation.report import markdown_table
+
+DEFAULT_BATCH = 32
+OTHER_BATCHES = (8, 16, 64, 128)
+ROWS = 4096
+"""Rows of the matrices whose products are timed alone: the tokens of a batch."""
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    options.add_argument("--model", help="a checkpoint, a folder or a hub name; default: the shipped checkpoint")
+    options.add_argument("--num-layers", type=int, metavar="N")
+    options.add_argument("--texts", required=True, help="a JSON lines file of pairs; their passages are encoded")
+    options.add_argument("--count", type=int, default=3000, metavar="N", help="number of texts")
+    options.add_argument("--runs", type=int, default=7, metavar="N")
+    options.add_argument("--batches", default=",".join(map(str, OTHER_BATCHES)), help="other batch sizes to try")
+    options.add_argument("--device")
+    options.add_argument("--output", required=True, type=Path, metavar="DIR")
+    return options
+
+
+def fast_dtype(device: torch.device) -> str:
+    """The fastest dtype: bfloat16 where the processor multiplies it by itself."""
+    if device.type != "cpu":
+        return "bfloat16"
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+def read_texts(path: str, count: int) -> list[str]:
+    """Distinct passages, spread over the file, so that lengths are mixed as they are in it."""
+    passages = list(dict.fromkeys(item.passage for item in DemonstrationBank.from_jsonl(path).demonstrations))
+    step = max(1, len(passages) // count)
+    return passages[::step][:count]
+
+
+def padded_share(encoder: EpicEncoder, texts: list[str]) -> tuple[int, float]:
+    """Tokens of the texts as the model reads them, and the share of padding in what is computed."""
+    lengths = [len(row.ids) for row in encoder.prompt.documents(texts)]
+    batches = token_batches(lengths, max_tokens=encoder.max_batch_tokens)
+    computed = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    return sum(lengths), 1 - sum(lengths) / computed
+
+
+def product_rate(encoder: EpicEncoder, runs: int) -> float:
+    """FLOPs a second of matrix products alone, in the shapes of the model's layers, each as often as it occurs."""
+    shapes: dict[tuple[int, int], int] = {}
+    for module in encoder.backbone.transformer.modules():
+        if isinstance(module, nn.Linear):
+            shape = (module.in_features, module.out_features)
+            shapes[shape] = shapes.get(shape, 0) + 1
+    flops = seconds = 0.0
+    for (inputs, outputs), number in shapes.items():
+        layer = nn.Linear(inputs, outputs, device=encoder.device, dtype=encoder.dtype).train(False)
+        use_onednn(nn.Sequential(layer))
+        given = torch.randn(ROWS, inputs, device=encoder.device, dtype=encoder.dtype)
+        with torch.inference_mode():
+            layer(given)
+            best = spread_of([timed(encoder.device, partial(layer, given)) for _ in range(max(runs, 2) * 3)]).low
+        flops += number * 2.0 * ROWS * inputs * outputs
+        seconds += number * best
+    return flops / seconds
+
+
+def measure(options: argparse.Namespace) -> int:
+    from sentence_transformers import SentenceTransformer
+
+    plain = EpicEncoder.from_pretrained(
+        options.model, device=options.device, dtype="float32", num_layers=options.num_layers
+    )
+    device = plain.device
+    best = fast_dtype(device)
+    texts = read_texts(options.texts, options.count)
+    with tempfile.TemporaryDirectory() as folder:
+        # Both sides open one folder of float32 weights.
+        plain.save_pretrained(folder, dtype="float32")
+        fast = EpicEncoder.from_pretrained(folder, device=options.device, dtype=best)
+        other = SentenceTransformer(folder, device=str(device), local_files_only=True)
+    other.max_seq_length = plain.max_document_tokens
+    calls: dict[str, Callable[[], object]] = {}
+    batches = [DEFAULT_BATCH, *(int(size) for size in options.batches.split(",") if size)]
+    for size in batches:
+        calls[f"sentence-transformers, float32, batch {size}"] = partial(
+            other.encode, texts, batch_size=size, show_progress_bar=False
+        )
+    calls["epic-rag, float32"] = partial(plain.encode_document, texts)
+    calls[f"epic-rag, {best}"] = partial(fast.encode_document, texts)
+    seconds = interleaved(calls, options.runs, device)
+    default = f"sentence-transformers, float32, batch {DEFAULT_BATCH}"
+    rivals = [name for name in calls if name.startswith("sentence")]
+    fastest = min(rivals, key=lambda name: spread_of(seconds[name]).median)
+    tokens, padded = padded_share(plain, texts)
+    say("matrix products alone")
+    # The texts whose FLOPs are counted are some of them: the count is exact and slow.
+    some = texts[: max(1, len(texts) // 20)]
+    some_tokens = sum(len(row.ids) for row in plain.prompt.documents(some))
+    flops_per_token = count_flops(lambda: plain.encode_document(some)) / some_tokens
+    rates = {}
+    for name, encoder in (("epic-rag, float32", plain), (f"epic-rag, {best}", fast)):
+        rates[name] = (flops_per_token * tokens / spread_of(seconds[name]).median, product_rate(encoder, options.runs))
+    ours, quick = seconds["epic-rag, float32"], seconds[f"epic-rag, {best}"]
+    bars = [
+        ratio("sentence-transformers, default batch / epic-rag, float32", seconds[default], ours, 1.5, at_most=False),
+        ratio("sentence-transformers, best batch / epic-rag, float32", seconds[fastest], ours, 1.5, at_most=False),
+        ratio(f"sentence-transformers, best batch / epic-rag, {best}", seconds[fastest], quick, 3.0, at_most=False),
+        Bar("rate of matrix products / the machine's, float32", _share(rates["epic-rag, float32"]), 0.6, False),
+        Bar("share of padding", padded, 0.05, True),
+    ]
+    rows = [
+        [
+            name,
+            f"{spread_of(each).median:.2f} ({spread_of(each).low:.2f}–{spread_of(each).high:.2f})",  # noqa: RUF001
+            f"{len(texts) / spread_of(each).median:,.0f}",
+            f"{tokens / spread_of(each).median:,.0f}",
+            f"{rates[name][0] / 1e9:,.0f} of {rates[name][1] / 1e9:,.0f}" if name in rates else "",
+        ]
+        for name, each in seconds.items()
+    ]
+    header = ["encoder", "seconds: median (quartiles)", "texts/s", "tokens/s", "GFLOP/s, of products alone"]
+    head = (
+        f"{plain.name}, {len(texts):,} texts of {tokens / len(texts):.0f} tokens on average, {tokens:,} in all, "
+        f"{padded:.1%} padding on top; {options.runs} runs."
+    )
+    facts: dict[str, Any] = {
+        "model": plain.name,
+        "texts": len(texts),
+        "tokens": tokens,
+        "padded_share": padded,
+        "seconds": seconds,
+        "flops_per_token": flops_per_token,
+        "rates": rates,
+        "best_rival": fastest,
+    }
+    table = markdown_table(header, rows, text_columns=1)
+    write(options.output, "throughput", "\n\n".join([head, table, bars_table(bars)]), bars, device, **facts)
+    return 0
+
+
+def _share(rate: tuple[float, float]) -> float:
+    return rate[0] / rate[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        return measure(options)
+    except EpicError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
