@@ -23,6 +23,7 @@ from torch import nn
 
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag._kernels import use_onednn
+from epic_rag._storage import parse_dtype
 from epic_rag.batching import token_batches
 from epic_rag.errors import EpicError
 from epic_rag.evaluation.measuring import count_flops, spread_of, timed
@@ -45,13 +46,6 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--device")
     options.add_argument("--output", required=True, type=Path, metavar="DIR")
     return options
-
-
-def fast_dtype(device: torch.device) -> str:
-    """The fastest dtype: bfloat16 where the processor multiplies it by itself."""
-    if device.type != "cpu":
-        return "bfloat16"
-    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def read_texts(path: str, count: int) -> list[str]:
@@ -96,7 +90,7 @@ def measure(options: argparse.Namespace) -> int:
         options.model, device=options.device, dtype="float32", num_layers=options.num_layers
     )
     device = plain.device
-    best = fast_dtype(device)
+    best = str(parse_dtype("auto", device)).removeprefix("torch.")
     texts = read_texts(options.texts, options.count)
     with tempfile.TemporaryDirectory() as folder:
         # Both sides open one folder of float32 weights.

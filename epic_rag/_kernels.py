@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["portable", "use_onednn"]
+__all__ = ["multiplies_bfloat16", "portable", "use_onednn"]
 
 _MAX_BYTES = 2 * 2**30
 """Weights are kept twice, as they were and laid out; a model with more than this keeps them once."""
@@ -35,6 +35,13 @@ def portable() -> Iterator[None]:
         yield
     finally:
         _portable.reset(token)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16, which make it faster than float32."""
+    known: Any = torch.cpu  # older versions of torch do not say, and then the answer is no
+    asked = (getattr(known, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(bool(ask()) for ask in asked if ask is not None)
 
 
 def use_onednn(model: nn.Module) -> int:

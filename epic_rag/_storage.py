@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from epic_rag._kernels import use_onednn
+from epic_rag._kernels import multiplies_bfloat16, use_onednn
 from epic_rag._quantisation import dequantise, quantise, remove_weights, write_int8_model
 from epic_rag.backbone import POOLINGS, Backbone, Pooling, hash_tensors, load_transformer, quiet
 from epic_rag.checkpoints import (
@@ -217,7 +217,7 @@ def parse_device(device: str | None) -> torch.device:
 
 
 def parse_dtype(dtype: str | torch.dtype | None, device: torch.device, *, extra: tuple[str, ...] = ()) -> torch.dtype:
-    """The dtype a string names; None means float32 on a CPU and bfloat16 elsewhere.
+    """The dtype a string names; None means float32 on a CPU and bfloat16 elsewhere, "auto" what is fastest.
 
     Args:
         dtype: A dtype or its name.
@@ -227,6 +227,8 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device, *, extra:
     Raises:
         ConfigError: If it is unknown.
     """
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" and not multiplies_bfloat16() else torch.bfloat16
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     parsed = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype

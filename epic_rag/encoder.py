@@ -101,7 +101,8 @@ class EpicEncoder:
             name_or_path: A shipped checkpoint ("epic-minilm"), a local folder (an epic-rag checkpoint, a plain
                 Hugging Face or sentence-transformers folder), or a hub name. None loads the shipped default.
             device: "cpu", "cuda", "mps", "cuda:1", ...; None takes a GPU if there is one.
-            dtype: "float32", "bfloat16" or "float16"; None means float32 on a CPU and bfloat16 on a GPU.
+            dtype: "float32", "bfloat16" or "float16"; None means float32 on a CPU and bfloat16 on a GPU, "auto" the
+                fastest: bfloat16 on a CPU that has instructions for it, too.
             num_layers: Keep the first N layers only.
             adapter: Folder of a PEFT adapter, merged into the weights.
             gguf_file: Name of a GGUF file in the folder.

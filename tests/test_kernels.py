@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from epic_rag import EpicEncoder
+from epic_rag import EpicEncoder, _storage
 from epic_rag._kernels import OneDnnLinear, _available, portable, use_onednn
 from epic_rag.backbone import Backbone
 from tests.families import FAMILIES, TEXTS, config, encoder_of, transformer
@@ -107,3 +107,11 @@ def test_every_family_gives_the_same_vectors(family: str) -> None:
 def test_a_loaded_encoder_uses_it(tiny_checkpoint: Path) -> None:
     encoder = EpicEncoder.from_pretrained(tiny_checkpoint, device="cpu")
     assert any(isinstance(module, OneDnnLinear) for module in encoder.backbone.modules())
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_the_fastest_dtype_follows_the_processor(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_storage, "multiplies_bfloat16", lambda: supported)
+    assert _storage.parse_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if supported else torch.float32)
+    assert _storage.parse_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert _storage.parse_dtype(None, torch.device("cpu")) == torch.float32

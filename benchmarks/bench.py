@@ -1,0 +1,140 @@
+"""All benchmarks of speed, and the tables of benchmarks/README.md.
+
+    python benchmarks/bench.py --smollm2 FOLDER --data DIR [--only prompt_cache,throughput,cold_start,growth,report]
+    python benchmarks/bench.py --quick     # tiny random models and generated data: does everything still run?
+
+FOLDER holds SmolLM2-135M (docs/training.md says how to get it), DIR the training files. Results go to runs/bench, and
+`report` puts their tables between the markers of benchmarks/README.md. --quick writes no document and judges no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench_common import say
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+STAGES = ("prompt_cache", "prompt_cache_bf16", "throughput", "cold_start", "growth", "report")
+PAIRS = "docs_questions.jsonl.gz"
+SECTIONS = "docs_sections.jsonl.gz"
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    options.add_argument(
+        "--smollm2", default=os.environ.get("EPIC_RAG_SMOLLM2"), help="SmolLM2-135M (EPIC_RAG_SMOLLM2)"
+    )
+    options.add_argument("--data", default=os.environ.get("EPIC_RAG_DATA"), help="training files (EPIC_RAG_DATA/train)")
+    options.add_argument("--only", default=",".join(STAGES), help="stages, comma-separated")
+    options.add_argument("--output", type=Path, default=Path("runs/bench"), metavar="DIR")
+    options.add_argument("--quick", action="store_true")
+    return options
+
+
+def commands(options: argparse.Namespace) -> dict[str, list[str]]:
+    """What each stage runs."""
+    train = Path(options.data or "") / "train"
+    prompt = ["prompt_cache.py", "--model", str(options.smollm2), "--num-layers", "12"]
+    prompt += ["--demonstrations", str(train / PAIRS)]
+    return {
+        "prompt_cache": [*prompt, "--output", str(options.output)],
+        "prompt_cache_bf16": [*prompt, "--dtype", "bfloat16", "--output", str(options.output / "bf16")],
+        "throughput": ["throughput.py", "--texts", str(train / SECTIONS), "--output", str(options.output)],
+        "cold_start": ["cold_start.py", "--output", str(options.output)],
+        "growth": ["growth.py", "--output", str(options.output)],
+    }
+
+
+def quick_commands(folder: Path) -> dict[str, list[str]]:
+    """The same on tiny models and data, made in `folder`."""
+    from results_quick import make_encoder  # imports torch, which the real stages do in processes of their own
+
+    model = str(folder / "model")
+    make_encoder(folder / "model", seed=0, trained=True)
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text(
+        "".join(
+            json.dumps({"query": f"where is thing {n}?", "positive": f"thing {n} is in box {n} " * (1 + n % 4)}) + "\n"
+            for n in range(80)
+        ),
+        encoding="utf-8",
+    )
+    docs = folder / "docs"
+    docs.mkdir()
+    (docs / "a.md").write_text("# Boxes\n\nThing 1 is in box 1.\n", encoding="utf-8")
+    out = str(folder / "out")
+    return {
+        "prompt_cache": [
+            *("prompt_cache.py", "--model", model, "--demonstrations", str(pairs), "--k", "2", "--runs", "2"),
+            *("--passage-tokens", "8", "--output", out),
+        ],
+        "throughput": [
+            *("throughput.py", "--model", model, "--texts", str(pairs), "--count", "20", "--runs", "2"),
+            *("--batches", "4", "--output", out),
+        ],
+        "cold_start": ["cold_start.py", "--model", model, "--docs", str(docs), "--runs", "2", "--output", out],
+        "growth": ["growth.py", "--model", model, "--sizes", "20,40", "--output", out],
+    }
+
+
+def run(name: str, command: list[str]) -> None:
+    say(f"=== {name}")
+    subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=True)
+
+
+def report(output: Path) -> None:
+    """Put the tables into benchmarks/README.md."""
+    text = README.read_text(encoding="utf-8")
+    for stage in STAGES[:-1]:
+        found = output / "bf16" / "prompt_cache.md" if stage == "prompt_cache_bf16" else output / f"{stage}.md"
+        begin, end = f"<!-- begin {stage} -->\n", f"<!-- end {stage} -->"
+        if found.is_file() and begin in text:
+            head, rest = text.split(begin, 1)
+            text = f"{head}{begin}\n{found.read_text(encoding='utf-8')}\n{rest[rest.index(end) :]}"
+    README.write_text(text, encoding="utf-8")
+    plot = output / "growth.svg"
+    if plot.is_file():
+        (HERE / "growth.svg").write_bytes(plot.read_bytes())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    wanted = [stage for stage in options.only.split(",") if stage]
+    unknown = sorted(set(wanted) - set(STAGES))
+    if unknown:
+        sys.stderr.write(f"error: {unknown[0]} is no stage, known are {', '.join(STAGES)}; correct --only\n")
+        return 2
+    try:
+        if options.quick:
+            with tempfile.TemporaryDirectory() as folder:
+                for name, command in quick_commands(Path(folder)).items():
+                    run(name, command)
+            return 0
+        for stage in ("prompt_cache", "prompt_cache_bf16"):
+            if stage in wanted and not options.smollm2:
+                sys.stderr.write(f"error: {stage} needs --smollm2, which is not given; give it, or leave {stage} out\n")
+                return 2
+        chosen = commands(options)
+        for stage in wanted:
+            if stage == "report":
+                report(options.output)
+            else:
+                run(stage, chosen[stage])
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(
+            f"error: {Path(error.cmd[1]).name} ended with status {error.returncode}; its messages are above\n"
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
