@@ -1,10 +1,13 @@
 # make demo    install into .venv, index real documentation, answer three questions
 # make test    install the development tools too and run every test
+# make soak    run the long tests at full counts (an hour) and write the table of docs/reliability.md
 # make check   lint, formatting and types
 # make wheel   build the wheel into dist/
 # make banks   embed the built-in demonstration banks with every shipped checkpoint
 # make results run what docs/results.md reports and write its tables and plots (hours); see benchmarks/results.py
 # make results-quick   the same commands on tiny generated data with a tiny random model; touches no document
+# make bench   run the benchmarks of speed and write the tables of benchmarks/README.md (an hour, on an idle machine)
+# make bench-quick   the same commands on tiny generated data with a tiny random model; judges no time
 # make clean   remove what the targets above wrote, except the virtual environment
 # make distclean   remove .venv as well
 #
@@ -15,14 +18,18 @@
 #   PIP_ARGS   added to every pip install. On Linux the default torch wheel carries CUDA (gigabytes); for the
 #              CPU one: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   RESULTS_ARGS  added to the results' command: RESULTS_ARGS="--data DIR --minilm DIR --llm DIR --only heldout,report"
+#   BENCH_ARGS added to the benchmarks' command: BENCH_ARGS="--smollm2 DIR --data DIR --only throughput,report"
 #   DEMO_ARGS  added to the demo's command, for instance DEMO_ARGS="--model some-folder"
 
 PYTHON ?= python3
 VENV ?= .venv
 DIST ?= dist
 PIP_ARGS ?=
+# Two processes, a file of tests to each: many tests wait for processes that they start.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 DEMO_ARGS ?=
 RESULTS_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -33,7 +40,7 @@ DEV_STAMP := $(VENV)/.epic-rag-dev-installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check format wheel banks results results-quick clean distclean
+.PHONY: help demo test soak check format wheel banks results results-quick bench bench-quick clean distclean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^Variables:/,$$d'
@@ -44,7 +51,14 @@ demo: $(RUN_STAMP)
 # The tests must not reach the network: a hub look-up is an error, not a slow test.
 test: export HF_HUB_OFFLINE = 1
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: export HF_HUB_OFFLINE = 1
+soak: export EPIC_RAG_SOAK = 1
+soak: $(DEV_STAMP)
+	$(BIN)/python -m pytest tests/soak tests/integrations/retriever tests/integrations/test_three_ways.py \
+	  tests/integrations/test_ignore.py --durations=0
+	$(BIN)/python benchmarks/reliability.py
 
 check: $(DEV_STAMP)
 	$(BIN)/python -m ruff check .
@@ -65,6 +79,13 @@ results: $(DEV_STAMP)
 results-quick: export HF_HUB_OFFLINE = 1
 results-quick: $(DEV_STAMP)
 	$(BIN)/python benchmarks/results.py --quick $(RESULTS_ARGS)
+
+bench: $(DEV_STAMP)
+	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+bench-quick: export HF_HUB_OFFLINE = 1
+bench-quick: $(DEV_STAMP)
+	$(BIN)/python benchmarks/bench.py --quick
 
 # setuptools puts whatever lies in build/ into the wheel: a file deleted since would still be shipped.
 wheel: $(BIN)/python

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from epic_rag.errors import (
         BankError,
         CheckpointError,
+        ChromaServerError,
         ConfigError,
         DataError,
         EpicError,
@@ -45,6 +46,7 @@ __all__ = [
     "BankError",
     "CheckpointError",
     "CheckpointInfo",
+    "ChromaServerError",
     "ConfigError",
     "DataError",
     "Demonstration",

@@ -261,7 +261,7 @@ def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         value = tensor.detach().cpu()
         value = value.to(torch.float16) if value.is_floating_point() else value
         digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.contiguous().numpy().tobytes())
+        digest.update(value.contiguous().reshape(-1).numpy().data)  # its memory as it is, with no copy
     return digest.hexdigest()
 
 

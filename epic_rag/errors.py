@@ -10,6 +10,7 @@
     ├── FingerprintError       stored vectors were made by another checkpoint
     ├── MissingExtraError      an optional package is not installed
     ├── TrainingError          training cannot start, or went wrong (NaN loss, broken resume)
+    ├── ChromaServerError      a Chroma server cannot be reached, or refuses
     └── IndexStateError        an index folder is not in the state that the call needs
         ├── IndexNotFoundError     there is no index
         ├── IndexLockedError       another process writes to it
@@ -24,6 +25,7 @@ from __future__ import annotations
 __all__ = [
     "BankError",
     "CheckpointError",
+    "ChromaServerError",
     "ConfigError",
     "DataError",
     "EpicError",
@@ -93,6 +95,19 @@ class MissingExtraError(EpicError):
 
 class TrainingError(EpicError):
     """Training cannot start, or went wrong in a way that going on would hide."""
+
+
+class ChromaServerError(EpicError):
+    """A Chroma server cannot be reached, or refuses what is asked of it.
+
+    Args:
+        message: The two facts and what to do next.
+        status: The HTTP status that it answered; None if it did not answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class IndexStateError(EpicError):

@@ -11,11 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from epic_rag import EpicEncoder
 from epic_rag.backbone import Backbone
 from epic_rag.prompt import PromptBuilder
+from tests.conftest import make_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -125,3 +132,22 @@ def make_hub_cache(cache: Path, name: str, folder: Path) -> Path:
     for reference in ("main", "v1"):
         (repository / "refs" / reference).write_text(COMMIT)
     return repository / "snapshots" / COMMIT
+
+
+def save_cross_encoder(folder: Path, outputs: int = 1) -> Path:
+    """A tiny random cross-encoder."""
+    tokenizer = make_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=outputs,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

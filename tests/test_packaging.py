@@ -74,10 +74,12 @@ def test_only_our_packages_land_in_site_packages(names: set[str]) -> None:
 
 def test_llama_index_stays_a_namespace(names: set[str]) -> None:
     # An __init__.py on these levels would hide llama-index-core, or be overwritten by it.
-    assert not {"llama_index/__init__.py", "llama_index/embeddings/__init__.py"} & names
+    shared = ("llama_index", "llama_index/embeddings", "llama_index/retrievers")
+    assert not {f"{folder}/__init__.py" for folder in shared} & names
     ours = {name for name in names if name.startswith("llama_index/")}
-    assert "llama_index/embeddings/epic/__init__.py" in ours
-    assert {name for name in ours if not name.startswith("llama_index/embeddings/epic/")} == set()
+    epic = ("llama_index/embeddings/epic/", "llama_index/retrievers/epic/")
+    assert {f"{folder}__init__.py" for folder in epic} <= ours
+    assert {name for name in ours if not name.startswith(epic)} == set()
 
 
 def test_every_module_is_in_the_wheel_under_its_own_root(names: set[str]) -> None:
@@ -136,7 +138,17 @@ def test_built_in_banks_are_in_the_wheel(names: set[str], task: str) -> None:
     assert f"epic_rag_demos/{task}/embeddings.safetensors" in names
 
 
-@pytest.mark.parametrize("package", ["epic_rag", "epic_rag_chroma", "epic_rag_cli", "epic_rag_demos"])
+@pytest.mark.parametrize(
+    "package",
+    [
+        "epic_rag",
+        "epic_rag_chroma",
+        "epic_rag_cli",
+        "epic_rag_demos",
+        "llama_index/embeddings/epic",
+        "llama_index/retrievers/epic",
+    ],
+)
 def test_packages_are_marked_as_typed(names: set[str], package: str) -> None:
     assert f"{package}/py.typed" in names
 

@@ -14,4 +14,4 @@ INDEX_FOLDER = ".epic-rag"
 """The name of an index folder that stands in the folder it indexes."""
 
 MAX_SKIPPED_SHOWN = 10
-"""How many skipped files `index` names on a terminal; --json lists all of them."""
+"""How many skipped files `index` names; of more, it says how many there are for each reason, and --json lists all."""

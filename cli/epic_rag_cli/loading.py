@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from epic_rag import EpicEncoder
 
-__all__ = ["encoder_for"]
+__all__ = ["encoder_for", "without_collections"]
 
 
 def encoder_for(model: str | None) -> Callable[[], EpicEncoder] | None:
@@ -22,3 +24,19 @@ def encoder_for(model: str | None) -> Callable[[], EpicEncoder] | None:
         return EpicEncoder.from_pretrained(model)
 
     return load
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Suspend the search for cyclic garbage while a short piece of work imports and loads what it needs.
+
+    Imports make hundreds of thousands of objects, none of them garbage; searching them every few thousand takes a
+    third of the time of a cold query.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

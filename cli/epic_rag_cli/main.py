@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -17,19 +18,18 @@ from typing import Annotated, Any, cast
 import typer
 
 from epic_rag.errors import EpicError
-from epic_rag_cli.commands import ablate, bank, clear, eval, index, mine, models, query, status, train
+from epic_rag_cli.commands import ablate, bank, clear, config, eval, index, mine, models, query, status, train
 from epic_rag_cli.interrupt import Interrupted
+from epic_rag_cli.optional import QueryCommand
 from epic_rag_cli.output import emit, message
 from epic_rag_cli.quiet import debugging, quieten
 from epic_rag_cli.registry import add_command, help_when_alone, new_app
+from epic_rag_cli.usage import USAGE_ERROR
+from epic_rag_cli.verbosity import reset
 
 __all__ = ["PROGRAM", "app", "main", "run"]
 
 PROGRAM = "epic-rag"
-
-# Typer exports BadParameter but not its parent, click's UsageError, which lives in Typer itself in newer
-# versions.
-_USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])
 
 
 def _version(wanted: bool) -> None:
@@ -49,7 +49,7 @@ def epic_rag(
     """Search your documents by meaning, with an encoder that learns from examples.
 
     `index` reads a folder and stores its passages as vectors; `query` finds the passages that answer a
-    question. Nothing leaves the machine.
+    question. Nothing leaves the machine, unless you name a Chroma server elsewhere.
 
     Examples:
         epic-rag index docs
@@ -58,11 +58,12 @@ def epic_rag(
     help_when_alone(context)
 
 
-app = new_app(PROGRAM, epic_rag)
-add_command(app, "index", index.index)
-add_command(app, "query", query.query)
-add_command(app, "status", status.status)
-add_command(app, "clear", clear.clear)
+app = new_app(PROGRAM, epic_rag, program=True)
+add_command(app, "index", index.index, configured=True)
+add_command(app, "query", query.query, configured=True, cls=QueryCommand)
+add_command(app, "status", status.status, configured=True)
+add_command(app, "clear", clear.clear, configured=True)
+add_command(app, "config", config.config, configured=True)
 add_command(app, "eval", eval.eval_command)
 add_command(app, "mine", mine.mine)
 add_command(app, "train", train.train)
@@ -77,10 +78,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The command line without the program's name; None for the process's own.
     """
+    reset()
     try:
         # Without standalone mode Typer returns the status of `typer.Exit` and leaves errors to us.
         return _status(app(None if arguments is None else list(arguments), prog_name=PROGRAM, standalone_mode=False))
-    except _USAGE_ERROR as error:
+    except USAGE_ERROR as error:
         message("error", _usage_line(error))
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
@@ -106,7 +108,11 @@ def main() -> None:
     """The `epic-rag` console script."""
     quieten()
     _ensure_streams()
-    sys.exit(run())
+    status = run()
+    # Python looks for garbage once more before it ends, among all that torch and transformers have made, which takes
+    # as long as importing them. The memory goes anyway.
+    gc.freeze()
+    sys.exit(status)
 
 
 def _status(result: object) -> int:

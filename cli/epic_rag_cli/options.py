@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-__all__ = ["IndexDir", "Json", "Model"]
+from epic_rag_chroma.types import DEFAULT_MODE
+from epic_rag_cli.completion import complete_banks, complete_models, complete_modes, complete_tasks
+from epic_rag_cli.defaults import DEFAULT_TASK
 
+__all__ = ["Bank", "Chroma", "IndexDir", "Json", "Mode", "Model", "Task"]
+
+Bank = Annotated[
+    str | None,
+    typer.Option(
+        "--bank",
+        metavar="BANK",
+        envvar="EPIC_RAG_BANK",
+        autocompletion=complete_banks,
+        help="Demonstrations: a name from `epic-rag bank list` or a bank folder.",
+    ),
+]
+Chroma = Annotated[
+    str | None,
+    typer.Option(
+        "--chroma",
+        metavar="URL",
+        help=(
+            "A Chroma server for the vectors, as http://host:port; `folder` for the index folder. An index remembers "
+            "where it is; a new one takes EPIC_RAG_CHROMA."
+        ),
+    ),
+]
 IndexDir = Annotated[
     Path | None,
     typer.Option(
@@ -19,12 +44,35 @@ IndexDir = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Mode = Annotated[
+    Literal["dense", "hybrid", "keyword"] | None,
+    typer.Option(
+        "--mode",
+        metavar="MODE",
+        envvar="EPIC_RAG_MODE",
+        autocompletion=complete_modes,
+        help="How to search: dense (by meaning), keyword (by words; loads no model) or hybrid (both).",
+        show_default=DEFAULT_MODE,
+    ),
+]
 Model = Annotated[
     str | None,
     typer.Option(
         "--model",
         metavar="MODEL",
         envvar="EPIC_RAG_MODEL",
+        autocompletion=complete_models,
         help="A name from `epic-rag models`, a checkpoint folder or a Hugging Face name.",
+    ),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        envvar="EPIC_RAG_TASK",
+        autocompletion=complete_tasks,
+        help="The task whose instruction the encoder gets with the query.",
+        show_default=f"{DEFAULT_TASK}, or what the bank says",
     ),
 ]

@@ -16,11 +16,12 @@ import typer
 
 from epic_rag.errors import EpicError
 from epic_rag_cli.text import json_text, printable
+from epic_rag_cli.verbosity import Verbosity, verbosity
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["columns", "emit", "emit_json", "message", "terminal_width"]
+__all__ = ["columns", "emit", "emit_json", "hyperlinks", "message", "terminal_width"]
 
 
 def emit(lines: Iterable[Text | str]) -> None:
@@ -42,17 +43,19 @@ def emit(lines: Iterable[Text | str]) -> None:
     _write(buffer.getvalue())
 
 
-def emit_json(value: object) -> None:
-    """Print `value` as JSON, and nothing else, on stdout."""
+def emit_json(value: object, *, one_line: bool = False) -> None:
+    """Print `value` as JSON, and nothing else, on stdout; indented, or as one line of JSON lines."""
     encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
-    _write(json_text(value, ascii_only=not encoding.startswith("utf")) + "\n")
+    _write(json_text(value, ascii_only=not encoding.startswith("utf"), one_line=one_line) + "\n")
 
 
 def message(kind: str, text: str) -> None:
-    """Print one `kind: text` line ("note", "warning", "error") on stderr.
+    """Print one `kind: text` line ("note", "warning", "error") on stderr; with --quiet only an error.
 
     A stderr that cannot be written to is no reason to stop.
     """
+    if kind != "error" and verbosity() is Verbosity.QUIET:
+        return
     try:
         sys.stderr.write(f"{kind}: {printable(text)}\n")
         sys.stderr.flush()
@@ -88,6 +91,13 @@ def terminal_width(limit: int = 100) -> int:
     import shutil
 
     return max(40, min(shutil.get_terminal_size((limit, 24)).columns, limit))
+
+
+def hyperlinks() -> bool:
+    """Return whether stdout is a terminal that takes hyperlinks: one that does not know them ignores them, if it
+    reads escape sequences at all.
+    """
+    return sys.stdout.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
 class _Buffer(io.StringIO):

@@ -1,8 +1,8 @@
 """Keeps the libraries beneath from talking on the user's terminal.
 
 Hugging Face's progress bars, Chroma's telemetry, deprecation warnings and the loggers of a dozen packages say
-nothing that a person who searches a folder could act on. What epic-rag's own packages log at WARNING or above
-becomes one line on stderr. `EPIC_RAG_DEBUG=1` leaves everything as the libraries want it.
+nothing that a person who searches a folder could act on. What epic-rag's own packages log at WARNING or above (with
+`--verbose` at INFO, too) becomes one line on stderr. `EPIC_RAG_DEBUG=1` leaves everything as the libraries want it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import sys
 import warnings
 
 from epic_rag_cli.output import message
+from epic_rag_cli.verbosity import Verbosity, verbosity
 
-__all__ = ["debugging", "quieten"]
+__all__ = ["debugging", "listen", "quieten"]
+
+_OWN = ("epic_rag", "epic_rag_chroma", "epic_rag_cli")
 
 # Read when the libraries are imported, so they have to be set before.
 _ENVIRONMENT = {
@@ -33,7 +36,8 @@ class _OwnMessages(logging.Handler):
     """Prints what epic_rag and its integrations log; drops what others do."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name.partition(".")[0].startswith("epic_rag"):
+        wanted = record.levelno >= logging.WARNING or verbosity() is Verbosity.VERBOSE
+        if wanted and record.name.partition(".")[0] in _OWN:
             message(record.levelname.lower(), record.getMessage())
 
 
@@ -52,3 +56,17 @@ def quieten() -> None:
     logging.getLogger().addHandler(_OwnMessages(logging.WARNING))
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+def listen() -> None:
+    """Have what epic-rag's own packages log at INFO printed, too, as long as that is what the command asks for."""
+    root = logging.getLogger()
+    handler = next((handler for handler in root.handlers if isinstance(handler, _OwnMessages)), None)
+    if handler is None:
+        if not debugging():
+            return  # not our process: whoever runs the command has a say in what is logged
+        handler = _OwnMessages()
+        root.addHandler(handler)
+    handler.setLevel(logging.INFO)
+    for name in _OWN:
+        logging.getLogger(name).setLevel(logging.INFO)

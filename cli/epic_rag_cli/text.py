@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 
-__all__ = ["json_text", "plural", "printable", "size", "snippet"]
+__all__ = ["json_text", "plural", "printable", "size"]
 
 # C0 and C1 controls, line and paragraph separators, bidirectional controls, invisible operators, byte order
 # marks, interlinear annotations, lone surrogates (undecodable bytes in file names) and tag characters. The
@@ -19,8 +19,6 @@ _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f"
     "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
-_WORD = re.compile(r"\w+")
-_SENTENCE_START = re.compile(r"(?<=[.!?:;])\s+(?=\S)")
 
 
 def printable(text: str) -> str:
@@ -29,14 +27,15 @@ def printable(text: str) -> str:
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), line)
 
 
-def json_text(value: object, *, ascii_only: bool = False) -> str:
-    """Return `value` as indented JSON in which every control and invisible character is escaped.
+def json_text(value: object, *, ascii_only: bool = False, one_line: bool = False) -> str:
+    """Return `value` as JSON in which every control and invisible character is escaped.
 
     Args:
         value: Anything that `json.dumps` takes.
         ascii_only: Escape all that is not ASCII, for an output that cannot encode it.
+        one_line: Write one line; otherwise it is indented.
     """
-    text = json.dumps(value, ensure_ascii=ascii_only, indent=2, allow_nan=False)
+    text = json.dumps(value, ensure_ascii=ascii_only, indent=None if one_line else 2, allow_nan=False)
     # Inside strings json.dumps has escaped the line feeds, so a bare one is layout.
     return _UNSAFE.sub(lambda match: "\n" if match[0] == "\n" else json.dumps(match[0])[1:-1], text)
 
@@ -54,34 +53,3 @@ def size(count: int) -> str:
             return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
-
-
-def snippet(text: str, query: str, length: int) -> str:
-    """Return the part of `text` that says most about `query`, as one printable line.
-
-    It starts at the sentence from which the next `length` characters hold most of the query's words (the
-    first such), and an ellipsis stands where something was left out.
-
-    Args:
-        text: The passage.
-        query: What was asked for.
-        length: The most characters to take from the passage; escapes of control characters come on top.
-    """
-    flat = " ".join(text.split())
-    if len(flat) <= length:
-        return printable(flat)
-    words = {word for word in _WORD.findall(query.casefold()) if len(word) > 2}
-    starts = [0, *(match.end() for match in _SENTENCE_START.finditer(flat))]
-    # A later start would show less text than there is room for.
-    starts = [start for start in starts if start <= len(flat) - length] or [0]
-
-    def words_shown(start: int) -> int:
-        return len(words & set(_WORD.findall(flat[start : start + length].casefold())))
-
-    start = max(starts, key=words_shown)
-    cut = flat[start : start + length]
-    if start + length < len(flat) and " " in cut:
-        cut = cut[: cut.rindex(" ")]
-    left = "… " if start else ""
-    right = " …" if start + len(cut) < len(flat) else ""
-    return left + printable(cut) + right

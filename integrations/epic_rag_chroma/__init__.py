@@ -12,20 +12,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from epic_rag_chroma.embedding_function import EpicEmbeddingFunction
     from epic_rag_chroma.indexer import ChromaIndexer
-    from epic_rag_chroma.types import Hit, IndexProgress, IndexReport, IndexSettings, IndexStatus, SkippedFile
+    from epic_rag_chroma.server import ChromaServer
+    from epic_rag_chroma.types import (
+        DEFAULT_MODE,
+        SEARCH_MODES,
+        Hit,
+        IndexPlan,
+        IndexProgress,
+        IndexReport,
+        IndexSettings,
+        IndexStatus,
+        SearchFilters,
+        SearchMode,
+        SkippedFile,
+    )
 
 __all__ = [
+    "DEFAULT_MODE",
+    "SEARCH_MODES",
     "ChromaIndexer",
+    "ChromaServer",
     "EpicEmbeddingFunction",
     "Hit",
+    "IndexPlan",
     "IndexProgress",
     "IndexReport",
     "IndexSettings",
     "IndexStatus",
+    "SearchFilters",
+    "SearchMode",
     "SkippedFile",
 ]
 
-_MODULES = {"ChromaIndexer": "indexer", "EpicEmbeddingFunction": "embedding_function"}
+_MODULES = {"ChromaIndexer": "indexer", "ChromaServer": "server", "EpicEmbeddingFunction": "embedding_function"}
 
 
 def __getattr__(name: str) -> Any:

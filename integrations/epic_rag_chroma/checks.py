@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.errors import ConfigError, IndexMismatchError
 from epic_rag_chroma import roots
+from epic_rag_chroma.known_servers import require_known
 from epic_rag_chroma.manifest import CHUNKER_VERSION, IndexState
+from epic_rag_chroma.server import IN_FOLDER, ChromaServer
 from epic_rag_chroma.types import IndexSettings
 
 if TYPE_CHECKING:
     from epic_rag import EpicEncoder
 
-__all__ = ["check_model", "check_settings", "effective_sizes"]
+__all__ = ["check_model", "check_place", "check_settings", "effective_sizes"]
 
 # Where an index lies when nobody says where.
 INDEX_FOLDER = ".epic-rag"
@@ -62,6 +64,29 @@ def check_settings(index_dir: Path, state: IndexState, settings: IndexSettings |
             f"index was built with chunks of {had[0]} tokens, {had[1]} shared, you asked for {asked[0]}, "
             f"{asked[1]} shared; {again}"
         )
+
+
+def check_place(
+    index_dir: Path, state: IndexState, asked: ChromaServer | str | None, paths: Sequence[Path] = ()
+) -> None:
+    """Refuse to look for the vectors where they are not, or where the user would not; `asked` is `asked_server`'s.
+
+    Raises:
+        IndexMismatchError: If the index has them elsewhere.
+        IndexStateError: If only the index folder has ever named its server.
+    """
+    if asked is None or asked == (IN_FOLDER if state.chroma is None else state.chroma.server):
+        if state.chroma is not None:
+            require_known(index_dir, state.chroma.server, is_named=asked is not None)
+        return
+    kept = "in its folder" if state.chroma is None else f"on {state.chroma}"
+    wanted = f"on {asked}" if isinstance(asked, ChromaServer) else "in its folder"
+    option = asked.url if isinstance(asked, ChromaServer) else IN_FOLDER
+    raise IndexMismatchError(
+        f"the index in {index_dir} has its vectors {kept}, you asked for an index {wanted}; leave out --chroma to use "
+        f"it where it is, or run `epic-rag index --rebuild --chroma {shlex.quote(option)} "
+        f"{_shown(index_dir, state, paths)}`"
+    )
 
 
 def _shown(index_dir: Path, state: IndexState, paths: Sequence[Path]) -> str:

@@ -9,13 +9,32 @@ import re
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-__all__ = ["Break", "Document", "Heading", "clean_title", "line_breaks", "split_lines"]
+__all__ = [
+    "Break",
+    "BrokenFileError",
+    "Document",
+    "Heading",
+    "NotTextError",
+    "Repeat",
+    "Scope",
+    "clean_title",
+    "line_breaks",
+    "split_lines",
+]
 
 _SENTENCE_END = re.compile(r"[.!?:;\u3002\uff01\uff1f][\"')\]\u00bb\u201d\u2019*_`]*\s*$")
 _LINK = re.compile(r"!?\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])")
 _TAG = re.compile(r"</?[a-zA-Z][^>]*>")
 _ANCHOR = re.compile(r"\s*\{[#:.][^}]*\}\s*$")
 _MAX_TITLE = 200
+
+
+class NotTextError(Exception):
+    """A file that can be read and holds nothing to index; the message says why."""
+
+
+class BrokenFileError(Exception):
+    """A file that ought to hold text and cannot be read; the message says why."""
 
 
 class Break(IntEnum):
@@ -39,6 +58,32 @@ class Heading:
 
 
 @dataclass(frozen=True)
+class Scope:
+    """A part with a name that is kept whole where it fits into a chunk, and may hold others: a class, a function.
+
+    Args:
+        first: Its first line (from 0), comments and decorators that belong to it included.
+        end: The line after its last.
+        title: Its name.
+        body: The line after the one that says the name.
+    """
+
+    first: int
+    end: int
+    title: str
+    body: int
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Text that the model reads again with every chunk that begins at lines `first` to `end` - 1: a table's header."""
+
+    first: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Document:
     """A file's text.
 
@@ -48,7 +93,14 @@ class Document:
         headings: In order of lines.
         spans: For each line, first and last line of the source it was extracted from (from 1); None when the lines
             are the file's own.
-        pages: For each line its page (from 1); None for formats without pages.
+        pages: For each line its page (from 1), 0 where a format has neither pages nor lines (a Word document); None for
+            formats with lines.
+        scopes: Named parts, an outer one before those in it; they never overlap in part. Documents with headings
+            have none.
+        wholes: (first, end) of lines that stay in one chunk where they fit: a table, a code block, a list item. One may
+            lie in another.
+        repeats: In order of lines; none overlaps another.
+        unread: Lines that the model does not read (a cue's times); they are part of the text all the same.
     """
 
     lines: list[str]
@@ -56,6 +108,10 @@ class Document:
     headings: list[Heading] = field(default_factory=list)
     spans: list[tuple[int, int]] | None = None
     pages: list[int] | None = None
+    scopes: list[Scope] = field(default_factory=list)
+    wholes: list[tuple[int, int]] = field(default_factory=list)
+    repeats: list[Repeat] = field(default_factory=list)
+    unread: frozenset[int] = frozenset()
 
 
 def split_lines(text: str) -> list[str]:

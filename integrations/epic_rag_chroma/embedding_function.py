@@ -44,6 +44,17 @@ def plain_source(source: str | os.PathLike[str]) -> str:
     return os.path.abspath(text) if os.path.isdir(text) else text
 
 
+def _plain_bank(bank: str | os.PathLike[str]) -> str:
+    """A built-in bank's name as it is, even beside a folder of that name, which DemonstrationBank.load passes over."""
+    text = os.fspath(bank)
+    if os.path.isdir(text):
+        from epic_rag.demonstrations import built_in_banks
+
+        if text in built_in_banks():
+            return text
+    return plain_source(text)
+
+
 @register_embedding_function
 class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
     """Embed documents and queries with an epic-rag checkpoint.
@@ -80,7 +91,7 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
                 "save it with `bank.save(folder)` and give the folder"
             )
         self._task = task
-        self._bank = None if bank is None else plain_source(bank)
+        self._bank = None if bank is None else _plain_bank(bank)
         self._num_demonstrations = num_demonstrations
         self._truncate_dim = truncate_dim
         self._fingerprint = fingerprint

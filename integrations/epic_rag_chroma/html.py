@@ -6,7 +6,8 @@ import warnings
 from typing import TYPE_CHECKING
 
 from epic_rag.errors import MissingExtraError
-from epic_rag_chroma.document import Break, Document, Heading, clean_title
+from epic_rag_chroma.document import Break, Document, Heading, Repeat, clean_title
+from epic_rag_chroma.encodings import decode, is_utf16
 
 if TYPE_CHECKING:
     from bs4 import Tag
@@ -20,6 +21,7 @@ _BLOCK_NAMES = (
     "figcaption details summary form fieldset address hr h1 h2 h3 h4 h5 h6 body html caption"
 )
 _BLOCKS = frozenset(_BLOCK_NAMES.split())
+_WHOLE = ("table", "li")
 
 
 class _Lines:
@@ -29,6 +31,9 @@ class _Lines:
         self.lines: list[str] = []
         self.breaks: list[Break] = []
         self.spans: list[tuple[int, int]] = []
+        self.wholes: list[tuple[int, int]] = []
+        self.repeats: list[Repeat] = []
+        self._opened: list[tuple[int, bool]] = []
         self._words: list[str] = []
         self._span: tuple[int, int] | None = None
         self._next = Break.BLOCK
@@ -56,6 +61,24 @@ class _Lines:
         else:
             self._next = min(self._next, following)
         self._words, self._span = [], None
+
+    def open(self, node: Tag) -> None:
+        """A table or list item begins, after `end`."""
+        outermost = node.name == "table" and not self._opened
+        row = node.find("tr") if outermost and node.find("caption") is None else None
+        self._opened.append((len(self.lines), row is not None and row.find("th") is not None))
+
+    def close(self) -> None:
+        """The last one that began ends, after `end`."""
+        first, has_header = self._opened.pop()
+        if first and first < len(self.lines) and not self.lines[first]:
+            first += 1  # the empty line before it
+        end = len(self.lines)
+        if end - first > 1:
+            self.wholes.append((first, end))
+            if has_header:
+                self.breaks[first + 1] = Break.INSIDE
+                self.repeats.append(Repeat(first + 1, end, self.lines[first]))
 
     def preformatted(self, text: str, source: int) -> None:
         """Add the lines of a <pre>, their indentation kept."""
@@ -91,16 +114,24 @@ def html(data: bytes) -> Document:
     with warnings.catch_warnings():
         # bs4 warns of XML, of markup that looks like a file name and the like; all of it is text to us.
         warnings.simplefilter("ignore")
-        soup = BeautifulSoup(data.replace(b"\r\n", b"\n"), "html.parser")
+        source = decode(data).encode() if is_utf16(data) else data
+        soup = BeautifulSoup(source.replace(b"\r\n", b"\n").replace(b"\r", b"\n"), "html.parser")
     title = clean_title(soup.title.get_text()) if soup.title is not None else ""
     for tag in soup.find_all(_DROPPED):
         tag.extract()
     main = soup.find("main") or soup.find(role="main") or soup.find("article") or soup.body or soup
     collected = _Lines()
     headings = _collect(main, collected)
-    if title and not any(heading.level == 1 for heading in headings):
+    if title and collected.lines and not any(heading.level == 1 for heading in headings):
         headings.insert(0, Heading(0, 0, title, 0))
-    return Document(collected.lines, collected.breaks, headings, spans=collected.spans)
+    return Document(
+        collected.lines,
+        collected.breaks,
+        headings,
+        spans=collected.spans,
+        wholes=collected.wholes,
+        repeats=collected.repeats,
+    )
 
 
 def _collect(main: Tag, out: _Lines) -> list[Heading]:
@@ -114,6 +145,8 @@ def _collect(main: Tag, out: _Lines) -> list[Heading]:
         node = stack.pop()
         if isinstance(node, str) and not isinstance(node, NavigableString):
             out.end(Break.ITEM if node in ("li", "dt", "dd", "tr") else Break.BLOCK)
+            if node in _WHOLE:
+                out.close()
         elif isinstance(node, Tag):
             line = node.sourceline or line
             if node.name in _HEADINGS:
@@ -136,6 +169,8 @@ def _collect(main: Tag, out: _Lines) -> list[Heading]:
                 out.mark(" | ", inside=True)
             elif node.name in _BLOCKS:
                 out.end(Break.ITEM if node.name in ("li", "dt", "dd", "tr") else Break.BLOCK)
+                if node.name in _WHOLE:
+                    out.open(node)
                 if node.name == "li":
                     out.mark("- ")
                 stack.append(str(node.name))

@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import os
 import threading
-import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from epic_rag.errors import ConfigError, IndexNotFoundError, IndexStateError
+from epic_rag.errors import ChromaServerError, IndexNotFoundError, IndexStateError
 from epic_rag_chroma import roots
-from epic_rag_chroma.checks import check_model, check_settings, effective_sizes
-from epic_rag_chroma.chunking import HEADING_SEPARATOR
-from epic_rag_chroma.folder import delete_index, folder_size, index_folder, remove_empty, versions
+from epic_rag_chroma.checks import check_model, check_place
+from epic_rag_chroma.folder import check_owner, delete_index, folder_size, remove_empty
+from epic_rag_chroma.kinds import kind_of
 from epic_rag_chroma.lock import write_lock
 from epic_rag_chroma.manifest import INDEX_FILE, IndexState, Manifest
-from epic_rag_chroma.sync import Sync, recover
-from epic_rag_chroma.types import Hit, IndexProgress, IndexReport, IndexSettings, IndexStatus
+from epic_rag_chroma.running import chroma_lock, run_state
+from epic_rag_chroma.search import Searcher, Wanted
+from epic_rag_chroma.server import ChromaServer, asked_server
+from epic_rag_chroma.types import (
+    Hit,
+    IndexPlan,
+    IndexProgress,
+    IndexReport,
+    IndexSettings,
+    IndexStatus,
+    SearchFilters,
+    SearchMode,
+)
+from epic_rag_chroma.view import IndexView
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from epic_rag import DemonstrationBank, EpicEncoder
-    from epic_rag_chroma.store import ChunkStore, Found
+    from epic_rag_chroma.indexing import Indexing
+    from epic_rag_chroma.query_vectors import Embedded, Encode
+    from epic_rag_chroma.reranking import Reranker
 
 __all__ = ["ChromaIndexer"]
-
-_SWAP_ATTEMPTS = 3
 
 
 class ChromaIndexer:
@@ -38,6 +50,12 @@ class ChromaIndexer:
         index_dir: The index folder; need not exist yet.
         encoder: An encoder, or a function that loads one when it is needed; None loads the model that the index was
             built with, or the default checkpoint for a new index. `status` and `clear` never load a model.
+        chroma: The Chroma server for the vectors, as `http(s)://host:port` (tenant and database from the environment)
+            or a `ChromaServer`; "folder" for the index folder; None for where the index has them, and for a new index
+            the server that EPIC_RAG_CHROMA names, if any, or the index folder.
+
+    Raises:
+        ConfigError: If `chroma` is no address.
 
     Example:
         >>> indexer = ChromaIndexer("docs/.epic-rag")
@@ -50,14 +68,16 @@ class ChromaIndexer:
         index_dir: str | os.PathLike[str],
         *,
         encoder: EpicEncoder | Callable[[], EpicEncoder] | None = None,
+        chroma: str | ChromaServer | None = None,
     ) -> None:
         self._index_dir = Path(index_dir).resolve()
         self._given = encoder
+        self._asked = asked_server(chroma)
         self._encoder: EpicEncoder | None = None
         self._encoder_lock = threading.Lock()
         self._lock = threading.Lock()
-        self._store: ChunkStore | None = None
-        self._seen: tuple[object, ...] = ()
+        self._view = IndexView(self._index_dir, self._state)
+        self._searcher = Searcher(self._index_dir, self._view, self._lock)
 
     def __enter__(self) -> ChromaIndexer:
         return self
@@ -68,7 +88,7 @@ class ChromaIndexer:
     def close(self) -> None:
         """Let go of Chroma's files; a later query opens them again."""
         with self._lock:
-            self._close_store()
+            self._view.close()
 
     def index(
         self,
@@ -77,11 +97,13 @@ class ChromaIndexer:
         settings: IndexSettings | None = None,
         rebuild: bool = False,
         progress: Callable[[IndexProgress], None] | None = None,
+        wait: float | None = 0.0,
     ) -> IndexReport:
         """Bring the index up to date with its folders, to which these are added if they are new.
 
-        Files whose content has not changed are not embedded again. Files that cannot be read are skipped with a
-        reason, and keep the chunks that they have.
+        Files whose content has not changed are not embedded again, nor is text that has a vector already, under
+        whatever file. Files that cannot be read are skipped with a reason, and keep the chunks that they have. Queries
+        can be asked meanwhile, of this object, too.
 
         Args:
             paths: Folders and files. A path inside a folder that is indexed already means that folder; none at all
@@ -90,20 +112,38 @@ class ChromaIndexer:
                 taken over; other chunk sizes need `rebuild`.
             rebuild: Embed everything again, beside the old index, which answers until the new one is complete.
             progress: Called after each step.
+            wait: For how many seconds to wait for another process that is writing to the index; None for ever.
 
         Raises:
             DataError: If a path does not exist.
             ConfigError: If the chunks are longer than what the model reads.
             IndexLockedError: If another process is writing to the index.
             IndexMismatchError: If the index has another model, other chunk sizes, or chunks of another version.
-            IndexStateError: If the folder holds something else, or an index that cannot be read.
+            IndexStateError: If the folder holds something else, belongs to somebody else, has an index that cannot be
+                read, or cannot be written to. What was stored stays.
         """
-        started = time.monotonic()
         resolved = [roots.existing(path) for path in paths]
         with self._lock:
-            self._close_store()
-            with index_folder(self._index_dir), write_lock(self._index_dir):
-                return self._index(resolved, settings, rebuild, progress or _silent, started)
+            self._view.close()
+        return self._indexing().run(resolved, settings, rebuild=rebuild, progress=progress or _silent, wait=wait)
+
+    def plan(self, paths: Sequence[str | os.PathLike[str]], *, settings: IndexSettings | None = None) -> IndexPlan:
+        """Say what `index` would do. Nothing is written, no model is loaded, and no lock is needed.
+
+        Args:
+            paths: As for `index`.
+            settings: As for `index`.
+
+        Raises:
+            DataError: If a path does not exist.
+            IndexStateError: If the folder belongs to somebody else, or has an index that cannot be read.
+        """
+        return self._indexing().plan([roots.existing(path) for path in paths], settings)
+
+    def _indexing(self) -> Indexing:
+        from epic_rag_chroma.indexing import Indexing  # a query needs none of what reads files
+
+        return Indexing(self._index_dir, self._asked, self._load, self._encoder_lock)
 
     def query(
         self,
@@ -114,37 +154,106 @@ class ChromaIndexer:
         bank: DemonstrationBank | str | os.PathLike[str] | None = None,
         instruction: str | None = None,
         num_demonstrations: int | None = None,
+        mode: SearchMode | None = None,
+        filters: SearchFilters | None = None,
+        collapse: bool = True,
+        reranker: str | os.PathLike[str] | Reranker | None = None,
+        embedded: Embedded | None = None,
     ) -> list[Hit]:
-        """Find the chunks nearest to a query.
+        """Find the chunks that answer a query.
 
         Args:
             text: The query.
             k: The most hits.
-            task: See `EpicEncoder.encode_query`, as for the next three.
+            task: See `EpicEncoder.encode_query`, as for the next three. Keyword mode has no use for them.
             bank: A bank, its folder or its name.
             instruction: Overrides the task's or the bank's.
             num_demonstrations: How many demonstrations to show.
+            mode: "dense" ranks by cosine, "keyword" by BM25 and without a model, "hybrid" by both; None for the
+                default.
+            filters: What hits must satisfy; see `parse_filters`.
+            collapse: Fold near-duplicates into the best of them, so that there are k different passages.
+            reranker: A cross-encoder (a folder, or a name on the hub), or a function from a query and passages to
+                their scores; it puts the best hits in order.
+            embedded: What stands for the query among the vectors: other texts, such as answers that a model imagines,
+                whose vectors are averaged, or a vector (dim,); None for the query itself. Words always come from it.
 
         Returns:
             Hits, best first; none for an empty index.
 
         Raises:
-            ConfigError: If `k` is less than 1.
+            ConfigError: If `k` is less than 1, or the mode, a filter or `embedded` makes no sense.
+            CheckpointError: If the reranker cannot be loaded.
             IndexNotFoundError: If there is no index.
             IndexMismatchError: If the encoder is not the one that the index was built with.
+            KeywordsUnavailableError: If keyword mode is asked, and the words are missing or broken.
         """
-        if k < 1:
-            raise ConfigError(f"k is {k}; it must be at least 1")
+        wanted = Wanted(k, mode, filters, collapse, reranker)
         state = self._state()
-        encoder = self._load(state)
-        check_model(self._index_dir, state, encoder, [])
-        with self._encoder_lock:
-            vector = encoder.encode_query(
-                text, task=task, bank=bank, instruction=instruction, num_demonstrations=num_demonstrations
-            )
-        with self._lock:
-            found = self._search(lambda store: store.query(vector, k))
-        return [self._hit(rank, row) for rank, row in enumerate(found, start=1)]
+        encode = self._encoding(state, task, bank, instruction, num_demonstrations)
+        if embedded is not None:
+            from epic_rag_chroma.query_vectors import instead_of
+
+            encode = instead_of(encode, embedded, state.dimension)
+        return self._searcher.search([text], wanted, encode)[0]
+
+    def query_many(
+        self,
+        texts: Sequence[str],
+        *,
+        k: int = 5,
+        task: str | None = None,
+        bank: DemonstrationBank | str | os.PathLike[str] | None = None,
+        instruction: str | None = None,
+        num_demonstrations: int | None = None,
+        mode: SearchMode | None = None,
+        filters: SearchFilters | None = None,
+        collapse: bool = True,
+        reranker: str | os.PathLike[str] | Reranker | None = None,
+    ) -> list[list[Hit]]:
+        """Find the chunks that answer each of some queries; the model reads all of them at once.
+
+        Args:
+            texts: The queries.
+            k: See `query`, as for the others.
+            task: A task.
+            bank: A bank.
+            instruction: An instruction.
+            num_demonstrations: How many demonstrations to show.
+            mode: How to search.
+            filters: What hits must satisfy.
+            collapse: Whether to fold near-duplicates.
+            reranker: What puts the best hits in order.
+
+        Returns:
+            For each query its hits.
+
+        Raises:
+            EpicError: As `query`.
+        """
+        wanted = Wanted(k, mode, filters, collapse, reranker)
+        encode = self._encoding(self._state(), task, bank, instruction, num_demonstrations)
+        return self._searcher.search(texts, wanted, encode)
+
+    def _encoding(
+        self,
+        state: IndexState,
+        task: str | None,
+        bank: DemonstrationBank | str | os.PathLike[str] | None,
+        instruction: str | None,
+        num_demonstrations: int | None,
+    ) -> Encode:
+        """Turns queries into vectors (n, dim); the model is loaded, and compared with the index's, when it is used."""
+
+        def encode(queries: Sequence[str]) -> npt.NDArray[np.float32]:
+            encoder = self._load(state)
+            check_model(self._index_dir, state, encoder, [])
+            with self._encoder_lock:
+                return encoder.encode_query(
+                    queries, task=task, bank=bank, instruction=instruction, num_demonstrations=num_demonstrations
+                )
+
+        return encode
 
     def status(self) -> IndexStatus:
         """Say what the index holds; loads no model and does not open Chroma.
@@ -168,6 +277,10 @@ class ChromaIndexer:
             size_bytes=folder_size(self._index_dir),
             updated_at=state.updated_at,
             settings=state.settings,
+            chroma=None if state.chroma is None else str(state.chroma),
+            last_run=state.last_run,
+            state=run_state(self._index_dir),
+            kinds=dict(sorted(Counter(kind_of(path) for _, path in manifest.entries).items())),
         )
 
     def clear(self) -> None:
@@ -179,173 +292,40 @@ class ChromaIndexer:
         """
         if not (self._index_dir / INDEX_FILE).is_file():
             raise self._no_index()
+        check_owner(self._index_dir)
         with self._lock:
-            self._close_store()
-            with write_lock(self._index_dir):
+            self._view.close()
+            with write_lock(self._index_dir), chroma_lock(self._index_dir):
+                self._delete_from_server()
                 delete_index(self._index_dir)
             remove_empty(self._index_dir)
 
-    def _index(
-        self,
-        paths: list[Path],
-        settings: IndexSettings | None,
-        rebuild: bool,
-        progress: Callable[[IndexProgress], None],
-        started: float,
-    ) -> IndexReport:
+    def _delete_from_server(self) -> None:
         try:
-            old = IndexState.load(self._index_dir)
+            state = IndexState.load(self._index_dir)
         except IndexStateError:
-            if not rebuild:
-                raise
-            old = None
-        encoder = self._load(old)
-        if old is not None and not rebuild:
-            check_model(self._index_dir, old, encoder, paths)
-            check_settings(self._index_dir, old, settings, paths)
-        settings = settings or (old.settings if old is not None else IndexSettings())
-        sizes = effective_sizes(settings, encoder)
-        from epic_rag_chroma.embedding_function import plain_source
-
-        state = IndexState(
-            model=encoder.name,
-            source=plain_source(encoder.source),
-            fingerprint=encoder.fingerprint,
-            dimension=encoder.dimension,
-            truncate_dim=encoder.truncate_dim,
-            settings=settings,
-            roots=tuple(roots.merge(paths, () if old is None else old.roots, self._index_dir)),
-            collection=None if old is None or rebuild else old.collection,
-            updated_at=None if old is None else old.updated_at,
-        )
-        if old is None and not rebuild:
-            state.save(self._index_dir)  # before Chroma makes its files, which are ours only beside an index.json
-        store, manifest = self._open_for_writing(state)
-        try:
-            if not rebuild and store.id != state.collection:
-                # Without an old index there is nothing to keep: what is stored can be found at once, and a run that
-                # is interrupted is gone on with.
-                state = replace(state, collection=store.id)
-                state.save(self._index_dir)
-            run = Sync(self._index_dir, store, manifest, encoder, self._encoder_lock, *sizes, progress)
-            state = self._synchronise(run, state)
-            # From here the new collection counts; what follows is made up for by the next run if it must be.
-            state.save(self._index_dir)
-            store.publish()
-            manifest.save(self._index_dir, complete=True)
-        finally:
-            store.close()
-        return IndexReport(
-            added=run.added,
-            changed=run.changed,
-            deleted=run.deleted,
-            unchanged=run.unchanged,
-            skipped=tuple(run.skipped),
-            chunks_embedded=run.chunks_embedded,
-            chunks_total=manifest.chunks,
-            seconds=time.monotonic() - started,
-        )
-
-    def _synchronise(self, run: Sync, state: IndexState) -> IndexState:
-        """Let a run do its work; the state after it."""
-        run.progress(IndexProgress("scanning", 0, len(state.roots), None))
-        found = roots.scan_roots(state.roots, run.manifest.entries, state.settings, self._index_dir)
-        run.skipped += found.skipped
-        try:
-            run.files(found.scans)
-            run.forget({root for root, _ in run.manifest.entries} - found.absent, found.scans)
-        except BaseException:
-            if state.collection == run.store.id:
-                with suppress(OSError):  # for `status`; the next run asks Chroma
-                    run.manifest.save(self._index_dir, complete=False)
-            raise
-        return replace(
-            state,
-            collection=run.store.id,
-            roots=tuple(found.roots),
-            updated_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
-
-    def _open_for_writing(self, state: IndexState) -> tuple[ChunkStore, Manifest]:
-        """The collection to write to and what it holds; both made anew, or mended, where they must be."""
+            return  # it cannot be known where else anything is
+        if state is None:
+            return
+        check_place(self._index_dir, state, self._asked)
+        if state.chroma is None:
+            return
         from epic_rag_chroma.store import ChunkStore
 
-        store = ChunkStore.open(self._index_dir, state.collection)
-        if store is not None and store.fingerprint != state.fingerprint:
-            store.close()
-            store = None
-        if store is None:
-            store = ChunkStore.create(
-                self._index_dir,
-                source=state.source,
-                model=state.model,
-                fingerprint=state.fingerprint,
-                truncate_dim=state.truncate_dim,
-            )
-            return store, Manifest(store.id)
         try:
-            manifest = Manifest.load(self._index_dir)
-            if (
-                manifest is None
-                or not manifest.complete
-                or manifest.collection != store.id
-                or manifest.chunks != store.count()
-            ):
-                manifest = recover(store)
-        except BaseException:
-            store.close()
-            raise
-        return store, manifest
-
-    def _search(self, ask: Callable[[ChunkStore], list[Found]]) -> list[Found]:
-        """Ask the collection that counts now; a rebuild in another process may swap it at any moment."""
-        from epic_rag_chroma.store import ChunkStore
-
-        for attempt in range(_SWAP_ATTEMPTS):
-            seen = versions(self._index_dir)
-            # A live client does not see what another process has written since.
-            if self._store is None or seen != self._seen:
-                self._close_store()
-                state = self._state()
-                if state.collection is None:
-                    return []
-                self._store = ChunkStore.open(self._index_dir, state.collection)
-                self._seen = seen
-                if self._store is None:
-                    if versions(self._index_dir) != seen:
-                        continue
-                    raise IndexStateError(
-                        f"{self._index_dir} has lost its collection; run `epic-rag index` with the indexed folder to "
-                        "make it again"
-                    )
-            try:
-                return ask(self._store)
-            except Exception:
-                self._close_store()
-                if attempt + 1 == _SWAP_ATTEMPTS or versions(self._index_dir) == seen:
-                    raise
-        raise IndexStateError(f"{self._index_dir} is being rebuilt; run the query again")
-
-    def _hit(self, rank: int, row: Found) -> Hit:
-        metadata = row.metadata
-        headings = str(metadata.get("heading_path", ""))
-        return Hit(
-            rank=rank,
-            score=max(-1.0, min(1.0, row.score)),
-            path=str(metadata.get("path", "")),
-            first_line=_number(metadata.get("first_line")),
-            last_line=_number(metadata.get("last_line")),
-            page=_number(metadata.get("page")),
-            heading_path=tuple(headings.split(HEADING_SEPARATOR)) if headings else (),
-            text=row.text,
-            id=row.id,
-            root=str(roots.where(str(metadata.get("root", "")), self._index_dir)),
-        )
+            ChunkStore.delete_all(state.chroma)
+        except ChromaServerError as error:
+            raise ChromaServerError(
+                f"{error}; or delete the folder {self._index_dir} by hand to forget what the server has", error.status
+            ) from error
 
     def _state(self) -> IndexState:
+        if self._index_dir.is_dir():
+            check_owner(self._index_dir)
         state = IndexState.load(self._index_dir)
         if state is None:
             raise self._no_index()
+        check_place(self._index_dir, state, self._asked)
         return state
 
     def _no_index(self) -> IndexNotFoundError:
@@ -367,15 +347,6 @@ class ChromaIndexer:
         encoder: EpicEncoder = self._encoder
         return encoder
 
-    def _close_store(self) -> None:
-        if self._store is not None:
-            self._store.close()
-            self._store = None
-
 
 def _silent(_: IndexProgress) -> None:
     pass
-
-
-def _number(value: object) -> int | None:
-    return int(value) if isinstance(value, (int, float)) else None

@@ -1,8 +1,8 @@
-"""The two small files beside Chroma's: `index.json` says what the index is, `manifest.json` which files it holds.
+"""The two small files beside the rows: `index.json` says what the index is, `manifest.json` which files it holds.
 
 Both are replaced whole and only after they are safely on disk, so that a crash leaves the old one or the new one.
-`index.json` is the truth about which collection counts. `manifest.json` is a cache of what the collection itself
-says: when it is missing, broken, not marked complete or about another collection, it is made again from Chroma.
+`index.json` is the truth about which collection counts. `manifest.json` is a cache of what the rows themselves say:
+when it is missing, broken, not marked complete or about another collection, it is made again from them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from epic_rag.errors import EpicError, IndexStateError
+from epic_rag.errors import EpicError, IndexMismatchError, IndexStateError
 from epic_rag_chroma.files import INDEX_FILE, FileStamp
+from epic_rag_chroma.server import Place, ServerPlace
 from epic_rag_chroma.types import IndexSettings
 
 __all__ = [
@@ -32,9 +33,9 @@ __all__ = [
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "epic-rag-index"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Raised whenever the same file would be cut or embedded differently: an index of another version is rebuilt.
-CHUNKER_VERSION = 1
+CHUNKER_VERSION = 2
 _RACY_NS = 2_000_000_000
 
 # The root's path relative to the index folder, and the file's relative to the root, both with slashes.
@@ -64,7 +65,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class IndexState:
-    """What `index.json` says. `collection` is the id of the Chroma collection that counts; None before there is one."""
+    """What `index.json` says.
+
+    `collection` is the id of the Chroma collection that counts; None before there is one. `chroma` is where that is, if
+    it is on a server; None for the index folder.
+    """
 
     model: str
     source: str
@@ -76,17 +81,29 @@ class IndexState:
     collection: str | None = None
     updated_at: str | None = None
     chunker_version: int = CHUNKER_VERSION
+    chroma: ServerPlace | None = None
+    last_run: dict[str, float] | None = None
+
+    def place(self, index_dir: Path) -> Place:
+        """Where the collection is."""
+        return index_dir if self.chroma is None else self.chroma
 
     def save(self, index_dir: Path) -> None:
         """Write `index.json`."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        content["chroma"] = None if self.chroma is None else self.chroma.to_json()
         write_atomically(index_dir / INDEX_FILE, json.dumps(content, indent=2) + "\n")
 
     @classmethod
-    def load(cls, index_dir: Path) -> IndexState | None:
+    def load(cls, index_dir: Path, *, any_version: bool = False) -> IndexState | None:
         """Read `index.json`; None if there is none.
 
+        Args:
+            index_dir: The index folder.
+            any_version: Take an older version for what it is: to make the index anew.
+
         Raises:
+            IndexMismatchError: If it is of an older version.
             IndexStateError: If it cannot be understood.
         """
         path = index_dir / INDEX_FILE
@@ -98,6 +115,11 @@ class IndexState:
             raise _broken(path, str(error)) from error
         try:
             content: Any = json.loads(text)
+            if int(content["format_version"]) < FORMAT_VERSION and content["format"] == FORMAT and not any_version:
+                raise IndexMismatchError(
+                    f"{index_dir} has format {content['format_version']}, this version of epic-rag reads "
+                    f"{FORMAT_VERSION}; run `epic-rag index --rebuild` with the indexed folder to make it anew"
+                )
             if int(content["format_version"]) > FORMAT_VERSION:
                 raise IndexStateError(
                     f"{path} has format {content['format_version']}, this version of epic-rag reads {FORMAT_VERSION}; "
@@ -119,11 +141,17 @@ class IndexState:
                 collection=None if content["collection"] is None else str(content["collection"]),
                 updated_at=content["updated_at"],
                 chunker_version=int(content["chunker_version"]),
+                last_run=_numbers(content.get("last_run")),
+                chroma=None if content.get("chroma") is None else ServerPlace.from_json(content["chroma"]),
             )
         except IndexStateError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, EpicError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, EpicError) as error:
             raise _broken(path, f"{type(error).__name__}: {error}") from error
+
+
+def _numbers(content: dict[str, Any] | None) -> dict[str, float] | None:
+    return None if content is None else {str(name): float(value) for name, value in content.items()}
 
 
 def _broken(path: Path, why: str) -> IndexStateError:
@@ -164,7 +192,7 @@ class Entry:
 
 @dataclass
 class Manifest:
-    """What `manifest.json` says: the files of one collection. `complete` is false while a run is writing to Chroma."""
+    """What `manifest.json` says: the files of one collection. `complete` is false after a run that did not end."""
 
     collection: str
     entries: dict[DocumentKey, Entry] = field(default_factory=dict)
@@ -187,7 +215,7 @@ class Manifest:
 
     @classmethod
     def load(cls, index_dir: Path) -> Manifest | None:
-        """Read `manifest.json`; None if there is none that can be understood, since Chroma has it all."""
+        """Read `manifest.json`; None if there is none that can be understood, since the rows have it all."""
         try:
             content = json.loads((index_dir / MANIFEST_FILE).read_text(encoding="utf-8"))
             if content["version"] != FORMAT_VERSION:
@@ -197,7 +225,7 @@ class Manifest:
                 known = FileStamp(*map(int, stamp)) if stamp else None
                 entries[(str(root), str(path))] = Entry(str(digest), int(chunks), known, int(checked_ns))
             return cls(str(content["collection"]), entries, bool(content["complete"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def restamp(self, key: DocumentKey, stamp: FileStamp, checked_ns: int) -> None:

@@ -86,12 +86,14 @@ def scan_roots(
     """
     result = ScannedRoots()
     known_files = set(known)
+    roots = list(roots)
+    places = [where(root, index_dir) for root in roots]
     for root in roots:
         path = where(root, index_dir)
         folder = str(PurePosixPath(root).parent) if root != ".." else ""
         if path.exists():
             base = root if path.is_dir() else relative(path.parent, index_dir)
-            found = scan(path, settings, index_dir=index_dir)
+            found = scan(path, settings, index_dir=index_dir, elsewhere=places)
         elif path.parent.is_dir() and (folder, path.name) in known_files:
             result.scans.setdefault(folder, Scan())  # a file that is gone
             continue

@@ -1,4 +1,4 @@
-"""Headings and breaks of the formats whose lines are the text: Markdown, reStructuredText, source code, plain text."""
+"""The commonest formats: Markdown, reStructuredText, plain text, and source code where nothing parses it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from epic_rag_chroma.document import Break, Document, Heading, clean_title, line_breaks
+from epic_rag_chroma.blocks import Blocks
+from epic_rag_chroma.document import Break, Document, Heading, Repeat, clean_title, line_breaks
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -16,12 +17,19 @@ __all__ = ["code", "markdown", "plain", "restructured"]
 _FRONT_MATTER_LINES = 200
 _FRONT_MATTER_TITLE = re.compile(r"""^title\s*[:=]\s*(['"]?)(.+?)\1\s*$""")
 _ADORNMENT = re.compile(r"""^([!-/:-@\[-`{-~])\1+\s*$""")
+_GRID_BORDER = re.compile(r"^\s*\+[-=+]+\+\s*$")
+_SIMPLE_BORDER = re.compile(r"^\s*=+(?: +=+)+\s*$")
+_DIRECTIVE = re.compile(r"^\s*\.\. [\w:+-]+::")
+_VERBATIM_DIRECTIVE = re.compile(r"^\s*\.\. (?:[\w:-]*code[\w:-]*|literalinclude|parsed-literal|math|raw|graphviz)::")
+_BULLET = re.compile(r"(?:[-*+•]|\d{1,3}[.)]|[a-zA-Z#][.)]|\(\w{1,3}\))\s+\S")
 _CLOSING = re.compile(r"^[\s})\]>;,]+$|^\s*(end|fi|done|esac)\b")
 
 
 def plain(lines: list[str]) -> Document:
-    """Plain text: paragraphs, no headings."""
-    return Document(lines, line_breaks(lines))
+    """Plain text: paragraphs and lists, no headings."""
+    blocks = Blocks(lines)
+    blocks.items(_BULLET)
+    return blocks.document()
 
 
 def code(lines: list[str]) -> Document:
@@ -52,6 +60,8 @@ def markdown(lines: list[str]) -> Document:
     """Markdown by CommonMark's rules: a # in a code fence is no heading, an underlined title is one."""
     breaks = line_breaks(lines)
     headings: list[Heading] = []
+    wholes: list[tuple[int, int]] = []
+    repeats: list[Repeat] = []
     skipped, title = _front_matter(lines)
     if title:
         headings.append(Heading(0, 0, title, skipped))
@@ -70,11 +80,16 @@ def markdown(lines: list[str]) -> Document:
             for line in range(first + 1, end):
                 breaks[line] = Break.INSIDE
         elif token.type in ("fence", "code_block"):
+            wholes.append((first, end))
             for line in range(first + 1, end):
                 breaks[line] = Break.INSIDE if lines[line - 1].strip() else Break.LINE
         elif token.type == "list_item_open":
+            wholes.append((first, end))
             breaks[first] = min(breaks[first], Break.ITEM)
         elif token.type == "table_open":
+            wholes.append((first, end))
+            if token.level == 0 and end > first + 3:
+                repeats.append(Repeat(first + 3, end, lines[first]))
             for line in range(first + 1, end):
                 # Header, rule and first row stay together.
                 breaks[line] = Break.INSIDE if line < first + 3 else Break.ITEM
@@ -82,7 +97,7 @@ def markdown(lines: list[str]) -> Document:
             breaks[first] = Break.BLOCK
     if len(headings) > 1 and headings[0].level == 0 and headings[1].title == headings[0].title:
         headings.pop(0)  # the front matter's title, said again by the first heading
-    return Document(lines, breaks, headings)
+    return Document(lines, breaks, headings, wholes=wholes, repeats=repeats)
 
 
 def _front_matter(lines: list[str]) -> tuple[int, str]:
@@ -102,12 +117,12 @@ def _front_matter(lines: list[str]) -> tuple[int, str]:
 
 def restructured(lines: list[str]) -> Document:
     """reStructuredText: titles by their under- and overlines, levels in the order in which styles appear."""
-    headings: list[Heading] = []
+    blocks = Blocks(lines)
+    _rst_blocks(blocks)
     styles: list[tuple[str, bool]] = []
-    breaks = line_breaks(lines)
     for number in range(1, len(lines)):
         title = lines[number - 1]
-        if not _is_underline(lines[number], title):
+        if number in blocks.verbatim or not _is_underline(lines[number], title):
             continue
         before = lines[number - 2] if number >= 2 else ""
         mark = lines[number][0]
@@ -120,11 +135,56 @@ def restructured(lines: list[str]) -> Document:
         if (mark, over) not in styles:
             styles.append((mark, over))
         first = number - 2 if over else number - 1
-        headings.append(Heading(first, styles.index((mark, over)) + 1, text, number + 1 - first))
-        breaks[first] = Break.BLOCK
-        for line in range(first + 1, number + 1):
-            breaks[line] = Break.INSIDE
-    return Document(lines, breaks, headings)
+        blocks.heading(first, styles.index((mark, over)) + 1, text, number + 1 - first)
+    return blocks.document()
+
+
+def _rst_blocks(blocks: Blocks) -> None:
+    """Literal blocks and directives with what is indented under them, tables, list items."""
+    lines = blocks.lines
+    number = 0
+    while number < len(lines):
+        line = lines[number]
+        if _GRID_BORDER.match(line):
+            end = number + 1
+            while end < len(lines) and lines[end].lstrip()[:1] in ("+", "|"):
+                end += 1
+            header = next((row for row in range(number + 1, end) if set(lines[row].strip()) <= set("+=")), None)
+            blocks.table(number, end, number + 1, header)
+            number = end
+        elif _SIMPLE_BORDER.match(line):
+            number = _simple_table(blocks, number)
+        elif line.rstrip().endswith("::") or _DIRECTIVE.match(line):
+            end = blocks.indented_end(number)
+            blocks.whole(number, end)
+            if end > number + 1 and (_DIRECTIVE.match(line) is None or _VERBATIM_DIRECTIVE.match(line)):
+                blocks.verbatim.update(range(number + 1, end))
+                number = end
+                continue
+            number += 1
+        else:
+            number += 1
+    blocks.items(_BULLET)
+
+
+def _simple_table(blocks: Blocks, first: int) -> int:
+    """A table between borders of `=`; the line after it."""
+    lines = blocks.lines
+    borders = [first]
+    end = first + 1
+    while end < len(lines) and len(borders) < 3:
+        if _SIMPLE_BORDER.match(lines[end]):
+            borders.append(end)
+            if end + 1 >= len(lines) or not lines[end + 1].strip():
+                break
+        elif not lines[end].strip() and len(borders) > 2:
+            break
+        end += 1
+    if len(borders) < 2:
+        return first + 1
+    last = borders[-1] + 1
+    blocks.table(first, last, first + 1, borders[1] if len(borders) > 2 else None)
+    return last
 
 
 def _is_underline(line: str, title: str) -> bool:

@@ -1,9 +1,11 @@
 """One run of the indexer: make a collection say what the files say.
 
-The order of writes makes every crash harmless: the manifest is first marked incomplete; a file's new chunks are
-embedded and stored before its stale ones are deleted; the manifest is marked complete at the end. Between the two
-marks Chroma's own rows are the truth, and each of them says which file and which content it belongs to, so the next
-run sees what is whole (and keeps it), and what is not (and reads that file again).
+The order of writes makes every crash harmless: the run is first marked as begun; a file's new chunks are embedded and
+stored before its stale ones are deleted; the mark goes at the end. Between the two the rows themselves are the truth,
+and each of them says which file and which content it belongs to, so the next run sees what is whole (and keeps it),
+and what is not (and reads that file again).
+
+The model reads a text once: what has a vector already, under whatever file, is stored with that vector.
 """
 
 from __future__ import annotations
@@ -16,24 +18,25 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from epic_rag.errors import MissingExtraError
 from epic_rag_chroma.chunking import HEADING_SEPARATOR, Chunk, chunk_document
-from epic_rag_chroma.files import FileStamp, FoundFile, Scan
+from epic_rag_chroma.files import FoundFile, Scan
+from epic_rag_chroma.isolation import IsolatedReader
+from epic_rag_chroma.kinds import kind_of, language_of
+from epic_rag_chroma.looking import Content, Moves, Skipped, Unchanged, gone, look
 from epic_rag_chroma.manifest import DocumentKey, Entry, Manifest
-from epic_rag_chroma.readers import BrokenFileError, NotTextError, byte_limit, read_document
+from epic_rag_chroma.records import Record
 from epic_rag_chroma.types import IndexProgress, SkippedFile
+from epic_rag_chroma.writer import IndexWriter
 
 if TYPE_CHECKING:
     from epic_rag import EpicEncoder
-    from epic_rag_chroma.store import ChunkStore, Metadata
 
-__all__ = ["Sync", "recover"]
+__all__ = ["Sync"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +66,12 @@ class _Row:
     owner: _Pending
     id: str
     chunk: Chunk
-    metadata: Metadata
+    metadata: dict[str, Any]
+
+    @property
+    def embedded_hash(self) -> str:
+        """Names what the model reads."""
+        return str(self.metadata["embedded_hash"])
 
 
 @dataclass
@@ -71,8 +79,7 @@ class Sync:
     """The state of a run; `files`, then `forget`, then read the counts.
 
     Args:
-        index_dir: The index folder.
-        store: The collection to bring up to date.
+        writer: What to bring up to date.
         manifest: What it holds; kept up to date.
         encoder: Embeds and counts tokens.
         encoder_lock: Held while the encoder works.
@@ -81,8 +88,7 @@ class Sync:
         progress: Told after each step.
     """
 
-    index_dir: Path
-    store: ChunkStore
+    writer: IndexWriter
     manifest: Manifest
     encoder: EpicEncoder
     encoder_lock: threading.Lock
@@ -92,28 +98,36 @@ class Sync:
     added: int = 0
     changed: int = 0
     deleted: int = 0
+    renamed: int = 0
     unchanged: int = 0
     chunks_embedded: int = 0
+    chunks_reused: int = 0
     skipped: list[SkippedFile] = field(default_factory=list)
     kept: set[DocumentKey] = field(default_factory=set)
+    _moves: Moves | None = None
+    _moved: set[DocumentKey] = field(default_factory=set)
+    _reader: IsolatedReader = field(default_factory=IsolatedReader)
     _buffer: list[_Row] = field(default_factory=list)
     _done: int = 0
     _total: int = 0
     _waiting: float = 0.0
 
-    def files(self, scans: dict[str, Scan]) -> None:
+    def files(self, roots: Iterable[str], scans: dict[str, Scan]) -> None:
         """Bring the rows of files up to date.
 
         Args:
+            roots: Roots whose files are all either in `scans` or gone.
             scans: For each root (its path relative to the index folder) what was found there.
         """
+        self._moves = Moves(self.manifest, roots, scans)
         self._total = sum(len(found.files) for found in scans.values())
         for root, found in scans.items():
             self.skipped += found.skipped
-            for file in found.files:
-                self._tell("indexing", file.path)
-                self._file((root, file.path), file)
-                self._done += 1
+            with self._reader:
+                for file in found.files:
+                    self._tell("indexing", file.path)
+                    self._file((root, file.path), file)
+                    self._done += 1
         self._flush()
         self._tell("indexing", None)
 
@@ -121,83 +135,57 @@ class Sync:
         """Delete the rows of files that are gone.
 
         Args:
-            roots: Roots whose files are all either in `scans` or gone.
+            roots: As for `files`.
             scans: What was found; nothing is gone that may lie in a folder which could not be read.
         """
-        gone_roots = set(roots)
-        hidden = {root: found.unreadable for root, found in scans.items()}
-        gone = [
-            (root, path)
-            for root, path in self.manifest.entries
-            if root in gone_roots and (root, path) not in self.kept and not _is_below(path, hidden.get(root, []))
-        ]
-        for start in range(0, len(gone), _GONE_AT_ONCE):
-            self.progress(IndexProgress("deleting", start, len(gone), gone[start][1]))
-            some = gone[start : start + _GONE_AT_ONCE]
-            self._begin_writing()
-            ids = self.store.ids_by_document([document_id(key) for key in some])
-            self.store.delete([row for rows in ids.values() for row in sorted(rows)])
+        leaving = list(gone(self.manifest, roots, scans, self.kept))
+        for start in range(0, len(leaving), _GONE_AT_ONCE):
+            self.progress(IndexProgress("deleting", start, len(leaving), leaving[start][1]))
+            some = leaving[start : start + _GONE_AT_ONCE]
+            self.writer.begin()
+            ids = self.writer.ids_by_document([document_id(key) for key in some])
+            self.writer.delete([row for rows in ids.values() for row in sorted(rows)])
             for key in some:
                 del self.manifest.entries[key]
-                self.deleted += 1
+                if key not in self._moved:
+                    self.deleted += 1
+                    logger.info("%s: gone", key[1])
 
     def _file(self, key: DocumentKey, file: FoundFile) -> None:
         entry = self.manifest.entries.get(key)
-        try:
-            stamp = FileStamp.of(file.location.stat())
-            if entry is not None and entry.surely_unchanged(stamp):
-                self.unchanged += 1
-                self.kept.add(key)
-                return
-            checked_ns = time.time_ns()
-            if stamp.size > byte_limit(file.path):
-                raise NotTextError(f"larger than {byte_limit(file.path) // 2**20} MiB")
-            data = file.location.read_bytes()
-        except FileNotFoundError:
-            return  # deleted since the walk
-        except OSError as error:
-            self._skip(key, f"cannot be read: {error.strerror}", keep=True)
-            return
-        except NotTextError as error:
-            self._skip(key, str(error), keep=False)
-            return
-        digest = hashlib.sha256(data).hexdigest()[:_DIGEST]
-        if entry is not None and entry.digest == digest:
-            self.manifest.restamp(key, stamp, checked_ns)
+        seen = look(entry, file, self._reader)
+        if isinstance(seen, Skipped):
+            self._skip(key, seen.reason, keep=seen.keep)
+        elif isinstance(seen, Unchanged):
+            if seen.stamp is not None:
+                self.manifest.restamp(key, seen.stamp, seen.checked_ns)
             self.unchanged += 1
             self.kept.add(key)
-            return
-        try:
-            document = read_document(file.path, data)
-        except NotTextError as error:
-            self._skip(key, str(error), keep=False)
-            return
-        except (BrokenFileError, MissingExtraError) as error:
-            self._skip(key, str(error), keep=True)
-            return
-        except Exception as error:  # a parser's fault with one file must not cost the others
-            logger.warning("cannot parse %s", file.location, exc_info=True)
-            self._skip(key, f"cannot be parsed: {type(error).__name__}: {error}", keep=True)
-            return
-        del data
-        with self.encoder_lock:
-            chunks = chunk_document(
-                document,
-                max_tokens=self.chunk_tokens,
-                overlap=self.chunk_overlap,
-                count_tokens=self.encoder.count_tokens,
-            )
-        self.kept.add(key)
-        self._enqueue(key, entry, Entry(digest, len(chunks), stamp, checked_ns), chunks)
+        elif isinstance(seen, Content):
+            with self.encoder_lock:
+                chunks = chunk_document(
+                    seen.document,
+                    max_tokens=self.chunk_tokens,
+                    overlap=self.chunk_overlap,
+                    count_tokens=self.encoder.count_tokens,
+                )
+            self.kept.add(key)
+            self._enqueue(key, entry, Entry(seen.digest, len(chunks), seen.stamp, seen.checked_ns), chunks)
 
     def _enqueue(self, key: DocumentKey, old: Entry | None, new: Entry, chunks: list[Chunk]) -> None:
-        self._begin_writing()
-        known = set() if old is None else self.store.ids_by_document([document_id(key)])[document_id(key)]
+        self.writer.begin()
+        known = set() if old is None else self.writer.ids_by_document([document_id(key)])[document_id(key)]
         pending = _Pending(key, new, len(chunks), known)
-        if old is None:
+        source = self._moves.source(new.digest) if old is None and self._moves is not None else None
+        if source is not None:
+            self._moved.add(source)
+            self.renamed += 1
+        elif old is None:
             self.added += 1
         else:
             self.changed += 1
+        what = "renamed" if source is not None else "new" if old is None else "changed"
+        logger.info("%s: %s, %d passages", key[1], what, len(chunks))
         if not chunks:
             self._finish(pending)
         for row in _rows(pending, chunks):
@@ -212,47 +200,62 @@ class Sync:
             return
         waiting = len({id(row.owner) for row in rows})
         known = [row for row in rows if row.id in row.owner.known]
-        # A chunk that only moved has its vector already.
-        self.store.update_metadata([row.id for row in known], [row.metadata for row in known])
+        # A chunk that only moved within its file keeps its row.
+        self.writer.update_metadata([row.id for row in known], [row.metadata for row in known])
+        self._count_reused(known)
         for row in known:
             row.owner.written.add(row.id)
-        new = sorted((row for row in rows if row.id not in row.owner.known), key=lambda row: row.chunk.tokens)
-        for start in range(0, len(new), _SLICE_CHUNKS):
-            self._embed(new[start : start + _SLICE_CHUNKS])
-            self._waiting = waiting * (1 - min(1.0, (start + _SLICE_CHUNKS) / len(new)))
-            self._tell("indexing", new[start].owner.key[1])
+        new = [row for row in rows if row.id not in row.owner.known]
+        vectors = self.writer.vectors_by_hash({row.embedded_hash for row in new})
+        self._store([row for row in new if row.embedded_hash in vectors], vectors)
+        to_embed = sorted((row for row in new if row.embedded_hash not in vectors), key=lambda row: row.chunk.tokens)
+        for start in range(0, len(to_embed), _SLICE_CHUNKS):
+            self._embed(to_embed[start : start + _SLICE_CHUNKS], vectors)
+            self._waiting = waiting * (1 - min(1.0, (start + _SLICE_CHUNKS) / len(to_embed)))
+            self._tell("indexing", to_embed[start].owner.key[1])
         self._waiting = 0.0
         for pending in {id(row.owner): row.owner for row in rows}.values():
             if len(pending.written) == pending.total:
                 self._finish(pending)
 
-    def _embed(self, rows: list[_Row]) -> None:
-        with self.encoder_lock:
-            vectors: npt.NDArray[np.float32] = self.encoder.encode_document([row.chunk.embedded for row in rows])
-        good: npt.NDArray[np.bool_] = np.isfinite(vectors).all(axis=1, keepdims=False).reshape(-1)
-        for row, fine in zip(rows, good, strict=True):
-            if not fine and not row.owner.failed:
+    def _store(self, rows: list[_Row], vectors: dict[str, npt.NDArray[np.float32]]) -> None:
+        """Store rows whose vectors are known."""
+        for start in range(0, len(rows), _SLICE_CHUNKS):
+            some = rows[start : start + _SLICE_CHUNKS]
+            self.writer.write(
+                [Record(row.id, row.chunk.text, row.metadata, vectors[row.embedded_hash]) for row in some]
+            )
+            for row in some:
+                row.owner.written.add(row.id)
+        self._count_reused(rows)
+
+    def _count_reused(self, rows: list[_Row]) -> None:
+        self.chunks_reused += len(rows)
+
+    def _embed(self, rows: list[_Row], known: dict[str, npt.NDArray[np.float32]]) -> None:
+        """Embed rows, each text once, and store them; `known` gets their vectors."""
+        texts = {row.embedded_hash: row.chunk.embedded for row in rows if row.embedded_hash not in known}
+        if texts:
+            started = time.monotonic()
+            with self.encoder_lock:
+                vectors: npt.NDArray[np.float32] = self.encoder.encode_document(list(texts.values()))
+            finite: npt.NDArray[np.bool_] = np.isfinite(vectors).all(axis=1, keepdims=False).reshape(-1)
+            known.update({name: vectors[at] for at, name in enumerate(texts) if finite[at]})
+            logger.info("embedded %d passages in %.2f s", len(texts), time.monotonic() - started)
+        for row in rows:
+            if row.embedded_hash not in known and not row.owner.failed:
                 row.owner.failed = True
                 self.manifest.entries[row.owner.key] = Entry("", 0)
                 self._skip(row.owner.key, "the model gives no finite vector for a part of it", keep=True)
-        kept = [row for row, fine in zip(rows, good, strict=True) if fine]
-        self.store.upsert(
-            [row.id for row in kept],
-            vectors[good],
-            [row.chunk.text for row in kept],
-            [row.metadata for row in kept],
-        )
-        self.chunks_embedded += len(kept)
-        for row in kept:
-            row.owner.written.add(row.id)
+        kept = [row for row in rows if row.embedded_hash in known]
+        self._store(kept, known)
+        embedded = len(texts.keys() & known.keys())
+        self.chunks_embedded += embedded
+        self.chunks_reused -= embedded
 
     def _finish(self, pending: _Pending) -> None:
-        self.store.delete(sorted(pending.known - pending.written))
+        self.writer.delete(sorted(pending.known - pending.written))
         self.manifest.entries[pending.key] = pending.entry
-
-    def _begin_writing(self) -> None:
-        if self.manifest.complete:
-            self.manifest.save(self.index_dir, complete=False)
 
     def _skip(self, key: DocumentKey, reason: str, *, keep: bool) -> None:
         self.skipped.append(SkippedFile(key[1], reason))
@@ -263,10 +266,6 @@ class Sync:
         # Files that have been read but not embedded are not done.
         waiting = self._waiting or len({id(row.owner) for row in self._buffer})
         self.progress(IndexProgress(stage, max(0, self._done - math.ceil(waiting)), self._total, path))
-
-
-def _is_below(path: str, folders: list[str]) -> bool:
-    return any(not folder or path == folder or path.startswith(folder.rstrip("/") + "/") for folder in folders)
 
 
 def document_id(key: DocumentKey) -> str:
@@ -297,25 +296,9 @@ def _rows(pending: _Pending, chunks: list[Chunk]) -> Iterator[_Row]:
             "first_line": chunk.first_line,
             "last_line": chunk.last_line,
             "page": chunk.page,
+            "kind": kind_of(path),
+            "lang": language_of(path),
+            "embedded_hash": _hash(chunk.embedded),
         }
-        yield _Row(pending, row_id, chunk, metadata)
-
-
-def recover(store: ChunkStore) -> Manifest:
-    """Make a manifest from the rows of a collection.
-
-    A file whose rows all belong to one content and are all there counts as that content. Any other gets an empty
-    digest: it is read again, or its rows go if it is gone.
-    """
-    versions: dict[DocumentKey, Counter[tuple[str, int]]] = {}
-    for _, metadata in store.scan():
-        key = (str(metadata.get("root", "")), str(metadata.get("path", "")))
-        version = (str(metadata.get("content_hash", "")), int(metadata.get("chunks", 0)))
-        versions.setdefault(key, Counter())[version] += 1
-    manifest = Manifest(store.id)
-    for key, counted in versions.items():
-        (digest, total), rows = next(iter(counted.items()))
-        whole = len(counted) == 1 and rows == total
-        manifest.entries[key] = Entry(digest if whole else "", counted.total() if not whole else total)
-    logger.info("made the manifest again from %d files in the collection", len(manifest.entries))
-    return manifest
+        # Chroma has no place for None, and what is compared with what it holds must be what it was given.
+        yield _Row(pending, row_id, chunk, {name: value for name, value in metadata.items() if value is not None})

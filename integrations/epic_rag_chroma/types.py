@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Literal
 
 from epic_rag.errors import ConfigError
 
-__all__ = ["Hit", "IndexProgress", "IndexReport", "IndexSettings", "IndexStatus", "SkippedFile"]
+if TYPE_CHECKING:
+    from epic_rag_chroma.conditions import Condition
+
+__all__ = [
+    "DEFAULT_MODE",
+    "SEARCH_MODES",
+    "Hit",
+    "IndexPlan",
+    "IndexProgress",
+    "IndexReport",
+    "IndexSettings",
+    "IndexStatus",
+    "RunState",
+    "SearchFilters",
+    "SearchMode",
+    "SkippedFile",
+]
+
+RunState = Literal["complete", "running", "interrupted"]
+SearchMode = Literal["dense", "hybrid", "keyword"]
+SEARCH_MODES: Sequence[SearchMode] = ("dense", "hybrid", "keyword")
+DEFAULT_MODE: SearchMode = "hybrid"
 
 
 @dataclass(frozen=True)
@@ -19,6 +43,7 @@ class IndexSettings:
         chunk_overlap: The most tokens that a chunk repeats of the one before it.
         include: Patterns in .gitignore's syntax; when there are any, only files that match one are indexed.
         exclude: Patterns in .gitignore's syntax of files and folders to leave out.
+        follow_links: Also read what symbolic links that leave the indexed folder point to.
 
     Raises:
         ConfigError: If the numbers cannot work.
@@ -28,6 +53,7 @@ class IndexSettings:
     chunk_overlap: int = 20
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1:
@@ -49,7 +75,20 @@ class SkippedFile:
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What a run of the indexer did; `added` to `unchanged` count files."""
+    """What a run of the indexer did.
+
+    Args:
+        added: Files that were not there before.
+        changed: Files with other content.
+        deleted: Files that are gone.
+        unchanged: Files that are what they were.
+        skipped: Files that were found and not indexed.
+        chunks_embedded: Chunks that the model read.
+        chunks_total: Chunks that the index holds now.
+        seconds: How long it took.
+        renamed: Files that have the content of a file that is gone; neither `added` nor `deleted`.
+        chunks_reused: Chunks of new, changed and renamed files whose vectors were in the index already.
+    """
 
     added: int
     changed: int
@@ -59,6 +98,49 @@ class IndexReport:
     chunks_embedded: int
     chunks_total: int
     seconds: float
+    renamed: int = 0
+    chunks_reused: int = 0
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """What a run of the indexer would do: paths, each relative to its root. Nothing is written to find out.
+
+    Args:
+        added: Files that are not in the index.
+        changed: Files with other content than the index has.
+        deleted: Files that would leave the index.
+        renamed: (old, new) for a file that is gone and one with its content.
+        unchanged: Number of files that would be left as they are.
+        skipped: Files that would not be indexed.
+    """
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    deleted: tuple[str, ...]
+    renamed: tuple[tuple[str, str], ...]
+    unchanged: int
+    skipped: tuple[SkippedFile, ...]
+
+
+@dataclass(frozen=True)
+class SearchFilters:
+    """Which chunks a query may find; all conditions must hold.
+
+    Args:
+        where: Conditions on metadata, as "lang=python", "kind!=pdf", "page>=3"; operators =, !=, <, <=, >, >=.
+        paths: Patterns in .gitignore's syntax on the file's path; one of them must match.
+        since: Files that were modified at that time or later; with a time zone.
+        condition: Comparisons joined by and, or and not (`epic_rag_chroma.conditions`), for what `where` cannot say.
+    """
+
+    where: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    since: datetime | None = None
+    condition: Condition | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.where or self.paths or self.since or self.condition)
 
 
 @dataclass(frozen=True)
@@ -77,15 +159,21 @@ class Hit:
 
     Args:
         rank: 1 for the best.
-        score: Cosine of query and chunk.
+        score: Cosine of query and chunk; in keyword mode, which makes no vectors, the BM25 score.
         path: The file, relative to the folder that was indexed.
-        first_line: First line of the text in the file, from 1; None for a PDF.
-        last_line: Last line, inclusive; None for a PDF.
-        page: Page of a PDF, from 1; None for everything else.
+        first_line: First line of the text in the file, from 1; None for formats without lines (PDF, Office, EPUB).
+        last_line: Last line, inclusive; None where `first_line` is.
+        page: Page of a PDF or slide of a presentation, from 1; None for everything else.
         heading_path: Headings above the text, outermost first.
         text: The exact text of those lines.
         id: The chunk's id in the collection.
         root: Absolute path of the folder that was indexed, where it is now: `root` + `path` is the file.
+        kind: The file's format ("markdown", "pdf", "code", ...).
+        lang: The programming language of source code ("python", ...); "" for everything else.
+        cosine: Cosine of query and chunk; None in keyword mode.
+        bm25: BM25 score of the chunk; None where no word of the query occurs in it, and in dense mode.
+        rerank_score: What the reranker gave; None without one.
+        duplicates: Where near-duplicates of this text are ("path:line"), which the results leave out.
     """
 
     rank: int
@@ -98,11 +186,23 @@ class Hit:
     text: str
     id: str
     root: str = ""
+    kind: str = ""
+    lang: str = ""
+    cosine: float | None = None
+    bm25: float | None = None
+    rerank_score: float | None = None
+    duplicates: tuple[str, ...] = field(default=())
 
 
 @dataclass(frozen=True)
 class IndexStatus:
-    """What an index holds; `roots` are absolute paths."""
+    """What an index holds; `roots` are absolute paths.
+
+    `chroma` is the address of the Chroma server that holds the vectors, None for the index folder itself; `last_run`
+    has the counts of the last complete run of the indexer (IndexReport's numbers by name), None before there was one.
+    `state` says whether a run goes on ("running") or did not end ("interrupted"): what it stored counts, and the next
+    run goes on from there. `kinds` counts the files of each format.
+    """
 
     index_dir: str
     roots: tuple[str, ...]
@@ -114,3 +214,7 @@ class IndexStatus:
     size_bytes: int
     updated_at: str | None
     settings: IndexSettings
+    chroma: str | None = None
+    last_run: dict[str, float] | None = None
+    state: RunState = "complete"
+    kinds: dict[str, int] = field(default_factory=dict)

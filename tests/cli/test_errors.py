@@ -27,7 +27,12 @@ def check(result: Any, status: int, *facts: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "facts"),
     [
-        (["index"], ["Missing argument 'PATH", "epic-rag index --help"]),
+        (["index", "x", "--wait", "-1"], ["--wait", "0", "epic-rag index --help"]),
+        (["index", "x", "--wait", "nan"], ["--wait", "epic-rag index --help"]),
+        (["index", "x", "--dry-run", "--watch"], ["--dry-run", "--watch", "epic-rag index --help"]),
+        (["index", "x", "--dry-run", "--rebuild"], ["--dry-run", "--rebuild", "epic-rag index --help"]),
+        (["index", "x", "-q", "-v"], ["--quiet", "--verbose", "epic-rag index --help"]),
+        (["-q", "status", "-v"], ["--quiet", "--verbose", "epic-rag status --help"]),
         (["index", "x", "--chunk-tokens", "0"], ["--chunk-tokens", "1", "epic-rag index --help"]),
         (["index", "x", "--chunk-tokens", "many"], ["--chunk-tokens", "epic-rag index --help"]),
         (["query"], ["Missing argument 'TEXT", "epic-rag query --help"]),
@@ -55,7 +60,7 @@ def test_no_command_prints_the_help_on_stderr(cli: Any, arguments: list[str]) ->
     assert result.err.startswith("Usage: epic-rag")
 
 
-@pytest.mark.parametrize("command", ["query", "status", "clear"])
+@pytest.mark.parametrize("command", ["index", "query", "status", "clear"])
 def test_no_index_anywhere(cli: Any, command: str) -> None:
     arguments = ["x"] if command == "query" else []
     check(cli(command, *arguments), 1, r"no index", re.escape(os.getcwd()), r"`epic-rag index \.`")
@@ -95,7 +100,7 @@ def test_emptied_folder_is_no_error(cli: Any, indexed: Path) -> None:
             path.unlink()
     result = cli("index", "docs")
     assert result.status == 0
-    assert result.out.startswith("0 added, 0 changed, 4 deleted, 0 unchanged")
+    assert result.out.startswith("0 added, 0 changed, 0 renamed, 4 deleted, 0 unchanged")
     query = cli("query", "cats", "--index-dir", "docs/.epic-rag")
     assert (query.status, query.out) == (0, "")
     assert query.err.startswith("note: docs/.epic-rag holds no passages")

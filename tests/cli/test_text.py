@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from epic_rag_cli.text import json_text, plural, printable, size, snippet
+from epic_rag_cli.text import json_text, plural, printable, size
 
 
 @pytest.mark.parametrize(
@@ -43,29 +43,6 @@ def test_json_text_escapes_controls_and_round_trips(ascii_only: bool) -> None:
 def test_json_text_refuses_what_is_no_json() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         json_text({"score": float("nan")})
-
-
-@pytest.mark.parametrize(
-    ("text", "query", "length", "expected"),
-    [
-        ("Short text.", "anything", 50, "Short text."),
-        ("One two three four five six.", "", 15, "One two three …"),
-        # The window begins at the sentence with the query's words.
-        (
-            "Nothing here at all. The last commit is undone with reset. And more words follow it here.",
-            "reset the last commit",
-            40,
-            "… The last commit is undone with reset. …",
-        ),
-        # The first of two equal windows.
-        ("Reset it now today. Reset it now today. Reset it now today.", "reset", 20, "Reset it now today. …"),
-        # A word without spaces is cut hard.
-        ("x" * 30, "", 10, "x" * 10 + " …"),
-        ("\x1b[2J" + "y" * 30, "", 10, "\\x1b[2J" + "y" * 6 + " …"),
-    ],
-)
-def test_snippet(text: str, query: str, length: int, expected: str) -> None:
-    assert snippet(text, query, length) == expected
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ Rows = dict[str, tuple[str, dict[str, Any], list[float]]]
 FILES = {
     "guide.md": "# Guide\n\n## Install\n\nRun the installer, then read the manual.\n\n## Remove\n\nDelete the folder.\n",
     "notes.txt": "Cats sleep most of the day.\nThey wake up for food.\n",
-    "src/tool.py": "def encode(texts):\n    return texts\n\n\ndef decode(texts):\n    return texts\n",
+    "src/tool.py": "def encode(texts):\n    result = list(texts)\n    return result\n",
 }
 
 

@@ -52,9 +52,9 @@ def test_add_ignores_what_exists_and_upsert_does_not(client: Any, store: ChunkSt
     vectors = random_vectors(2, 8)
     write(store, ["a"], vectors[:1])
     store.upsert(["a"], vectors[1:], ["new"], [{"doc_id": "a"}])
-    (found,) = store.query(vectors[1], 5)
-    assert (found.text, store.count()) == ("new", 1)
-    assert found.score == pytest.approx(1.0, abs=1e-5)
+    ((found, score),) = store.nearest(vectors[1], 5)
+    assert (store.get([found])["a"].text, store.count()) == ("new", 1)
+    assert score == pytest.approx(1.0, abs=1e-5)
 
 
 def test_batches_are_those_that_the_client_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,8 +84,8 @@ def test_the_space_is_cosine_and_scores_are_cosines(client: Any, store: ChunkSto
     vectors = random_vectors(30, 8)
     write(store, [str(n) for n in range(30)], vectors)
     query = random_vectors(1, 8, seed=1)[0]
-    for found in store.query(query, 30):
-        assert found.score == pytest.approx(float(vectors[int(found.id)] @ query), abs=1e-5)
+    for found, score in store.nearest(query, 30):
+        assert score == pytest.approx(float(vectors[int(found)] @ query), abs=1e-5)
 
 
 def test_another_configuration_is_kept_silently_by_chroma_and_refused_by_us(tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_nothing_to_write_is_no_error(client: Any, store: ChunkStore) -> None:
     store.upsert([], nothing, [], [])
     store.update_metadata([], [])
     store.delete([])
-    assert store.ids_by_document([]) == {}
     assert list(store.scan()) == []
-    assert store.query(random_vectors(1, 8)[0], 5) == []
+    assert store.nearest(random_vectors(1, 8)[0], 5) == []
+    assert store.get([]) == {}
 
 
 def test_metadata_without_a_value_is_left_out(client: Any, store: ChunkStore) -> None:
@@ -143,10 +143,12 @@ def test_metadata_changes_leave_vector_and_text(store: ChunkStore) -> None:
     vectors = random_vectors(3, 8)
     write(store, ["a-1", "a-2", "b-1"], vectors, first_line=1)
     store.update_metadata(["a-2"], [{"doc_id": "a", "first_line": 5}])
-    found = {row.id: row for row in store.query(vectors[1], 3)}
-    assert found["a-2"].score == pytest.approx(1.0, abs=1e-5)
+    assert dict(store.nearest(vectors[1], 3))["a-2"] == pytest.approx(1.0, abs=1e-5)
+    found = store.get(["a-2", "gone"])
+    assert list(found) == ["a-2"]
     assert (found["a-2"].text, found["a-2"].metadata["first_line"]) == ("text of a-2", 5)
-    assert store.ids_by_document(["a", "b", "c"]) == {"a": {"a-1", "a-2"}, "b": {"b-1"}, "c": set()}
+    assert found["a-2"].vector == pytest.approx(vectors[1], abs=1e-6)
+    assert [row for row, _ in store.nearest(vectors[1], 3, allowed={"b-1"})] == ["b-1"]
 
 
 def test_the_search_finds_what_brute_force_finds(client: Any, store: ChunkStore) -> None:
@@ -155,7 +157,7 @@ def test_the_search_finds_what_brute_force_finds(client: Any, store: ChunkStore)
     truth = np.argsort(-(queries @ vectors.T), axis=1)[:, :k]
     ids = [str(number) for number in range(n)]
     write(store, ids, vectors)
-    mine = [[row.id for row in store.query(query, k)] for query in queries]
+    mine = [[row for row, _ in store.nearest(query, k)] for query in queries]
     plain = client.create_collection("plain", configuration={"hnsw": {"space": "cosine"}}, embedding_function=None)
     plain.upsert(ids=ids, embeddings=vectors)
     defaults = plain.query(query_embeddings=queries, n_results=k, include=[])["ids"]
@@ -180,7 +182,7 @@ def test_rows_stay_reachable_through_edits(store: ChunkStore) -> None:
         store.delete(old)
         alive = {row: vector for row, vector in {**alive, **new}.items() if row not in set(old)}
     assert store.count() == len(alive)
-    lost = [row for row, vector in alive.items() if store.query(vector, 1)[0].id != row]
+    lost = [row for row, vector in alive.items() if store.nearest(vector, 1)[0][0] != row]
     assert lost == []
 
 

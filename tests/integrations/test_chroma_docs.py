@@ -19,7 +19,7 @@ def test_the_examples_run(
     # The default checkpoint works the same way; the tiny one is quick.
     monkeypatch.setattr(checkpoints, "DEFAULT_CHECKPOINT", str(tiny_checkpoint))
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)

@@ -80,6 +80,15 @@ def test_making_one_loads_nothing() -> None:
     assert not function.is_legacy()
 
 
+def test_a_built_in_bank_is_not_taken_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("docs", "mine"):
+        (tmp_path / name).mkdir()
+    # DemonstrationBank.load takes "docs" for the built-in one, too.
+    assert EpicEmbeddingFunction(fingerprint="f", bank="docs").get_config()["bank"] == "docs"
+    assert EpicEmbeddingFunction(fingerprint="f", bank="mine").get_config()["bank"] == str(tmp_path / "mine")
+
+
 def test_what_a_configuration_cannot_keep_is_refused(tiny_encoder: EpicEncoder) -> None:
     bank: Any = DemonstrationBank([("q", "p")])
     with pytest.raises(ConfigError, match=r"bank\.save\(folder\)"):
@@ -161,7 +170,7 @@ def test_threads_share_one_model(tiny_encoder: EpicEncoder) -> None:
 def test_an_index_opens_with_plain_chroma(tmp_path: Path, docs: Path, tiny_checkpoint: Path) -> None:
     with ChromaIndexer(docs / ".epic-rag", encoder=EpicEncoder.from_pretrained(tiny_checkpoint)) as indexer:
         indexer.index([docs])
-        mine = indexer.query("cats", k=4)
+        mine = indexer.query("cats", k=4, mode="dense", collapse=False)
         with chromadb.PersistentClient(str(docs / ".epic-rag/chroma")) as client:  # type: ignore[attr-defined]
             found = client.get_collection("epic_rag").query(query_texts=["cats"], n_results=4)
     assert found["ids"][0] == [hit.id for hit in mine]

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from epic_rag import EpicEncoder
 from epic_rag_chroma import structure
 from epic_rag_chroma.chunking import Chunk, chunk_document
 from epic_rag_chroma.document import Document, clean_title, split_lines
-from epic_rag_chroma.readers import read_document
 
 
 def count_words(texts: list[str]) -> list[int]:
@@ -160,65 +155,3 @@ def test_hostile_lines_are_cut_in_reasonable_time(text: str, tiny_encoder: EpicE
 )
 def test_titles_are_cleaned(title: str, clean: str) -> None:
     assert clean_title(title) == clean
-
-
-LINES = st.one_of(
-    st.sampled_from(
-        [
-            "",
-            "",
-            "# One",
-            "## Two",
-            "### Three",
-            "```",
-            "~~~",
-            "- item",
-            "  more",
-            "| a | b |",
-            "|---|---|",
-            "===",
-            "---",
-        ]
-    ),
-    st.sampled_from(
-        [".. note::", "    indented", "> quote", "text. And more. " * 9, "\f", "\x85 odd \u2028 ends", "end."]
-    ),
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n"), max_size=60),
-)
-
-
-@settings(deadline=None, max_examples=150, derandomize=True)
-@given(
-    st.lists(LINES, max_size=60),
-    st.sampled_from(["\n", "\r\n", "\r"]),
-    st.sampled_from([".md", ".txt", ".rst", ".py"]),
-    st.integers(8, 60),
-    st.integers(0, 7),
-)
-def test_opening_the_file_at_the_lines_shows_the_text(
-    tiny_encoder: EpicEncoder, lines: list[str], end: str, suffix: str, size: int, overlap: int
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "file" + suffix)
-        path.write_bytes(end.join(lines).encode())
-        document = read_document(path.name, path.read_bytes())
-        chunks = chunk_document(document, max_tokens=size, overlap=overlap, count_tokens=tiny_encoder.count_tokens)
-        with open(path, encoding="utf-8-sig") as file:
-            shown = file.read().split("\n")
-    covered = [""] * len(shown)
-    for chunk in chunks:
-        assert chunk.first_line is not None
-        assert chunk.last_line is not None
-        assert chunk.text.strip()
-        there = shown[chunk.first_line - 1 : chunk.last_line]
-        if chunk.text != "\n".join(there):  # then a line is too long for one chunk, and a slice of it is shown
-            assert chunk.text in "\n".join(there)
-            assert max(tiny_encoder.count_tokens([line + "\n" for line in there])) > size // 2
-        for line in range(chunk.first_line, chunk.last_line + 1):
-            covered[line - 1] += chunk.text
-    # every word is in a chunk that names its line
-    for line, text in zip(shown, covered, strict=True):
-        assert all(word in text for word in line.split() if len(word) < 5)
-    counts = tiny_encoder.count_tokens([chunk.embedded for chunk in chunks])
-    assert all(count <= size or len(chunk.text) == 1 for count, chunk in zip(counts, chunks, strict=True))
-    assert [chunk.tokens for chunk in chunks] == counts

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from epic_rag import EpicEncoder
-from epic_rag_chroma import ChromaIndexer, IndexReport
+from epic_rag_chroma import ChromaIndexer, IndexReport, looking, manifest
+from epic_rag_chroma.files import FileStamp, FoundFile
 
 Rows = Callable[[Path], dict[str, tuple[str, dict[str, Any], list[float]]]]
 Tree = Callable[[Path, dict[str, str | bytes]], Path]
@@ -25,7 +26,7 @@ def test_hits_name_the_lines_that_show_their_text(indexer: ChromaIndexer, docs: 
     report = indexer.index([docs])
     assert counts(report) == (3, 0, 0, 0)
     assert report.chunks_embedded == report.chunks_total == 4
-    hits = indexer.query("cats", k=10)
+    hits = indexer.query("cats", k=10, mode="dense")
     assert [hit.rank for hit in hits] == [1, 2, 3, 4]
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     for hit in hits:
@@ -36,7 +37,7 @@ def test_hits_name_the_lines_that_show_their_text(indexer: ChromaIndexer, docs: 
         ("guide.md", ("Guide", "Install")),
         ("guide.md", ("Guide", "Remove")),
         ("notes.txt", ()),
-        ("src/tool.py", ()),
+        ("src/tool.py", ("encode",)),
     }
 
 
@@ -94,12 +95,9 @@ def test_an_edit_that_keeps_size_and_time_is_seen(indexer: ChromaIndexer, docs: 
 
 
 def test_an_old_unchanged_file_is_not_read(indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from epic_rag_chroma import manifest, sync
-
     indexer.index([docs])
     monkeypatch.setattr(manifest, "_RACY_NS", -(10**18))  # as if the files had been old when they were read
-    monkeypatch.setattr(sync, "read_document", lambda *_: pytest.fail("parsed"))
-    monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("read"))
+    monkeypatch.setattr(looking, "read_file", lambda _: pytest.fail("read"))
     assert counts(indexer.index([docs])) == (0, 0, 0, 3)
 
 
@@ -175,19 +173,19 @@ def test_files_that_cannot_be_read_keep_their_chunks(
     (docs / "broken.pdf").write_bytes(b"%PDF-1.4 never good")
     (docs / "notes.txt").write_text("changed\n")
     (docs / "photo.md").write_bytes(b"\x89PNG\0\0")
-    read = Path.read_bytes
+    read = looking.read_file
 
-    def refuse(path: Path) -> bytes:
-        if path.name == "notes.txt":
-            raise PermissionError(13, "Permission denied", str(path))
-        return read(path)
+    def refuse(file: FoundFile) -> tuple[bytes, FileStamp]:
+        if file.path == "notes.txt":
+            raise PermissionError(13, "Permission denied", file.path)
+        return read(file)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(looking, "read_file", refuse)
     report = indexer.index([docs])
     assert counts(report) == (0, 0, 0, 2)
     reasons = {file.path: file.reason for file in report.skipped}
     assert reasons["notes.txt"] == "cannot be read: Permission denied"
-    assert reasons["photo.md"] == "not text"
+    assert reasons["photo.md"].startswith("not text")
     assert all(reasons[name].startswith("a broken PDF") for name in ("paper.pdf", "broken.pdf"))
     hits = indexer.query("x", k=20)
     assert {(hit.path, hit.page) for hit in hits if hit.page} == {("paper.pdf", 1), ("paper.pdf", 2)}
@@ -222,16 +220,16 @@ def test_a_folder_that_cannot_be_listed_keeps_its_chunks(
 def test_a_parser_that_fails_costs_one_file(
     indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from epic_rag_chroma import sync
+    from epic_rag_chroma.isolation import IsolatedReader
 
-    read = sync.read_document
+    read = IsolatedReader.read
 
-    def fail(name: str, data: bytes) -> Any:
+    def fail(self: IsolatedReader, name: str, data: bytes) -> Any:
         if name == "guide.md":
             raise RecursionError("too deep")
-        return read(name, data)
+        return read(self, name, data)
 
-    monkeypatch.setattr(sync, "read_document", fail)
+    monkeypatch.setattr(IsolatedReader, "read", fail)
     report = indexer.index([docs])
     assert (report.added, [file.path for file in report.skipped]) == (2, ["guide.md"])
 
@@ -239,9 +237,8 @@ def test_a_parser_that_fails_costs_one_file(
 def test_files_that_are_too_large_are_skipped(
     indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from epic_rag_chroma import sync
 
-    monkeypatch.setattr(sync, "byte_limit", lambda name: 60)
+    monkeypatch.setattr("epic_rag_chroma.files.byte_limit", lambda name: 60)
     report = indexer.index([docs])
     assert report.added == 1
     assert {file.path for file in report.skipped} == {"guide.md", "src/tool.py"}

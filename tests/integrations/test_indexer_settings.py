@@ -104,7 +104,7 @@ def test_another_version_of_the_chunks_needs_a_rebuild(indexer: ChromaIndexer, d
     indexer.index([docs])
     path = docs / ".epic-rag/index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chunker_version": 0}))
-    with pytest.raises(IndexMismatchError, match=r"version 0 of the chunks, this is version 1; .*--rebuild"):
+    with pytest.raises(IndexMismatchError, match=r"version 0 of the chunks, this is version 2; .*--rebuild"):
         indexer.index([docs])
     indexer.index([docs], rebuild=True)
     assert counts(indexer.index([docs])) == (0, 0, 0, 3)
@@ -124,7 +124,7 @@ def test_a_broken_index_file_is_mended_by_a_rebuild(indexer: ChromaIndexer, docs
 def test_an_index_of_a_newer_format_is_left_alone(indexer: ChromaIndexer, docs: Path) -> None:
     indexer.index([docs])
     (docs / ".epic-rag/index.json").write_text('{"format_version": 99}')
-    with pytest.raises(IndexStateError, match="format 99, this version of epic-rag reads 1; run `pip install"):
+    with pytest.raises(IndexStateError, match="format 99, this version of epic-rag reads 2; run `pip install"):
         indexer.index([docs])
 
 

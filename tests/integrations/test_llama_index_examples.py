@@ -51,13 +51,16 @@ def test_the_namespace_package_leaves_llama_index_alone() -> None:
 
     import llama_index.embeddings
     import llama_index.embeddings.epic
+    import llama_index.retrievers
+    import llama_index.retrievers.epic
 
-    for package in (llama_index, llama_index.embeddings):
+    for package in (llama_index, llama_index.embeddings, llama_index.retrievers):
         assert package.__file__ is None, f"{package.__name__} is a regular package and hides other distributions"
     folder = ROOT / "integrations" / "llama_index"
     assert not list(folder.glob("__init__.py"))
-    assert not list(folder.glob("embeddings/__init__.py"))
+    assert not list(folder.glob("*/__init__.py"))
     assert llama_index.embeddings.epic.__all__ == ["EpicEmbedding"]
+    assert llama_index.retrievers.epic.__all__ == ["EpicRetriever", "to_search_filters"]
 
 
 def test_the_example_runs_as_a_program(tiny_checkpoint: Path) -> None:
@@ -190,3 +193,4 @@ def test_the_code_in_the_page_runs(shipped: None, tmp_path: Path, monkeypatch: p
     texts = names["collection"].get()["documents"]  # type: ignore[attr-defined]
     assert sum("Descale every month with" in text for text in texts) == 1
     assert len(texts) == 3
+    assert names["found"][0].node.metadata["path"] in ("machine.md", "tap.py")  # type: ignore[index]

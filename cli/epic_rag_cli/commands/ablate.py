@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 from epic_rag_cli.interrupt import Interrupted
 from epic_rag_cli.options import Json
 from epic_rag_cli.output import emit, emit_json, message
+from epic_rag_cli.verbosity import Verbosity, verbosity
 
 __all__ = ["ablate"]
 
@@ -39,7 +39,6 @@ def ablate(
         ),
     ] = None,
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress bar on stderr.")] = False,
 ) -> None:
     """Train the arms of a grid for an equal number of steps, tokens or minutes, and print their scores as a table.
 
@@ -62,24 +61,18 @@ def ablate(
         output=output,
         default_model=os.environ.get("EPIC_RAG_MODEL") or DEFAULT_CHECKPOINT,
     )
-    logger = logging.getLogger("epic_rag")
-    level = logger.level
     try:
-        if quiet:
-            logger.setLevel(logging.ERROR)
         report = run_ablation(
             read,
             only=split_names(only or ""),
-            progress=None if quiet else lambda line: message("note", line),
-            show_progress=sys.stderr.isatty() and not quiet,
+            progress=lambda line: message("note", line),
+            show_progress=sys.stderr.isatty() and verbosity() is not Verbosity.QUIET,
             command=tuple(sys.argv),
         )
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted; what is done is in {read.folder}; run the same command again to go on"
         ) from None
-    finally:
-        logger.setLevel(level)
     if as_json:
         emit_json(report.to_json())
     else:

@@ -9,14 +9,16 @@ import typer
 
 from epic_rag.errors import EpicError
 from epic_rag_cli.locate import display_path, find_index
-from epic_rag_cli.options import IndexDir
+from epic_rag_cli.options import Chroma, IndexDir
 from epic_rag_cli.output import message
+from epic_rag_cli.text import printable
 
 __all__ = ["clear"]
 
 
 def clear(
     index_dir: IndexDir = None,
+    chroma: Chroma = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete an index. The documents themselves are not touched.
@@ -28,8 +30,8 @@ def clear(
     folder = find_index(index_dir)
     from epic_rag_chroma import ChromaIndexer
 
-    indexer = ChromaIndexer(folder)
-    shown = display_path(folder)
+    indexer = ChromaIndexer(folder, chroma=chroma)
+    shown = printable(display_path(folder))
     if not yes:
         state = indexer.status()
         if not sys.stdin.isatty():

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from epic_rag.errors import DataError, EpicError, IndexNotFoundError, IndexStateError
-from epic_rag_cli.defaults import MAX_SKIPPED_SHOWN
+from epic_rag_cli import reports
 from epic_rag_cli.interrupt import Interrupted
-from epic_rag_cli.locate import display_path, index_dir_for
-from epic_rag_cli.options import Json, Model
-from epic_rag_cli.output import emit, emit_json, message
+from epic_rag_cli.locate import display_path, find_index, index_dir_for
+from epic_rag_cli.options import Chroma, Json, Model
+from epic_rag_cli.output import columns, emit, emit_json
 from epic_rag_cli.progress import IndexingProgress
-from epic_rag_cli.text import plural
+from epic_rag_cli.verbosity import Verbosity, verbosity
 
 if TYPE_CHECKING:
     from epic_rag_chroma import ChromaIndexer, IndexReport, IndexSettings
@@ -24,7 +25,14 @@ __all__ = ["index"]
 
 
 def index(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Folders and files to index.")],
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="PATH",
+            help="Folders and files to index. Without any: those of the index in --index-dir, or of the nearest one.",
+            show_default=False,
+        ),
+    ] = None,
     index_dir: Annotated[
         Path | None,
         typer.Option(
@@ -35,6 +43,7 @@ def index(
         ),
     ] = None,
     model: Model = None,
+    chroma: Chroma = None,
     include: Annotated[
         list[str] | None,
         typer.Option("--include", metavar="PATTERN", help="Index only files that match; can be repeated."),
@@ -43,6 +52,14 @@ def index(
         list[str] | None,
         typer.Option("--exclude", metavar="PATTERN", help="Leave out files that match; can be repeated."),
     ] = None,
+    follow_links: Annotated[
+        bool | None,
+        typer.Option(
+            "--follow-links/--no-follow-links",
+            help="Also read what symbolic links lead to outside of the folders. The index remembers it.",
+            show_default=False,
+        ),
+    ] = None,
     chunk_tokens: Annotated[
         int | None,
         typer.Option("--chunk-tokens", metavar="N", min=1, help="The most tokens of a passage."),
@@ -50,44 +67,82 @@ def index(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Embed everything again, with the model and settings given now.")
     ] = False,
+    wait: Annotated[
+        float,
+        typer.Option(
+            "--wait",
+            metavar="SECONDS",
+            min=0,
+            help="How long to wait for another process that writes to the index; `inf` for as long as it takes.",
+            show_default="not at all",
+        ),
+    ] = 0.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done: nothing is written, no model is loaded.")
+    ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on, and index again whenever something has changed, until Ctrl-C.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Index folders and files, or bring their index up to date.
 
-    Only new and changed files are embedded; files that are gone leave the index. Files named by .gitignore or
-    .epicignore are not read; patterns are written as in these files.
+    Only new and changed files are embedded, and of these only passages that are new; files that are gone leave the
+    index. Files named by .gitignore or .epicignore are not read; patterns are written as in these files.
     The exit status is 1 when nothing could be indexed.
 
     Examples:
         epic-rag index docs
         epic-rag index docs notes.md --exclude 'drafts/**' --json
         epic-rag index docs --chunk-tokens 120 --rebuild
+        epic-rag index --dry-run
     """
-    _require(paths)
+    if math.isnan(wait):
+        raise typer.BadParameter("nan is no number of seconds", param_hint="'--wait'")
+    if watch and dry_run:
+        raise typer.BadParameter("it says what one run would do; leave out --watch", param_hint="'--dry-run'")
+    if dry_run and rebuild:
+        raise typer.BadParameter("a rebuild embeds every file; leave out --rebuild", param_hint="'--dry-run'")
+    places = paths or []
+    _require(places)
     # Imported here, as in every command, so that --help answers at once.
     from epic_rag_chroma import ChromaIndexer
     from epic_rag_cli.loading import encoder_for
 
-    folder = index_dir_for(index_dir, paths[0])
-    indexer = ChromaIndexer(folder, encoder=encoder_for(model))
-    settings = _settings(indexer, include, exclude, chunk_tokens, rebuild)
-    progress = IndexingProgress()
-    try:
-        with progress:
-            report = indexer.index(paths, settings=settings, rebuild=rebuild, progress=progress)
-    except KeyboardInterrupt:
-        raise Interrupted(_interrupted_line(progress, folder, rebuild)) from None
+    folder = index_dir_for(index_dir, places[0]) if places else find_index(index_dir)
+    indexer = ChromaIndexer(folder, encoder=encoder_for(model), chroma=chroma)
+    settings = _settings(indexer, rebuild, include=include, exclude=exclude, follow=follow_links, tokens=chunk_tokens)
+    if dry_run:
+        _tell_plan(indexer, folder, places, settings, as_json)
+        return
+
+    def run(rebuild: bool) -> IndexReport:
+        progress = IndexingProgress()
+        try:
+            with progress:
+                return indexer.index(
+                    places,
+                    settings=settings,
+                    rebuild=rebuild,
+                    progress=progress,
+                    wait=None if math.isinf(wait) else wait,
+                )
+        except KeyboardInterrupt:
+            raise Interrupted(_interrupted_line(progress, folder, rebuild)) from None
+
+    if watch:
+        from epic_rag_cli.watching import Watch
+
+        Watch(indexer, folder, places, as_json=as_json).run(run, rebuild=rebuild)
+        return
+    report = run(rebuild)
     if as_json:
-        emit_json({"index_dir": str(folder), **dataclasses.asdict(report), **_rates(report)})
-    _tell_skipped(report, as_json)
+        emit_json({"index_dir": str(folder), **reports.report_json(report)})
+    reports.tell_skipped(report.skipped, hint=not as_json)
     if report.chunks_total == 0 and report.deleted == 0:
-        places = ", ".join(display_path(path) for path in paths)
-        raise EpicError(
-            f"nothing to index: {places} holds no file with text ({len(report.skipped)} skipped); "
-            "check the path, --include, --exclude, .gitignore and .epicignore, then run `epic-rag index` again"
-        )
-    if not as_json:
-        emit([_summary(report)])
+        raise _nothing(places or [folder], report)
+    if not as_json and verbosity() is not Verbosity.QUIET:
+        emit([reports.report_summary(report)])
 
 
 def _require(paths: list[Path]) -> None:
@@ -99,19 +154,23 @@ def _require(paths: list[Path]) -> None:
 
 def _settings(
     indexer: ChromaIndexer,
+    rebuild: bool,
+    *,
     include: list[str] | None,
     exclude: list[str] | None,
-    chunk_tokens: int | None,
-    rebuild: bool,
+    follow: bool | None,
+    tokens: int | None,
 ) -> IndexSettings | None:
     """Return the settings to ask for: None (the index's own) or those of the index with what is given now."""
-    given: dict[str, tuple[str, ...] | int] = {}
+    given: dict[str, Any] = {}
     if include:
         given["include"] = tuple(include)
     if exclude:
         given["exclude"] = tuple(exclude)
-    if chunk_tokens is not None:
-        given["chunk_tokens"] = chunk_tokens
+    if follow is not None:
+        given["follow_links"] = follow
+    if tokens is not None:
+        given["chunk_tokens"] = tokens
     if not given:
         return None
     from epic_rag_chroma import IndexSettings
@@ -125,33 +184,30 @@ def _settings(
         # A broken index is what --rebuild is for.
         if not rebuild:
             raise
-    if chunk_tokens is not None and chunk_tokens != base.chunk_tokens:
+    if tokens is not None and tokens != base.chunk_tokens:
         # There is no option for the overlap: short passages share less than the default.
-        given["chunk_overlap"] = min(IndexSettings().chunk_overlap, chunk_tokens // 10)
-    return dataclasses.replace(base, **given)  # type: ignore[arg-type]  # names and types are those of the fields
+        given["chunk_overlap"] = min(IndexSettings().chunk_overlap, tokens // 10)
+    return dataclasses.replace(base, **given)
 
 
-def _rates(report: IndexReport) -> dict[str, float]:
-    seconds = max(report.seconds, 1e-9)
-    return {"chunks_per_second": round(report.chunks_embedded / seconds, 1)}
+def _tell_plan(
+    indexer: ChromaIndexer, folder: Path, places: list[Path], settings: IndexSettings | None, as_json: bool
+) -> None:
+    plan = indexer.plan(places, settings=settings)
+    if as_json:
+        emit_json({"index_dir": str(folder), "dry_run": True, **reports.plan_json(plan)})
+        return
+    reports.tell_skipped(plan.skipped, hint=True)
+    lines = reports.plan_lines(plan)
+    emit([*(columns(lines, styles=("bold",)) if lines else ()), reports.plan_summary(plan)])
 
 
-def _summary(report: IndexReport) -> str:
-    counts = (
-        f"{report.added:,} added, {report.changed:,} changed, {report.deleted:,} deleted, "
-        f"{report.unchanged:,} unchanged, {len(report.skipped):,} skipped"
+def _nothing(places: list[Path], report: IndexReport) -> EpicError:
+    shown = ", ".join(display_path(path) for path in places)
+    return EpicError(
+        f"nothing to index: {shown} holds no file with text ({len(report.skipped)} skipped); "
+        "check the path, --include, --exclude, .gitignore and .epicignore, then run `epic-rag index` again"
     )
-    rate = _rates(report)["chunks_per_second"]
-    embedded = f"{plural(report.chunks_embedded, 'passage')} embedded in {report.seconds:.1f} s"
-    return f"{counts}; {embedded}" + (f" ({rate:,.1f} a second)" if report.chunks_embedded else "")
-
-
-def _tell_skipped(report: IndexReport, as_json: bool) -> None:
-    for file in report.skipped[:MAX_SKIPPED_SHOWN]:
-        message("skipped", f"{file.path}: {file.reason}")
-    more = len(report.skipped) - MAX_SKIPPED_SHOWN
-    if more > 0:
-        message("skipped", f"{more:,} more" + ("" if as_json else "; --json lists all"))
 
 
 def _interrupted_line(progress: IndexingProgress, folder: Path, rebuild: bool) -> str:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from epic_rag_cli.locate import find_index
-from epic_rag_cli.options import IndexDir, Json
+from epic_rag_cli.options import Chroma, IndexDir, Json
 from epic_rag_cli.output import columns, emit, emit_json
-from epic_rag_cli.text import size
+from epic_rag_cli.text import plural, size
+
+if TYPE_CHECKING:
+    from epic_rag_chroma import IndexStatus
 
 __all__ = ["status"]
 
+_STATES = {
+    "running": "a run of `epic-rag index` goes on; what it has stored can be found already",
+    "interrupted": "the last run did not end; what it stored can be found, and `epic-rag index` goes on from there",
+}
 
-def status(index_dir: IndexDir = None, as_json: Json = False) -> None:
+
+def status(index_dir: IndexDir = None, chroma: Chroma = None, as_json: Json = False) -> None:
     """Show what an index holds.
 
     Its model and settings, the folders it covers, the number of files and passages, its size and the last
-    run.
+    run. Nothing is loaded for it, and no Chroma server is asked.
 
     Examples:
         epic-rag status
@@ -25,19 +34,38 @@ def status(index_dir: IndexDir = None, as_json: Json = False) -> None:
     folder = find_index(index_dir)
     from epic_rag_chroma import ChromaIndexer
 
-    state = ChromaIndexer(folder).status()
+    state = ChromaIndexer(folder, chroma=chroma).status()
     if as_json:
         emit_json(dataclasses.asdict(state))
         return
     rows = [
         ("index", state.index_dir),
+        *((("chroma", state.chroma),) if state.chroma else ()),
         *(("root", root) for root in state.roots),
         ("model", f"{state.model} ({state.fingerprint}, {state.dimension} dimensions)"),
         ("files", f"{state.files:,}"),
+        *((("kinds", _kinds(state)),) if state.kinds else ()),
         ("passages", f"{state.chunks:,} of at most {state.settings.chunk_tokens} tokens"),
         *(("include", pattern) for pattern in state.settings.include),
         *(("exclude", pattern) for pattern in state.settings.exclude),
+        *((("links", "followed"),) if state.settings.follow_links else ()),
         ("size", size(state.size_bytes)),
         ("updated", state.updated_at or "never"),
+        *((("last run", _last_run(state.last_run)),) if state.last_run else ()),
+        *((("state", _STATES[state.state]),) if state.state in _STATES else ()),
     ]
     emit(columns(rows, styles=("bold",)))
+
+
+def _kinds(state: IndexStatus) -> str:
+    """Return how many files of each kind there are, the most frequent first."""
+    counted = sorted(state.kinds.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {kind}" for kind, count in counted)
+
+
+def _last_run(counts: dict[str, float]) -> str:
+    # An index of another version may have noted other counts.
+    words = ("added", "changed", "renamed", "deleted", "unchanged", "skipped")
+    parts = [f"{int(counts[word]):,} {word}" for word in words if counts.get(word)]
+    embedded = plural(int(counts.get("chunks_embedded", 0)), "passage")
+    return f"{', '.join(parts) or 'nothing to do'}; {embedded} embedded in {counts.get('seconds', 0.0):.1f} s"

@@ -1,0 +1,70 @@
+"""Whether the files of Chroma's graph can be what Chroma wrote: looked at before Chroma reads them.
+
+Chroma overwrites them in place, does not notice when the disk is full, and in version 1.5 hands them to a loader in C++
+that trusts them: it would read beyond the end of what is cut short. Looking at lengths costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import struct
+from contextlib import closing
+from pathlib import Path
+
+from epic_rag_chroma.running import CHROMA_FOLDER
+
+__all__ = ["graph_fits"]
+
+_HEADER = struct.Struct("=I6QiI3QdQ")
+_FILE_VERSION = 1
+_LENGTH = struct.Struct("=I")
+
+
+def graph_fits(index_dir: Path, collection: str) -> bool:
+    """Whether the lengths of a collection's graph files agree with each other; True where nothing can be said."""
+    try:
+        uri = f"{(index_dir / CHROMA_FOLDER / 'chroma.sqlite3').as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True)) as database:
+            select = "SELECT id FROM segments WHERE scope = 'VECTOR' AND collection = ?"
+            segments = [str(row[0]) for row in database.execute(select, (collection,))]
+            return all(
+                _folder_fits(index_dir / CHROMA_FOLDER / segment, _written(database, segment)) for segment in segments
+            )
+    except sqlite3.Error:
+        return True  # Chroma will say what is wrong with it
+
+
+def _written(database: sqlite3.Connection, segment: str) -> bool:
+    """Whether Chroma remembers to have written a graph."""
+    return database.execute("SELECT 1 FROM max_seq_id WHERE segment_id = ?", (segment,)).fetchone() is not None
+
+
+def _folder_fits(folder: Path, is_written: bool) -> bool:
+    try:
+        if not folder.is_dir():
+            return not is_written
+        if not (folder / "index_metadata.pickle").is_file():
+            return not is_written
+        header = (folder / "header.bin").read_bytes()
+        version, _, capacity, elements, stride, label_at, data_at, *_ = _HEADER.unpack(header[: _HEADER.size])
+        if version != _FILE_VERSION:
+            return True  # a layout that we do not know
+        return (
+            len(header) == _HEADER.size
+            and capacity >= elements
+            and data_at < label_at < stride
+            and (folder / "data_level0.bin").stat().st_size >= elements * stride
+            and (folder / "length.bin").stat().st_size >= elements * 4
+            and _links_fit((folder / "link_lists.bin").read_bytes(), elements)
+        )
+    except (OSError, struct.error):
+        return False
+
+
+def _links_fit(links: bytes, elements: int) -> bool:
+    at = 0
+    for _ in range(elements):
+        if at + _LENGTH.size > len(links):
+            return False
+        at += _LENGTH.size + _LENGTH.unpack_from(links, at)[0]
+    return at <= len(links)

@@ -1,0 +1,240 @@
+"""Where an index keeps its vectors: in its own folder, or on a Chroma server.
+
+An index remembers its server (address, tenant, database and the id under which its collections are told from those of
+other indexes) in `index.json`. Credentials come from the environment each time and are kept nowhere:
+
+    EPIC_RAG_CHROMA            address of the server for indexes that are made without one being named
+    EPIC_RAG_CHROMA_TENANT     tenant and database for addresses that are given without them
+    EPIC_RAG_CHROMA_DATABASE
+    EPIC_RAG_CHROMA_TOKEN      sent with every request
+    EPIC_RAG_CHROMA_HEADERS    more headers, for a proxy before the server: a JSON object of names and values
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from epic_rag.errors import ChromaServerError, ConfigError
+
+__all__ = [
+    "ADDRESS_VARIABLE",
+    "DATABASE_VARIABLE",
+    "HEADERS_VARIABLE",
+    "IN_FOLDER",
+    "TENANT_VARIABLE",
+    "TOKEN_VARIABLE",
+    "ChromaServer",
+    "Place",
+    "RestartedError",
+    "ServerPlace",
+    "asked_server",
+    "has_credentials",
+    "is_in_doubt",
+    "is_named_by_environment",
+    "new_place",
+    "request_headers",
+]
+
+ADDRESS_VARIABLE = "EPIC_RAG_CHROMA"
+TENANT_VARIABLE = "EPIC_RAG_CHROMA_TENANT"
+DATABASE_VARIABLE = "EPIC_RAG_CHROMA_DATABASE"
+TOKEN_VARIABLE = "EPIC_RAG_CHROMA_TOKEN"
+HEADERS_VARIABLE = "EPIC_RAG_CHROMA_HEADERS"
+# What stands for the index folder where an address is asked for.
+IN_FOLDER = "folder"
+
+_DEFAULT_TENANT = "default_tenant"
+_DEFAULT_DATABASE = "default_database"
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
+
+
+@dataclass(frozen=True)
+class ChromaServer:
+    """A database on a Chroma server.
+
+    Args:
+        url: `http://host:port` or `https://host:port`; a path is kept, for a server behind a proxy.
+        tenant: Chroma's tenant.
+        database: The tenant's database. It must exist.
+
+    Raises:
+        ConfigError: If the address cannot be one, or has credentials in it.
+    """
+
+    url: str
+    tenant: str = _DEFAULT_TENANT
+    database: str = _DEFAULT_DATABASE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", _normal(self.url))
+        for name in ("tenant", "database"):
+            value = getattr(self, name)
+            if not value or not value.isprintable() or "/" in value:
+                raise ConfigError(
+                    f"the {name} of a Chroma server cannot be {value!r}; give the name that the server has"
+                )
+
+    def __str__(self) -> str:
+        parts = []
+        if self.tenant != _DEFAULT_TENANT:
+            parts.append(f"tenant {self.tenant}")
+        if self.database != _DEFAULT_DATABASE:
+            parts.append(f"database {self.database}")
+        return self.url + (f" ({', '.join(parts)})" if parts else "")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether nothing that is sent there leaves this machine."""
+        host = urlsplit(self.url).hostname or ""
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
+
+
+@dataclass(frozen=True)
+class ServerPlace:
+    """An index's place on a server; `index_id` tells its collections from those of other indexes."""
+
+    server: ChromaServer
+    index_id: str
+
+    def __str__(self) -> str:
+        return str(self.server)
+
+    def to_json(self) -> dict[str, str]:
+        """What `index.json` keeps."""
+        server = self.server
+        return {"url": server.url, "tenant": server.tenant, "database": server.database, "index_id": self.index_id}
+
+    @classmethod
+    def from_json(cls, content: dict[str, str]) -> ServerPlace:
+        """Read what `to_json` made."""
+        server = ChromaServer(str(content["url"]), str(content["tenant"]), str(content["database"]))
+        return cls(server, str(content["index_id"]))
+
+
+# The index folder, or a place on a server.
+Place = Path | ServerPlace
+
+
+class RestartedError(ChromaServerError):
+    """The server was away while rows were being written. It is there again, and has done what was asked last."""
+
+
+def is_in_doubt(error: ChromaServerError) -> bool:
+    """Whether an error says that a collection's graph may be broken, and not that it cannot be reached."""
+    return isinstance(error, RestartedError) or error.status == 500
+
+
+def asked_server(given: str | ChromaServer | None) -> ChromaServer | str | None:
+    """What a caller asks for: a server, the index folder (`IN_FOLDER`), or whatever the index has (None)."""
+    if given is None or isinstance(given, ChromaServer):
+        return given
+    if given == IN_FOLDER:
+        return IN_FOLDER
+    return ChromaServer(
+        given,
+        os.environ.get(TENANT_VARIABLE) or _DEFAULT_TENANT,
+        os.environ.get(DATABASE_VARIABLE) or _DEFAULT_DATABASE,
+    )
+
+
+def new_place(asked: ChromaServer | str | None, known: ServerPlace | None, *, is_new: bool) -> ServerPlace | None:
+    """The place of an index that is made or made anew; None for its folder.
+
+    Args:
+        asked: What `asked_server` says.
+        known: Where the index is now, if there is one.
+        is_new: Whether there is none; only then does the environment's address count.
+    """
+    if asked is None and is_new:
+        asked = asked_server(os.environ.get(ADDRESS_VARIABLE) or None)
+    elif asked is None:
+        return known
+    if not isinstance(asked, ChromaServer):
+        return None
+    if known is not None and known.server == asked:
+        return known
+    return ServerPlace(asked, uuid.uuid4().hex[:16])
+
+
+def is_named_by_environment(server: ChromaServer) -> bool:
+    """Whether the environment has the server's address."""
+    given = os.environ.get(ADDRESS_VARIABLE, "")
+    return given not in ("", IN_FOLDER) and ChromaServer(given).url == server.url
+
+
+def has_credentials() -> bool:
+    """Whether there is anything secret to send."""
+    return bool(os.environ.get(TOKEN_VARIABLE, "").strip() or os.environ.get(HEADERS_VARIABLE, "").strip())
+
+
+def request_headers() -> dict[str, str]:
+    """The headers with the credentials that the environment has; for requests only, never to be kept or shown.
+
+    A token goes into both headers in use: Chroma's own (`X-Chroma-Token`, also Chroma Cloud's) and `Authorization`,
+    which is what most proxies check.
+
+    Raises:
+        ConfigError: If they cannot be sent. The message does not repeat them.
+    """
+    headers: dict[str, str] = {}
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if token:
+        if _HEADER_VALUE.fullmatch(token) is None:
+            raise ConfigError(f"{TOKEN_VARIABLE} has characters that no token can have; set it to the token alone")
+        headers = {"X-Chroma-Token": token, "Authorization": f"Bearer {token}"}
+    more = os.environ.get(HEADERS_VARIABLE, "").strip()
+    if more:
+        try:
+            content = json.loads(more)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or not all(
+            isinstance(value, str) and _HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value)
+            for name, value in content.items()
+        ):
+            raise ConfigError(
+                f"{HEADERS_VARIABLE} is no JSON object of header names and values; set it to one, as in "
+                '\'{"X-Api-Key": "..."}\''
+            )
+        for name, value in content.items():
+            headers = {known: kept for known, kept in headers.items() if known.lower() != name.lower()}
+            headers[name] = value
+    return headers
+
+
+def _normal(url: str) -> str:
+    """An address in the one way that addresses are compared in."""
+    example = "give it as http://localhost:8000 or https://host:port"
+    try:
+        parts = urlsplit(url.strip())
+        port = parts.port
+    except ValueError:
+        shown = repr(url.rpartition("@")[2])  # a password would stand before the sign
+        raise ConfigError(f"{shown} is no address of a Chroma server; {example}") from None
+    if parts.username is not None or parts.password is not None:
+        # Not repeated: it is written into index.json and messages, where no password may be.
+        raise ConfigError(
+            f"the address of the Chroma server on {parts.hostname} has a name or password in it; leave it out, and set "
+            f"{TOKEN_VARIABLE} or {HEADERS_VARIABLE} instead"
+        )
+    host = (parts.hostname or "").rstrip(".")
+    if parts.scheme.lower() not in ("http", "https") or not re.fullmatch(r"[\w.:%-]+", host):
+        raise ConfigError(f"{url!r} is no address of a Chroma server; {example}")
+    if parts.query or parts.fragment:
+        raise ConfigError(f"{url!r} has more than an address in it; {example}")
+    scheme = parts.scheme.lower()
+    port = port if port is not None else {"http": 80, "https": 443}[scheme]
+    shown = f"[{host}]" if ":" in host else host
+    path = parts.path.rstrip("/").removesuffix("/api/v2")
+    return f"{scheme}://{shown}:{port}{path}"

@@ -1,0 +1,10 @@
+"""Retrieval from an epic-rag index for LlamaIndex: `from llama_index.retrievers.epic import EpicRetriever`.
+
+`llama_index` and `llama_index.retrievers` are namespace packages that many distributions share, so neither
+folder above this one may hold an `__init__.py`.
+"""
+
+from llama_index.retrievers.epic._filters import to_search_filters
+from llama_index.retrievers.epic.base import EpicRetriever
+
+__all__ = ["EpicRetriever", "to_search_filters"]

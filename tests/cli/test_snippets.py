@@ -1,0 +1,138 @@
+"""Which part of a passage is shown for a query, and which of its words are marked."""
+
+from __future__ import annotations
+
+import sqlite3
+import unicodedata
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from epic_rag_chroma.keywords import KeywordIndex
+from epic_rag_cli import highlight
+from epic_rag_cli.highlight import QueryWords
+from epic_rag_cli.snippets import snippet
+from epic_rag_cli.text import printable
+
+
+def marked(text: str, query: str, width: int = 1000) -> list[str]:
+    shown = snippet(text, QueryWords(query), width)
+    return [shown.text[start:end] for start, end in shown.spans]
+
+
+@pytest.mark.parametrize(
+    ("text", "query", "width", "expected"),
+    [
+        ("Short text.", "anything", 50, "Short text."),
+        ("", "anything", 50, ""),
+        (" \n ", "anything", 50, ""),
+        ("One two three four five six.", "", 15, "One two three …"),
+        # Around the sentence with the query's words.
+        (
+            "Nothing here at all. The last commit is undone with reset. And more words follow it here.",
+            "reset the last commit",
+            40,
+            "… The last commit is undone with reset. …",
+        ),
+        # It is in the middle of whole sentences, as far as there is room.
+        ("Aa aa. Bb bb. The commit. Cc cc. Dd dd.", "commit", 26, "… Bb bb. The commit. Cc cc. …"),
+        # The rest is filled with words.
+        ("The commit. One long sentence that does not fit.", "commit", 30, "The commit. One long sentence …"),
+        ("One long sentence that does not fit. The commit.", "commit", 30, "… that does not fit. The commit."),
+        # The first of two equal sentences.
+        ("Reset it now today. Reset it now today. Reset it now today.", "reset", 20, "Reset it now today. …"),
+        # More different words count, not the same word often.
+        ("Reset, reset, reset and reset. Reset a commit.", "reset commit", 16, "… Reset a commit."),
+        # Of a long sentence, the part with most words, in the middle.
+        (
+            "It goes on and on, and on, and then there is a commit to reset, and so on and on and on",
+            "reset commit",
+            24,
+            "… a commit to reset, and …",
+        ),
+        # Paragraphs and list items are sentences, too.
+        ("Nothing\n\n- one commit\n- two resets\n", "reset", 12, "… - two resets"),
+        # A closing quotation mark stays with its sentence.
+        ('He said "reset." Then he left the room.', "reset", 16, 'He said "reset." …'),
+        # A word without spaces is cut hard.
+        ("x" * 30, "", 10, "x" * 10 + " …"),
+        ("\x1b[2J" + "y" * 30, "", 10, "\\x1b[2J" + "y" * 7 + " …"),
+        # Widths are those of a terminal.
+        ("删除文件夹。一切照旧。", "照旧", 10, "… 一切照旧。"),
+        ("世" * 30, "", 10, "世" * 5 + " …"),
+    ],
+)  # fmt: skip
+def test_snippet(text: str, query: str, width: int, expected: str) -> None:
+    assert snippet(text, QueryWords(query), width).text == expected
+
+
+def test_lines_are_sentences_of_source_code() -> None:
+    code = "def one():\n    return 1\n\ndef reset(commit):\n    return commit\n"
+    assert snippet(code, QueryWords("reset"), 18, by_line=True).text == "… def reset(commit): …"
+
+
+@pytest.mark.parametrize(
+    ("text", "query", "expected"),
+    [
+        ("Undo a commit, COMMIT or Commits; committing.", "commit", ["commit", "COMMIT", "Commits", "committing"]),
+        ("The installation was installed by the installer", "installing", ["installation", "installed", "installer"]),
+        ("Élan and café", "elan CAFE", ["Élan", "café"]),
+        # Parts of names, and names by their parts.
+        ("def get_user_name(userName):", "user", ["user", "user"]),
+        ("call getUserName() now", "user name", ["UserName"]),
+        ("python3 and python", "python", ["python", "python"]),
+        # Stop words tell nothing.
+        ("how do I do it in the way that it is", "how do I do it", []),
+        ("what do I undo", "what do I undo", ["undo"]),
+        ("删除文件夹，一切照旧", "文件夹", ["文件夹"]),
+        ("word", "", []),
+        ("", "word", []),
+        # Not inside of other words.
+        ("reincarnation of a car", "car", ["car"]),
+    ],
+)
+def test_marked_words(text: str, query: str, expected: list[str]) -> None:
+    assert marked(text, query) == expected
+
+
+def test_words_are_marked_as_keyword_search_finds_them(tmp_path: Any) -> None:
+    """What FTS5 finds by one word is marked, and nothing else is."""
+    texts = ["Installing files", "a filing", "the installer", "files", "INSTALLED", "fílés", "instal", "unrelated"]
+    index = KeywordIndex.open(tmp_path, "c")
+    index.upsert([str(number) for number in range(len(texts))], texts, ["d"] * len(texts))
+    for query in ("install", "file", "installation", "filed"):
+        found = {int(each) for each, _ in index.search(query, 100)}
+        assert {number for number, text in enumerate(texts) if marked(text, query)} == found, query
+    index.close()
+
+
+def test_sqlite_without_full_text_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(sqlite3.Connection):
+        def execute(self, *_: Any) -> Any:
+            raise sqlite3.OperationalError("no such module: fts5")
+
+    real = sqlite3.connect
+    monkeypatch.setattr(highlight.sqlite3, "connect", lambda name: real(name, factory=Plain))
+    assert marked("Commit and commits", "commit") == ["Commit"]
+
+
+TEXT = st.text(st.characters() | st.sampled_from("a b.\n\x1b\u202e世é_"), max_size=200)
+
+
+@given(TEXT, TEXT, st.integers(1, 60), st.booleans())
+def test_any_text(text: str, query: str, width: int, by_line: bool) -> None:
+    shown = snippet(text, QueryWords(query), width, by_line=by_line)
+    assert shown.text == printable(shown.text) or shown.text.strip() == printable(shown.text)
+    ends = [0, *(place for span in shown.spans for place in span), len(shown.text)]
+    assert ends == sorted(ends)
+    assert all(shown.text[start:end].strip() for start, end in shown.spans)
+    core = shown.text.removeprefix("… ").removesuffix(" …")
+    # It is a part of the passage, apart from white space.
+    assert "".join(core.split()) in "".join(printable(text).split())
+    if core.isascii() and "\\" not in core:
+        assert cell_len(core) <= max(width, 1)
+    if unicodedata.normalize("NFC", text).isascii() and len(" ".join(text.split())) <= width:
+        assert core == printable(text)

@@ -1,0 +1,62 @@
+"""An index that the command made, and retrievers over it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from epic_rag import EpicEncoder
+from llama_index.retrievers.epic import EpicRetriever
+
+FILES: dict[str, str] = {
+    "guide.md": "# Guide\n\n## Install\n\nRun the installer, then read the manual.\n\n## Remove\n\nDelete the folder.\n",
+    "notes.txt": "Cats sleep most of the day.\nThey wake up for food.\n",
+    "src/tool.py": "def encode(texts):\n    return texts\n\n\ndef decode(texts):\n    return texts\n",
+    "src/paint.py": "def paint(wall):\n    wall.colour = 'white'\n",
+}
+Nearest = Callable[[Sequence[str]], list[str]]
+
+
+@pytest.fixture(scope="session")
+def index_dir(
+    tmp_path_factory: pytest.TempPathFactory,
+    tree: Callable[[Path, dict[str, Any]], Path],
+    pdf: Callable[[list[str]], bytes],
+    tiny_checkpoint: Path,
+) -> Path:
+    """An index of five files. Nobody writes to it."""
+    folder = tmp_path_factory.mktemp("retriever")
+    docs = tree(folder / "docs", {**FILES, "paper.pdf": pdf(["first page of results", "second page about cats"])})
+    command = [sys.executable, "-m", "epic_rag_cli", "index", str(docs), "--index-dir", str(folder / "index")]
+    ran = subprocess.run([*command, "--model", str(tiny_checkpoint)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return folder / "index"
+
+
+@pytest.fixture
+def retriever(index_dir: Path, tiny_encoder: EpicEncoder) -> Iterator[EpicRetriever]:
+    with EpicRetriever(index_dir, encoder=tiny_encoder, similarity_top_k=4) as made:
+        yield made
+
+
+@pytest.fixture
+def dense(retriever: EpicRetriever) -> EpicRetriever:
+    return retriever.with_settings(mode="dense", collapse=False)
+
+
+@pytest.fixture
+def nearest(index_dir: Path, tiny_encoder: EpicEncoder, rows: Callable[[Path], dict[str, Any]]) -> Nearest:
+    """Brute force: ids of the four rows nearest to the mean of some texts' vectors."""
+
+    def find(texts: Sequence[str]) -> list[str]:
+        vector = tiny_encoder.encode_query(list(texts)).mean(axis=0)
+        vectors = {row: np.asarray(values) for row, (_, _, values) in rows(index_dir).items()}
+        return sorted(vectors, key=lambda row: -float(vectors[row] @ vector))[:4]
+
+    return find

@@ -1,0 +1,101 @@
+"""An index that has lost some of its files makes them again from the others, mostly without the model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chromadb
+import pytest
+
+from epic_rag import EpicEncoder
+from epic_rag_chroma import ChromaIndexer
+from tests.integrations.test_indexer_crash import assert_same, run, start, texts_found, write
+
+Rows = dict[str, tuple[str, dict[str, Any], list[float]]]
+ReadRows = Callable[[Path], Rows]
+
+# What is taken away, and what that costs: chunks that the model must read again.
+LOST = {
+    "manifest.json": 0,
+    "broken manifest": 0,
+    "rows of Chroma": 0,
+    "records": 0,
+    "broken records": 0,
+    "rows of records": 2,
+    "keywords": 0,
+    "broken keywords": 0,
+    "chroma": 0,
+    "broken chroma": 0,
+    "a folder for Chroma's database": 0,
+    "graph": 0,
+    "cut graph": 0,
+    "chroma and records": None,
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_what_is_lost_is_made_again(tmp_path: Path, tiny_encoder: EpicEncoder, rows: ReadRows, lost: str) -> None:
+    folder = start(tmp_path / "docs")
+    for number in range(130):  # enough for a graph on the disk
+        write(folder, f"more/{number}.txt", f"word{number} alone\n")
+    run(folder, tiny_encoder)
+    index = folder / ".epic-rag"
+    expected = rows(index)
+    assert len(expected) > 100
+    lose(index, lost, list(expected))
+    everything = {(row[1]["path"], row[0]) for row in expected.values()}
+    if lost not in ("rows of Chroma", "rows of records", "chroma and records"):
+        assert texts_found(folder, tiny_encoder) == everything
+    report = run(folder, tiny_encoder)
+    assert_same(rows(index), expected)
+    cost = LOST[lost]
+    assert report.chunks_embedded == (
+        len({row[1]["embedded_hash"] for row in expected.values()}) if cost is None else cost
+    )
+    assert texts_found(folder, tiny_encoder) == everything
+    with ChromaIndexer(index, encoder=tiny_encoder) as indexer:
+        assert indexer.query("word7", mode="keyword")[0].path == "more/7.txt"
+
+
+def lose(index: Path, lost: str, ids: list[str]) -> None:
+    records, keywords = (next(index.glob(f"{name}-*.sqlite")) for name in ("records", "keywords"))
+    graph = next(index.glob("chroma/*/data_level0.bin"))
+    match lost:
+        case "manifest.json":
+            (index / lost).unlink()
+        case "broken manifest":
+            (index / "manifest.json").write_text('{"version": 2, "files": [1]}')
+        case "rows of Chroma":
+            with chromadb.PersistentClient(str(index / "chroma")) as client:  # type: ignore[attr-defined]
+                client.get_collection("epic_rag", embedding_function=None).delete(ids=ids[:2])
+        case "records":
+            records.unlink()
+        case "broken records":
+            records.write_bytes(os.urandom(5000))
+        case "rows of records":
+            with sqlite3.connect(records) as connection:
+                connection.execute("DELETE FROM records WHERE number <= 2")
+            connection.close()
+        case "keywords":
+            keywords.unlink()
+        case "broken keywords":
+            keywords.write_bytes(keywords.read_bytes()[:3000])
+        case "chroma":
+            shutil.rmtree(index / "chroma")
+        case "broken chroma":
+            (index / "chroma/chroma.sqlite3").write_bytes(os.urandom(5000))
+        case "a folder for Chroma's database":
+            (index / "chroma/chroma.sqlite3").unlink()
+            (index / "chroma/chroma.sqlite3").mkdir()
+        case "graph":
+            shutil.rmtree(graph.parent)
+        case "cut graph":
+            graph.write_bytes(graph.read_bytes()[:1000])
+        case "chroma and records":
+            shutil.rmtree(index / "chroma")
+            records.unlink()
