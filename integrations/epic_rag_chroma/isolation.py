@@ -352,6 +352,10 @@ def _limit_resources(memory: int) -> None:
 
 def _peak_memory() -> int:
     """The most bytes of memory that this process had."""
+    # On Linux the resource usage of a new process begins with what its parent had when it was started, which may be a
+    # whole model; the high-water mark of its own memory does not.
+    with suppress(OSError, ValueError, IndexError), open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
     try:
         import resource
     except ImportError:  # Windows

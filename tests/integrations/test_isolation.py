@@ -108,6 +108,14 @@ def test_one_worker_reads_many_files_and_is_gone_afterwards(hostile: None) -> No
     assert not worker.is_running()
 
 
+def test_what_the_indexer_has_in_memory_does_not_wear_a_worker_out(hostile: None) -> None:
+    held = bytearray(b"x") * (300 * 2**20)  # as a model would be
+    with IsolatedReader(memory_mib=400) as reader:
+        first = text(reader.read("a.pdf", b"one"))
+        assert text(reader.read("b.pdf", b"one")) == first
+    assert len(held) == 300 * 2**20
+
+
 def test_no_code_of_the_working_directory_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("json", "logging", "bs4"):
         (tmp_path / f"{module}.py").write_text("open('ran', 'w')")
