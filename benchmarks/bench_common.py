@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -12,10 +13,11 @@ from typing import Any
 
 import torch
 
+from epic_rag.errors import EpicError
 from epic_rag.evaluation.measuring import Spread, machine, spread_of, timed
 from epic_rag.evaluation.report import markdown_table, versions
 
-__all__ = ["Bar", "bars_table", "interleaved", "milliseconds", "ratio", "say", "write"]
+__all__ = ["Bar", "bars_table", "interleaved", "milliseconds", "ratio", "run_main", "say", "write"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,15 @@ def write(folder: Path, name: str, markdown: str, bars: list[Bar], device: torch
     (folder / f"{name}.json").write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(markdown + "\n", encoding="utf-8")
     sys.stdout.write(markdown + "\n")
+
+
+def run_main(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], int]) -> int:
+    """Measure with the options of the command line; an error is one line."""
+    try:
+        return measure(parser.parse_args())
+    except EpicError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
 
 
 def say(line: str) -> None:

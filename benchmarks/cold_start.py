@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_common import bars_table, interleaved, milliseconds, ratio, write
+from bench_common import bars_table, interleaved, milliseconds, ratio, run_main, write
 
 from epic_rag.checkpoints import resolve
 from epic_rag.errors import EpicError
@@ -92,14 +92,5 @@ def measure(options: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        return measure(options)
-    except EpicError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(parser(), measure))

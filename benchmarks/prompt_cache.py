@@ -15,11 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_common import Bar, bars_table, interleaved, milliseconds, ratio, write
+from bench_common import Bar, bars_table, interleaved, milliseconds, ratio, run_main, write
 from efficiency import load_bank, split
 
 from epic_rag import DemonstrationBank, EpicEncoder
-from epic_rag.errors import EpicError
 from epic_rag.evaluation.report import markdown_table
 from epic_rag.prefix import PrefixCache
 
@@ -158,14 +157,5 @@ def _bars(seconds: dict[str, list[float]], memory: dict[str, int]) -> list[Bar]:
     return [*found, Bar("cache memory, EPIC / text", share, 1 / 15, True)]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        return measure(options)
-    except EpicError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(parser(), measure))

@@ -13,20 +13,19 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import Bar, bars_table, interleaved, ratio, say, write
+from bench_common import Bar, bars_table, interleaved, ratio, run_main, say, write
 from torch import nn
 
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag._kernels import use_onednn
 from epic_rag._storage import parse_dtype
 from epic_rag.batching import token_batches
-from epic_rag.errors import EpicError
 from epic_rag.evaluation.measuring import count_flops, spread_of, timed
 from epic_rag.evaluation.report import markdown_table
 
@@ -170,14 +169,5 @@ def _share(rate: tuple[float, float]) -> float:
     return rate[0] / rate[1]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        return measure(options)
-    except EpicError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(parser(), measure))

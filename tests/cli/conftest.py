@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+import epic_rag_chroma
 from epic_rag_cli.main import run
+from tests.cli.fake_indexer import FakeIndexer
 
 FILES = {
     "install.md": "# Guide\n\n## Install\n\nRun the installer, then read the manual.\n\n## Remove\n\nDelete the folder.\n",
@@ -122,3 +124,12 @@ def pairs() -> Path:
     file = Path.cwd() / "pairs.jsonl"
     file.write_text(PAIRS, encoding="utf-8")
     return file
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeIndexer]:
+    class Fake(FakeIndexer):
+        pass
+
+    monkeypatch.setattr(epic_rag_chroma, "ChromaIndexer", Fake)
+    return Fake

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,58 +16,10 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-import epic_rag_chroma
 from epic_rag_chroma import Hit, SearchFilters
 from epic_rag_cli.hits import hit_lines, passage_lines
 from epic_rag_cli.output import columns, emit, message
-
-
-def hit(**changes: Any) -> Hit:
-    values: dict[str, Any] = {
-        "rank": 1,
-        "score": 0.71234,
-        "path": "guide/install.md",
-        "first_line": 3,
-        "last_line": 9,
-        "page": None,
-        "heading_path": ("Guide", "Install"),
-        "text": "Run the installer.\n\nThen read the manual.",
-        "id": "abc",
-    }
-    return Hit(**{**values, **changes})
-
-
-class FakeIndexer:
-    """Answers with given hits and remembers what it was asked."""
-
-    hits: tuple[Hit, ...] = ()
-    asked: dict[str, Any]
-
-    def __init__(self, index_dir: Path, *, encoder: Callable[[], object] | None = None, chroma: object = None) -> None:
-        type(self).asked = {"index_dir": index_dir, "encoder": encoder, "chroma": chroma}
-
-    def __enter__(self) -> FakeIndexer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def query(self, text: str, **options: Any) -> list[Hit]:
-        type(self).asked.update(options, text=text)
-        return list(self.hits)
-
-    def query_many(self, texts: Sequence[str], **options: Any) -> list[list[Hit]]:
-        type(self).asked.update(options, texts=[*type(self).asked.get("texts", []), *texts])
-        return [list(self.hits) for _ in texts]
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeIndexer]:
-    class Fake(FakeIndexer):
-        pass
-
-    monkeypatch.setattr(epic_rag_chroma, "ChromaIndexer", Fake)
-    return Fake
+from tests.cli.fake_indexer import FakeIndexer, hit
 
 
 @pytest.mark.parametrize(
