@@ -98,11 +98,12 @@ def report(output: Path) -> None:
         begin, end = f"<!-- begin {stage} -->\n", f"<!-- end {stage} -->"
         if found.is_file() and begin in text:
             head, rest = text.split(begin, 1)
-            text = f"{head}{begin}\n{found.read_text(encoding='utf-8')}\n{rest[rest.index(end) :]}"
+            plot = output / f"{stage}.svg"
+            picture = f"\n![{stage}]({stage}.svg)\n" if plot.is_file() else ""
+            text = f"{head}{begin}\n{found.read_text(encoding='utf-8')}{picture}\n{rest[rest.index(end) :]}"
+            if plot.is_file():
+                (HERE / f"{stage}.svg").write_bytes(plot.read_bytes())
     README.write_text(text, encoding="utf-8")
-    plot = output / "growth.svg"
-    if plot.is_file():
-        (HERE / "growth.svg").write_bytes(plot.read_bytes())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
