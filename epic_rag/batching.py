@@ -135,16 +135,31 @@ def embed_rows(
         )
     if max_rows is not None and max_rows < 1:
         raise ConfigError(f"batch_size is {max_rows}; pass 1 or more")
-    out = np.zeros((len(rows), backbone.dimension), dtype=np.float32)
+
+    def embed(chosen: list[int]) -> torch.Tensor:
+        batch = collate([rows[index] for index in chosen], pad_id=pad_id, padding_side=padding_side)
+        vectors = torch.cat([slots[index] for index in chosen]).to(backbone.device) if slots is not None else None
+        embedded: torch.Tensor = backbone(batch.to(backbone.device), vectors)
+        return embedded
+
     batches = token_batches([len(row.ids) for row in rows], max_tokens=max_tokens, max_rows=max_rows)
-    with tqdm(total=len(rows), desc="Encoding", unit="text", disable=not show_progress) as bar, torch.inference_mode():
+    return _embedded(len(rows), backbone.dimension, batches, embed, show_progress)
+
+
+def _embedded(
+    count: int,
+    dimension: int,
+    batches: list[list[int]],
+    embed: Callable[[list[int]], torch.Tensor],
+    show_progress: bool,
+) -> npt.NDArray[np.float32]:
+    """(count, dimension) float32 of all rows; a batch of rows that does not fit memory is halved."""
+    out = np.zeros((count, dimension), dtype=np.float32)
+    with tqdm(total=count, desc="Encoding", unit="text", disable=not show_progress) as bar, torch.inference_mode():
         while batches:
             chosen = batches.pop(0)
             try:
-                batch = collate([rows[index] for index in chosen], pad_id=pad_id, padding_side=padding_side)
-                vectors = torch.cat([slots[index] for index in chosen]) if slots is not None else None
-                on_device = None if vectors is None else vectors.to(backbone.device)
-                out[chosen] = backbone(batch.to(backbone.device), on_device).cpu().numpy()
+                out[chosen] = embed(chosen).cpu().numpy()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(chosen) == 1:
                     raise
@@ -190,9 +205,9 @@ def embed_queries(
         ConfigError: See `embed_rows`.
     """
     shared = _shared_positions(rows, slots) if cache is not None and (max_rows is None or max_rows > 0) else 0
+    inside = [slot for slot in rows[0].slots if slot < shared] if shared else []
     prefix = None
     if cache is not None and shared and can_cache(backbone, max(len(row.ids) for row in rows)):
-        inside = [slot for slot in rows[0].slots if slot < shared]
         prefix = cache.get(backbone, rows[0].ids[:shared], inside, None if slots is None else slots[0][: len(inside)])
     if prefix is None:
         return embed_rows(
@@ -205,46 +220,21 @@ def embed_queries(
             max_rows=max_rows,
             show_progress=show_progress,
         )
-    skipped = len([slot for slot in rows[0].slots if slot < shared])
-    out = np.zeros((len(rows), backbone.dimension), dtype=np.float32)
     width, tokens = (_CPU_PACK, _CPU_PACKED) if backbone.device.type == "cpu" else (_GPU_PACK, _GPU_PACKED)
-    waiting = _packed_batches([len(row.ids) - shared for row in rows], width, min(max_tokens, tokens), max_rows)
-    with tqdm(total=len(rows), desc="Encoding", unit="text", disable=not show_progress) as bar, torch.inference_mode():
-        while waiting:
-            batch = waiting.pop(0)
-            chosen = [index for pack in batch for index in pack]
-            try:
-                own = None
-                if slots is not None and len(rows[0].slots) > skipped:
-                    own = torch.cat([slots[index][skipped:] for index in chosen]).to(backbone.device)
-                packed = [[rows[index] for index in pack] for pack in batch]
-                out[chosen] = embed_packed(backbone, prefix, packed, own).cpu().numpy()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(chosen) == 1:
-                    raise
-                middle = len(chosen) // 2
-                waiting[:0] = [[chosen[:middle]], [chosen[middle:]]]
-                continue
-            bar.update(len(chosen))
-    return out
+    lengths = [len(row.ids) - shared for row in rows]
 
+    def embed(chosen: list[int]) -> torch.Tensor:
+        own = None
+        if slots is not None and len(rows[0].slots) > len(inside):
+            own = torch.cat([slots[index][len(inside) :] for index in chosen]).to(backbone.device)
+        packed = packs([lengths[index] for index in chosen], width)
+        return embed_packed(backbone, prefix, [[rows[chosen[place]] for place in pack] for pack in packed], own)
 
-def _packed_batches(lengths: Sequence[int], width: int, tokens: int, max_rows: int | None) -> list[list[list[int]]]:
-    """Batches of packs of rows: packs of about `width` tokens, as many in a batch as `tokens` and `max_rows` allow."""
     # Like lengths together: the packs of a batch are padded to the longest.
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    found: list[list[list[int]]] = []
-    rows = longest = 0
-    for pack in packs([lengths[row] for row in order], width, max_rows):
-        total = sum(lengths[order[row]] for row in pack)
-        longest = max(longest, total)
-        full = not found or (len(found[-1]) + 1) * longest > tokens
-        if full or (max_rows is not None and rows + len(pack) > max_rows):
-            found.append([])
-            rows, longest = 0, total
-        found[-1].append([order[row] for row in pack])
-        rows += len(pack)
-    return found
+    order = sorted(range(len(rows)), key=lambda row: (-lengths[row], row))
+    batches = packs([lengths[row] for row in order], min(max_tokens, tokens), max_rows)
+    chosen = [[order[place] for place in batch] for batch in batches]
+    return _embedded(len(rows), backbone.dimension, chosen, embed, show_progress)
 
 
 def _shared_positions(rows: Sequence[EncoderInput], slots: Sequence[torch.Tensor] | None) -> int:

@@ -202,12 +202,14 @@ class Sync:
         known = [row for row in rows if row.id in row.owner.known]
         # A chunk that only moved within its file keeps its row.
         self.writer.update_metadata([row.id for row in known], [row.metadata for row in known])
-        self._count_reused(known)
+        self.chunks_reused += len(known)
         for row in known:
             row.owner.written.add(row.id)
         new = [row for row in rows if row.id not in row.owner.known]
         vectors = self.writer.vectors_by_hash({row.embedded_hash for row in new})
-        self._store([row for row in new if row.embedded_hash in vectors], vectors)
+        reused = [row for row in new if row.embedded_hash in vectors]
+        self._store(reused, vectors)
+        self.chunks_reused += len(reused)
         to_embed = sorted((row for row in new if row.embedded_hash not in vectors), key=lambda row: row.chunk.tokens)
         for start in range(0, len(to_embed), _SLICE_CHUNKS):
             self._embed(to_embed[start : start + _SLICE_CHUNKS], vectors)
@@ -227,10 +229,6 @@ class Sync:
             )
             for row in some:
                 row.owner.written.add(row.id)
-        self._count_reused(rows)
-
-    def _count_reused(self, rows: list[_Row]) -> None:
-        self.chunks_reused += len(rows)
 
     def _embed(self, rows: list[_Row], known: dict[str, npt.NDArray[np.float32]]) -> None:
         """Embed rows, each text once, and store them; `known` gets their vectors."""
@@ -251,7 +249,7 @@ class Sync:
         self._store(kept, known)
         embedded = len(texts.keys() & known.keys())
         self.chunks_embedded += embedded
-        self.chunks_reused -= embedded
+        self.chunks_reused += len(kept) - embedded
 
     def _finish(self, pending: _Pending) -> None:
         self.writer.delete(sorted(pending.known - pending.written))
