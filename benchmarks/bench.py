@@ -1,6 +1,6 @@
 """All benchmarks of speed, and the tables of benchmarks/README.md.
 
-    python benchmarks/bench.py --smollm2 FOLDER --data DIR [--only prompt_cache,throughput,cold_start,growth,report]
+    python benchmarks/bench.py --smollm2 FOLDER --data DIR [--only prompt_cache,throughput,devices,growth,report]
     python benchmarks/bench.py --quick     # tiny random models and generated data: does everything still run?
 
 FOLDER holds SmolLM2-135M (docs/training.md says how to get it), DIR the training files. Results go to runs/bench, and
@@ -22,8 +22,12 @@ from bench_common import say
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
-STAGES = ("prompt_cache", "prompt_cache_bf16", "throughput", "cold_start", "growth", "report")
+STAGES = (
+    *("prompt_cache", "prompt_cache_bf16", "selection", "throughput", "devices", "profiling", "cold_start", "growth"),
+    "report",
+)
 PAIRS = "docs_questions.jsonl.gz"
+SELECTION = ("docs_questions", "medquad", "snips_intent")
 SECTIONS = "docs_sections.jsonl.gz"
 
 
@@ -44,10 +48,17 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     train = Path(options.data or "") / "train"
     prompt = ["prompt_cache.py", "--model", str(options.smollm2), "--num-layers", "12"]
     prompt += ["--demonstrations", str(train / PAIRS)]
+    selection = ",".join(str(train / f"{name}.jsonl.gz") for name in SELECTION)
     return {
         "prompt_cache": [*prompt, "--output", str(options.output)],
         "prompt_cache_bf16": [*prompt, "--dtype", "bfloat16", "--output", str(options.output / "bf16")],
+        "selection": ["selection.py", "--pairs", selection, "--output", str(options.output)],
         "throughput": ["throughput.py", "--texts", str(train / SECTIONS), "--output", str(options.output)],
+        "devices": ["devices.py", "--texts", str(train / SECTIONS), "--output", str(options.output)],
+        "profiling": [
+            *("profiling.py", "--texts", str(train / SECTIONS), "--llm", str(options.smollm2), "--num-layers", "12"),
+            *("--output", str(options.output)),
+        ],
         "cold_start": ["cold_start.py", "--output", str(options.output)],
         "growth": ["growth.py", "--output", str(options.output)],
     }
@@ -67,6 +78,12 @@ def quick_commands(folder: Path) -> dict[str, list[str]]:
         ),
         encoding="utf-8",
     )
+    # Of many more tokens, or one device would be enough for them.
+    long = folder / "long.jsonl"
+    long.write_text(
+        "".join(json.dumps({"query": f"thing {n}?", "positive": f"box {n} " * 90}) + "\n" for n in range(80)),
+        encoding="utf-8",
+    )
     docs = folder / "docs"
     docs.mkdir()
     (docs / "a.md").write_text("# Boxes\n\nThing 1 is in box 1.\n", encoding="utf-8")
@@ -79,6 +96,17 @@ def quick_commands(folder: Path) -> dict[str, list[str]]:
         "throughput": [
             *("throughput.py", "--model", model, "--texts", str(pairs), "--count", "20", "--runs", "2"),
             *("--batches", "4", "--output", out),
+        ],
+        "devices": [
+            *("devices.py", "--model", model, "--texts", str(long), "--runs", "2", "--output", out),
+        ],
+        "selection": [
+            *("selection.py", "--model", model, "--pairs", str(pairs), "--bank", "20", "--queries", "5", "--k", "2"),
+            *("--output", out),
+        ],
+        "profiling": [
+            *("profiling.py", "--model", model, "--llm", model, "--texts", str(pairs), "--count", "20", "--runs", "2"),
+            *("--output", out),
         ],
         "cold_start": ["cold_start.py", "--model", model, "--docs", str(docs), "--runs", "2", "--output", out],
         "growth": ["growth.py", "--model", model, "--sizes", "20,40", "--output", out],

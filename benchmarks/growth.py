@@ -4,8 +4,9 @@
 
 Files of synthetic text (words of a Zipf distribution, seeded), ten chunks each. Up to --model-up-to chunks the
 checkpoint embeds them; and at every size a stand-in of the same width and tokenizer makes vectors at once out of the
-texts' hashes, so that what is measured is everything but the model. Each size runs in a process of its own, whose peak
-memory is recorded. Writes growth.json, growth.md and a log-log plot to DIR.
+texts' hashes, so that the first run is everything but the model. Queries are encoded by the checkpoint in both cases.
+Each size runs in a process of its own, whose peak memory is recorded; one query is also asked by `epic-rag query`, in
+a process that begins with nothing. Writes growth.json, growth.md and a log-log plot to DIR.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,17 @@ from epic_rag_chroma import ChromaIndexer
 CHUNKS_PER_FILE = 10
 WORDS_PER_CHUNK = 25
 QUERIES = 7
+STOP_WORDS = 100
+# How much more a query may cost at the largest size than at the smallest, and be called flat.
+FLAT = 2.0
 MEASURED = {
     "first": "first run",
     "unchanged": "unchanged run",
     "one_changed": "one file changed",
     "query": "one dense query",
     "hybrid_query": "one hybrid query",
+    "common_query": "the same with words of most chunks",
+    "command": "epic-rag query, a new process",
 }
 
 
@@ -58,11 +64,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 class HashedEncoder:
-    """Stands for an encoder: its tokenizer and width, and a vector from the hashes of a text's words."""
+    """Stands for an encoder: all of its own but the vectors of documents, which are made of hashes."""
 
     def __init__(self, encoder: EpicEncoder) -> None:
         self._encoder = encoder
-        self.name, self.source, self.fingerprint = "hashed", encoder.source, "0" * 12
+        self.name, self.source, self.fingerprint = encoder.name, encoder.source, encoder.fingerprint
         self.dimension, self.truncate_dim = encoder.dimension, None
         self.max_document_tokens = encoder.max_document_tokens
 
@@ -72,8 +78,8 @@ class HashedEncoder:
     def encode_document(self, texts: Sequence[str], **_: Any) -> np.ndarray[Any, Any]:
         return np.stack([self._vector(text) for text in texts]) if texts else np.zeros((0, self.dimension), np.float32)
 
-    def encode_query(self, text: str | Sequence[str], **_: Any) -> np.ndarray[Any, Any]:
-        return self._vector(text) if isinstance(text, str) else self.encode_document(text)
+    def encode_query(self, text: str | Sequence[str], **options: Any) -> np.ndarray[Any, Any]:
+        return self._encoder.encode_query(text, **options)
 
     def _vector(self, text: str) -> np.ndarray[Any, Any]:
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -82,10 +88,23 @@ class HashedEncoder:
         return result
 
 
+def vocabulary(draw: random.Random) -> list[str]:
+    """Words, the most frequent first."""
+    return ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(20000)]
+
+
+def questions() -> list[str]:
+    """Three words each, as often as the files have them, without the most frequent, of which no question is made."""
+    words = vocabulary(random.Random(0))[STOP_WORDS:]
+    weights = [1 / rank for rank in range(STOP_WORDS + 1, STOP_WORDS + len(words) + 1)]
+    draw = random.Random(1)
+    return [" ".join(draw.choices(words, weights, k=3)) for _ in range(QUERIES + 1)]
+
+
 def make_files(folder: Path, chunks: int) -> None:
     """Files of `CHUNKS_PER_FILE` sections, each of which makes one chunk."""
     draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(20000)]
+    words = vocabulary(draw)
     weights = [1 / rank for rank in range(1, len(words) + 1)]
     for number in range(-(-chunks // CHUNKS_PER_FILE)):
         sections = min(CHUNKS_PER_FILE, chunks - number * CHUNKS_PER_FILE)
@@ -100,7 +119,7 @@ def make_files(folder: Path, chunks: int) -> None:
 
 def measure_one(chunks: int, how: str, model: str | None) -> dict[str, Any]:
     """All measurements at one size."""
-    encoder: Any = EpicEncoder.from_pretrained(model)
+    encoder: Any = EpicEncoder.from_pretrained(model, dtype="auto")
     if how == "hashed":
         encoder = HashedEncoder(encoder)
     encoder.encode_document(["warm up"])
@@ -124,17 +143,27 @@ def measure_one(chunks: int, how: str, model: str | None) -> dict[str, Any]:
             changed = next(iter(sorted(docs.rglob("*.md"))))
             changed.write_text(changed.read_text(encoding="utf-8") + "\nOne more line.\n", encoding="utf-8")
             found["one_changed"] = index()
-            for mode in ("dense", "hybrid"):
-                indexer.query("a question about the first section", mode=mode)
-                times = []
-                for number in range(QUERIES):
-                    started = time.perf_counter()
-                    indexer.query(f"a question about section {number}", mode=mode)
-                    times.append(time.perf_counter() - started)
-                found["query" if mode == "dense" else "hybrid_query"] = spread_of(times).median
+            found["query"] = median_of(lambda text: indexer.query(text, mode="dense"))
+            found["hybrid_query"] = median_of(lambda text: indexer.query(text, mode="hybrid"))
+            found["common_query"] = median_of(lambda text: indexer.query(f"section 1 {text}", mode="hybrid"))
+            found["encoding"] = median_of(encoder.encode_query)
             found["index_bytes"] = indexer.status().size_bytes
+        command = [sys.executable, "-m", "epic_rag_cli", "query", "--index-dir", str(Path(place) / "index")]
+        found["command"] = median_of(lambda text: subprocess.run([*command, text], check=True, capture_output=True))
     found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found
+
+
+def median_of(ask: Callable[[str], object]) -> float:
+    """Seconds of a query: the median of some, after a first one."""
+    first, *others = questions()
+    ask(first)
+    times = []
+    for text in others:
+        started = time.perf_counter()
+        ask(text)
+        times.append(time.perf_counter() - started)
+    return spread_of(times).median
 
 
 def in_a_process(chunks: int, how: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -183,11 +212,14 @@ def measure(options: argparse.Namespace) -> int:
             0.02,
             True,
         ),
-        Bar(
-            f"query at {largest['chunks']:,} chunks / at {hashed[0]['chunks']:,}, without the model",
-            largest["query"] / hashed[0]["query"],
-            2.0,
-            True,
+        *(
+            Bar(
+                f"{MEASURED[name]} at {largest['chunks']:,} chunks / at {hashed[0]['chunks']:,}",
+                largest[name] / hashed[0][name],
+                FLAT,
+                True,
+            )
+            for name in ("query", "hybrid_query", "command")
         ),
         Bar(f"peak memory at {largest['chunks']:,} chunks, GB", largest["peak_bytes"] / 1e9, 2.5, True),
     ]
@@ -200,13 +232,23 @@ def measure(options: argparse.Namespace) -> int:
             f"{each['one_changed']:.3f}",
             f"{1e3 * each['query']:.1f}",
             f"{1e3 * each['hybrid_query']:.1f}",
+            f"{1e3 * each['common_query']:.1f}",
+            f"{1e3 * each['encoding']:.1f}",
+            f"{1e3 * each['command']:,.0f}",
             f"{each['index_bytes'] / 1e6:,.0f}",
             f"{each['peak_bytes'] / 1e9:.2f}",
         ]
         for each in found
     ]
     header = ["encoder", "chunks", "first, s", "unchanged, s", "one changed, s", "dense query, ms", "hybrid query, ms"]
-    table = markdown_table([*header, "index, MB", "peak memory, GB"], rows, text_columns=1)
+    header += [
+        "with words of most chunks, ms",
+        "of it encoding, ms",
+        "epic-rag query, ms",
+        "index, MB",
+        "peak memory, GB",
+    ]
+    table = markdown_table(header, rows, text_columns=1)
     options.output.mkdir(parents=True, exist_ok=True)
     plot(hashed, options.output / "growth")
     write(

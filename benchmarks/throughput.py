@@ -23,6 +23,7 @@ from bench_common import Bar, bars_table, interleaved, ratio, run_main, say, wri
 from torch import nn
 
 from epic_rag import DemonstrationBank, EpicEncoder
+from epic_rag._int8 import multiplies_int8
 from epic_rag._kernels import use_onednn
 from epic_rag._storage import parse_dtype
 from epic_rag.batching import token_batches
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--count", type=int, default=3000, metavar="N", help="number of texts")
     options.add_argument("--runs", type=int, default=7, metavar="N")
     options.add_argument("--batches", default=",".join(map(str, OTHER_BATCHES)), help="other batch sizes to try")
+    options.add_argument("--compile", action="store_true", help="also time torch.compile, and how long it compiles")
     options.add_argument("--device")
     options.add_argument("--output", required=True, type=Path, metavar="DIR")
     return options
@@ -83,6 +85,21 @@ def product_rate(encoder: EpicEncoder, runs: int) -> float:
     return flops / seconds
 
 
+def compiled(options: argparse.Namespace, dtype: str) -> EpicEncoder:
+    """This encoder with torch's own layers, which torch.compile (it needs a C++ compiler) puts its own in place of."""
+    encoder = EpicEncoder.from_pretrained(
+        options.model, device=options.device, dtype=dtype, num_layers=options.num_layers
+    )
+    transformer = encoder.backbone.transformer
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = nn.Linear
+    # Weights that do not change may be laid out once, as ours are.
+    torch._inductor.config.freezing = True  # type: ignore[attr-defined]
+    transformer.forward = torch.compile(transformer.forward, dynamic=True)
+    return encoder
+
+
 def measure(options: argparse.Namespace) -> int:
     from sentence_transformers import SentenceTransformer
 
@@ -113,6 +130,17 @@ def measure(options: argparse.Namespace) -> int:
         )
     calls["epic-rag, float32"] = partial(plain.encode_document, texts)
     calls[f"epic-rag, {best}"] = partial(fast.encode_document, texts)
+    if device.type == "cpu" and multiplies_int8():
+        rounded = EpicEncoder.from_pretrained(options.model, device="cpu", dtype="int8", num_layers=options.num_layers)
+        calls["epic-rag, int8"] = partial(rounded.encode_document, texts)
+    compiling = {}
+    if options.compile:
+        for dtype in dict.fromkeys(("float32", best)):
+            name = f"torch.compile, {dtype}"
+            say(f"compiling: {name}")
+            other_encoder = compiled(options, dtype)
+            calls[name] = partial(other_encoder.encode_document, texts)
+            compiling[name] = timed(device, partial(other_encoder.encode_document, texts[:64]))
     seconds = interleaved(calls, options.runs, device)
     default = f"sentence-transformers, float32, batch {DEFAULT_BATCH}"
     rivals = [name for name in calls if name.startswith("sentence")]
@@ -131,6 +159,16 @@ def measure(options: argparse.Namespace) -> int:
         ratio("sentence-transformers, default batch / epic-rag, float32", seconds[default], ours, 1.5, at_most=False),
         ratio("sentence-transformers, best batch / epic-rag, float32", seconds[fastest], ours, 1.5, at_most=False),
         ratio(f"sentence-transformers, best batch / epic-rag, {best}", seconds[fastest], quick, 3.0, at_most=False),
+        *(
+            ratio(f"epic-rag / {name}", seconds[f"epic-rag, {name.split(', ')[1]}"], each, 1.1, at_most=False)
+            for name, each in seconds.items()
+            if name in compiling
+        ),
+        *(
+            ratio("epic-rag, float32 / epic-rag, int8", ours, seconds[name], 1.0, at_most=False)
+            for name in ("epic-rag, int8",)
+            if name in seconds
+        ),
         Bar("rate of matrix products / the machine's, float32", _share(rates["epic-rag, float32"]), 0.6, False),
         Bar("share of padding", padded, 0.05, True),
     ]
@@ -148,7 +186,7 @@ def measure(options: argparse.Namespace) -> int:
     head = (
         f"{plain.name}, {len(texts):,} texts of {tokens / len(texts):.0f} tokens on average, {tokens:,} in all, "
         f"{padded:.1%} padding on top; {options.runs} runs."
-    )
+    ) + "".join(f" {name}: {each:.0f} s until it had encoded 64 texts." for name, each in compiling.items())
     facts: dict[str, Any] = {
         "model": plain.name,
         "texts": len(texts),
@@ -157,6 +195,7 @@ def measure(options: argparse.Namespace) -> int:
         "seconds": seconds,
         "flops_per_token": flops_per_token,
         "rates": rates,
+        "compiling": compiling,
         "best_rival": fastest,
         "tried": tried,
     }

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["multiplies_bfloat16", "portable", "use_onednn"]
+__all__ = ["is_portable", "multiplies_bfloat16", "portable", "use_onednn"]
 
 _MAX_BYTES = 2 * 2**30
 """Weights are kept twice, as they were and laid out; a model with more than this keeps them once."""
@@ -35,6 +35,11 @@ def portable() -> Iterator[None]:
         yield
     finally:
         _portable.reset(token)
+
+
+def is_portable() -> bool:
+    """Whether the caller is within `portable`."""
+    return _portable.get()
 
 
 def multiplies_bfloat16() -> bool:

@@ -59,6 +59,8 @@ def quantise_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         error = (rows - _integers(rows, scale) * scale.unsqueeze(1)).square().sum(dim=1)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        if not bool(least.any()):
+            break  # rows that were rounded before
     return _integers(rows, best).to(torch.int8).reshape(weight.shape), best
 
 

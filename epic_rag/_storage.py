@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from epic_rag._int8 import check_int8, use_int8
 from epic_rag._kernels import multiplies_bfloat16, use_onednn
 from epic_rag._quantisation import dequantise, quantise, remove_weights, write_int8_model
 from epic_rag.backbone import POOLINGS, Backbone, Pooling, hash_tensors, load_transformer, quiet
@@ -28,6 +29,7 @@ from epic_rag.checkpoints import (
     read_epic_file,
     resolve,
 )
+from epic_rag.devices import DeviceNames, Replicas, parse_devices
 from epic_rag.errors import CheckpointError, ConfigError
 from epic_rag.projector import ProjectorKind
 from epic_rag.prompt import PromptBuilder, PromptTemplate
@@ -35,7 +37,7 @@ from epic_rag.prompt import PromptBuilder, PromptTemplate
 if TYPE_CHECKING:
     from epic_rag.encoder import EpicEncoder
 
-__all__ = ["fingerprint", "load", "save"]
+__all__ = ["checked_dim", "fingerprint", "load", "save"]
 
 PROJECTOR_FILE = "projector.safetensors"
 INT8 = "int8"
@@ -57,7 +59,7 @@ def load(
     cls: type[EpicEncoder],
     name_or_path: str | os.PathLike[str] | None,
     *,
-    device: str | None,
+    device: DeviceNames | None,
     dtype: str | torch.dtype | None,
     num_layers: int | None,
     adapter: str | os.PathLike[str] | None,
@@ -73,8 +75,11 @@ def load(
 ) -> EpicEncoder:
     """See `EpicEncoder.from_pretrained`."""
     folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only, gguf_file=gguf_file)
-    target = parse_device(device)
-    wanted = parse_dtype(dtype, target)
+    target, *others = parse_devices(device)
+    as_int8 = dtype in (INT8, torch.int8)
+    if as_int8:
+        check_int8(target, *others)
+    wanted = torch.float32 if as_int8 else parse_dtype(dtype, target, extra=(INT8,))
     epic = read_epic_file(folder)
     transformer = load_transformer(
         folder,
@@ -121,10 +126,12 @@ def load(
     )
     name, source = _identity(name_or_path, folder, revision)
     weights = None
-    if wanted == torch.bfloat16 and transformer.dtype != torch.bfloat16:
-        # bfloat16 drops bits that the fingerprint reads, so it is taken from what is stored.
+    if as_int8 or (wanted == torch.bfloat16 and transformer.dtype != torch.bfloat16):
+        # int8 and bfloat16 drop bits that the fingerprint reads, so it is taken from what is stored.
         weights = hash_tensors(backbone.state_dict().items())
     backbone.to(device=target, dtype=wanted)
+    if as_int8:
+        use_int8(backbone.transformer)
     use_onednn(backbone)
     encoder = cls(
         backbone.eval(),
@@ -134,7 +141,11 @@ def load(
         settings={key: epic[key] for key in _SETTINGS if key in epic},
     )
     encoder._fingerprint = weights
-    encoder.truncate_dim = encoder._checked_dim(stored_dim if truncate_dim is None else truncate_dim)
+    encoder.truncate_dim = checked_dim(stored_dim if truncate_dim is None else truncate_dim, backbone)
+    encoder.replicas = Replicas(others)
+    if others:
+        # Now rather than with the first texts: that weights do not fit a device is an error of loading.
+        encoder.replicas.of(backbone)
     return encoder
 
 
@@ -155,8 +166,9 @@ def save(encoder: EpicEncoder, folder: Path, dtype: str | None) -> None:
     """See `EpicEncoder.save_pretrained`."""
     from safetensors.torch import save_file
 
-    int8 = dtype == INT8
-    kept = encoder.dtype if dtype is None or int8 else parse_dtype(dtype, encoder.device, extra=(INT8,))
+    computed = torch.float32 if encoder.dtype == torch.int8 else encoder.dtype
+    int8 = dtype == INT8 or (dtype is None and encoder.dtype == torch.int8)
+    kept = computed if dtype is None or int8 else parse_dtype(dtype, encoder.device, extra=(INT8,))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -197,23 +209,18 @@ def write_epic_file(encoder: EpicEncoder, folder: Path, *, int8: bool = False) -
     (folder / EPIC_FILE).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def parse_device(device: str | None) -> torch.device:
-    """The device a string names, or the best there is.
+def checked_dim(truncate_dim: int | None, backbone: Backbone) -> int | None:
+    """A width, if the model has it.
 
     Raises:
-        ConfigError: If there is no such device on this machine.
+        ConfigError: If it has not.
     """
-    if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        parsed = torch.device(device)
-        torch.empty(0, device=parsed)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device is {device!r}, this machine does not have it ({reason}); pass 'cpu'") from error
-    return parsed
+    if truncate_dim is not None and not 1 <= truncate_dim <= backbone.dimension:
+        raise ConfigError(
+            f"truncate_dim is {truncate_dim}, the model has {backbone.dimension} dimensions; "
+            f"ask for 1 to {backbone.dimension}"
+        )
+    return truncate_dim
 
 
 def parse_dtype(dtype: str | torch.dtype | None, device: torch.device, *, extra: tuple[str, ...] = ()) -> torch.dtype:

@@ -34,6 +34,7 @@ __all__ = [
     "POOLINGS",
     "Backbone",
     "Pooling",
+    "cut_layers",
     "hash_tensors",
     "load_transformer",
     "quiet",
@@ -245,7 +246,7 @@ def load_transformer(
     if adapter is not None:
         model = _merge_adapter(model, adapter)
     if num_layers is not None:
-        _cut_layers(model, num_layers)
+        cut_layers(model, num_layers)
     model.train(False)
     return model
 
@@ -315,7 +316,12 @@ def _without_quantization(model: PreTrainedModel, config: PretrainedConfig) -> P
     return plain
 
 
-def _cut_layers(model: PreTrainedModel, num_layers: int) -> None:
+def cut_layers(model: PreTrainedModel, num_layers: int) -> None:
+    """Leave a model its first layers alone.
+
+    Raises:
+        ConfigError: If there are fewer layers than asked for.
+    """
     config = model.config.get_text_config()
     total = int(config.num_hidden_layers)
     if not 1 <= num_layers <= total:

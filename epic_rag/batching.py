@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm.auto import tqdm
 
+from epic_rag.devices import batch_tokens, crew_of, run
 from epic_rag.errors import ConfigError
-from epic_rag.prefix import PrefixCache, can_cache, embed_packed, packs
+from epic_rag.prefix import CachedPrefix, PrefixCache, can_cache, embed_packed, packs
 from epic_rag.prompt import EncoderInput, collate
 
 if TYPE_CHECKING:
@@ -110,6 +112,7 @@ def embed_rows(
     max_tokens: int,
     max_rows: int | None = None,
     show_progress: bool = False,
+    others: Sequence[Backbone] = (),
 ) -> npt.NDArray[np.float32]:
     """Embed rows in batches of like length; a batch that does not fit memory is halved.
 
@@ -122,6 +125,7 @@ def embed_rows(
         max_tokens: Most padded tokens in a batch.
         max_rows: Most rows in a batch.
         show_progress: Whether to draw a progress bar.
+        others: The same model on further devices, which take batches, too.
 
     Returns:
         (rows, dim) float32, in the order of the rows.
@@ -136,38 +140,68 @@ def embed_rows(
     if max_rows is not None and max_rows < 1:
         raise ConfigError(f"batch_size is {max_rows}; pass 1 or more")
 
-    def embed(chosen: list[int]) -> torch.Tensor:
+    def embed(model: Backbone, chosen: list[int]) -> torch.Tensor:
         batch = collate([rows[index] for index in chosen], pad_id=pad_id, padding_side=padding_side)
-        vectors = torch.cat([slots[index] for index in chosen]).to(backbone.device) if slots is not None else None
-        embedded: torch.Tensor = backbone(batch.to(backbone.device), vectors)
+        vectors = torch.cat([slots[index] for index in chosen]).to(model.device) if slots is not None else None
+        embedded: torch.Tensor = model(batch.to(model.device), vectors)
         return embedded
 
-    batches = token_batches([len(row.ids) for row in rows], max_tokens=max_tokens, max_rows=max_rows)
-    return _embedded(len(rows), backbone.dimension, batches, embed, show_progress)
+    def tokens(device: torch.device) -> int:
+        return max_tokens if device.type == backbone.device.type else min(max_tokens, batch_tokens(device))
+
+    lengths = [len(row.ids) for row in rows]
+    cut = partial(token_batches, lengths, max_rows=max_rows)
+    return _embedded([backbone, *others], lengths, tokens, cut, embed, show_progress)
+
+
+class _Cut(Protocol):
+    """Cuts all rows into batches, the longest rows first."""
+
+    def __call__(self, *, max_tokens: int) -> list[list[int]]: ...
 
 
 def _embedded(
-    count: int,
-    dimension: int,
-    batches: list[list[int]],
-    embed: Callable[[list[int]], torch.Tensor],
+    backbones: Sequence[Backbone],
+    lengths: Sequence[int],
+    tokens: Callable[[torch.device], int],
+    cut: _Cut,
+    embed: Callable[[Backbone, list[int]], torch.Tensor],
     show_progress: bool,
 ) -> npt.NDArray[np.float32]:
-    """(count, dimension) float32 of all rows; a batch of rows that does not fit memory is halved."""
-    out = np.zeros((count, dimension), dtype=np.float32)
-    with tqdm(total=count, desc="Encoding", unit="text", disable=not show_progress) as bar, torch.inference_mode():
-        while batches:
-            chosen = batches.pop(0)
-            try:
-                out[chosen] = embed(chosen).cpu().numpy()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(chosen) == 1:
-                    raise
-                middle = len(chosen) // 2
-                batches[:0] = [chosen[:middle], chosen[middle:]]
-                continue
+    """(rows, dim) float32 of all rows, by as many of the models as are worth their start."""
+    crew = crew_of(backbones, sum(lengths), tokens)
+    batches = cut(max_tokens=max(worker.tokens for worker in crew))
+    out = np.zeros((len(lengths), backbones[0].dimension), dtype=np.float32)
+    with tqdm(total=len(lengths), desc="Encoding", unit="text", disable=not show_progress) as bar:
+
+        def store(chosen: list[int], vectors: npt.NDArray[np.float32]) -> None:
+            out[chosen] = vectors
             bar.update(len(chosen))
+
+        if len(crew) > 1:
+            run(crew, batches, lengths, lambda model, chosen: _in_memory([chosen], partial(embed, model)), store)
+        else:
+            with torch.inference_mode():
+                for chosen, vectors in _in_memory(batches, partial(embed, backbones[0])):
+                    store(chosen, vectors)
     return out
+
+
+def _in_memory(
+    batches: list[list[int]], embed: Callable[[list[int]], torch.Tensor]
+) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
+    """Vectors of each batch; a batch of rows that does not fit memory is halved."""
+    while batches:
+        chosen = batches.pop(0)
+        try:
+            vectors = embed(chosen).cpu().numpy()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(chosen) == 1:
+                raise
+            middle = len(chosen) // 2
+            batches[:0] = [chosen[:middle], chosen[middle:]]
+            continue
+        yield chosen, vectors
 
 
 def embed_queries(
@@ -181,6 +215,7 @@ def embed_queries(
     max_tokens: int,
     max_rows: int | None = None,
     show_progress: bool = False,
+    others: Sequence[Backbone] = (),
 ) -> npt.NDArray[np.float32]:
     """Embed rows of which many begin alike: what they share is computed once and kept in `cache`.
 
@@ -197,6 +232,7 @@ def embed_queries(
         max_tokens: Most padded tokens in a batch.
         max_rows: Most rows in a batch.
         show_progress: Whether to draw a progress bar.
+        others: The same model on further devices, which take batches, too.
 
     Returns:
         (rows, dim) float32, in the order of the rows.
@@ -219,22 +255,38 @@ def embed_queries(
             max_tokens=max_tokens,
             max_rows=max_rows,
             show_progress=show_progress,
+            others=others,
         )
-    width, tokens = (_CPU_PACK, _CPU_PACKED) if backbone.device.type == "cpu" else (_GPU_PACK, _GPU_PACKED)
     lengths = [len(row.ids) - shared for row in rows]
-
-    def embed(chosen: list[int]) -> torch.Tensor:
-        own = None
-        if slots is not None and len(rows[0].slots) > len(inside):
-            own = torch.cat([slots[index][len(inside) :] for index in chosen]).to(backbone.device)
-        packed = packs([lengths[index] for index in chosen], width)
-        return embed_packed(backbone, prefix, [[rows[chosen[place]] for place in pack] for pack in packed], own)
-
     # Like lengths together: the packs of a batch are padded to the longest.
     order = sorted(range(len(rows)), key=lambda row: (-lengths[row], row))
-    batches = packs([lengths[row] for row in order], min(max_tokens, tokens), max_rows)
-    chosen = [[order[place] for place in batch] for batch in batches]
-    return _embedded(len(rows), backbone.dimension, chosen, embed, show_progress)
+
+    prefixes = {backbone.device: prefix}
+
+    def embed(model: Backbone, chosen: list[int]) -> torch.Tensor:
+        own = None
+        if slots is not None and len(rows[0].slots) > len(inside):
+            own = torch.cat([slots[index][len(inside) :] for index in chosen]).to(model.device)
+        if model.device not in prefixes:
+            # Once a call and device, for many queries at once; the cache keeps the first device's alone.
+            prefixes[model.device] = _on_device(prefix, model.device)
+        width = _CPU_PACK if model.device.type == "cpu" else _GPU_PACK
+        packed = [[rows[chosen[place]] for place in pack] for pack in packs([lengths[row] for row in chosen], width)]
+        return embed_packed(model, prefixes[model.device], packed, own)
+
+    def tokens(device: torch.device) -> int:
+        return min(max_tokens, _CPU_PACKED if device.type == "cpu" else _GPU_PACKED)
+
+    def cut(*, max_tokens: int) -> list[list[int]]:
+        batches = packs([lengths[row] for row in order], max_tokens, max_rows)
+        return [[order[place] for place in batch] for batch in batches]
+
+    return _embedded([backbone, *others], lengths, tokens, cut, embed, show_progress)
+
+
+def _on_device(prefix: CachedPrefix, device: torch.device) -> CachedPrefix:
+    keys, values = (tuple(tensor.to(device) for tensor in kept) for kept in (prefix.keys, prefix.values))
+    return CachedPrefix(keys, values, prefix.length)
 
 
 def _shared_positions(rows: Sequence[EncoderInput], slots: Sequence[torch.Tensor] | None) -> int:

@@ -39,8 +39,8 @@ BANK_FILE = "bank.json"
 EMBEDDINGS_FILE = "embeddings.safetensors"
 FORMAT_VERSION = 1
 
-Selection = Literal["first", "random", "diverse", "nearest"]
-SELECTIONS: tuple[Selection, ...] = ("first", "random", "diverse", "nearest")
+Selection = Literal["first", "random", "diverse", "nearest", "nearest-early"]
+SELECTIONS: tuple[Selection, ...] = ("first", "random", "diverse", "nearest", "nearest-early")
 
 
 @dataclass(frozen=True)
@@ -267,9 +267,11 @@ class DemonstrationBank:
             rows = farthest_rows(self._vectors(method)[:, 0], k)
         elif method == "nearest":
             rows = nearest_rows(self._vectors(method)[:, 0], query_embedding, k)
+        elif method == "nearest-early":
+            raise PromptError(f"selection {method!r} needs the model, select has none; pass it to encode_query")
         else:
             raise PromptError(f"selection is {method!r}, known are {', '.join(SELECTIONS)}; choose one of them")
-        return self._take(rows)
+        return self.take(rows)
 
     def require(self, fingerprint: str) -> Vectors:
         """The vectors, if they are those of the given checkpoint.
@@ -287,7 +289,8 @@ class DemonstrationBank:
             )
         return np.ascontiguousarray(self.embeddings, dtype=np.float32)
 
-    def _take(self, rows: Sequence[int]) -> DemonstrationBank:
+    def take(self, rows: Sequence[int]) -> DemonstrationBank:
+        """The demonstrations with these numbers, from 0 on, in this order, as a new bank with its vectors."""
         chosen = DemonstrationBank(
             [self.demonstrations[row] for row in rows],
             instruction=self.instruction,

@@ -15,13 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from epic_rag import _storage
 from epic_rag._banks import BuiltBanks
+from epic_rag._early import EarlyChoice
+from epic_rag._int8 import dtype_of
 from epic_rag._selection import unit_rows
+from epic_rag._showing import rows_behind, rows_to_choose_by
 from epic_rag.backbone import Backbone, hash_tensors
 from epic_rag.batching import embed_queries, made_ahead
 from epic_rag.demonstrations import DemonstrationBank, Selection, find_bank
-from epic_rag.errors import ConfigError
+from epic_rag.devices import DeviceNames, Replicas, batch_tokens
 from epic_rag.prefix import PrefixCache
-from epic_rag.prompt import EncoderInput, Prefix, PromptBuilder, Strategy
+from epic_rag.prompt import EncoderInput, PromptBuilder, Strategy
 from epic_rag.tasks import get_task
 
 __all__ = ["EpicEncoder"]
@@ -30,9 +33,6 @@ logger = logging.getLogger(__name__)
 
 Vectors = npt.NDArray[np.float32]
 
-# Padded tokens in a batch. A CPU is fastest while a batch's activations fit its cache; a GPU wants to be filled.
-_CPU_TOKENS = 4096
-_GPU_TOKENS = 65536
 # Documents that are sorted by length together.
 _BLOCK = 4096
 
@@ -53,6 +53,7 @@ class EpicEncoder:
         padding_side: "right", or "left" for causal models. Vectors do not depend on it.
         max_batch_tokens: Most padded tokens in one forward pass.
         prefix_cache: Keys and values of the prompts used last (causal models); None computes each prompt every time.
+        replicas: Copies of the model on further devices.
     """
 
     def __init__(
@@ -71,17 +72,19 @@ class EpicEncoder:
         self.settings: dict[str, Any] = dict(settings or {})
         self.truncate_dim: int | None = None
         self.padding_side: Literal["left", "right"] = "right"
-        self.max_batch_tokens = _CPU_TOKENS if backbone.device.type == "cpu" else _GPU_TOKENS
+        self.max_batch_tokens = batch_tokens(backbone.device)
         self.prefix_cache: PrefixCache | None = PrefixCache()
+        self.replicas = Replicas()
         self._fingerprint: str | None = None
         self._banks = BuiltBanks()
+        self._early = EarlyChoice()
 
     @classmethod
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str] | None = None,
         *,
-        device: str | None = None,
+        device: DeviceNames | None = None,
         dtype: str | torch.dtype | None = None,
         num_layers: int | None = None,
         adapter: str | os.PathLike[str] | None = None,
@@ -100,9 +103,10 @@ class EpicEncoder:
         Args:
             name_or_path: A shipped checkpoint ("epic-minilm"), a local folder (an epic-rag checkpoint, a plain
                 Hugging Face or sentence-transformers folder), or a hub name. None loads the shipped default.
-            device: "cpu", "cuda", "mps", "cuda:1", ...; None takes a GPU if there is one.
-            dtype: "float32", "bfloat16" or "float16"; None means float32 on a CPU and bfloat16 on a GPU, "auto" the
-                fastest: bfloat16 on a CPU that has instructions for it, too.
+            device: "cpu", "cuda:1", "mps", ...; several of them, in a list or with commas between, share the batches.
+                None takes a GPU if there is one.
+            dtype: "float32", "bfloat16" or "float16"; "int8" rounds products on a CPU with VNNI. None means float32 on
+                a CPU and bfloat16 on a GPU, "auto" bfloat16 on a CPU that has instructions for it, too.
             num_layers: Keep the first N layers only.
             adapter: Folder of a PEFT adapter, merged into the weights.
             gguf_file: Name of a GGUF file in the folder.
@@ -159,14 +163,18 @@ class EpicEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """Where the model runs; the first device of several."""
         return self.backbone.device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Every device that the model runs on."""
+        return (self.device, *self.replicas.others)
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights; vectors are float32 always."""
-        dtype: torch.dtype = self.backbone.transformer.dtype
-        return dtype
+        return dtype_of(self.backbone.transformer)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -200,6 +208,8 @@ class EpicEncoder:
         """Say that weights have changed, so that the fingerprint is made anew and no cached vector is reused."""
         self._fingerprint = None
         self._banks.clear()
+        self.replicas.clear()
+        self._early.clear()
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
 
@@ -226,7 +236,8 @@ class EpicEncoder:
             instruction: Overrides the task's or the bank's; "" for none at all.
             num_demonstrations: How many to show. None shows all of `bank`, up to the number that the checkpoint was
                 trained with, and none where only a task is named.
-            selection: How they are picked from the bank; "nearest" picks for each query its own.
+            selection: How they are picked from the bank; "nearest" picks for each query its own, "nearest-early" by
+                the first third of the layers, in half of the time.
             strategy: "epic" shows vectors, "text" shows the texts (for comparison), "none" shows nothing.
             batch_size: Most rows in a batch; None lets token counts decide.
             show_progress: Whether to draw a progress bar.
@@ -251,17 +262,12 @@ class EpicEncoder:
             rows = self.prompt.queries(self.prompt.prefix(instruction, strategy=strategy), items)
             vectors = self._embed(rows, None, batch_size, show_progress)
         else:
-            built = (
-                self._banks.get(self, chosen) if strategy == "epic" or selection in ("diverse", "nearest") else chosen
-            )
-            zero_shot: list[EncoderInput] = []
-            if selection == "nearest":
-                zero_shot = self.prompt.queries(self.prompt.prefix(instruction), items)
-                found = self._embed(zero_shot, None, batch_size, show_progress)
-                banks = [built.select(k, method="nearest", query_embedding=vector) for vector in found]
-            else:
-                banks = [built.select(k, method=selection)] * len(items)
-            vectors = self._embed_with(banks, items, zero_shot, instruction, strategy, batch_size, show_progress)
+            by_vectors = strategy == "epic" or selection in ("diverse", "nearest", "nearest-early")
+            built = self._banks.get(self, chosen) if by_vectors else chosen
+            zero_shot = rows_to_choose_by(self.prompt, items, instruction, selection)
+            banks = self._choose(built, k, len(items), zero_shot, selection, batch_size)
+            rows, slots = rows_behind(self.prompt, banks, items, zero_shot, instruction, strategy, self.fingerprint)
+            vectors = self._embed(rows, slots, batch_size, show_progress)
         return self._finish(vectors, texts, truncate_dim)
 
     def encode_document(
@@ -288,6 +294,17 @@ class EpicEncoder:
         blocks = made_ahead(self.prompt.documents, items, _BLOCK)
         found = [self._embed(rows, None, batch_size, show_progress) for rows in blocks]
         return self._finish(np.concatenate(found), texts, truncate_dim)
+
+    def choose_demonstrations(
+        self, texts: Sequence[str], bank: DemonstrationBank, k: int, *, selection: Selection = "nearest"
+    ) -> list[DemonstrationBank]:
+        """The demonstrations that `encode_query` shows to each query, given the bank's instruction.
+
+        Raises:
+            PromptError: See `encode_query`.
+        """
+        zero_shot = rows_to_choose_by(self.prompt, texts, self._instruction(None, bank), selection)
+        return self._choose(self._banks.get(self, bank), k, len(texts), zero_shot, selection, None)
 
     def embed_demonstrations(self, bank: DemonstrationBank) -> Vectors:
         """Vectors of a bank's demonstrations.
@@ -336,35 +353,22 @@ class EpicEncoder:
         fallback = get_task(task).instruction if task is not None else self.default_instruction
         return bank.instruction if bank is not None and bank.instruction is not None else fallback
 
-    def _embed_with(
+    def _choose(
         self,
-        banks: Sequence[DemonstrationBank],
-        texts: Sequence[str],
+        bank: DemonstrationBank,
+        k: int,
+        count: int,
         zero_shot: Sequence[EncoderInput],
-        instruction: str | None,
-        strategy: Strategy,
+        selection: Selection,
         batch_size: int | None,
-        show_progress: bool,
-    ) -> Vectors:
-        """Encode each text behind its own bank's demonstrations; all banks have one size.
-
-        `zero_shot` has the texts' rows without demonstrations if they are tokenised already.
-        """
-        if strategy == "epic":
-            prefix = self.prompt.prefix(instruction, num_slots=len(banks[0]))
-            tokenised = bool(zero_shot) and bool(instruction)
-            rows = self.prompt.behind(prefix, zero_shot) if tokenised else self.prompt.queries(prefix, texts)
-            # One tensor for a bank that is shown to all: that is how it is seen that the prompt is shared.
-            vectors = {id(bank): torch.from_numpy(bank.require(self.fingerprint)).flatten(0, 1) for bank in banks}
-            return self._embed(rows, [vectors[id(bank)] for bank in banks], batch_size, show_progress)
-        prefixes: dict[int, Prefix] = {}
-        rows = []
-        for bank, text in zip(banks, texts, strict=True):
-            if id(bank) not in prefixes:
-                pairs = [(item.query, item.passage) for item in bank.demonstrations]
-                prefixes[id(bank)] = self.prompt.prefix(instruction, demonstrations=pairs, strategy=strategy)
-            rows.extend(self.prompt.queries(prefixes[id(bank)], [text]))
-        return self._embed(rows, None, batch_size, show_progress)
+    ) -> list[DemonstrationBank]:
+        if selection == "nearest-early":
+            own = self._instruction(None, bank)
+            return self._early.banks(self, bank, k, zero_shot, instruction=own, batch_size=batch_size)
+        if selection == "nearest":
+            found = self._embed(zero_shot, None, batch_size, False)
+            return [bank.select(k, method="nearest", query_embedding=vector) for vector in found]
+        return [bank.select(k, method=selection)] * count
 
     def _embed(
         self,
@@ -383,18 +387,11 @@ class EpicEncoder:
             max_tokens=self.max_batch_tokens,
             max_rows=batch_size,
             show_progress=show_progress,
+            others=self.replicas.worth(self.backbone, sum(len(row.ids) for row in rows)),
         )
 
-    def _checked_dim(self, truncate_dim: int | None) -> int | None:
-        if truncate_dim is not None and not 1 <= truncate_dim <= self.backbone.dimension:
-            raise ConfigError(
-                f"truncate_dim is {truncate_dim}, the model has {self.backbone.dimension} dimensions; "
-                f"ask for 1 to {self.backbone.dimension}"
-            )
-        return truncate_dim
-
     def _finish(self, vectors: Vectors, texts: str | Sequence[str], truncate_dim: int | None) -> Vectors:
-        width = self._checked_dim(truncate_dim) or self.dimension
+        width = _storage.checked_dim(truncate_dim, self.backbone) or self.dimension
         if width < vectors.shape[1]:
             vectors = unit_rows(vectors[:, :width])
         return vectors[0] if isinstance(texts, str) else vectors

@@ -133,7 +133,7 @@ def test_a_symmetric_bank_encodes_both_sides_as_queries(tiny_encoder: EpicEncode
 
 
 @PROPERTY
-@given(k=st.integers(0, 4), method=st.sampled_from(SELECTIONS), seed=st.integers(0, 5))
+@given(k=st.integers(0, 4), method=st.sampled_from(sorted({*SELECTIONS} - {"nearest-early"})), seed=st.integers(0, 5))
 def test_a_choice_keeps_texts_and_vectors_together(tiny_encoder: EpicEncoder, k: int, method: Any, seed: int) -> None:
     built = DemonstrationBank(PAIRS, task="sts").build(tiny_encoder)
     assert built.embeddings is not None

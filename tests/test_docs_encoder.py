@@ -39,7 +39,7 @@ def guide_folder(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_guides_python_runs(guide_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     examples = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(examples) == 18
+    assert len(examples) == 19
     capsys.readouterr()
     state: dict[str, object] = {}
     for example in examples:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from epic_rag import CheckpointError, ConfigError, DemonstrationBank, EpicEncoder, _quantisation
+from epic_rag import CheckpointError, DemonstrationBank, EpicEncoder, _quantisation
 from epic_rag._quantisation import dequantise, quantise, quantise_rows
 from tests.conftest import make_encoder
 from tests.families import config as family_config
@@ -295,11 +295,6 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(plain.encode_document(TEXTS), loaded.encode_document(TEXTS))
     texts = TEXTS[::2]  # an empty text has no tokens here, and no vector
     assert (loaded.encode_document(texts) * encoder.encode_document(texts)).sum(axis=1).min() > 0.99
-
-
-def test_loading_takes_no_int8(tiny_checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match="dtype is 'int8', known are float32, bfloat16, float16; choose one of them"):
-        EpicEncoder.from_pretrained(tiny_checkpoint, dtype="int8")
 
 
 # Other libraries

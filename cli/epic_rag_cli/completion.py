@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["complete_banks", "complete_models", "complete_modes", "complete_tasks"]
+__all__ = ["complete_banks", "complete_dtypes", "complete_models", "complete_modes", "complete_tasks"]
 
 
 def complete_models(incomplete: str) -> list[str]:
@@ -19,6 +19,11 @@ def complete_banks(incomplete: str) -> list[str]:
     from epic_rag.demonstrations import built_in_banks
 
     return [*_starting(list(built_in_banks()), incomplete), *_folders(incomplete, "bank.json")]
+
+
+def complete_dtypes(incomplete: str) -> list[str]:
+    """Return what a model can compute in."""
+    return _starting(["auto", "bfloat16", "float16", "float32", "int8"], incomplete)
 
 
 def complete_tasks(incomplete: str) -> list[str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 # The task whose instruction `query` gives the encoder when neither --task nor --bank is given.
 from epic_rag.tasks import DEFAULT_TASK
 
-__all__ = ["DEFAULT_HITS", "DEFAULT_TASK", "INDEX_FOLDER", "MAX_SKIPPED_SHOWN"]
+__all__ = ["DEFAULT_DTYPE", "DEFAULT_HITS", "DEFAULT_TASK", "INDEX_FOLDER", "MAX_SKIPPED_SHOWN"]
 
 DEFAULT_HITS = 5
 """How many passages `query` prints without -k."""
+
+DEFAULT_DTYPE: Literal["auto"] = "auto"
+"""What a model computes in without --dtype."""
 
 INDEX_FOLDER = ".epic-rag"
 """The name of an index folder that stands in the folder it indexes."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["encoder_for", "without_collections"]
 
 
-def encoder_for(model: str | None) -> Callable[[], EpicEncoder] | None:
+def encoder_for(model: str | None, dtype: str, device: str | None) -> Callable[[], EpicEncoder] | None:
     """Return what loads `model`, or None to leave the choice to the index (its own model, or the default)."""
     if model is None:
         return None
@@ -21,7 +21,7 @@ def encoder_for(model: str | None) -> Callable[[], EpicEncoder] | None:
     def load() -> EpicEncoder:
         from epic_rag import EpicEncoder
 
-        return EpicEncoder.from_pretrained(model)
+        return EpicEncoder.from_pretrained(model, dtype=dtype, device=device)
 
     return load
 

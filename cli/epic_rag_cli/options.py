@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 import typer
 
 from epic_rag_chroma.types import DEFAULT_MODE
-from epic_rag_cli.completion import complete_banks, complete_models, complete_modes, complete_tasks
+from epic_rag_cli.completion import complete_banks, complete_dtypes, complete_models, complete_modes, complete_tasks
 from epic_rag_cli.defaults import DEFAULT_TASK
 
-__all__ = ["Bank", "Chroma", "IndexDir", "Json", "Mode", "Model", "Task"]
+__all__ = ["Bank", "Chroma", "Device", "Dtype", "IndexDir", "Json", "Mode", "Model", "Task"]
 
 Bank = Annotated[
     str | None,
@@ -32,6 +32,26 @@ Chroma = Annotated[
             "A Chroma server for the vectors, as http://host:port; `folder` for the index folder. An index remembers "
             "where it is; a new one takes EPIC_RAG_CHROMA."
         ),
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME,...",
+        envvar="EPIC_RAG_DEVICE",
+        help="Where the model runs: cpu, cuda, mps, or several as cuda:0,cuda:1.",
+        show_default="a GPU if there is one",
+    ),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16", "int8"],
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        envvar="EPIC_RAG_DTYPE",
+        autocompletion=complete_dtypes,
+        help="What the model computes in; auto is float32, or bfloat16 where that is faster.",
     ),
 ]
 IndexDir = Annotated[

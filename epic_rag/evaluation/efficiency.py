@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from epic_rag.demonstrations import DemonstrationBank
+from epic_rag.devices import Replicas
 from epic_rag.errors import ConfigError, PromptError
 from epic_rag.evaluation.measuring import (
     Spread,
@@ -154,10 +155,12 @@ def measure_queries(
     _check(bank, queries, ks, runs)
     # What a prompt costs by itself is the point here; benchmarks/prompt_cache.py has what the cache leaves of it.
     kept, encoder.prefix_cache = encoder.prefix_cache, None
+    # FLOPs and memory are counted in this thread, on this device.
+    replicas, encoder.replicas = encoder.replicas, Replicas()
     try:
         return _measured(encoder, bank, queries, ks, runs, progress or (lambda line: None))
     finally:
-        encoder.prefix_cache = kept
+        encoder.prefix_cache, encoder.replicas = kept, replicas
 
 
 def _measured(

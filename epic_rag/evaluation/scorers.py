@@ -64,7 +64,7 @@ class EncoderScorer:
             plain=plain,
             max_query_tokens=encoder.max_query_tokens,
             max_document_tokens=encoder.max_document_tokens,
-            device=str(encoder.device),
+            device=",".join(map(str, encoder.devices)),
             dtype=str(encoder.dtype).removeprefix("torch."),
         )
         self._default_instruction = encoder.default_instruction

@@ -61,6 +61,11 @@ def check_run(config: TrainingConfig) -> None:
         if getattr(config, name) not in known:
             names = ", ".join(str(value) for value in known if value is not None)
             raise ConfigError(f"{name} is {getattr(config, name)!r}, known are {names}; choose one of them")
+    if config.device is not None and "," in config.device:
+        raise ConfigError(
+            f"device is {config.device!r}, a process that trains has one; leave it out and start a process for "
+            "each: torchrun --nproc-per-node=N -m epic_rag_cli train ..."
+        )
     if not config.tasks:
         raise ConfigError("tasks is empty; name at least one file of the data folder")
     _check_batches(config)

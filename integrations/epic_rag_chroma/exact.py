@@ -84,7 +84,7 @@ class ExactRows:
         """
         self._refresh(force=False)
         found = self._nearest(vector, k, allowed)
-        if len(self._records.get([row_id for row_id, _ in found])) < len(found):
+        if len(self._records.known([row_id for row_id, _ in found])) < len(found):
             # Some have gone since the vectors were read.
             self._refresh(force=True)
             found = self._nearest(vector, k, allowed)

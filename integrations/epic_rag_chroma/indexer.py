@@ -53,6 +53,8 @@ class ChromaIndexer:
         chroma: The Chroma server for the vectors, as `http(s)://host:port` (tenant and database from the environment)
             or a `ChromaServer`; "folder" for the index folder; None for where the index has them, and for a new index
             the server that EPIC_RAG_CHROMA names, if any, or the index folder.
+        dtype: What a model that is loaded here computes in, as in `EpicEncoder.from_pretrained`.
+        device: Where it runs, as there: one device, or several with commas between.
 
     Raises:
         ConfigError: If `chroma` is no address.
@@ -69,9 +71,13 @@ class ChromaIndexer:
         *,
         encoder: EpicEncoder | Callable[[], EpicEncoder] | None = None,
         chroma: str | ChromaServer | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
     ) -> None:
         self._index_dir = Path(index_dir).resolve()
         self._given = encoder
+        self._dtype = dtype
+        self._device = device
         self._asked = asked_server(chroma)
         self._encoder: EpicEncoder | None = None
         self._encoder_lock = threading.Lock()
@@ -339,7 +345,9 @@ class ChromaIndexer:
 
                 source = None if state is None else state.source
                 truncate_dim = None if state is None else state.truncate_dim
-                self._encoder = EpicEncoder.from_pretrained(source, truncate_dim=truncate_dim)
+                self._encoder = EpicEncoder.from_pretrained(
+                    source, truncate_dim=truncate_dim, dtype=self._dtype, device=self._device
+                )
         elif self._encoder is None:
             # Anything with the encoder's methods will do; only a function that makes one is called.
             given: Any = self._given

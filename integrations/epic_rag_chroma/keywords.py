@@ -38,6 +38,8 @@ _MOST_TERMS = 100
 # half of them no weight at all, and every chunk that has it would have to be scored.
 _COMMON = 0.5
 _COMMON_COUNTED = 2000
+# How many more chunks are scored than are wanted, since equal scores are put in the order of ids.
+_SPARE = FEW
 
 _SCHEMA = """
 CREATE TABLE meta (version TEXT NOT NULL);
@@ -65,6 +67,7 @@ class KeywordIndex:
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection = connection
         self._path = path
+        self._counted: tuple[tuple[int, int], int] | None = None
 
     @classmethod
     def open(cls, index_dir: Path, collection_id: str) -> KeywordIndex:
@@ -188,7 +191,8 @@ class KeywordIndex:
             order = "ORDER BY score DESC, id LIMIT ?"
             rows: Iterable[tuple[Any, ...]]
             if allowed is None:
-                rows = self._connection.execute(f"{select} {order}", (_match(terms), k))
+                best = self._best(_match(terms), k)
+                rows = best if best is not None else self._connection.execute(f"{select} {order}", (_match(terms), k))
             elif len(allowed) <= FEW:
                 # The plus keeps SQLite from asking FTS5 again for each number.
                 places = ",".join("?" * len(allowed))
@@ -204,16 +208,44 @@ class KeywordIndex:
         except sqlite3.Error as error:
             raise _unavailable(self._path, str(error)) from error
 
+    def _best(self, match: str, k: int) -> list[tuple[str, float]] | None:
+        """The k best chunks, whose ids alone are looked up; None if more than a few are as good as the last of them."""
+        scored = self._connection.execute(
+            "SELECT rowid, -bm25(words) AS score FROM words WHERE words MATCH ? ORDER BY score DESC LIMIT ?",
+            (match, k + _SPARE),
+        ).fetchall()
+        if len(scored) == k + _SPARE and scored[-1][1] == scored[k - 1][1]:
+            return None
+        last = scored[min(k, len(scored)) - 1][1] if scored else 0.0
+        scores = {int(number): float(score) for number, score in scored if score >= last}
+        found: list[tuple[str, float]] = []
+        numbers = list(scores)
+        for start in range(0, len(numbers), _SPARE):
+            some = numbers[start : start + _SPARE]
+            rows = self._connection.execute(
+                f"SELECT number, id FROM chunks WHERE number IN ({','.join('?' * len(some))})", some
+            )
+            found += [(str(row_id), scores[int(number)]) for number, row_id in rows]
+        return sorted(found, key=lambda row: (-row[1], row[0]))[:k]
+
     def _rare(self, terms: list[str]) -> list[str]:
         """The terms that make a difference, so that frequent words do not make a search slow."""
         if len(terms) == 1:
             return terms
-        total = self.count()
+        total = self._total()
         if total < _COMMON_COUNTED and len(terms) <= _MOST_TERMS:
             return terms
         counted = sorted((self._frequency(term), place, term) for place, term in enumerate(terms[: 10 * _MOST_TERMS]))
         found = [(count, term) for count, _, term in counted if count > 0][:_MOST_TERMS]
         return [term for count, term in found if count <= total * _COMMON] or [term for _, term in found[:1]]
+
+    def _total(self) -> int:
+        """`count`, which reads every page of ids, asked again only when somebody has written."""
+        version = int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+        key = (version, self._connection.total_changes)
+        if self._counted is None or self._counted[0] != key:
+            self._counted = key, self.count()
+        return self._counted[1]
 
     def _frequency(self, term: str) -> int:
         row = self._connection.execute("SELECT count(*) FROM words WHERE words MATCH ?", (_match([term]),)).fetchone()

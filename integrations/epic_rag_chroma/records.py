@@ -239,6 +239,10 @@ class RecordStore:
         rows = self._selected("SELECT id, text, metadata, vector FROM records WHERE id IN", ids)
         return {str(row[0]): _record(row) for row in rows}
 
+    def known(self, ids: Collection[str]) -> set[str]:
+        """Which of some ids have a row."""
+        return {str(row[0]) for row in self._selected("SELECT id FROM records WHERE id IN", ids)}
+
     def scan(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """All rows: id and metadata, in the order of the ids."""
         with self._reading():

@@ -162,11 +162,11 @@ class CopiedRows:
     def nearest(self, vector: Vector, k: int, allowed: Collection[str] | None = None) -> Ranking:
         """See `Rows.nearest`; rows that somebody else has put into the collection are passed over."""
         found = self._store.nearest(vector, k, allowed)
-        known = self._records.get([each for each, _ in found])
+        known = self._records.known([each for each, _ in found])
         if len(known) < len(found) and allowed is None:
             foreign = max(0, self._store.count() - self._records.count())
             found = self._store.nearest(vector, k + foreign)
-            known = self._records.get([each for each, _ in found])
+            known = self._records.known([each for each, _ in found])
         return [(each, score) for each, score in found if each in known][:k]
 
     def close(self) -> None:

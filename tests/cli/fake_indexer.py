@@ -30,7 +30,15 @@ class FakeIndexer:
     hits: tuple[Hit, ...] = ()
     asked: dict[str, Any]
 
-    def __init__(self, index_dir: Path, *, encoder: Callable[[], object] | None = None, chroma: object = None) -> None:
+    def __init__(
+        self,
+        index_dir: Path,
+        *,
+        encoder: Callable[[], object] | None = None,
+        chroma: object = None,
+        dtype: str | None = None,
+        device: str | None = None,
+    ) -> None:
         type(self).asked = {"index_dir": index_dir, "encoder": encoder, "chroma": chroma}
 
     def __enter__(self) -> FakeIndexer:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from epic_rag import DemonstrationBank, EpicEncoder, list_checkpoints
+from epic_rag._storage import parse_dtype
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.demonstrations import built_in_banks
 
@@ -166,6 +168,31 @@ def test_environment_names_index_and_model(
     assert not Path("docs/.epic-rag").exists()
     assert cli("query", "cats").status == 0
     assert json.loads(cli("status", "--json").out)["files"] == 4
+
+
+def test_what_the_model_computes_in(
+    cli: Any, docs: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    load = EpicEncoder.from_pretrained
+
+    def seen(*arguments: Any, **options: Any) -> EpicEncoder:
+        encoder = load(*arguments, **options)
+        used.append(str(encoder.dtype))
+        return encoder
+
+    monkeypatch.setattr(EpicEncoder, "from_pretrained", seen)
+    fastest = str(parse_dtype("auto", torch.device("cpu")))
+    assert cli("index", "docs", "--model", tiny_checkpoint).status == 0
+    assert cli("query", "cats", "--index-dir", "docs/.epic-rag", "--dtype", "float32").status == 0
+    monkeypatch.setenv("EPIC_RAG_DTYPE", "bfloat16")
+    assert cli("query", "cats", "--index-dir", "docs/.epic-rag", "--model", tiny_checkpoint).status == 0
+    assert used == [fastest, "torch.float32", "torch.bfloat16"]
+    assert cli("query", "cats", "--index-dir", "docs/.epic-rag", "--dtype", "int1").status == 2
+    assert cli("query", "cats", "--index-dir", "docs/.epic-rag", "--device", "cpu,cpu").status == 0
+    nowhere = cli("query", "cats", "--index-dir", "docs/.epic-rag", "--device", "nowhere")
+    assert nowhere.status == 1
+    assert nowhere.err.startswith("error: device is 'nowhere', ")
 
 
 def test_status(cli: Any, indexed: Path) -> None:

@@ -41,6 +41,7 @@ def complete(process: Any, words: str) -> tuple[list[str], str]:
         ("epic-rag query x --task ", {task.name for task in list_tasks()}),
         ("epic-rag query x --bank d", {name for name in built_in_banks() if name.startswith("d")}),
         ("epic-rag query x --mode k", {"keyword"}),
+        ("epic-rag index --dtype b", {"bfloat16"}),
         ("epic-rag index --model epic-", {info.name for info in list_checkpoints()}),
         ("epic-rag bank sh", {"show"}),
     ],

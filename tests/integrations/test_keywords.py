@@ -75,6 +75,21 @@ def test_equal_scores_are_in_the_order_of_the_ids(words: KeywordIndex) -> None:
     assert found(words, "same words") == ["x", "y", "z"]
 
 
+@pytest.mark.parametrize("few", [1, 3, 900])
+def test_every_cut_of_a_ranking_is_its_beginning(tmp_path: Path, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keywords, "_SPARE", few)
+    words = KeywordIndex.open(tmp_path, "ties")
+    texts = ["cat", "cat cat dog", "dog", "cat", "cat", "a dog and a cat", "cat", "cat cat dog"]
+    ids = [f"{(7 * number) % 8}" for number in range(8)]  # not in the order in which they are written
+    words.upsert(ids, texts, ["doc"] * 8)
+    every = words.search("cat dog", 8)
+    assert every == sorted(every, key=lambda row: (-row[1], row[0]))
+    assert len({score for _, score in every}) < len(every) == 8
+    for k in range(9):
+        assert words.search("cat dog", k) == every[:k]
+    words.close()
+
+
 @pytest.mark.parametrize("few", [900, 0])
 def test_only_what_is_allowed_is_found(words: KeywordIndex, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keywords, "FEW", few)

@@ -104,6 +104,7 @@ def test_tasks_can_be_a_list() -> None:
         ({"evaluation_tasks": "faq"}, "evaluation_tasks is 'faq', expected a list"),
         ({"evaluation_demonstrations": [0, "four"]}, "'four', expected a whole number"),
         ({"evaluation_demonstrations": [0, -4]}, "evaluation_demonstrations is [0, -4]"),
+        ({"device": "cuda:0,cuda:1"}, "device is 'cuda:0,cuda:1', a process that trains has one; leave it out"),
         ({"tasks": {}}, "tasks is empty"),
         ({"tasks": "faq"}, "tasks is 'faq', expected names of files"),
         ({"tasks": {"faq": 3}}, "tasks.faq is 3, expected settings"),

@@ -120,11 +120,18 @@ def eval_command(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option("--device", metavar="NAME", help="cpu, cuda, ...", show_default="a GPU if there is one"),
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            help="cpu, cuda, ..., several with commas.",
+            show_default="a GPU if there is one",
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="NAME", help="float32, bfloat16 or float16.", show_default="the device's"),
+        typer.Option(
+            "--dtype", metavar="NAME", help="float32, bfloat16, float16 or int8.", show_default="the device's"
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,

@@ -11,9 +11,10 @@ import typer
 
 from epic_rag.errors import DataError, EpicError, IndexNotFoundError, IndexStateError
 from epic_rag_cli import reports
+from epic_rag_cli.defaults import DEFAULT_DTYPE
 from epic_rag_cli.interrupt import Interrupted
 from epic_rag_cli.locate import display_path, find_index, index_dir_for
-from epic_rag_cli.options import Chroma, Json, Model
+from epic_rag_cli.options import Chroma, Device, Dtype, Json, Model
 from epic_rag_cli.output import columns, emit, emit_json
 from epic_rag_cli.progress import IndexingProgress
 from epic_rag_cli.verbosity import Verbosity, verbosity
@@ -43,6 +44,8 @@ def index(
         ),
     ] = None,
     model: Model = None,
+    dtype: Dtype = DEFAULT_DTYPE,
+    device: Device = None,
     chroma: Chroma = None,
     include: Annotated[
         list[str] | None,
@@ -110,7 +113,9 @@ def index(
     from epic_rag_cli.loading import encoder_for
 
     folder = index_dir_for(index_dir, places[0]) if places else find_index(index_dir)
-    indexer = ChromaIndexer(folder, encoder=encoder_for(model), chroma=chroma)
+    indexer = ChromaIndexer(
+        folder, encoder=encoder_for(model, dtype, device), chroma=chroma, dtype=dtype, device=device
+    )
     settings = _settings(indexer, rebuild, include=include, exclude=exclude, follow=follow_links, tokens=chunk_tokens)
     if dry_run:
         _tell_plan(indexer, folder, places, settings, as_json)

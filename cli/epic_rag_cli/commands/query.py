@@ -11,9 +11,9 @@ import typer
 
 from epic_rag.errors import EpicError
 from epic_rag_cli.asking import Asked, Asker
-from epic_rag_cli.defaults import DEFAULT_HITS
+from epic_rag_cli.defaults import DEFAULT_DTYPE, DEFAULT_HITS
 from epic_rag_cli.locate import find_index
-from epic_rag_cli.options import Bank, Chroma, IndexDir, Json, Mode, Model, Task
+from epic_rag_cli.options import Bank, Chroma, Device, Dtype, IndexDir, Json, Mode, Model, Task
 from epic_rag_cli.output import emit, emit_json, message
 from epic_rag_cli.text import plural, printable
 from epic_rag_cli.usage import usage_error
@@ -108,6 +108,8 @@ def query(
         ),
     ] = None,
     model: Model = None,
+    dtype: Dtype = DEFAULT_DTYPE,
+    device: Device = None,
     as_json: Json = False,
     as_json_lines: Annotated[bool, typer.Option("--jsonl", help="Print each hit as one line of JSON.")] = False,
     index_dir: IndexDir = None,
@@ -153,7 +155,9 @@ def query(
     from epic_rag_chroma import ChromaIndexer
     from epic_rag_cli.loading import encoder_for, without_collections
 
-    with ChromaIndexer(folder, encoder=encoder_for(model), chroma=chroma) as indexer:
+    with ChromaIndexer(
+        folder, encoder=encoder_for(model, dtype, device), chroma=chroma, dtype=dtype, device=device
+    ) as indexer:
         asker = Asker(indexer, folder)
         if not queries:
             from epic_rag_cli.interactive import Session

@@ -11,6 +11,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import (
     ConfigDict,
     Field,
+    ValidationInfo,
     WithJsonSchema,
     field_serializer,
     field_validator,
@@ -60,12 +61,16 @@ class EpicFields(BaseEmbedding):
         description="How many to show; None shows all of `bank`, and none where only a task is named.",
     )
     selection: Selection = Field(
-        default="first", frozen=True, description="How they are picked: first, random, diverse or nearest."
+        default="first",
+        frozen=True,
+        description="How they are picked: first, random, diverse, nearest or nearest-early.",
     )
     max_query_tokens: int | None = Field(default=None, frozen=True, ge=1, description="Longest query in tokens.")
     max_document_tokens: int | None = Field(default=None, frozen=True, ge=1, description="Longest document in tokens.")
-    device: str | None = Field(default=None, frozen=True, description="cpu, cuda, ...; None takes a GPU if any.")
-    dtype: str | None = Field(default=None, frozen=True, description="float32, bfloat16 or float16.")
+    device: str | None = Field(
+        default=None, frozen=True, description="cpu, cuda, ..., several with commas; None takes a GPU if any."
+    )
+    dtype: str | None = Field(default=None, frozen=True, description="float32, bfloat16, float16, int8 or auto.")
     truncate_dim: int | None = Field(
         default=None, frozen=True, ge=1, description="Keep the first N dimensions and renormalise."
     )
@@ -104,11 +109,13 @@ class EpicFields(BaseEmbedding):
 
     @field_validator("model", "device", "dtype", mode="before")
     @classmethod
-    def _as_text(cls, value: Any) -> Any:
+    def _as_text(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, os.PathLike):
             return os.fspath(value)
         if isinstance(value, (torch.dtype, torch.device)):
             return str(value).removeprefix("torch.")
+        if info.field_name == "device" and isinstance(value, (list, tuple)):
+            return ",".join(map(str, value))
         return value
 
     @field_validator("bank", mode="before")

@@ -107,7 +107,7 @@ class EpicEmbedding(EpicFields):
             model=encoder.source,
             max_query_tokens=encoder.max_query_tokens,
             max_document_tokens=encoder.max_document_tokens,
-            device=str(encoder.device),
+            device=",".join(map(str, encoder.devices)),
             dtype=str(encoder.dtype).removeprefix("torch."),
             truncate_dim=encoder.truncate_dim,
         )
