@@ -149,6 +149,7 @@ def measure(options: argparse.Namespace) -> int:
     say("matrix products alone")
     # The texts whose FLOPs are counted are some of them: the count is exact and slow.
     some = texts[: max(1, len(texts) // 20)]
+    plain.replicas.workers = 1  # what other threads do is not counted
     some_tokens = sum(len(row.ids) for row in plain.prompt.documents(some))
     flops_per_token = count_flops(lambda: plain.encode_document(some)) / some_tokens
     rates = {}
