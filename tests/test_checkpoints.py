@@ -273,8 +273,8 @@ def test_settings_in_the_file_that_cannot_work(
     [
         ({"pooling": "max"}, "pooling is 'max', known are last, mean, cls; choose one of them"),
         ({"projector": "mlp"}, "was trained with projector 'linear', you asked for 'mlp'; leave it out"),
-        ({"dtype": "int8"}, "dtype is 'int8', known are float32, bfloat16, float16; choose one of them"),
-        ({"dtype": torch.int8}, r"dtype is torch\.int8, known are float32"),
+        ({"dtype": "int4"}, "dtype is 'int4', known are float32, bfloat16, float16, int8; choose one of them"),
+        ({"dtype": torch.int16}, r"dtype is torch\.int16, known are float32"),
         ({"device": "nonsense"}, "device is 'nonsense', this machine does not have it .*; pass 'cpu'"),
         ({"device": "cuda:77"}, "device is 'cuda:77', this machine does not have it .*; pass 'cpu'"),
         ({"num_layers": 3}, "num_layers is 3, the model has 2; ask for 1 to 2"),
