@@ -17,7 +17,7 @@ from epic_rag.errors import EpicError
 from epic_rag.evaluation.measuring import Spread, machine, spread_of, timed
 from epic_rag.evaluation.report import markdown_table, versions
 
-__all__ = ["Bar", "bars_table", "interleaved", "milliseconds", "ratio", "run_main", "say", "write"]
+__all__ = ["Bar", "bars_table", "encoding_options", "interleaved", "milliseconds", "ratio", "run_main", "say", "write"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,11 @@ class Bar:
 
     def row(self) -> list[str]:
         sign = "≤" if self.at_most else "≥"
-        spread = "" if self.low is None else f" ({self.low:.3g}–{self.high:.3g})"  # noqa: RUF001 - a range
+        measured = f"{self.value:.3g}"
+        if self.low is not None and self.high is not None:
+            measured = Spread(self.value, self.low, self.high, 0).text(".3g")
         verdict = "met" if self.met else f"missed by {abs(self.value / self.limit - 1):.0%}"
-        return [self.what, f"{self.value:.3g}{spread}", f"{sign} {self.limit:g}", verdict]
+        return [self.what, measured, f"{sign} {self.limit:g}", verdict]
 
 
 def bars_table(bars: list[Bar]) -> str:
@@ -76,8 +78,7 @@ def ratio(what: str, above: list[float], below: list[float], limit: float, *, at
 
 def milliseconds(seconds: list[float]) -> str:
     """Median and quartiles."""
-    spread: Spread = spread_of(seconds)
-    return f"{1e3 * spread.median:.1f} ({1e3 * spread.low:.1f}–{1e3 * spread.high:.1f})"  # noqa: RUF001 - a range
+    return spread_of(seconds).text(".1f", 1e3)
 
 
 def write(folder: Path, name: str, markdown: str, bars: list[Bar], device: torch.device, **facts: Any) -> None:
@@ -95,6 +96,18 @@ def write(folder: Path, name: str, markdown: str, bars: list[Bar], device: torch
     (folder / f"{name}.json").write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(markdown + "\n", encoding="utf-8")
     sys.stdout.write(markdown + "\n")
+
+
+def encoding_options(description: str, count: int) -> argparse.ArgumentParser:
+    """The options of a benchmark that encodes texts."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--model", help="a checkpoint, a folder or a hub name; default: the shipped checkpoint")
+    options.add_argument("--num-layers", type=int, metavar="N")
+    options.add_argument("--texts", required=True, help="a JSON lines file of pairs; their passages are encoded")
+    options.add_argument("--count", type=int, default=count, metavar="N", help="number of texts")
+    options.add_argument("--runs", type=int, default=7, metavar="N")
+    options.add_argument("--output", required=True, type=Path, metavar="DIR")
+    return options
 
 
 def run_main(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], int]) -> int:

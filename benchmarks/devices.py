@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from bench_common import Bar, bars_table, interleaved, ratio, run_main, write
+from bench_common import Bar, bars_table, encoding_options, interleaved, ratio, run_main, write
 from throughput import read_texts
 
 from epic_rag import EpicEncoder
@@ -30,14 +29,8 @@ CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}
 
 
 def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    options.add_argument("--model", help="a checkpoint, a folder or a hub name; default: the shipped checkpoint")
-    options.add_argument("--num-layers", type=int, metavar="N")
-    options.add_argument("--texts", required=True, help="a JSON lines file of pairs; their passages are encoded")
-    options.add_argument("--count", type=int, default=300, metavar="N", help="number of texts")
-    options.add_argument("--runs", type=int, default=7, metavar="N")
+    options = encoding_options((__doc__ or "").split("\n\n")[0], 300)
     options.add_argument("--device", default="cpu,cpu", metavar="NAME,...", help="the list; default: cpu,cpu")
-    options.add_argument("--output", required=True, type=Path, metavar="DIR")
     return options
 
 
@@ -67,7 +60,7 @@ def measure(options: argparse.Namespace) -> int:
     rows = [
         [
             name,
-            f"{spread_of(each).median:.3g} ({spread_of(each).low:.3g}–{spread_of(each).high:.3g})",  # noqa: RUF001
+            spread_of(each).text(".3g"),
             f"{tokens / spread_of(each).median:,.0f}",
         ]
         for name, each in seconds.items()

@@ -15,11 +15,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import Bar, bars_table, interleaved, ratio, run_main, say, write
+from bench_common import Bar, bars_table, encoding_options, interleaved, ratio, run_main, say, write
 from torch import nn
 
 from epic_rag import DemonstrationBank, EpicEncoder
@@ -37,16 +36,10 @@ ROWS = 4096
 
 
 def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    options.add_argument("--model", help="a checkpoint, a folder or a hub name; default: the shipped checkpoint")
-    options.add_argument("--num-layers", type=int, metavar="N")
-    options.add_argument("--texts", required=True, help="a JSON lines file of pairs; their passages are encoded")
-    options.add_argument("--count", type=int, default=3000, metavar="N", help="number of texts")
-    options.add_argument("--runs", type=int, default=7, metavar="N")
+    options = encoding_options((__doc__ or "").split("\n\n")[0], 3000)
     options.add_argument("--batches", default=",".join(map(str, OTHER_BATCHES)), help="other batch sizes to try")
     options.add_argument("--compile", action="store_true", help="also time torch.compile, and how long it compiles")
     options.add_argument("--device")
-    options.add_argument("--output", required=True, type=Path, metavar="DIR")
     return options
 
 
@@ -94,9 +87,8 @@ def compiled(options: argparse.Namespace, dtype: str) -> EpicEncoder:
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             module.__class__ = nn.Linear
-    # Weights that do not change may be laid out once, as ours are.
-    torch._inductor.config.freezing = True  # type: ignore[attr-defined]
-    transformer.forward = torch.compile(transformer.forward, dynamic=True)
+    # Frozen, weights may be laid out once, as ours are.
+    transformer.forward = torch.compile(transformer.forward, dynamic=True, options={"freezing": True})
     return encoder
 
 
@@ -176,7 +168,7 @@ def measure(options: argparse.Namespace) -> int:
     rows = [
         [
             name,
-            f"{spread_of(each).median:.2f} ({spread_of(each).low:.2f}–{spread_of(each).high:.2f})",  # noqa: RUF001
+            spread_of(each).text(".2f"),
             f"{len(texts) / spread_of(each).median:,.0f}",
             f"{tokens / spread_of(each).median:,.0f}",
             f"{rates[name][0] / 1e9:,.0f} of {rates[name][1] / 1e9:,.0f}" if name in rates else "",

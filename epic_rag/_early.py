@@ -33,7 +33,7 @@ __all__ = ["EARLY_SHARE", "EarlyChoice", "first_layers"]
 EARLY_SHARE = 3
 """One layer of so many is asked, from the first on."""
 _KEPT = 16
-# Of the regression: the penalty as a share of the early vectors' mean variance. Any from 0.1 to 1 did as well.
+# Of the regression: the penalty as a share of the early vectors' mean variance.
 _RIDGE = 0.3
 
 

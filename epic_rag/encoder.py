@@ -237,7 +237,7 @@ class EpicEncoder:
             num_demonstrations: How many to show. None shows all of `bank`, up to the number that the checkpoint was
                 trained with, and none where only a task is named.
             selection: How they are picked from the bank; "nearest" picks for each query its own, "nearest-early" by
-                the first third of the layers, in half of the time.
+                the first third of the layers, which costs less.
             strategy: "epic" shows vectors, "text" shows the texts (for comparison), "none" shows nothing.
             batch_size: Most rows in a batch; None lets token counts decide.
             show_progress: Whether to draw a progress bar.

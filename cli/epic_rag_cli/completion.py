@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
+
+from epic_rag_cli.defaults import ComputeDtype
 
 __all__ = ["complete_banks", "complete_dtypes", "complete_models", "complete_modes", "complete_tasks"]
 
@@ -23,7 +26,7 @@ def complete_banks(incomplete: str) -> list[str]:
 
 def complete_dtypes(incomplete: str) -> list[str]:
     """Return what a model can compute in."""
-    return _starting(["auto", "bfloat16", "float16", "float32", "int8"], incomplete)
+    return _starting(list(get_args(ComputeDtype)), incomplete)
 
 
 def complete_tasks(incomplete: str) -> list[str]:

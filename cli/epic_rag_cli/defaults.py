@@ -7,12 +7,15 @@ from typing import Literal
 # The task whose instruction `query` gives the encoder when neither --task nor --bank is given.
 from epic_rag.tasks import DEFAULT_TASK
 
-__all__ = ["DEFAULT_DTYPE", "DEFAULT_HITS", "DEFAULT_TASK", "INDEX_FOLDER", "MAX_SKIPPED_SHOWN"]
+__all__ = ["DEFAULT_DTYPE", "DEFAULT_HITS", "DEFAULT_TASK", "INDEX_FOLDER", "MAX_SKIPPED_SHOWN", "ComputeDtype"]
 
 DEFAULT_HITS = 5
 """How many passages `query` prints without -k."""
 
-DEFAULT_DTYPE: Literal["auto"] = "auto"
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+"""What a model can compute in."""
+
+DEFAULT_DTYPE: ComputeDtype = "auto"
 """What a model computes in without --dtype."""
 
 INDEX_FOLDER = ".epic-rag"

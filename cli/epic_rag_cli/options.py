@@ -9,7 +9,7 @@ import typer
 
 from epic_rag_chroma.types import DEFAULT_MODE
 from epic_rag_cli.completion import complete_banks, complete_dtypes, complete_models, complete_modes, complete_tasks
-from epic_rag_cli.defaults import DEFAULT_TASK
+from epic_rag_cli.defaults import DEFAULT_TASK, ComputeDtype
 
 __all__ = ["Bank", "Chroma", "Device", "Dtype", "IndexDir", "Json", "Mode", "Model", "Task"]
 
@@ -45,7 +45,7 @@ Device = Annotated[
     ),
 ]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16", "int8"],
+    ComputeDtype,
     typer.Option(
         "--dtype",
         metavar="NAME",

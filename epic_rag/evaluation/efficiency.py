@@ -156,7 +156,7 @@ def measure_queries(
     # What a prompt costs by itself is the point here; benchmarks/prompt_cache.py has what the cache leaves of it.
     kept, encoder.prefix_cache = encoder.prefix_cache, None
     # FLOPs and memory are counted in this thread, on this device.
-    replicas, encoder.replicas = encoder.replicas, Replicas()
+    replicas, encoder.replicas = encoder.replicas, Replicas(workers=1)
     try:
         return _measured(encoder, bank, queries, ks, runs, progress or (lambda line: None))
     finally:
@@ -298,11 +298,7 @@ def _query_row(cost: QueryCost) -> list[str]:
         str(cost.demonstration_tokens),
         str(cost.positions),
         f"{cost.flops / 1e9:.3g}",
-        _milliseconds(cost.single_seconds),
-        _milliseconds(cost.batch_seconds),
+        cost.single_seconds.text(".1f", 1e3),
+        cost.batch_seconds.text(".1f", 1e3),
         f"{cost.peak_bytes / 1e6:.2f}",
     ]
-
-
-def _milliseconds(spread: Spread) -> str:
-    return f"{1e3 * spread.median:.1f} ({1e3 * spread.low:.1f}–{1e3 * spread.high:.1f})"  # noqa: RUF001 - a range

@@ -37,6 +37,11 @@ class Spread:
     high: float
     runs: int
 
+    def text(self, number: str, scale: float = 1.0) -> str:
+        """Median and quartiles, "1.5 (1.2-1.9)", each formatted as `number` says."""
+        low, median, high = (format(scale * value, number) for value in (self.low, self.median, self.high))
+        return f"{median} ({low}\N{EN DASH}{high})"
+
 
 def count_flops(call: Callable[[], object]) -> int:
     """Floating-point operations of a call, by `torch.utils.flop_counter`; a multiply-add is two.

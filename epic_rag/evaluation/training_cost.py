@@ -52,7 +52,7 @@ class TrainingCost:
         label = name if self.strategy == "none" else f"{name}, K = {self.max_demonstrations}"
         seconds = ""
         if self.seconds is not None:
-            seconds = f"{self.seconds.median:.3f} ({self.seconds.low:.3f}–{self.seconds.high:.3f})"  # noqa: RUF001
+            seconds = self.seconds.text(".3f")
         return [label, str(self.pairs), f"{self.tokens:,}", f"{self.flops / 1e9:,.4g}", seconds]
 
 

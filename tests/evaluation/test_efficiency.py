@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from epic_rag import devices
+from epic_rag.backbone import Backbone
 from epic_rag.demonstrations import DemonstrationBank
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import ConfigError
@@ -94,6 +97,26 @@ def test_flops_are_those_of_the_formula_and_grow(name: str, request: pytest.Fixt
     for shown in ("text", "epic"):
         flops = [zero, *(item.flops for item in costs if item.shown == shown)]
         assert flops == sorted(set(flops))
+
+
+def test_what_is_counted_is_done_in_this_thread(tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_WORTH", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    seen = set()
+    forward = Backbone.forward
+
+    def noted(self: Backbone, *arguments: Any) -> torch.Tensor:
+        seen.add(threading.current_thread())
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Backbone, "forward", noted)
+    replicas = tiny_encoder.replicas
+    found = measure_queries(tiny_encoder, BANK, QUERIES, [4], runs=2)
+    assert seen == {threading.main_thread()}
+    assert all(item.flops > 0 for item in found.queries)
+    assert tiny_encoder.replicas is replicas
+    tiny_encoder.encode_document(QUERIES)  # or else the workers would not have been there at all
+    assert seen != {threading.main_thread()}
 
 
 def test_flops_and_memory_of_a_known_call() -> None:
