@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before transformers or chromadb are imported: no test may reach for the network.
@@ -73,6 +75,14 @@ def make_encoder(
         max_positions=backbone.max_positions,
     )
     return EpicEncoder(backbone, builder, name="tiny", source="tiny")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_counts() -> Iterator[None]:
+    """Tests that were started in the background, and what they start, would ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
