@@ -23,11 +23,22 @@ from bench_common import say
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 STAGES = (
-    *("prompt_cache", "prompt_cache_bf16", "selection", "throughput", "devices", "profiling", "cold_start", "growth"),
+    *(
+        "prompt_cache",
+        "prompt_cache_bf16",
+        "selection",
+        "task_vector",
+        "throughput",
+        "devices",
+        "profiling",
+        "cold_start",
+        "growth",
+    ),
     "report",
 )
 PAIRS = "docs_questions.jsonl.gz"
 SELECTION = ("docs_questions", "medquad", "snips_intent")
+TASKS = ("docs_questions", "medquad", "python_docstring_code", "squad_sentence", "wikitablequestions", "tldr_pages")
 SECTIONS = "docs_sections.jsonl.gz"
 
 
@@ -49,10 +60,12 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     prompt = ["prompt_cache.py", "--model", str(options.smollm2), "--num-layers", "12"]
     prompt += ["--demonstrations", str(train / PAIRS)]
     selection = ",".join(str(train / f"{name}.jsonl.gz") for name in SELECTION)
+    tasks = ",".join(str(train / f"{name}.jsonl.gz") for name in TASKS)
     return {
         "prompt_cache": [*prompt, "--output", str(options.output)],
         "prompt_cache_bf16": [*prompt, "--dtype", "bfloat16", "--output", str(options.output / "bf16")],
         "selection": ["selection.py", "--pairs", selection, "--output", str(options.output)],
+        "task_vector": ["task_vector.py", "--pairs", tasks, "--output", str(options.output)],
         "throughput": ["throughput.py", "--texts", str(train / SECTIONS), "--output", str(options.output)],
         "devices": ["devices.py", "--texts", str(train / SECTIONS), "--output", str(options.output)],
         "profiling": [
@@ -103,6 +116,10 @@ def quick_commands(folder: Path) -> dict[str, list[str]]:
         "selection": [
             *("selection.py", "--model", model, "--pairs", str(pairs), "--bank", "20", "--queries", "5", "--k", "2"),
             *("--output", out),
+        ],
+        "task_vector": [
+            *("task_vector.py", "--model", model, "--pairs", str(pairs), "--strengths", "0.7", "--k", "2"),
+            *("--queries", "5", "--documents", "10", "--draws", "1", "--output", out),
         ],
         "profiling": [
             *("profiling.py", "--model", model, "--llm", model, "--texts", str(pairs), "--count", "20", "--runs", "2"),

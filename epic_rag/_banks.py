@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from epic_rag.demonstrations import DemonstrationBank
 
 if TYPE_CHECKING:
     from epic_rag.encoder import EpicEncoder
 
-__all__ = ["BuiltBanks"]
+__all__ = ["BuiltBanks", "embedded_pairs"]
 
 _KEPT = 16
 
@@ -40,3 +43,16 @@ class BuiltBanks:
                 self._banks.popitem(last=False)
         self._banks.move_to_end(key)
         return self._banks[key]
+
+
+def embedded_pairs(encoder: EpicEncoder, bank: DemonstrationBank, instruction: str) -> npt.NDArray[np.float32]:
+    """See `EpicEncoder.embed_demonstrations`."""
+    width = encoder.backbone.dimension
+    queries = [item.query for item in bank.demonstrations]
+    passages = [item.passage for item in bank.demonstrations]
+    left = encoder.encode_query(queries, instruction=instruction, truncate_dim=width)
+    if bank.symmetric:
+        right = encoder.encode_query(passages, instruction=instruction, truncate_dim=width)
+    else:
+        right = encoder.encode_document(passages, truncate_dim=width)
+    return np.stack([left, right], axis=1)

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from epic_rag.demonstrations import DemonstrationBank, Selection
 from epic_rag.prompt import EncoderInput, Prefix, PromptBuilder, Strategy
+from epic_rag.task_vector import QueryStrategy
 
-__all__ = ["rows_behind", "rows_to_choose_by"]
+if TYPE_CHECKING:
+    from epic_rag.encoder import EpicEncoder
+
+__all__ = ["count_shown", "nearest_banks", "rows_behind", "rows_to_choose_by"]
+
+
+logger = logging.getLogger(__name__)
+
+
+def count_shown(encoder: EpicEncoder, bank: DemonstrationBank, asked: int | None, strategy: QueryStrategy) -> int:
+    """How many demonstrations of a bank to show: as many as were asked for, or as many as the encoder can use."""
+    if strategy == "task-vector":  # a mean has no length that was trained
+        return len(bank) if asked is None else asked
+    trained = int(encoder.settings.get("max_demonstrations") or len(bank))
+    if asked is None:
+        return min(len(bank), trained)
+    if asked > trained:
+        logger.warning("asked for %d demonstrations, %s was trained with up to %d", asked, encoder.name, trained)
+    return asked
 
 
 def rows_to_choose_by(
@@ -63,3 +86,8 @@ def rows_behind(
             prefixes[id(bank)] = prompt.prefix(instruction, demonstrations=pairs, strategy=strategy)
         rows.extend(prompt.queries(prefixes[id(bank)], [text]))
     return rows, None
+
+
+def nearest_banks(bank: DemonstrationBank, k: int, vectors: npt.NDArray[np.float32]) -> list[DemonstrationBank]:
+    """For each query's vector the k demonstrations whose queries are nearest, nearest last."""
+    return [bank.select(k, method="nearest", query_embedding=vector) for vector in vectors]

@@ -46,6 +46,7 @@ _DEFAULT_MAX_TOKENS = 512
 _SETTINGS = (
     "default_instruction",
     "max_demonstrations",
+    "strategy",
     "temperature",
     "matryoshka_dims",
     "training",

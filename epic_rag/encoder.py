@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,22 +13,21 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from epic_rag import _storage
-from epic_rag._banks import BuiltBanks
+from epic_rag._banks import BuiltBanks, embedded_pairs
 from epic_rag._early import EarlyChoice
 from epic_rag._int8 import dtype_of
 from epic_rag._selection import unit_rows
-from epic_rag._showing import rows_behind, rows_to_choose_by
+from epic_rag._showing import count_shown, nearest_banks, rows_behind, rows_to_choose_by
 from epic_rag.backbone import Backbone, hash_tensors
 from epic_rag.batching import embed_queries, made_ahead
 from epic_rag.demonstrations import DemonstrationBank, Selection, find_bank
 from epic_rag.devices import DeviceNames, Replicas, batch_tokens
 from epic_rag.prefix import PrefixCache
-from epic_rag.prompt import EncoderInput, PromptBuilder, Strategy
+from epic_rag.prompt import EncoderInput, PromptBuilder
+from epic_rag.task_vector import QueryStrategy, known_strategy, moved
 from epic_rag.tasks import get_task
 
 __all__ = ["EpicEncoder"]
-
-logger = logging.getLogger(__name__)
 
 Vectors = npt.NDArray[np.float32]
 
@@ -198,6 +196,11 @@ class EpicEncoder:
         return None if value is None else str(value)
 
     @property
+    def strategy(self) -> QueryStrategy:
+        """How demonstrations reach a query for which no strategy is given."""
+        return known_strategy(self.settings.get("strategy", "epic"))
+
+    @property
     def fingerprint(self) -> str:
         """Short hash of everything that decides a vector: weights, projector, template, pooling, lengths, width."""
         if self._fingerprint is None:
@@ -222,7 +225,7 @@ class EpicEncoder:
         instruction: str | None = None,
         num_demonstrations: int | None = None,
         selection: Selection = "first",
-        strategy: Strategy = "epic",
+        strategy: QueryStrategy | None = None,
         batch_size: int | None = None,
         show_progress: bool = False,
         truncate_dim: int | None = None,
@@ -238,7 +241,9 @@ class EpicEncoder:
                 trained with, and none where only a task is named.
             selection: How they are picked from the bank; "nearest" picks for each query its own, "nearest-early" by
                 the first third of the layers, which costs less.
-            strategy: "epic" shows vectors, "text" shows the texts (for comparison), "none" shows nothing.
+            strategy: "epic" shows vectors, "text" shows the texts (for comparison), "none" shows nothing;
+                "task-vector" moves the query by the mean difference of passages and queries, at no cost (see
+                `epic_rag.task_vector`). None takes the checkpoint's own, `strategy`.
             batch_size: Most rows in a batch; None lets token counts decide.
             show_progress: Whether to draw a progress bar.
             truncate_dim: Overrides the encoder's own setting for this call.
@@ -253,14 +258,25 @@ class EpicEncoder:
             PromptError: If there are fewer demonstrations than asked for, the prompt does not fit, or the strategy
                 or the selection is unknown.
         """
+        strategy = self.strategy if strategy is None else known_strategy(strategy)
         chosen = find_bank(task, bank, num_demonstrations)
         default = self._instruction(task, chosen)
         instruction = default if instruction is None else instruction
-        k = 0 if chosen is None or strategy == "none" else self._count(chosen, num_demonstrations)
+        k = 0 if chosen is None or strategy == "none" else count_shown(self, chosen, num_demonstrations, strategy)
         items = [texts] if isinstance(texts, str) else list(texts)
         if not items or chosen is None or k == 0:
-            rows = self.prompt.queries(self.prompt.prefix(instruction, strategy=strategy), items)
+            rows = self.prompt.queries(self.prompt.prefix(instruction), items)
             vectors = self._embed(rows, None, batch_size, show_progress)
+        elif strategy == "task-vector":
+            rows = self.prompt.queries(self.prompt.prefix(instruction), items)
+            zero_shot_vectors = self._embed(rows, None, batch_size, show_progress)
+            built = self._banks.get(self, chosen)
+            # The queries' own vectors are there, so nothing is saved by asking the first layers alone.
+            near = selection in ("nearest", "nearest-early")
+            banks = (
+                nearest_banks(built, k, zero_shot_vectors) if near else [built.select(k, method=selection)] * len(items)
+            )
+            vectors = moved(zero_shot_vectors, banks, self.fingerprint)
         else:
             by_vectors = strategy == "epic" or selection in ("diverse", "nearest", "nearest-early")
             built = self._banks.get(self, chosen) if by_vectors else chosen
@@ -312,16 +328,7 @@ class EpicEncoder:
         Returns:
             (k, 2, dim) float32 at full width: query (zero-shot, with the bank's instruction), passage.
         """
-        width = self.backbone.dimension
-        queries = [item.query for item in bank.demonstrations]
-        passages = [item.passage for item in bank.demonstrations]
-        instruction = self._instruction(None, bank)
-        left = self.encode_query(queries, instruction=instruction or "", truncate_dim=width)
-        if bank.symmetric:
-            right = self.encode_query(passages, instruction=instruction or "", truncate_dim=width)
-        else:
-            right = self.encode_document(passages, truncate_dim=width)
-        return np.stack([left, right], axis=1)
+        return embedded_pairs(self, bank, self._instruction(None, bank) or "")
 
     def similarity(self, a: npt.ArrayLike, b: npt.ArrayLike) -> Vectors:
         """Cosine similarity of every row of `a` with every row of `b`.
@@ -341,14 +348,6 @@ class EpicEncoder:
         """Token count of each text by the encoder's own tokenizer, special tokens not counted."""
         return [len(ids) for ids in self.prompt.token_ids(texts)]
 
-    def _count(self, bank: DemonstrationBank, asked: int | None) -> int:
-        trained = int(self.settings.get("max_demonstrations") or len(bank))
-        if asked is None:
-            return min(len(bank), trained)
-        if asked > trained:
-            logger.warning("asked for %d demonstrations, %s was trained with up to %d", asked, self.name, trained)
-        return asked
-
     def _instruction(self, task: str | None, bank: DemonstrationBank | None) -> str | None:
         fallback = get_task(task).instruction if task is not None else self.default_instruction
         return bank.instruction if bank is not None and bank.instruction is not None else fallback
@@ -366,8 +365,7 @@ class EpicEncoder:
             own = self._instruction(None, bank)
             return self._early.banks(self, bank, k, zero_shot, instruction=own, batch_size=batch_size)
         if selection == "nearest":
-            found = self._embed(zero_shot, None, batch_size, False)
-            return [bank.select(k, method="nearest", query_embedding=vector) for vector in found]
+            return nearest_banks(bank, k, self._embed(zero_shot, None, batch_size, False))
         return [bank.select(k, method=selection)] * count
 
     def _embed(

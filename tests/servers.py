@@ -25,6 +25,7 @@ from chromadb.api import ClientAPI
 
 HOST = "127.0.0.1"
 _START_SECONDS = 60.0
+_LARGEST_FILE = 2**30
 
 
 def free_port() -> int:
@@ -48,7 +49,9 @@ class ChromaProcess:
     def start(self) -> ChromaProcess:
         """Start it and wait until it answers."""
         # The script is Python that calls into the wheel; sys.executable finds it in every environment.
-        code = "import sys; from chromadb.cli.cli import app; sys.exit(app())"
+        # After a kill, Chroma may let a file of its graph grow until the disk is full (chroma-core/chroma#7510).
+        limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({_LARGEST_FILE}, {_LARGEST_FILE}))"
+        code = f"{limit}; import sys; from chromadb.cli.cli import app; sys.exit(app())"
         arguments = ["run", "--path", str(self.folder), "--host", HOST, "--port", str(self.port)]
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments],

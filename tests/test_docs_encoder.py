@@ -48,7 +48,7 @@ def test_the_guides_python_runs(guide_folder: Path, capsys: pytest.CaptureFixtur
         path.name for path in guide_folder.iterdir()
     }
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed[-4:-1]] == ["epic", "text", "none"]
+    assert [line.split()[0] for line in printed[-5:-1]] == ["epic", "text", "none", "task-vector"]
     # What the guide says that is printed.
     assert f"print(error)  # {printed[-1]}\n" in GUIDE.read_text("utf-8")
 

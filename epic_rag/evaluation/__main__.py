@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", metavar="NAME,...")
     parser.add_argument("--kinds", action="append", metavar="KIND,...")
     parser.add_argument("--num-demonstrations", default="0,8", metavar="K,...")
-    parser.add_argument("--strategy", default="epic", choices=("epic", "text", "none"))
+    parser.add_argument("--strategy", choices=("epic", "text", "none", "task-vector"))
     parser.add_argument("--instructions", type=Path, metavar="FILE.json")
     parser.add_argument("--bank", action="append", default=[], metavar="SET=SOURCE")
     parser.add_argument("--heldout", action="append", default=[], type=Path, metavar="FILE.jsonl.gz")

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epic_rag.demonstrations import Demonstration, DemonstrationBank
-from epic_rag.prompt import Strategy
+from epic_rag.task_vector import QueryStrategy
 
 __all__ = ["EmbeddingStore", "QueryPrompt", "TextEncoder", "Vectors"]
 
@@ -46,7 +46,7 @@ class TextEncoder(Protocol):
         bank: DemonstrationBank | None = None,
         instruction: str | None = None,
         num_demonstrations: int | None = None,
-        strategy: Strategy = "epic",
+        strategy: QueryStrategy | None = None,
         batch_size: int | None = None,
         show_progress: bool = False,
     ) -> Vectors:
@@ -72,7 +72,7 @@ class QueryPrompt:
     instruction: str | None = None
     demonstrations: tuple[Demonstration, ...] = ()
     symmetric: bool = False
-    strategy: Strategy = "epic"
+    strategy: QueryStrategy = "epic"
 
     @property
     def fingerprint(self) -> str:

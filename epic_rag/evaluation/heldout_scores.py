@@ -16,7 +16,7 @@ from epic_rag.evaluation.bm25 import Bm25Index
 from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt, Vectors
 from epic_rag.evaluation.heldout import Collection, HeldoutSplit, InstructionSource, Pair, draw_demonstrations, mismatch
 from epic_rag.evaluation.metrics import mean_and_error, ndcg_at_k, ndcg_of_scores
-from epic_rag.prompt import Strategy
+from epic_rag.task_vector import QueryStrategy
 
 __all__ = [
     "CONDITIONS",
@@ -121,7 +121,7 @@ def score_heldout(
     controls: bool = False,
     foreign_pool: Sequence[Pair] | None = None,
     plain: bool = False,
-    strategy: Strategy = "epic",
+    strategy: QueryStrategy = "epic",
     observe: Observe | None = None,
 ) -> HeldoutResult:
     """Score a model on held-out pairs.

@@ -12,7 +12,7 @@ from epic_rag.errors import DataError, PromptError
 from epic_rag.evaluation.catalogue import TRAIN_LABELS, TRAIN_PAIRS, SetEntry
 from epic_rag.evaluation.embedding import QueryPrompt
 from epic_rag.evaluation.local_sets import ClassificationData, LocalSet
-from epic_rag.prompt import Strategy
+from epic_rag.task_vector import QueryStrategy
 
 __all__ = ["PromptPlan", "load_demonstrations", "normalised", "plan_prompts", "training_demonstrations"]
 
@@ -38,7 +38,7 @@ class PromptPlan:
     demonstrations: tuple[Demonstration, ...] = ()
     symmetric: bool = False
 
-    def prompt(self, k: int, *, plain: bool = False, strategy: Strategy = "epic") -> QueryPrompt:
+    def prompt(self, k: int, *, plain: bool = False, strategy: QueryStrategy = "epic") -> QueryPrompt:
         """Return the prompt with the first k demonstrations.
 
         Args:

@@ -45,6 +45,7 @@ class ModelRecord:
         device: Where it ran.
         dtype: In which precision.
         lexical: Whether it is BM25, which has no vectors; dimension and limits are 0 then.
+        strategy: How demonstrations were shown.
     """
 
     label: str
@@ -57,6 +58,7 @@ class ModelRecord:
     device: str
     dtype: str
     lexical: bool = False
+    strategy: str = "epic"
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,9 @@ class EvaluationReport:
 def _column_title(model: ModelRecord, k: int) -> str:
     if model.lexical:
         return model.label
-    return f"{model.label}, " + ("plain" if model.plain else f"k = {k}")
+    if model.plain:
+        return f"{model.label}, plain"
+    return f"{model.label}, k = {k}" + (f", {model.strategy}" if k and model.strategy != "epic" else "")
 
 
 def _mean_row(title: str, means: Iterable[float | None]) -> list[str]:

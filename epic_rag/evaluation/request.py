@@ -13,7 +13,7 @@ from epic_rag.errors import ConfigError
 from epic_rag.evaluation.bm25 import BM25_NAME
 from epic_rag.evaluation.heldout import Collection, InstructionSource
 from epic_rag.evaluation.local_sets import KINDS, Kind
-from epic_rag.prompt import STRATEGIES, Strategy
+from epic_rag.task_vector import QUERY_STRATEGIES, QueryStrategy
 
 __all__ = [
     "COLLECTIONS",
@@ -65,7 +65,7 @@ class EvaluationRequest:
             sets.
         kinds: Kinds of sets that are evaluated; None for all.
         num_demonstrations: Values of k.
-        strategy: How demonstrations are shown.
+        strategy: How demonstrations are shown; None for each checkpoint's own way.
         instructions: Instructions by name of a set or held-out file, over the built-in ones.
         banks: Sources of demonstrations by set name, over the built-in ones.
         heldout: Files of training pairs that the models have not seen.
@@ -93,7 +93,7 @@ class EvaluationRequest:
     tasks: tuple[str, ...] | None = None
     kinds: tuple[Kind, ...] | None = None
     num_demonstrations: tuple[int, ...] = (0, 8)
-    strategy: Strategy = "epic"
+    strategy: QueryStrategy | None = None
     instructions: Mapping[str, str] = field(default_factory=dict)
     banks: Mapping[str, str] = field(default_factory=dict)
     heldout: tuple[Path, ...] = ()
@@ -120,7 +120,8 @@ class EvaluationRequest:
                 f"the numbers of demonstrations are {list(self.num_demonstrations)}; "
                 "write e.g. --num-demonstrations 0,8"
             )
-        parse_strategy(self.strategy)
+        if self.strategy is not None:
+            parse_strategy(self.strategy)
         parse_choices(self.heldout_collections, COLLECTIONS, "--heldout-collection")
         parse_choices(self.heldout_instructions, INSTRUCTION_SOURCES, "--heldout-instruction")
         if self.kinds is not None:
@@ -221,16 +222,16 @@ def parse_choices(texts: Sequence[str], allowed: Sequence[_Choice], option: str)
     return tuple(value for name in named for value in allowed if value == name)
 
 
-def parse_strategy(text: str) -> Strategy:
+def parse_strategy(text: str) -> QueryStrategy:
     """Read the name of a strategy.
 
     Raises:
         ConfigError: There is none of this name.
     """
-    for strategy in STRATEGIES:
+    for strategy in QUERY_STRATEGIES:
         if text == strategy:
             return strategy
-    raise ConfigError(f'the strategy is "{text}"; use one of {", ".join(STRATEGIES)}')
+    raise ConfigError(f'the strategy is "{text}"; use one of {", ".join(QUERY_STRATEGIES)}')
 
 
 def split_names(text: str) -> tuple[str, ...]:

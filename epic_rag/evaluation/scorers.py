@@ -56,6 +56,7 @@ class EncoderScorer:
     """
 
     def __init__(self, encoder: EpicEncoder, spec: ModelSpec, request: EvaluationRequest, plain: bool) -> None:
+        self._strategy = request.strategy or encoder.strategy
         self.record = ModelRecord(
             label=spec.label,
             source=spec.source,
@@ -66,6 +67,7 @@ class EncoderScorer:
             max_document_tokens=encoder.max_document_tokens,
             device=",".join(map(str, encoder.devices)),
             dtype=str(encoder.dtype).removeprefix("torch."),
+            strategy=self._strategy,
         )
         self._default_instruction = encoder.default_instruction
         self._request = request
@@ -90,7 +92,7 @@ class EncoderScorer:
 
         started = time.monotonic()
         task = _new_task(item)
-        prompt = item.plan.prompt(k, plain=self._plain, strategy=self._request.strategy)
+        prompt = item.plan.prompt(k, plain=self._plain, strategy=self._strategy)
         score, numbers = run_task(
             task, self._store, prompt, model_name=self.record.label, output=self._request.mteb_output
         )
@@ -122,7 +124,7 @@ class EncoderScorer:
                 controls=request.controls,
                 foreign_pool=foreign_pool,
                 plain=self._plain,
-                strategy=request.strategy,
+                strategy=self._strategy,
             )
             for source in sources
         ]

@@ -1,7 +1,9 @@
 """Whether the files of Chroma's graph can be what Chroma wrote: looked at before Chroma reads them.
 
 Chroma overwrites them in place, does not notice when the disk is full, and in version 1.5 hands them to a loader in C++
-that trusts them: it would read beyond the end of what is cut short. Looking at lengths costs next to nothing.
+that trusts them: it would read beyond the end of what is cut short, and a length that is wrong makes the next write
+leap ahead in the file, which then grows by gigabytes at a time (chroma-core/chroma#7510). Looking at lengths costs next
+to nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import sqlite3
 import struct
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 from epic_rag_chroma.running import CHROMA_FOLDER
 
@@ -46,7 +49,8 @@ def _folder_fits(folder: Path, is_written: bool) -> bool:
         if not (folder / "index_metadata.pickle").is_file():
             return not is_written
         header = (folder / "header.bin").read_bytes()
-        version, _, capacity, elements, stride, label_at, data_at, *_ = _HEADER.unpack(header[: _HEADER.size])
+        fields = _HEADER.unpack(header[: _HEADER.size])
+        version, _, capacity, elements, stride, label_at, data_at, top_level, _, degree, *_ = fields
         if version != _FILE_VERSION:
             return True  # a layout that we do not know
         return (
@@ -55,16 +59,37 @@ def _folder_fits(folder: Path, is_written: bool) -> bool:
             and data_at < label_at < stride
             and (folder / "data_level0.bin").stat().st_size >= elements * stride
             and (folder / "length.bin").stat().st_size >= elements * 4
-            and _links_fit((folder / "link_lists.bin").read_bytes(), elements)
+            and _links_fit(folder / "link_lists.bin", elements, capacity, _Levels(degree, top_level))
         )
     except (OSError, struct.error):
         return False
 
 
-def _links_fit(links: bytes, elements: int) -> bool:
-    at = 0
+class _Levels(NamedTuple):
+    """How many neighbours a chunk has on each level above the lowest, and the highest level."""
+
+    degree: int
+    top: int
+
+    def takes(self, links: int) -> bool:
+        """Whether this is the length, in bytes, of the lists of one chunk: 4 a neighbour, and 4 that count them."""
+        return links % (4 * self.degree + 4) == 0 and 0 <= links <= self.longest
+
+    @property
+    def longest(self) -> int:
+        return (4 * self.degree + 4) * max(self.top, 0)
+
+
+def _links_fit(path: Path, elements: int, capacity: int, levels: _Levels) -> bool:
+    # Before it is read: a file that has grown may not fit into memory.
+    if path.stat().st_size > capacity * (_LENGTH.size + levels.longest):
+        return False
+    links, at = path.read_bytes(), 0
     for _ in range(elements):
         if at + _LENGTH.size > len(links):
             return False
-        at += _LENGTH.size + _LENGTH.unpack_from(links, at)[0]
+        (length,) = _LENGTH.unpack_from(links, at)
+        if not levels.takes(length):
+            return False
+        at += _LENGTH.size + length
     return at <= len(links)

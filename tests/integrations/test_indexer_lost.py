@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ LOST = {
     "a folder for Chroma's database": 0,
     "graph": 0,
     "cut graph": 0,
+    "a length in the graph's links": 0,
+    "links of a terabyte": 0,
     "chroma and records": None,
 }
 
@@ -96,6 +99,14 @@ def lose(index: Path, lost: str, ids: list[str]) -> None:
             shutil.rmtree(graph.parent)
         case "cut graph":
             graph.write_bytes(graph.read_bytes()[:1000])
+        case "a length in the graph's links":
+            # A whole number of lists, but of more levels than the graph has; the file is long enough for it.
+            header, links = (graph.with_name(f"{name}.bin") for name in ("header", "link_lists"))
+            (degree,) = struct.unpack_from("=Q", header.read_bytes(), 60)
+            content, length = links.read_bytes(), (4 * degree + 4) * 16
+            links.write_bytes(struct.pack("=I", length) + content[4:] + bytes(length))
+        case "links of a terabyte":
+            os.truncate(graph.with_name("link_lists.bin"), 2**40)
         case "chroma and records":
             shutil.rmtree(index / "chroma")
             records.unlink()

@@ -51,9 +51,14 @@ def eval_command(
         str, typer.Option("--num-demonstrations", "-n", metavar="K,...", help="Numbers of demonstrations.")
     ] = "0,8",
     strategy: Annotated[
-        str,
-        typer.Option("--strategy", metavar="NAME", help="How demonstrations are shown: epic (as vectors) or text."),
-    ] = "epic",
+        str | None,
+        typer.Option(
+            "--strategy",
+            metavar="NAME",
+            help="How demonstrations are shown: epic (as vectors), text, or task-vector (as one vector).",
+            show_default="the checkpoint's",
+        ),
+    ] = None,
     bank: Annotated[
         list[str] | None,
         typer.Option(
@@ -177,7 +182,7 @@ def eval_command(
         tasks=None if tasks is None else split_names(tasks),
         kinds=None if kinds is None else parse_choices(kinds, KINDS, "--kinds"),
         num_demonstrations=parse_ks(num_demonstrations),
-        strategy=parse_strategy(strategy),
+        strategy=None if strategy is None else parse_strategy(strategy),
         instructions={} if instructions is None else read_mapping(instructions),
         banks=parse_banks(bank or []),
         heldout=tuple(heldout or ()),
