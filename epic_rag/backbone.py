@@ -82,8 +82,16 @@ class Backbone(nn.Module):
         self.takes_positions = "position_ids" in accepted
         # Newer versions of transformers have another name for the keys and values that came before.
         self.cache_argument = next((name for name in ("cache", "past_key_values") if name in accepted), None)
-        self.projector = Projector(projector, self.dimension, self._mean_token_norm())
-        weight = next(transformer.parameters())
+        self.renew_projector(projector)
+
+    def renew_projector(self, kind: ProjectorKind) -> None:
+        """Put an untrained projector in the place of the one there is.
+
+        Raises:
+            ConfigError: If the kind is unknown.
+        """
+        self.projector = Projector(kind, self.dimension, self._mean_token_norm())
+        weight = next(self.transformer.parameters())
         self.projector.to(device=weight.device, dtype=weight.dtype)
 
     @property

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from epic_rag.backbone import Backbone
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import ConfigError
+from epic_rag.projector import ProjectorKind
 from epic_rag.training.config import TrainingConfig
 
 __all__ = ["checkpoint_activations", "load_backbone"]
@@ -24,15 +25,19 @@ def load_backbone(config: TrainingConfig, device: str | None) -> EpicEncoder:
     Raises:
         CheckpointError: If it does not load.
     """
-    return EpicEncoder.from_pretrained(
+    encoder = EpicEncoder.from_pretrained(
         config.model,
         device=device,
         dtype="float32" if config.lora_rank is None else config.dtype,
         num_layers=config.num_layers,
         gguf_file=config.gguf_file,
         pooling=config.pooling,
-        projector=config.projector,
+        projector=None if config.new_projector else config.projector,
     )
+    if config.new_projector:
+        encoder.backbone.renew_projector(cast("ProjectorKind", config.projector))
+        encoder.forget_fingerprint()
+    return encoder
 
 
 def checkpoint_activations(backbone: Backbone) -> None:

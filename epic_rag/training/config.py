@@ -63,6 +63,7 @@ class TrainingConfig:
         bank_size: Rows in a task's pool, for demonstration_source "bank".
         demonstration_instructions: "shared": one instruction before all demonstrations; "each": one before each.
         projector: "scale", "linear" or "mlp".
+        new_projector: Start with an untrained projector, whatever the model has.
         separators: "words" or "none" between slots.
         generic_instruction: Share of a step's tasks whose instruction is replaced by a generic one.
         no_instruction: Share of a step's tasks that get no instruction at all.
@@ -136,6 +137,7 @@ class TrainingConfig:
     bank_size: int = 32
     demonstration_instructions: str = "shared"
     projector: str = "linear"
+    new_projector: bool = False
     separators: str = "words"
     generic_instruction: float = 0.0
     no_instruction: float = 0.0

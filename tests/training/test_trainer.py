@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -170,6 +171,17 @@ def test_every_setting_trains(config: Config, changes: dict[str, Any], tiny_chec
     changed = any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
     # Text demonstrations have no slots to fill.
     assert changed == (changes.get("strategy") != "text")
+
+
+def test_a_projector_can_be_started_anew(config: Config, tiny_checkpoint: Path) -> None:
+    trainer = Trainer(config(projector="mlp", new_projector=True))
+    assert trainer.encoder.backbone.projector.kind == "mlp"
+    shipped = EpicEncoder.from_pretrained(tiny_checkpoint)
+    assert trainer.encoder.fingerprint != shipped.fingerprint
+    np.testing.assert_allclose(trainer.encoder.encode_query("hello"), shipped.encode_query("hello"), atol=1e-6)
+    trainer.train()
+    final = EpicEncoder.from_pretrained(Path(trainer.config.output) / "final")
+    assert final.backbone.projector.kind == "mlp"
 
 
 def test_forward_passes_can_be_small(config: Config) -> None:
