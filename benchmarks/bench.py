@@ -23,17 +23,15 @@ from bench_common import say
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 STAGES = (
-    *(
-        "prompt_cache",
-        "prompt_cache_bf16",
-        "selection",
-        "task_vector",
-        "throughput",
-        "devices",
-        "profiling",
-        "cold_start",
-        "growth",
-    ),
+    "prompt_cache",
+    "prompt_cache_bf16",
+    "selection",
+    "task_vector",
+    "throughput",
+    "devices",
+    "profiling",
+    "cold_start",
+    "growth",
     "report",
 )
 PAIRS = "docs_questions.jsonl.gz"
@@ -119,7 +117,7 @@ def quick_commands(folder: Path) -> dict[str, list[str]]:
         ],
         "task_vector": [
             *("task_vector.py", "--model", model, "--pairs", str(pairs), "--strengths", "0.7", "--k", "2"),
-            *("--queries", "5", "--documents", "10", "--draws", "1", "--output", out),
+            *("--queries", "5", "--documents", "10", "--draws", "1", "--runs", "2", "--output", out),
         ],
         "profiling": [
             *("profiling.py", "--model", model, "--llm", model, "--texts", str(pairs), "--count", "20", "--runs", "2"),

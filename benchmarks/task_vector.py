@@ -1,4 +1,4 @@
-"""How far a task vector should move a query: quality at each strength, on pairs that the checkpoint was trained on.
+"""How far a task vector should move a query, by quality on pairs that the checkpoint was trained on; and what it costs.
 
     python benchmarks/task_vector.py --pairs squad_sentence.jsonl.gz,medquad.jsonl.gz --output DIR
 
@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_common import run_main, say, write
+from bench_common import Bar, bars_table, interleaved, ratio, run_main, say, write
 
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag._selection import unit_rows
 from epic_rag.evaluation.collection import in_collection, with_instruction
 from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt, Vectors
-from epic_rag.evaluation.heldout import Collection, make_split
+from epic_rag.evaluation.heldout import Collection, HeldoutSplit, make_split
 from epic_rag.evaluation.heldout_scores import HeldoutScore, score_heldout
 from epic_rag.evaluation.report import markdown_table
 from epic_rag.evaluation.request import COLLECTIONS, parse_choices
@@ -74,8 +74,42 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--queries", type=int, default=200, metavar="N", help="of each file")
     options.add_argument("--documents", type=int, default=1000, metavar="N", help="of each file")
     options.add_argument("--draws", type=int, default=2, metavar="N", help="draws of demonstrations")
+    options.add_argument("--runs", type=int, default=15, metavar="N", help="of the timing")
     options.add_argument("--output", required=True, type=Path, metavar="DIR")
     return options
+
+
+def cost(encoder: EpicEncoder, split: HeldoutSplit, k: int, runs: int) -> list[Bar]:
+    """Seconds with a task vector against seconds without demonstrations, one query after the other and in a batch."""
+    texts = list(split.queries[:32])
+    bank = DemonstrationBank([(pair.query, pair.passage) for pair in split.pool[:k]], instruction="").build(encoder)
+
+    def zero_shot(given: str | list[str]) -> Vectors:
+        return encoder.encode_query(given, instruction="")
+
+    def moved(given: str | list[str]) -> Vectors:
+        return encoder.encode_query(given, bank=bank, num_demonstrations=k, strategy="task-vector")
+
+    seconds = interleaved(
+        {
+            "zero-shot, single": lambda: [zero_shot(text) for text in texts],
+            "task vector, single": lambda: [moved(text) for text in texts],
+            "zero-shot, batch": lambda: zero_shot(texts),
+            "task vector, batch": lambda: moved(texts),
+        },
+        runs,
+        encoder.device,
+    )
+    return [
+        ratio(
+            f"seconds with a task vector / without demonstrations, {way}",
+            seconds[f"task vector, {way}"],
+            seconds[f"zero-shot, {way}"],
+            1.05,
+            at_most=True,
+        )
+        for way in ("single", "batch")
+    ]
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -120,7 +154,9 @@ def measure(options: argparse.Namespace) -> int:
     )
     header = ["strength", "collection", "k = 0", "own", "shuffled", "of another task"][: len(rows[0])]
     table = markdown_table(header, rows, text_columns=2)
-    write(options.output, "task_vector", f"{head}\n\n{table}", [], torch.device("cpu"), scores=scores)
+    bars = cost(encoder, files[0], options.k, options.runs)
+    markdown = f"{head}\n\n{table}\n\n{bars_table(bars)}"
+    write(options.output, "task_vector", markdown, bars, torch.device("cpu"), scores=scores)
     return 0
 
 

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from epic_rag.demonstrations import DemonstrationBank, Selection
@@ -17,7 +15,7 @@ from epic_rag.task_vector import QueryStrategy
 if TYPE_CHECKING:
     from epic_rag.encoder import EpicEncoder
 
-__all__ = ["count_shown", "nearest_banks", "rows_behind", "rows_to_choose_by"]
+__all__ = ["count_shown", "rows_behind", "rows_to_choose_by"]
 
 
 logger = logging.getLogger(__name__)
@@ -86,8 +84,3 @@ def rows_behind(
             prefixes[id(bank)] = prompt.prefix(instruction, demonstrations=pairs, strategy=strategy)
         rows.extend(prompt.queries(prefixes[id(bank)], [text]))
     return rows, None
-
-
-def nearest_banks(bank: DemonstrationBank, k: int, vectors: npt.NDArray[np.float32]) -> list[DemonstrationBank]:
-    """For each query's vector the k demonstrations whose queries are nearest, nearest last."""
-    return [bank.select(k, method="nearest", query_embedding=vector) for vector in vectors]

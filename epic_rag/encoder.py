@@ -17,7 +17,7 @@ from epic_rag._banks import BuiltBanks, embedded_pairs
 from epic_rag._early import EarlyChoice
 from epic_rag._int8 import dtype_of
 from epic_rag._selection import unit_rows
-from epic_rag._showing import count_shown, nearest_banks, rows_behind, rows_to_choose_by
+from epic_rag._showing import count_shown, rows_behind, rows_to_choose_by
 from epic_rag.backbone import Backbone, hash_tensors
 from epic_rag.batching import embed_queries, made_ahead
 from epic_rag.demonstrations import DemonstrationBank, Selection, find_bank
@@ -269,14 +269,10 @@ class EpicEncoder:
             vectors = self._embed(rows, None, batch_size, show_progress)
         elif strategy == "task-vector":
             rows = self.prompt.queries(self.prompt.prefix(instruction), items)
-            zero_shot_vectors = self._embed(rows, None, batch_size, show_progress)
+            vectors = self._embed(rows, None, batch_size, show_progress)
             built = self._banks.get(self, chosen)
-            # The queries' own vectors are there, so nothing is saved by asking the first layers alone.
-            near = selection in ("nearest", "nearest-early")
-            banks = (
-                nearest_banks(built, k, zero_shot_vectors) if near else [built.select(k, method=selection)] * len(items)
-            )
-            vectors = moved(zero_shot_vectors, banks, self.fingerprint)
+            banks = self._choose(built, k, len(items), rows, selection, batch_size, vectors)
+            vectors = moved(vectors, banks, self.fingerprint)
         else:
             by_vectors = strategy == "epic" or selection in ("diverse", "nearest", "nearest-early")
             built = self._banks.get(self, chosen) if by_vectors else chosen
@@ -360,12 +356,14 @@ class EpicEncoder:
         zero_shot: Sequence[EncoderInput],
         selection: Selection,
         batch_size: int | None,
+        vectors: Vectors | None = None,
     ) -> list[DemonstrationBank]:
         if selection == "nearest-early":
             own = self._instruction(None, bank)
             return self._early.banks(self, bank, k, zero_shot, instruction=own, batch_size=batch_size)
         if selection == "nearest":
-            return nearest_banks(bank, k, self._embed(zero_shot, None, batch_size, False))
+            found = self._embed(zero_shot, None, batch_size, False) if vectors is None else vectors
+            return [bank.select(k, method="nearest", query_embedding=vector) for vector in found]
         return [bank.select(k, method=selection)] * count
 
     def _embed(

@@ -107,17 +107,17 @@ def test_an_encoder_moves_its_queries(causal: bool) -> None:
     np.testing.assert_allclose(none, zero, atol=1e-6)
 
 
-@pytest.mark.parametrize("selection", ["nearest", "nearest-early"])
-def test_each_query_is_moved_by_its_nearest(tiny_encoder: EpicEncoder, selection: Any) -> None:
+@pytest.mark.parametrize("selection", ["first", "nearest", "nearest-early"])
+def test_each_query_is_moved_by_what_is_chosen_for_it(tiny_encoder: EpicEncoder, selection: Any) -> None:
     bank = DemonstrationBank(PAIRS, instruction=INSTRUCTION).build(tiny_encoder)
     zero = tiny_encoder.encode_query(TEXTS, instruction=INSTRUCTION)
     found = tiny_encoder.encode_query(
         TEXTS, bank=bank, num_demonstrations=1, selection=selection, strategy="task-vector"
     )
-    pairs = bank.require(tiny_encoder.fingerprint)
-    for vector, query in zip(found, zero, strict=True):
-        best = int((pairs[:, 0] @ query).argmax())
-        np.testing.assert_allclose(vector, unit_rows((query + task_vector(pairs[[best]]))[None])[0], atol=1e-5)
+    chosen = tiny_encoder.choose_demonstrations(TEXTS, bank, 1, selection=selection)
+    for vector, query, own in zip(found, zero, chosen, strict=True):
+        shift = task_vector(own.require(tiny_encoder.fingerprint))
+        np.testing.assert_allclose(vector, unit_rows((query + shift)[None])[0], atol=1e-5)
 
 
 def test_any_number_of_demonstrations(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from epic_rag.errors import ConfigError
 from epic_rag.evaluation.bm25 import BM25_NAME
 from epic_rag.evaluation.heldout import Collection, InstructionSource
 from epic_rag.evaluation.local_sets import KINDS, Kind
-from epic_rag.task_vector import QUERY_STRATEGIES, QueryStrategy
+from epic_rag.task_vector import QueryStrategy, known_strategy
 
 __all__ = [
     "COLLECTIONS",
@@ -24,7 +24,6 @@ __all__ = [
     "parse_choices",
     "parse_ks",
     "parse_models",
-    "parse_strategy",
     "split_names",
 ]
 
@@ -86,6 +85,7 @@ class EvaluationRequest:
 
     Raises:
         ConfigError: A value cannot work.
+        PromptError: There is no such strategy.
     """
 
     models: tuple[ModelSpec, ...]
@@ -121,7 +121,7 @@ class EvaluationRequest:
                 "write e.g. --num-demonstrations 0,8"
             )
         if self.strategy is not None:
-            parse_strategy(self.strategy)
+            known_strategy(self.strategy)
         parse_choices(self.heldout_collections, COLLECTIONS, "--heldout-collection")
         parse_choices(self.heldout_instructions, INSTRUCTION_SOURCES, "--heldout-instruction")
         if self.kinds is not None:
@@ -220,18 +220,6 @@ def parse_choices(texts: Sequence[str], allowed: Sequence[_Choice], option: str)
         given = f'"{unknown[0]}"' if unknown else "nothing"
         raise ConfigError(f"{option} names {given}; use one or more of {', '.join(allowed)}")
     return tuple(value for name in named for value in allowed if value == name)
-
-
-def parse_strategy(text: str) -> QueryStrategy:
-    """Read the name of a strategy.
-
-    Raises:
-        ConfigError: There is none of this name.
-    """
-    for strategy in QUERY_STRATEGIES:
-        if text == strategy:
-            return strategy
-    raise ConfigError(f'the strategy is "{text}"; use one of {", ".join(QUERY_STRATEGIES)}')
 
 
 def split_names(text: str) -> tuple[str, ...]:

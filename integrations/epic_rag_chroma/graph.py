@@ -1,4 +1,4 @@
-"""Whether the files of Chroma's graph can be what Chroma wrote: looked at before Chroma reads them.
+"""The files of Chroma's graphs: whether they can be what Chroma wrote, looked at before Chroma reads them; old ones.
 
 Chroma overwrites them in place, does not notice when the disk is full, and in version 1.5 hands them to a loader in C++
 that trusts them: it would read beyond the end of what is cut short, and a length that is wrong makes the next write
@@ -8,15 +8,17 @@ to nothing.
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import struct
+import uuid
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from epic_rag_chroma.running import CHROMA_FOLDER
 
-__all__ = ["graph_fits"]
+__all__ = ["delete_other_graphs", "graph_fits"]
 
 _HEADER = struct.Struct("=I6QiI3QdQ")
 _FILE_VERSION = 1
@@ -26,8 +28,7 @@ _LENGTH = struct.Struct("=I")
 def graph_fits(index_dir: Path, collection: str) -> bool:
     """Whether the lengths of a collection's graph files agree with each other; True where nothing can be said."""
     try:
-        uri = f"{(index_dir / CHROMA_FOLDER / 'chroma.sqlite3').as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True)) as database:
+        with closing(_database(index_dir)) as database:
             select = "SELECT id FROM segments WHERE scope = 'VECTOR' AND collection = ?"
             segments = [str(row[0]) for row in database.execute(select, (collection,))]
             return all(
@@ -35,6 +36,31 @@ def graph_fits(index_dir: Path, collection: str) -> bool:
             )
     except sqlite3.Error:
         return True  # Chroma will say what is wrong with it
+
+
+def delete_other_graphs(index_dir: Path) -> None:
+    """Delete the files of graphs whose collections are gone: Chroma 1.5 leaves them where they are."""
+    folder = index_dir / CHROMA_FOLDER
+    try:
+        with closing(_database(index_dir)) as database:
+            known = {str(row[0]) for row in database.execute("SELECT id FROM segments")}
+    except sqlite3.Error:
+        return  # there is none, or Chroma will say what is wrong with it
+    for path in folder.iterdir():
+        if path.name not in known and _is_graph(path):
+            shutil.rmtree(path, ignore_errors=True)  # on Windows somebody may be reading; the next run tries again
+
+
+def _is_graph(path: Path) -> bool:
+    try:
+        return str(uuid.UUID(path.name)) == path.name and path.is_dir() and not path.is_symlink()
+    except ValueError:
+        return False
+
+
+def _database(index_dir: Path) -> sqlite3.Connection:
+    uri = f"{(index_dir / CHROMA_FOLDER / 'chroma.sqlite3').absolute().as_uri()}?mode=ro"
+    return sqlite3.connect(uri, uri=True)
 
 
 def _written(database: sqlite3.Connection, segment: str) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epic_rag.errors import ChromaServerError, EpicError, IndexStateError
+from epic_rag_chroma.graph import delete_other_graphs
 from epic_rag_chroma.keywords import KeywordIndex
 from epic_rag_chroma.manifest import DocumentKey, Entry, Manifest
 from epic_rag_chroma.records import Record, RecordStore
@@ -161,11 +162,12 @@ class IndexWriter:
                 self.store.probe()
 
     def forget_others(self) -> None:
-        """Delete rows and words of the collections that this one has replaced."""
+        """Delete rows, words and graphs of the collections that this one has replaced."""
         while self._left:
             self._left.pop().close()
         RecordStore.delete_others(self._index_dir, self.store.id)
         KeywordIndex.delete_others(self._index_dir, self.store.id)
+        delete_other_graphs(self._index_dir)
 
     def publish(self) -> None:
         """Let the collection take the place of the one before."""

@@ -64,7 +64,11 @@ def test_collections_instructions_and_bm25_in_a_process_of_its_own(tiny_checkpoi
         (["--data", "nowhere"], 1, "there is no folder nowhere"),
         (["--heldout", "none.jsonl"], 1, "there is no file none.jsonl"),
         (["--heldout", "pairs.jsonl", "-n", "many"], 1, '"many" is no list of numbers'),
-        (["--heldout", "pairs.jsonl", "--strategy", "magic"], 1, 'the strategy is "magic"'),
+        (
+            ["--heldout", "pairs.jsonl", "--strategy", "magic"],
+            1,
+            "strategy is 'magic', known are epic, text, none, task-vector",
+        ),
         (["--heldout", "pairs.jsonl", "--model", "a=b", "--model", "a=c"], 1, "two models are called"),
         (["--heldout", "pairs.jsonl", "--draws", "0"], 2, "--draws"),
         (["--heldout", "pairs.jsonl", "--heldout-collection", "both"], 1, '--heldout-collection names "both"'),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from epic_rag.errors import ConfigError
+from epic_rag.errors import ConfigError, PromptError
 from epic_rag.evaluation.request import (
     COLLECTIONS,
     EvaluationRequest,
@@ -69,7 +69,7 @@ def test_small_languages() -> None:
         ({"models": ()}, "no model was named"),
         ({"num_demonstrations": ()}, "numbers of demonstrations"),
         ({"num_demonstrations": (-1,)}, "numbers of demonstrations"),
-        ({"strategy": "magic"}, 'the strategy is "magic"'),
+        ({"strategy": "magic"}, "strategy is 'magic', known are"),
         ({"draws": 0}, "0 draws"),
         ({"data": None}, "nothing to evaluate on"),
         ({"kinds": ("retrieval", "poems")}, '--kinds names "poems"; use one or more of retrieval, reranking'),
@@ -80,5 +80,5 @@ def test_small_languages() -> None:
 def test_requests_that_cannot_work(changes: dict[str, Any], said: str) -> None:
     good: dict[str, Any] = {"models": (ModelSpec("m", "m"),), "data": Path("data")}
     assert EvaluationRequest(**good).record()["data"] == "data"
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises((ConfigError, PromptError), match=said):
         EvaluationRequest(**{**good, **changes})

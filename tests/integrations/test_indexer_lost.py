@@ -61,6 +61,8 @@ def test_what_is_lost_is_made_again(tmp_path: Path, tiny_encoder: EpicEncoder, r
         len({row[1]["embedded_hash"] for row in expected.values()}) if cost is None else cost
     )
     assert texts_found(folder, tiny_encoder) == everything
+    # Nothing of a collection that was made again is left to fill the disk.
+    assert len([path for path in (index / "chroma").iterdir() if path.is_dir()]) == 1
     with ChromaIndexer(index, encoder=tiny_encoder) as indexer:
         assert indexer.query("word7", mode="keyword")[0].path == "more/7.txt"
 
@@ -110,3 +112,21 @@ def lose(index: Path, lost: str, ids: list[str]) -> None:
         case "chroma and records":
             shutil.rmtree(index / "chroma")
             records.unlink()
+
+
+def test_a_rebuild_leaves_no_graph_behind(tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
+    folder = start(tmp_path / "docs")
+    for number in range(130):
+        write(folder, f"more/{number}.txt", f"word{number} alone\n")
+    run(folder, tiny_encoder)
+    chroma = folder / ".epic-rag/chroma"
+    (before,) = (path for path in chroma.iterdir() if path.is_dir())
+    with chromadb.PersistentClient(str(chroma)) as client:  # type: ignore[attr-defined]
+        other = client.create_collection("somebodys", embedding_function=None)
+        other.add(ids=[str(number) for number in range(1100)], embeddings=[[float(n), 1.0] for n in range(1100)])
+    kept = [path for path in chroma.iterdir() if path.is_dir() and path != before]
+    (chroma / "notes").mkdir()
+    run(folder, tiny_encoder, rebuild=True)
+    assert not before.exists()
+    assert kept
+    assert all(path.exists() for path in [*kept, chroma / "notes"])

@@ -171,10 +171,10 @@ def eval_command(
         parse_choices,
         parse_ks,
         parse_models,
-        parse_strategy,
         split_names,
     )
     from epic_rag.evaluation.runner import run_evaluation
+    from epic_rag.task_vector import known_strategy
 
     request = EvaluationRequest(
         models=parse_models(model or _default_model()),
@@ -182,7 +182,7 @@ def eval_command(
         tasks=None if tasks is None else split_names(tasks),
         kinds=None if kinds is None else parse_choices(kinds, KINDS, "--kinds"),
         num_demonstrations=parse_ks(num_demonstrations),
-        strategy=None if strategy is None else parse_strategy(strategy),
+        strategy=None if strategy is None else known_strategy(strategy),
         instructions={} if instructions is None else read_mapping(instructions),
         banks=parse_banks(bank or []),
         heldout=tuple(heldout or ()),
