@@ -26,7 +26,7 @@ from epic_rag_chroma.session import TRANSIENT, Session, plain
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
 
-__all__ = ["READER_PATIENCE", "WRITER_PATIENCE", "ServerClient", "folder_client"]
+__all__ = ["READER_PATIENCE", "WRITER_PATIENCE", "ServerClient", "folder_client", "is_panic"]
 
 # Seconds for which failing requests are tried again. A query should fail while its user still looks; a run of the
 # indexer should outlive a restart of the server.
@@ -39,11 +39,25 @@ _ROWS_IF_UNSAID = 1000
 
 
 def folder_client(index_dir: Path) -> ClientAPI:
-    """A client for the files in an index folder."""
+    """A client for the files in an index folder.
+
+    Raises:
+        RuntimeError: If Chroma panics, for want of memory or threads.
+    """
     # Chroma shares one system between the clients of a path and refuses a second one with other settings. The dot
     # makes ours a path of its own, so that a user's client with default settings can open the same folder.
     path = str(index_dir / CHROMA_FOLDER) + "/."
-    return chromadb.PersistentClient(path, settings=Settings(anonymized_telemetry=False))
+    try:
+        return chromadb.PersistentClient(path, settings=Settings(anonymized_telemetry=False))
+    except BaseException as error:
+        if is_panic(error):
+            raise RuntimeError(str(error)) from error
+        raise
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether this is a panic of Chroma's Rust, which is no Exception: whoever handles those would not see it."""
+    return type(error).__name__ == "PanicException"
 
 
 class ServerClient:

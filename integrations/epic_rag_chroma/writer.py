@@ -235,9 +235,10 @@ def chroma_errors(index_dir: Path) -> Iterator[None]:
     except (EpicError, MemoryError):
         raise
     except BaseException as error:
-        # Chroma raises whatever its bindings do (a full disk, a file that was taken away); a panic of Rust is not even
-        # an Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        from epic_rag_chroma.client import is_panic
+
+        # Chroma raises whatever its bindings do: a full disk, a file that was taken away.
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         why = " ".join(str(error).split())[:160] or type(error).__name__
         raise IndexStateError(

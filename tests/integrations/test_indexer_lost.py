@@ -14,6 +14,7 @@ import chromadb
 import pytest
 
 from epic_rag import EpicEncoder
+from epic_rag.errors import IndexStateError
 from epic_rag_chroma import ChromaIndexer
 from tests.integrations.test_indexer_crash import assert_same, run, start, texts_found, write
 
@@ -130,3 +131,27 @@ def test_a_rebuild_leaves_no_graph_behind(tmp_path: Path, tiny_encoder: EpicEnco
     assert not before.exists()
     assert kept
     assert all(path.exists() for path in [*kept, chroma / "notes"])
+
+
+class PanicException(BaseException):
+    """What Chroma's bindings raise when Rust panics; their own class can be made by Rust alone."""
+
+
+def test_a_panic_of_chroma_loses_nothing(
+    tmp_path: Path, tiny_encoder: EpicEncoder, rows: ReadRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = start(tmp_path / "docs")
+    run(folder, tiny_encoder)
+    expected = rows(folder / ".epic-rag")
+    everything = texts_found(folder, tiny_encoder)
+
+    def panic(*arguments: object, **options: object) -> None:
+        raise PanicException("no thread to be had")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chromadb, "PersistentClient", panic)
+        with pytest.raises(IndexStateError, match=r"no thread to be had.*run `epic-rag index` again"):
+            run(folder, tiny_encoder)
+        assert texts_found(folder, tiny_encoder) == everything
+    assert run(folder, tiny_encoder).chunks_embedded == 0
+    assert_same(rows(folder / ".epic-rag"), expected)
