@@ -1,6 +1,6 @@
 """Everything that docs/results.md reports: run it, and write its tables and plots. `make results` runs this.
 
-    python benchmarks/results.py --data DIR --minilm DIR --llm DIR --plain DIR --smollm2 DIR
+    python benchmarks/results.py --data DIR --minilm DIR --llm DIR --plain DIR
                                  [--only STAGE,...] [--output DIR]
     python benchmarks/results.py --quick
 
@@ -41,6 +41,7 @@ from epic_rag.checkpoints import DEFAULT_CHECKPOINT, list_checkpoints
 from epic_rag.errors import ConfigError, EpicError
 
 ROOT = Path(__file__).resolve().parents[1]
+LLM_CHECKPOINT = "epic-smollm2"
 STAGES = ("ablations", "efficiency", "heldout", "evaluation", "quantisation")
 REPORT = "report"
 # What each program is told beyond the command that is shown, so that its files lie in the step's folder.
@@ -57,14 +58,13 @@ SHOWN = {
     "plain": "runs/plain/final",
     "float": "path/to/float-weights",
     "default": DEFAULT_CHECKPOINT,
-    "smollm2": "runs/epic-smollm2/int8",
+    "smollm2": LLM_CHECKPOINT,
 }
 OPTION_OF = {
     "data": "--data",
     "minilm": "--minilm",
     "llm": "--llm",
     "plain": "--plain",
-    "smollm2": "--smollm2",
     "float": "--float-weights",
 }
 
@@ -251,9 +251,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--plain", default=environment("EPIC_RAG_PLAIN"), metavar="DIR", help="where ablations start: see their grids"
     )
     parser.add_argument(
-        "--smollm2", default=environment("EPIC_RAG_SMOLLM2"), metavar="DIR", help="epic-smollm2 with int8 weights"
-    )
-    parser.add_argument(
         "--float-weights", default=environment("EPIC_RAG_FLOAT_WEIGHTS"), metavar="DIR", help="epic-smollm2 before int8"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/results"), metavar="DIR", help="of all steps")
@@ -310,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "plain": options.plain,
             "float": options.float_weights,
             "default": DEFAULT_CHECKPOINT,
-            "smollm2": options.smollm2,
+            "smollm2": LLM_CHECKPOINT,
         }
         shipped = [("", info.name) for info in list_checkpoints()]
         run_stages(stages, Run(options.output, places, shipped), options.document)

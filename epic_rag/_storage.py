@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from epic_rag._int8 import check_int8, use_int8
 from epic_rag._kernels import multiplies_bfloat16, use_onednn
 from epic_rag._quantisation import dequantise, quantise, remove_weights, write_int8_model
+from epic_rag._sentence_transformers import default_length, read_head, read_pooling, write_sentence_transformers
 from epic_rag.backbone import POOLINGS, Backbone, Pooling, hash_tensors, load_transformer, quiet
 from epic_rag.checkpoints import (
     EPIC_FILE,
@@ -30,7 +31,7 @@ from epic_rag.checkpoints import (
     resolve,
 )
 from epic_rag.devices import DeviceNames, Replicas, parse_devices
-from epic_rag.errors import CheckpointError, ConfigError
+from epic_rag.errors import CheckpointError, ConfigError, reason_of
 from epic_rag.projector import ProjectorKind
 from epic_rag.prompt import PromptBuilder, PromptTemplate
 
@@ -42,7 +43,6 @@ __all__ = ["checked_dim", "fingerprint", "load", "save"]
 PROJECTOR_FILE = "projector.safetensors"
 INT8 = "int8"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_DEFAULT_MAX_TOKENS = 512
 _SETTINGS = (
     "default_instruction",
     "max_demonstrations",
@@ -96,16 +96,17 @@ def load(
         raise ConfigError(
             f"{folder} was trained with projector {stored_projector!r}, you asked for {projector!r}; leave it out"
         )
-    pooled = pooling or epic.get("pooling") or _sentence_transformers_pooling(folder)
+    pooled = pooling or epic.get("pooling") or read_pooling(folder)
     if pooled is not None and pooled not in POOLINGS:
         raise ConfigError(f"pooling is {pooled!r}, known are {', '.join(POOLINGS)}; choose one of them")
-    limit = _default_length(folder, tokenizer)
+    limit = default_length(folder, tokenizer)
     try:
         backbone = Backbone(
             transformer,
             pooling=cast("Pooling | None", pooled),
             projector=cast("ProjectorKind", projector or stored_projector),
         )
+        backbone.put_head(read_head(folder))
         _load_projector(backbone, folder, required=bool(epic))
         template = PromptTemplate(**epic.get("template", {}))
         if backbone.max_positions is not None:
@@ -189,7 +190,7 @@ def save(encoder: EpicEncoder, folder: Path, dtype: str | None) -> None:
     projector = {key: value.detach().to("cpu", kept) for key, value in encoder.backbone.projector.state_dict().items()}
     save_file(quantise(projector) if int8 else projector, folder / PROJECTOR_FILE)
     _save_tokenizer(encoder.prompt, folder)
-    _save_sentence_transformers(encoder, folder)
+    write_sentence_transformers(encoder, folder, kept)
     write_epic_file(encoder, folder, int8=int8)
 
 
@@ -252,7 +253,7 @@ def _load_tokenizer(folder: Path, gguf_file: str | None, trust_remote_code: bool
             folder, trust_remote_code=trust_remote_code, **extra
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise CheckpointError(f"{folder} has no tokenizer that loads: {reason}; it needs tokenizer.json") from error
     return tokenizer
 
@@ -269,7 +270,7 @@ def _load_projector(backbone: Backbone, folder: Path, *, required: bool) -> None
     try:
         backbone.projector.load_state_dict(dequantise(load_file(file)))
     except (SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise CheckpointError(f"{file} does not fit {EPIC_FILE} ({reason}); copy the checkpoint again") from error
 
 
@@ -312,42 +313,6 @@ def _save_with_template(prompt: PromptBuilder, folder: Path) -> None:
         backend.post_processor = before
 
 
-def _save_sentence_transformers(encoder: EpicEncoder, folder: Path) -> None:
-    home = "sentence_transformers.models"
-    modes: dict[str, Literal["mean_tokens", "cls_token", "lasttoken"]] = {
-        "mean": "mean_tokens",
-        "cls": "cls_token",
-        "last": "lasttoken",
-    }
-    pooling = {
-        "word_embedding_dimension": encoder.backbone.dimension,
-        **{f"pooling_mode_{mode}": mode == modes[encoder.backbone.pooling] for mode in modes.values()},
-        # The prompt's own tokens are not part of a query's mean.
-        "include_prompt": False,
-    }
-    template = encoder.prompt.template
-    instruction = encoder.default_instruction
-    prompt = f"{template.instruction.format(instruction=instruction)}{template.query} " if instruction else ""
-    _write_json(
-        folder / "modules.json",
-        [
-            {"idx": 0, "name": "0", "path": "", "type": f"{home}.Transformer"},
-            {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{home}.Pooling"},
-            {"idx": 2, "name": "2", "path": "2_Normalize", "type": f"{home}.Normalize"},
-        ],
-    )
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    _write_json(folder / "1_Pooling" / "config.json", pooling)
-    _write_json(
-        folder / "sentence_bert_config.json",
-        {"max_seq_length": encoder.prompt.max_document_tokens, "do_lower_case": False},
-    )
-    _write_json(
-        folder / "config_sentence_transformers.json",
-        {"prompts": {"query": prompt, "document": ""}, "default_prompt_name": None, "similarity_fn_name": "cosine"},
-    )
-
-
 def _identity(name_or_path: str | os.PathLike[str] | None, folder: Path, revision: str | None) -> tuple[str, str]:
     """The name of a checkpoint that has none of its own, and what `from_pretrained` takes to find it again."""
     if is_shipped(folder):
@@ -363,35 +328,3 @@ def _checked_limit(setting: str, given: int | None, stored: int) -> int:
     if value < 1:
         raise ConfigError(f"{setting} is {value}, a text has at least 1 token; pass 1 or more")
     return value
-
-
-def _sentence_transformers_pooling(folder: Path) -> str | None:
-    data = _read_json(folder / "1_Pooling" / "config.json")
-    # A flag for each mode up to release 5 of sentence-transformers, one name since.
-    for name, flag, mode in (
-        ("mean", "mean_tokens", "mean"),
-        ("cls", "cls_token", "cls"),
-        ("last", "lasttoken", "lasttoken"),
-    ):
-        if data.get(f"pooling_mode_{flag}") or data.get("pooling_mode") == mode:
-            return name
-    return None
-
-
-def _default_length(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest text of a folder that does not say so in `epic.json`."""
-    own = _read_json(folder / "sentence_bert_config.json").get("max_seq_length")
-    # sentence-transformers keeps its limit there since release 6; a tokenizer without one has a huge number.
-    return min(own if isinstance(own, int) and own > 0 else _DEFAULT_MAX_TOKENS, int(tokenizer.model_max_length))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def _write_json(file: Path, data: object) -> None:
-    file.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

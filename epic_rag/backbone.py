@@ -1,9 +1,10 @@
 """The transformer under the encoder: token embeddings with slots in, one unit vector a text out.
 
-    ids ──► token embeddings ──► slots replaced by projector(vector) ──► transformer ──► pool ──► L2
+    ids ──► token embeddings ──► slots replaced by projector(vector) ──► transformer ──► pool ──► head ──► L2
 
 Any Hugging Face transformer that takes `inputs_embeds` works. Decoder LLMs (causal attention) pool the last token,
-as in the paper; bidirectional encoders (BERT family) take the mean over the text's own tokens.
+as in the paper; bidirectional encoders (BERT family) take the mean over the text's own tokens. Most models have no
+head; where there is one, a linear map makes the vector, of another width than the transformer's if need be.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import importlib.util
 import inspect
 import io
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
@@ -25,8 +25,9 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from epic_rag._adapter import merge_adapter
 from epic_rag._quantisation import load_int8_model
-from epic_rag.errors import CheckpointError, ConfigError, MissingExtraError
+from epic_rag.errors import CheckpointError, ConfigError, MissingExtraError, reason_of
 from epic_rag.projector import Projector, ProjectorKind
 from epic_rag.prompt import Batch
 
@@ -71,12 +72,13 @@ class Backbone(nn.Module):
         if self.pooling not in POOLINGS:
             raise ConfigError(f"pooling is {pooling!r}, known are {', '.join(POOLINGS)}; choose one of them")
         # A model with more than text (Gemma 3, for one) keeps its text settings in a configuration of their own.
-        self.dimension = int(transformer.config.get_text_config().hidden_size)
+        self.width = int(transformer.config.get_text_config().hidden_size)
+        self.head: nn.Linear | None = None
         width = int(next(transformer.get_input_embeddings().parameters()).shape[-1])
-        if width != self.dimension:
+        if width != self.width:
             raise ConfigError(
                 f"{type(transformer).__name__} has token embeddings of width {width} and vectors of width "
-                f"{self.dimension}, a slot needs the two to be equal; use another model"
+                f"{self.width}, a slot needs the two to be equal; use another model"
             )
         accepted = inspect.signature(transformer.forward).parameters
         self.takes_positions = "position_ids" in accepted
@@ -90,9 +92,32 @@ class Backbone(nn.Module):
         Raises:
             ConfigError: If the kind is unknown.
         """
-        self.projector = Projector(kind, self.dimension, self._mean_token_norm())
+        self.projector = Projector(kind, self.dimension, self._mean_token_norm(), width=self.width)
         weight = next(self.transformer.parameters())
         self.projector.to(device=weight.device, dtype=weight.dtype)
+
+    def put_head(self, head: nn.Linear | None) -> None:
+        """Put a linear map behind the pooling; the projector, whose input it makes, starts anew.
+
+        Args:
+            head: From the transformer's width to that of the vectors; None takes away the one there is.
+
+        Raises:
+            ConfigError: If its input has another width than the transformer.
+        """
+        if head is not None and head.in_features != self.width:
+            raise ConfigError(
+                f"the head takes vectors of width {head.in_features}, the transformer makes some of width "
+                f"{self.width}; give a head that fits"
+            )
+        weight = next(self.transformer.parameters())
+        self.head = None if head is None else head.to(device=weight.device, dtype=weight.dtype)
+        self.renew_projector(self.projector.kind)
+
+    @property
+    def dimension(self) -> int:
+        """Width of the vectors."""
+        return self.width if self.head is None else self.head.out_features
 
     @property
     def device(self) -> torch.device:
@@ -122,6 +147,10 @@ class Backbone(nn.Module):
         Returns:
             (rows, dim) float32 unit vectors.
         """
+        return self.finish(self.pooled(batch, slot_vectors))
+
+    def pooled(self, batch: Batch, slot_vectors: torch.Tensor | None = None) -> torch.Tensor:
+        """(rows, width) float32 states of a batch: what `forward` makes vectors of."""
         embeddings = self.fill(batch.ids, batch.slot_rows, batch.slot_columns, slot_vectors)
         inputs: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": batch.mask}
         if self.causal and self.takes_positions:
@@ -130,7 +159,13 @@ class Backbone(nn.Module):
         if self.causal:
             inputs["use_cache"] = False
         hidden = self.transformer(**inputs).last_hidden_state  # (rows, tokens, dim)
-        return nn.functional.normalize(self._pool(hidden.float(), batch), dim=-1)
+        return self._pool(hidden.float(), batch)
+
+    def finish(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(rows, width) float32 pooled states -> (rows, dim) float32 unit vectors."""
+        if self.head is not None:
+            pooled = self.head(pooled.to(self.head.weight.dtype)).float()
+        return nn.functional.normalize(pooled, dim=-1)
 
     def fill(
         self,
@@ -246,13 +281,13 @@ def load_transformer(
         raise
     except Exception as error:  # A broken file makes transformers, safetensors and gguf raise almost anything.
         raise CheckpointError(
-            f"{folder} does not load as a model: {_reason(error)}; it needs config.json and safetensors weights"
+            f"{folder} does not load as a model: {reason_of(error)}; it needs config.json and safetensors weights"
         ) from error
     _check_complete(model, folder, sorted(report["missing_keys"]))
     if gguf_file is not None:
         model = _without_quantization(model, config)
     if adapter is not None:
-        model = _merge_adapter(model, adapter)
+        model = merge_adapter(model, adapter)
     if num_layers is not None:
         cut_layers(model, num_layers)
     model.train(False)
@@ -277,11 +312,6 @@ def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 def _require(needed: bool, package: str, purpose: str) -> None:
     if needed and importlib.util.find_spec(package) is None:
         raise MissingExtraError(package, "train", purpose)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def _check_complete(model: PreTrainedModel, folder: Path, missing: list[str]) -> None:
@@ -351,34 +381,3 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> None:
     config.num_hidden_layers = num_layers
     for key, value in per_layer.items():
         setattr(config, key, list(value)[:num_layers])
-
-
-def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(adapter / "adapter_model.safetensors")
-        with warnings.catch_warnings():
-            # PEFT asks transformers for a name that is to go away, which is no business of the caller's.
-            warnings.simplefilter("ignore", FutureWarning)
-            wrapped = PeftModel(model, PeftConfig.from_pretrained(str(adapter)))
-        # Left to itself, PEFT looks for the base model on the hub to see whether its embeddings were changed.
-        embeddings = any("embed" in key and "lora_" not in key for key in weights)
-        expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=embeddings))
-        # An adapter that was trained on a model with a head names its weights one level deeper.
-        root, deeper = "base_model.model.", f"base_model.model.{model.base_model_prefix}."
-        named = {key if key in expected else root + key.removeprefix(deeper): weights[key] for key in weights}
-        missing = sorted(expected - named.keys())
-        if missing:
-            raise ValueError(f"{len(missing)} of its {len(expected)} weights are missing, {missing[0]} for one")
-        set_peft_model_state_dict(wrapped, {key: named[key] for key in expected})
-        merged: PreTrainedModel = wrapped.merge_and_unload()
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{adapter} does not fit {type(model).__name__}: {_reason(error)}; name a mergeable PEFT adapter (LoRA) "
-            "of this model, saved as safetensors"
-        ) from error
-    return merged

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epic_rag.errors import CheckpointError
+from epic_rag.errors import CheckpointError, reason_of
 
 __all__ = [
     "DEFAULT_CHECKPOINT",
@@ -133,7 +133,7 @@ def _download(name: str, revision: str | None, local_only: bool, gguf_file: str 
         # The hub client checks every file against the hash that the hub names for the revision.
         return Path(snapshot_download(name, revision=revision, local_files_only=local_only, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise CheckpointError(
             f"no checkpoint {name}: no such folder, shipped are {known}, and the hub did not give it ({reason}); "
             "run `epic-rag models`"

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from epic_rag.errors import ConfigError
+from epic_rag.errors import ConfigError, reason_of
 
 if TYPE_CHECKING:
     from epic_rag.backbone import Backbone
@@ -89,7 +89,7 @@ def _parse_device(name: str | torch.device) -> tuple[torch.device, torch.device]
         parsed = torch.device(name)
         actual = torch.empty(0, device=parsed).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         given = str(name) if isinstance(name, torch.device) else name
         raise ConfigError(f"device is {given!r}, this machine does not have it ({reason}); pass 'cpu'") from error
     return parsed, actual

@@ -124,3 +124,8 @@ class IndexLockedError(IndexStateError):
 
 class IndexMismatchError(IndexStateError):
     """The index was built with another model or other settings than the call asks for."""
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none: what a message of one line has room for."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

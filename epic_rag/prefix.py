@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 
 if TYPE_CHECKING:
@@ -274,4 +273,4 @@ def embed_packed(
     rows = row_of.flatten()
     sums = weights.new_zeros(count + 1, hidden.shape[2]).index_add_(0, rows, hidden.float().flatten(0, 1) * weights)
     counts = weights.new_zeros(count + 1, 1).index_add_(0, rows, weights)
-    return nn.functional.normalize((sums / counts.clamp(min=1.0))[:count], dim=-1)
+    return backbone.finish((sums / counts.clamp(min=1.0))[:count])

@@ -24,24 +24,27 @@ class Projector(nn.Module):
     Args:
         kind: "scale" (one learned number), "linear" (a full matrix), or "mlp" (the scaled vector plus a two-layer
             perceptron that starts at zero).
-        dimension: Width of embeddings and of the transformer's input.
+        dimension: Width of embeddings.
         norm: Mean norm of the token embeddings.
+        width: Width of the transformer's input; None if it is the same. Where embeddings are narrower, the identity
+            leaves the rest of the input zero; where they are wider, it drops their last numbers.
     """
 
-    def __init__(self, kind: ProjectorKind, dimension: int, norm: float) -> None:
+    def __init__(self, kind: ProjectorKind, dimension: int, norm: float, *, width: int | None = None) -> None:
         super().__init__()
         if kind not in PROJECTORS:
             raise ConfigError(f"projector is {kind!r}, known are {', '.join(PROJECTORS)}; choose one of them")
         self.kind = kind
+        self.width = dimension if width is None else width
         if kind == "linear":
-            self.linear = nn.Linear(dimension, dimension)
+            self.linear = nn.Linear(dimension, self.width)
             with torch.no_grad():
-                self.linear.weight.copy_(norm * torch.eye(dimension))
+                self.linear.weight.copy_(norm * torch.eye(self.width, dimension))
                 self.linear.bias.zero_()
         else:
             self.scale = nn.Parameter(torch.tensor(float(norm)))
         if kind == "mlp":
-            self.mlp = nn.Sequential(nn.Linear(dimension, dimension), nn.GELU(), nn.Linear(dimension, dimension))
+            self.mlp = nn.Sequential(nn.Linear(dimension, dimension), nn.GELU(), nn.Linear(dimension, self.width))
             with torch.no_grad():
                 # Seeded: an untrained projector is part of the fingerprint, which must not change from load to load.
                 generator = torch.Generator().manual_seed(0)
@@ -52,8 +55,8 @@ class Projector(nn.Module):
                     parameter.zero_()
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        """(slots, dim) unit vectors -> (slots, dim) input embeddings."""
+        """(slots, dim) unit vectors -> (slots, width) input embeddings."""
         if self.kind == "linear":
             return self.linear(vectors)  # type: ignore[no-any-return]
-        scaled: torch.Tensor = self.scale * vectors
+        scaled: torch.Tensor = self.scale * nn.functional.pad(vectors, (0, self.width - vectors.shape[1]))
         return scaled + self.mlp(vectors) * self.scale if self.kind == "mlp" else scaled

@@ -78,8 +78,8 @@ def analytic_flops(encoder: EpicEncoder, positions: int, *, slots: int = 0) -> i
     """FLOPs of encoding one row by formula, as a check on what is counted.
 
     2 m n for each position and each m x n matrix of the transformer, 4 L n^2 d for the attention of n positions in L
-    layers of width d, and the projector's matrices for each slot (cf. Kaplan et al. 2020, section 2.1). Exact for
-    dense models without a pooler; in a mixture of experts it counts all experts.
+    layers of width d, the projector's matrices for each slot, and a head's for the row (cf. Kaplan et al. 2020, section
+    2.1). Exact for dense models without a pooler; in a mixture of experts it counts all experts.
 
     Args:
         encoder: The model.
@@ -91,7 +91,8 @@ def analytic_flops(encoder: EpicEncoder, positions: int, *, slots: int = 0) -> i
     heads = int(config.num_attention_heads)
     width = heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     attention = 4 * int(config.num_hidden_layers) * positions**2 * width
-    return _matrices(backbone.transformer) * positions + attention + _matrices(backbone.projector) * slots
+    head = 0 if backbone.head is None else _matrices(backbone.head)
+    return _matrices(backbone.transformer) * positions + attention + _matrices(backbone.projector) * slots + head
 
 
 def _matrices(module: torch.nn.Module) -> int:

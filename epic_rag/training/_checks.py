@@ -22,18 +22,21 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "pooling": (None, *POOLINGS),
     "demonstration_source": ("batch", "bank"),
     "demonstration_instructions": ("shared", "each"),
+    "teacher_loss": ("cosines", "vectors"),
+    "attention": (None, "eager", "sdpa"),
     "dtype": ("float32", "bfloat16", "float16"),
 }
 _AT_LEAST_ONE = (
     *("steps", "batch_size", "tasks_per_batch", "save_every", "keep_checkpoints", "num_layers"),
     *("stop_after", "max_query_tokens", "max_document_tokens", "inference_tokens", "micro_batch_tokens"),
-    *("lora_rank", "bank_size"),
+    *("lora_rank", "bank_size", "output_dimension"),
 )
 _ABOVE_ZERO = ("temperature", "learning_rate", "max_grad_norm", "lora_alpha")
 _NOT_NEGATIVE = (
     *("size_power", "max_demonstrations", "zero_shot_weight", "projector_learning_rate", "weight_decay"),
     *("evaluate_every", "evaluation_rows", "generic_instruction", "no_instruction"),
     *("hard_negatives", "teacher_weight", "mismatched_weight", "plain_steps"),
+    *("contrastive_weight", "token_learning_rate"),
 )
 _SHARES = ("warmup", "turned_round", "several_tasks", "mismatched_demonstrations", "lora_dropout")
 
@@ -140,6 +143,11 @@ def _check_loss(config: TrainingConfig) -> None:
     if config.teacher is not None and not config.teacher_weight:
         raise ConfigError(
             f"teacher is {config.teacher!r} and teacher_weight is 0; give a weight, or set teacher to null"
+        )
+    if not config.contrastive_weight and config.teacher is None:
+        raise ConfigError(
+            "contrastive_weight is 0 and there is no teacher, which leaves nothing to learn from; name a teacher, or "
+            "give a weight above 0"
         )
     for name, task in config.tasks.items():
         if task.in_batch_negatives:

@@ -66,6 +66,17 @@ class Forward:
             vectors: torch.Tensor = self.backbone(batch, None if slots is None else slots.take(chunk))
         return vectors
 
+    def pooled(self, rows: Sequence[EncoderInput]) -> torch.Tensor:
+        """(rows, width) float32 states behind the pooling, in order: what a head is given."""
+        chunks = self.chunks(rows, range(len(rows)))
+        parts = []
+        for chunk in chunks:
+            batch = _moved(collate([rows[index] for index in chunk], pad_id=self.pad_id), self.backbone.device)
+            with torch.autocast(batch.ids.device.type, dtype=self.autocast_dtype, enabled=self.dtype != torch.float32):
+                parts.append(self.backbone.pooled(batch))
+        order = torch.tensor([index for chunk in chunks for index in chunk])
+        return torch.cat(parts)[order.argsort().to(parts[0].device)]
+
     @property
     def autocast_dtype(self) -> torch.dtype:
         """A dtype that autocast takes, whether it is on or not."""

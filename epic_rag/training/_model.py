@@ -8,6 +8,7 @@ from epic_rag.backbone import Backbone
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import ConfigError
 from epic_rag.projector import ProjectorKind
+from epic_rag.training._head import new_head
 from epic_rag.training.config import TrainingConfig
 
 __all__ = ["checkpoint_activations", "load_backbone"]
@@ -34,6 +35,11 @@ def load_backbone(config: TrainingConfig, device: str | None) -> EpicEncoder:
         pooling=config.pooling,
         projector=None if config.new_projector else config.projector,
     )
+    if config.attention is not None:
+        cast("Any", encoder.backbone.transformer).set_attn_implementation(config.attention)
+    if config.output_dimension is not None:
+        new_head(encoder.backbone, config.output_dimension)
+        encoder.forget_fingerprint()
     if config.new_projector:
         encoder.backbone.renew_projector(cast("ProjectorKind", config.projector))
         encoder.forget_fingerprint()

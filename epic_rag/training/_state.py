@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from epic_rag.errors import TrainingError
+from epic_rag.errors import TrainingError, reason_of
 from epic_rag.training.config import TaskConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def restore(trainer: Trainer) -> bool:
         trainer.encoder.backbone.load_state_dict(weights, strict=False)
         trainer.scaler.load_state_dict(facts.get("scaler") or {})
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error)
         raise TrainingError(
             f"{newest} does not load ({reason}); delete the folder and run the same command, which goes on from the "
             "checkpoint before it"

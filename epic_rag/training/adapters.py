@@ -72,6 +72,8 @@ class Adapter:
                     f"{', '.join(names)}; name some of them, or all-linear"
                 ) from error
         backbone.projector.float()
+        if backbone.head is not None:
+            backbone.head.float()
 
     def merged(self) -> Backbone:
         """The backbone as a plain one, adapters merged in: a copy on the CPU, in float32.
@@ -83,8 +85,10 @@ class Adapter:
         self.backbone.to("cpu")
         plain: PreTrainedModel = cast("Any", copy.deepcopy(self._wrapped).float()).merge_and_unload()
         projector = copy.deepcopy(self.backbone.projector).float()
+        head = copy.deepcopy(self.backbone.head)
         self.backbone.to(device)
         result = Backbone(plain, pooling=self.backbone.pooling, projector=projector.kind)
+        result.put_head(head)
         result.projector.load_state_dict(projector.state_dict())
         return result.eval()
 

@@ -81,11 +81,17 @@ class TrainingConfig:
         hard_negatives: Most hard negatives of a row in a step, drawn anew each step; None for all.
         false_negative_margin: Other rows' documents whose zero-shot score is above the positive's minus this are not
             counted as negatives; None counts all.
-        teacher: Encoder whose cosines between the batch's texts are imitated; None for none.
+        teacher: Encoder that is imitated; None for none.
         teacher_weight: Weight of that term.
+        teacher_loss: What is imitated: "cosines" between the batch's texts, or their "vectors" themselves, for which
+            the widths must agree.
+        contrastive_weight: Weight of both InfoNCE terms; 0 for a stage that only imitates.
         mismatched_weight: Weight of the consistency term of rows whose demonstrations are deliberately wrong.
         learning_rate: Peak of the linear warm-up, linear decay schedule.
-        projector_learning_rate: The projector's own peak; it starts from the identity and has further to go.
+        projector_learning_rate: The projector's and a head's own peak; a projector starts from the identity and has
+            further to go.
+        token_learning_rate: The token embeddings' own peak; None for `learning_rate`. A token's vector is only changed
+            by the texts that it is in.
         warmup: Share of the steps.
         weight_decay: Of AdamW.
         max_grad_norm: Gradient clipping.
@@ -96,6 +102,10 @@ class TrainingConfig:
         grad_cache: Keep only one forward pass's activations at a time, at the cost of a second forward pass.
         gradient_checkpointing: Keep only each layer's input for the backward pass, at the same cost.
         pooling: "last", "mean" or "cls"; None keeps the backbone's, or what fits its attention.
+        attention: How attention is computed: "eager" (for short texts on a CPU the faster one), "sdpa", or None for the
+            model's default.
+        output_dimension: Width of the vectors, made by a new linear head behind the pooling; None leaves the model as
+            it is. Where a teacher's vectors are imitated, the head starts as their least-squares fit.
         num_layers: Keep the first N layers of the backbone.
         gguf_file: GGUF file in the backbone's folder.
         lora_rank: Train low-rank adapters of this rank instead of the transformer's weights; None trains all weights.
@@ -151,9 +161,12 @@ class TrainingConfig:
     false_negative_margin: float | None = None
     teacher: str | None = None
     teacher_weight: float = 0.0
+    teacher_loss: str = "cosines"
+    contrastive_weight: float = 1.0
     mismatched_weight: float = 1.0
     learning_rate: float = 3e-5
     projector_learning_rate: float = 3e-4
+    token_learning_rate: float | None = None
     warmup: float = 0.1
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -164,6 +177,8 @@ class TrainingConfig:
     grad_cache: bool = False
     gradient_checkpointing: bool = False
     pooling: str | None = None
+    attention: str | None = None
+    output_dimension: int | None = None
     num_layers: int | None = None
     gguf_file: str | None = None
     lora_rank: int | None = None

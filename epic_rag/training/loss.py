@@ -130,6 +130,29 @@ def cosine_distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.T
     return nn.functional.mse_loss(student @ student.T, goal @ goal.T)
 
 
+def vector_distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """How far an encoder's vectors are from another one's of the same texts.
+
+        L = 1 - 1/n sum_i s_i . t_i
+
+    (Reimers and Gurevych 2020, "Making Monolingual Sentence Embeddings Multilingual using Knowledge Distillation",
+    section 2, who take the squared distance: for unit vectors twice this.)
+
+    Args:
+        student: (n, dim) unit vectors, with gradients.
+        teacher: (n, dim) unit vectors of the same texts; no gradients flow into them.
+
+    Returns:
+        Scalar, 0 to 2.
+
+    Example:
+        >>> eye = torch.eye(2)
+        >>> float(vector_distillation(eye, eye)), float(vector_distillation(eye, -eye))
+        (0.0, 2.0)
+    """
+    return (1 - (student * teacher.detach().to(student.dtype)).sum(dim=-1)).mean()
+
+
 def consistency(prompted: torch.Tensor, zero_shot: torch.Tensor) -> torch.Tensor:
     """How far wrong demonstrations move a query.
 

@@ -17,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from epic_rag._sentence_transformers import HEAD_FOLDER
 from epic_rag.checkpoints import EPIC_FILE, is_int8, list_checkpoints, read_epic_file
 from epic_rag.errors import CheckpointError, DataError, EpicError
 from epic_rag.training.config import TaskConfig
@@ -26,6 +27,12 @@ __all__ = ["held_out_figures", "main", "write_model_card"]
 
 _TAGS = ("retrieval", "embeddings", "feature-extraction", "in-context-learning", "epic")
 _NO_FIGURES = "Not measured yet. `epic-rag eval` measures it; see docs/evaluation.md of epic-rag."
+_STRATEGIES = {
+    "task-vector": (
+        'Unless it is asked for the prompt (`strategy="epic"`), it takes these embeddings as a task vector, which on',
+        "new tasks brings more.",
+    )
+}
 # Lines of Python that turn `hidden` and `batch` into one vector a text, for transformers.
 _POOLING = {
     "mean": ('mask = batch["attention_mask"].unsqueeze(-1)', "vectors = (hidden * mask).sum(dim=1) / mask.sum(dim=1)"),
@@ -53,7 +60,11 @@ def write_model_card(folder: str | os.PathLike[str], *, figures: str = "") -> Pa
         raise CheckpointError(f"{home} has no {EPIC_FILE}; name a checkpoint folder of epic-rag, such as RUN/final")
     shipped = any(info.path == home.resolve() for info in list_checkpoints())
     where = str(epic.get("name")) if shipped else f"path/to/{home.resolve().name}"
-    parts = [_front_matter(epic), _introduction(epic), _use(epic, where, int8=is_int8(epic))]
+    parts = [
+        _front_matter(epic),
+        _introduction(epic),
+        _use(epic, where, int8=is_int8(epic), head=(home / HEAD_FOLDER).is_dir()),
+    ]
     parts.append(f"## Evaluation\n\n{figures.strip() or _NO_FIGURES}\n")
     record, heading, above = epic.get("training"), "Training", None
     # A record of somebody else's making may say less than ours; it has no section.
@@ -134,6 +145,7 @@ def _introduction(epic: Mapping[str, Any]) -> str:
         "A text encoder for retrieval that reads demonstrations (pairs of a query and a passage that answers it) as",
         "their own embeddings, two input positions each, as in [EPIC](https://arxiv.org/abs/2605.01372). Only queries",
         "see demonstrations; documents are embedded bare.",
+        *_STRATEGIES.get(str(epic.get("strategy")), ()),
         "",
     ]
     rows = [
@@ -152,7 +164,7 @@ def _introduction(epic: Mapping[str, Any]) -> str:
     return "\n".join([*text, _table(("", ""), rows)])
 
 
-def _use(epic: Mapping[str, Any], where: str, *, int8: bool) -> str:
+def _use(epic: Mapping[str, Any], where: str, *, int8: bool, head: bool) -> str:
     name = exported = json.dumps(where, ensure_ascii=False)
     pooling = "\n".join(_POOLING[str(epic["pooling"])])
     note = ""
@@ -164,6 +176,13 @@ def _use(epic: Mapping[str, Any], where: str, *, int8: bool) -> str:
             "folder for other libraries, with the same fingerprint:\n\n"
             f"    epic-rag models export {shlex.quote(where)} {shlex.quote(target)}\n\n"
         )
+    if head:
+        # A head without a bias is none that training here makes.
+        pooling += (
+            f'\nhead = load_file({exported} + "/{HEAD_FOLDER}/model.safetensors")'
+            '\nvectors = vectors @ head["linear.weight"].float().T + head["linear.bias"].float()'
+        )
+    also = "from safetensors.torch import load_file\n" if head else ""
     return f"""\
 ## Use
 
@@ -194,7 +213,7 @@ With transformers, documents:
 
 ```python
 import torch
-from transformers import AutoModel, AutoTokenizer
+{also}from transformers import AutoModel, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({exported}, padding_side="right")
 model = AutoModel.from_pretrained({exported}).float()

@@ -1,10 +1,10 @@
 """The loss of a step from its vectors.
 
-    loss = InfoNCE(q1, d) + w * InfoNCE(q0, d)                   (EPIC, arXiv 2605.01372, section 3)
+    loss = c * (InfoNCE(q1, d) + w * InfoNCE(q0, d))             (EPIC, arXiv 2605.01372, section 3, where c = 1)
          + teacher_weight * distillation([q0; d])
          + mismatched_weight * consistency(q1, q0)               rows with deliberately wrong demonstrations
 
-The first term is over the rows whose demonstrations are right.
+The first term is over the rows whose demonstrations are right; c is `contrastive_weight`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ import torch
 from epic_rag.errors import ConfigError
 from epic_rag.training._inputs import StepInputs
 from epic_rag.training.config import TrainingConfig
-from epic_rag.training.loss import consistency, cosine_distillation, margin_mask, matryoshka_info_nce
+from epic_rag.training.loss import (
+    consistency,
+    cosine_distillation,
+    margin_mask,
+    matryoshka_info_nce,
+    vector_distillation,
+)
 
 __all__ = ["Objective", "Terms"]
 
@@ -89,17 +95,18 @@ class Objective:
         told_zero_shot = zero_shot.detach()
         nothing = torch.zeros((), device=d.device)
         if q1 is None:
-            with_demonstrations, mismatched, loss = nothing, None, zero_shot
+            with_demonstrations, mismatched, loss = nothing, None, self.config.contrastive_weight * zero_shot
         else:
             with_demonstrations, mismatched = self._prompted(
                 inputs.mismatched, q0, d, q1, mask | (elsewhere & inputs.bare.to(d.device, non_blocking=True))
             )
-            loss = with_demonstrations + self.config.zero_shot_weight * zero_shot
+            loss = self.config.contrastive_weight * (with_demonstrations + self.config.zero_shot_weight * zero_shot)
             if mismatched is not None:
                 loss = loss + self.config.mismatched_weight * mismatched
         distilled = None
         if teacher is not None:
-            distilled = cosine_distillation(torch.cat([q0, d]), teacher)
+            imitation = vector_distillation if self.config.teacher_loss == "vectors" else cosine_distillation
+            distilled = imitation(torch.cat([q0, d]), teacher)
             loss = loss + self.config.teacher_weight * distilled
         return Terms(
             loss,

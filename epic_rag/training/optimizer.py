@@ -15,12 +15,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def build_optimizer(backbone: Backbone, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the weights that are trained; the projector has its own rate, and norms and biases no decay."""
+    """AdamW over the weights that are trained.
+
+    Projector, head and token embeddings have rates of their own; norms and biases have no decay.
+    """
+    tokens = {id(value) for value in backbone.transformer.get_input_embeddings().parameters()}
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, value in backbone.named_parameters():
         if not value.requires_grad:
             continue
-        peak = config.projector_learning_rate if name.startswith("projector.") else config.learning_rate
+        peak = config.learning_rate
+        if name.startswith(("projector.", "head.")):
+            peak = config.projector_learning_rate
+        elif id(value) in tokens and config.token_learning_rate is not None:
+            peak = config.token_learning_rate
         # The projector starts at a scaled identity: pulling it to zero would undo that.
         decay = config.weight_decay if value.ndim > 1 and not name.startswith("projector.") else 0.0
         groups.setdefault((peak, decay), []).append(value)

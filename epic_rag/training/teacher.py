@@ -1,9 +1,10 @@
-"""A frozen encoder whose cosines the student imitates."""
+"""A frozen encoder that the student imitates."""
 
 from __future__ import annotations
 
 import torch
 
+from epic_rag._kernels import multiplies_bfloat16
 from epic_rag.encoder import EpicEncoder
 from epic_rag.training._forward import Forward
 from epic_rag.training._inputs import zero_shot_rows
@@ -32,7 +33,7 @@ class Teacher:
         self.encoder = EpicEncoder.from_pretrained(
             config.teacher,
             device=str(device),
-            dtype=config.dtype if device.type != "cpu" else "float32",
+            dtype=_dtype(config.dtype, device),
             max_query_tokens=config.max_query_tokens,
             max_document_tokens=config.max_document_tokens,
         )
@@ -52,3 +53,9 @@ class Teacher:
             for chunk in self._forward.chunks(rows, world.share([len(row.ids) for row in rows])):
                 out[torch.tensor(chunk).to(out.device)] = self._forward.chunk(rows, chunk)
         return world.gathered(out)
+
+
+def _dtype(dtype: str, device: torch.device) -> str:
+    """The run's own, unless a CPU would be slow in it."""
+    fast = device.type != "cpu" or (dtype == "bfloat16" and multiplies_bfloat16())
+    return dtype if fast else "float32"

@@ -40,6 +40,7 @@ from epic_rag.training import _state
 from epic_rag.training._board import Board, require_tensorboard
 from epic_rag.training._final import write_final
 from epic_rag.training._forward import Forward, SlotTable
+from epic_rag.training._head import fit_head, require_width
 from epic_rag.training._inputs import StepInputs, build_inputs, draw_negatives
 from epic_rag.training._model import checkpoint_activations, load_backbone
 from epic_rag.training._record import training_record
@@ -123,6 +124,7 @@ class Trainer:
         if config.gradient_checkpointing:
             checkpoint_activations(backbone)
         self.teacher = Teacher(config, backbone.device) if config.teacher is not None else None
+        require_width(self)
         inference = self.encoder.prompt
         self.inference_lengths = (
             config.inference_tokens or inference.max_query_tokens,
@@ -152,7 +154,7 @@ class Trainer:
         self.objective = Objective(config, backbone.dimension)
         self.optimizer = build_optimizer(backbone, config)
         self.scaler = build_scaler(config, backbone.device)
-        self.world.same_start(value for value in backbone.parameters() if value.requires_grad)
+        self._same_start()
         self.metrics: list[dict[str, Any]] = []
         self._board: Board | None = None
 
@@ -170,8 +172,11 @@ class Trainer:
         Raises:
             TrainingError: If the loss is not finite, or a checkpoint is another run's.
         """
-        if not (resume and _state.restore(self)) and self.world.is_main:
-            _state.clear(self)
+        if not (resume and _state.restore(self)):
+            if self.world.is_main:
+                _state.clear(self)
+            fit_head(self)
+            self._same_start()
         self.world.wait()
         show_progress = show_progress and self.world.is_main
         rows = sum(len(dataset.rows) for dataset in self.datasets)
@@ -338,6 +343,9 @@ class Trainer:
             world=self.world,
         )
         return inputs, seen[0]
+
+    def _same_start(self) -> None:
+        self.world.same_start(value for value in self.encoder.backbone.parameters() if value.requires_grad)
 
     def _require_finite(self, what: str, value: float) -> None:
         if math.isfinite(value):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from epic_rag import EpicEncoder, __version__
@@ -20,6 +21,7 @@ from epic_rag.errors import CheckpointError
 from epic_rag.training import Trainer, TrainingConfig, list_recipes, load_recipe
 from epic_rag.training.model_card import held_out_figures, main, write_model_card
 from epic_rag.training.sources import SOURCES
+from tests.conftest import make_encoder
 
 Config = Callable[..., TrainingConfig]
 
@@ -175,9 +177,11 @@ def test_an_earlier_stage_is_in_record_and_card(trained: Trainer, config: Config
     assert card.count("The same as above.\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["tiny_encoder", "tiny_bidirectional_encoder"])
-def test_the_code_in_the_card_runs(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    encoder: EpicEncoder = request.getfixturevalue(kind)
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "with a head"])
+def test_the_code_in_the_card_runs(kind: str, tmp_path: Path) -> None:
+    encoder = make_encoder(causal=kind != "bidirectional")
+    if kind == "with a head":
+        encoder.backbone.put_head(torch.nn.Linear(32, 12))
     folder = tmp_path / "model"
     encoder.save_pretrained(folder)
     blocks = re.findall(r"```python\n(.*?)```", write_model_card(folder).read_text(), re.DOTALL)
