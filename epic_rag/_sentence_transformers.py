@@ -7,6 +7,7 @@ library opens here.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +51,8 @@ def write_sentence_transformers(encoder: EpicEncoder, folder: Path, dtype: torch
     instruction = encoder.default_instruction
     prompt = f"{template.instruction.format(instruction=instruction)}{template.query} " if instruction else ""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    # An earlier checkpoint in the folder may have had a head.
+    shutil.rmtree(folder / HEAD_FOLDER, ignore_errors=True)
     if encoder.backbone.head is not None:
         modules.append((HEAD_FOLDER, "Dense"))
         _write_dense(encoder.backbone.head, folder / HEAD_FOLDER, dtype)
@@ -120,11 +123,10 @@ def _read_dense(folder: Path) -> nn.Linear:
         tensors = load_file(folder / "model.safetensors")
         head.load_state_dict({name.removeprefix("linear."): value.float() for name, value in tensors.items()})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = reason_of(error)
         raise CheckpointError(
-            f"{folder} has no dense module that loads ({reason}); copy the checkpoint again"
+            f"{folder} has no dense module that loads ({reason_of(error)}); copy the checkpoint again"
         ) from error
-    return head.requires_grad_(True)
+    return head
 
 
 @torch.no_grad()

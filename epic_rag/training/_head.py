@@ -72,14 +72,15 @@ def fit_head(trainer: Trainer) -> None:
     for number in range(min(_MOST_BATCHES, math.ceil(_TEXTS / (2 * config.batch_size)))):
         batch = sample_batch(trainer.datasets, config, -1 - number)
         queries, documents = zero_shot_rows(batch, trainer.prompt)
-        states.append(trainer.forward.pooled([*queries, *documents]))
-        goals.append(teacher(batch, World()))
+        # On the CPU: not every device has float64.
+        states.append(trainer.forward.pooled([*queries, *documents]).cpu())
+        goals.append(teacher(batch, World()).cpu())
     found, goal = torch.cat(states).double(), torch.cat(goals).double()  # (texts, width), (texts, dim)
     mean, wanted = found.mean(dim=0), goal.mean(dim=0)
     centred = found - mean
     alike = centred.T @ centred  # (width, width)
     penalty = _RIDGE * found.square().sum() / backbone.width
-    weight = torch.linalg.solve(alike + penalty * torch.eye(len(alike)).to(alike), centred.T @ (goal - wanted))
+    weight = torch.linalg.solve(alike + penalty * torch.eye(len(alike), dtype=alike.dtype), centred.T @ (goal - wanted))
     head.weight.copy_(weight.T)
     head.bias.copy_(wanted - mean @ weight)
     trainer.encoder.forget_fingerprint()

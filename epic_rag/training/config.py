@@ -102,7 +102,7 @@ class TrainingConfig:
         grad_cache: Keep only one forward pass's activations at a time, at the cost of a second forward pass.
         gradient_checkpointing: Keep only each layer's input for the backward pass, at the same cost.
         pooling: "last", "mean" or "cls"; None keeps the backbone's, or what fits its attention.
-        attention: How attention is computed: "eager" (for short texts on a CPU the faster one), "sdpa", or None for the
+        attention: How attention is computed: "eager" (worth a try for short texts on a CPU), "sdpa", or None for the
             model's default.
         output_dimension: Width of the vectors, made by a new linear head behind the pooling; None leaves the model as
             it is. Where a teacher's vectors are imitated, the head starts as their least-squares fit.
