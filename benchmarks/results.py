@@ -37,6 +37,7 @@ import yaml
 from results_report import Finished, placeholder_document, write_report
 
 from epic_rag import __version__
+from epic_rag._kernels import multiplies_bfloat16
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT, list_checkpoints
 from epic_rag.errors import ConfigError, EpicError
 
@@ -136,7 +137,8 @@ def fill(command: str, places: Mapping[str, str | None], shipped: Sequence[tuple
     """Return a command's words with its places filled.
 
     Args:
-        command: With places like {data}; {shipped} becomes a --model for each shipped checkpoint.
+        command: With places like {data}; {shipped} becomes a --model for each shipped checkpoint, and bfloat16
+            becomes float32 on a processor that cannot multiply it.
         places: What to put there.
         shipped: Label (or "") and source of each shipped checkpoint.
         stage: For the message.
@@ -146,6 +148,10 @@ def fill(command: str, places: Mapping[str, str | None], shipped: Sequence[tuple
     """
     words: list[str] = []
     for word in shlex.split(command):
+        if words[-1:] == ["--dtype"] and word == "bfloat16" and not multiplies_bfloat16():
+            # Elsewhere than on a processor with instructions for it, bfloat16 takes a hundred times as long.
+            words.append("float32")
+            continue
         if word == "{shipped}":
             words += [part for label, name in shipped for part in ("--model", f"{label}={name}" if label else name)]
             continue

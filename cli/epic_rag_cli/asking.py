@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epic_rag.errors import BankError
-from epic_rag_cli.defaults import DEFAULT_HITS, DEFAULT_TASK
+from epic_rag_cli.defaults import DEFAULT_HITS, DEFAULT_TASK, ShownBy
 from epic_rag_cli.hits import hit_lines
 from epic_rag_cli.output import emit, hyperlinks, message
 
@@ -28,6 +28,7 @@ class Asked:
     task: str | None = None
     bank: str | None = None
     num_demonstrations: int | None = None
+    strategy: ShownBy | None = None
     mode: SearchMode | None = None
     where: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
@@ -75,6 +76,7 @@ class Asked:
             "task": self.instructed_by,
             "bank": self.bank,
             "num_demonstrations": self.num_demonstrations,
+            "strategy": self.strategy,
             "mode": self.mode,
             "filters": filters,
             "collapse": not self.show_all,

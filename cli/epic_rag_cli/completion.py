@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from epic_rag_cli.defaults import ComputeDtype
+from epic_rag_cli.defaults import ComputeDtype, ShownBy
 
-__all__ = ["complete_banks", "complete_dtypes", "complete_models", "complete_modes", "complete_tasks"]
+__all__ = [
+    "complete_banks",
+    "complete_dtypes",
+    "complete_models",
+    "complete_modes",
+    "complete_strategies",
+    "complete_tasks",
+]
 
 
 def complete_models(incomplete: str) -> list[str]:
@@ -41,6 +48,11 @@ def complete_modes(incomplete: str) -> list[str]:
     from epic_rag_chroma.types import SEARCH_MODES
 
     return _starting(list(SEARCH_MODES), incomplete)
+
+
+def complete_strategies(incomplete: str) -> list[str]:
+    """Return the ways in which demonstrations reach a query."""
+    return _starting(list(get_args(ShownBy)), incomplete)
 
 
 def _starting(names: list[str], incomplete: str) -> list[str]:

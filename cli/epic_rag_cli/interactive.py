@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from epic_rag.errors import ConfigError, EpicError
 from epic_rag_cli.asking import Asked, Asker
-from epic_rag_cli.completion import complete_banks, complete_modes, complete_tasks
+from epic_rag_cli.completion import complete_banks, complete_modes, complete_strategies, complete_tasks
+from epic_rag_cli.defaults import ShownBy
 from epic_rag_cli.history import History
 from epic_rag_cli.hits import passage_lines
 from epic_rag_cli.output import columns, emit, message
@@ -34,6 +35,7 @@ _HELP = (
     (":task", "[TASK]", "the task whose instruction the encoder gets"),
     (":bank", "[BANK]", "demonstrations: a built-in bank or a bank folder"),
     (":n", "[N]", "how many demonstrations"),
+    (":strategy", "[NAME]", "how they reach the query: epic, text, task-vector or none"),
     (":where", "[CONDITION]", "one more condition on metadata: lang=python"),
     (":path", "[PATTERN]", "one more pattern of files: guide/**"),
     (":since", "[TIME]", "files that changed since: 7d"),
@@ -68,6 +70,7 @@ class Session:
             ":task": lambda value: self._set(task=value or None),
             ":bank": lambda value: self._set(bank=value or None),
             ":n": lambda value: self._set(num_demonstrations=_number(":n", value, 0) if value else None),
+            ":strategy": lambda value: self._set(strategy=_strategy(value) if value else None),
             ":where": lambda value: self._set(where=(*self._asked.where, value) if value else ()),
             ":path": lambda value: self._set(paths=(*self._asked.paths, value) if value else ()),
             ":since": lambda value: self._set(since=value or None),
@@ -157,6 +160,7 @@ class Session:
             ":task": asked.instructed_by or "the bank's",
             ":bank": asked.bank or "none",
             ":n": "all" if asked.num_demonstrations is None else str(asked.num_demonstrations),
+            ":strategy": asked.strategy or "the checkpoint's",
             ":where": " and ".join(asked.where) or "anything",
             ":path": " or ".join(asked.paths) or "anywhere",
             ":since": asked.since or "ever",
@@ -181,6 +185,13 @@ def _mode(value: str) -> str:
 
     if value not in SEARCH_MODES:
         raise ConfigError(f":mode takes {', '.join(SEARCH_MODES)}, not {value!r}")
+    return value
+
+
+def _strategy(value: str) -> str:
+    known = get_args(ShownBy)
+    if value not in known:
+        raise ConfigError(f":strategy takes {', '.join(known)}, not {value!r}")
     return value
 
 
@@ -223,7 +234,12 @@ class _Completer:
         line = self._readline.get_line_buffer().lstrip()
         if not line.startswith(":"):
             return None
-        known = {":mode": complete_modes, ":bank": complete_banks, ":task": complete_tasks}
+        known = {
+            ":mode": complete_modes,
+            ":bank": complete_banks,
+            ":strategy": complete_strategies,
+            ":task": complete_tasks,
+        }
         command, space, _ = line.partition(" ")
         if not space:
             found = [name for name, _, _ in _HELP if name.startswith(word)]

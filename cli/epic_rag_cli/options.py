@@ -8,10 +8,17 @@ from typing import Annotated, Literal
 import typer
 
 from epic_rag_chroma.types import DEFAULT_MODE
-from epic_rag_cli.completion import complete_banks, complete_dtypes, complete_models, complete_modes, complete_tasks
-from epic_rag_cli.defaults import DEFAULT_TASK, ComputeDtype
+from epic_rag_cli.completion import (
+    complete_banks,
+    complete_dtypes,
+    complete_models,
+    complete_modes,
+    complete_strategies,
+    complete_tasks,
+)
+from epic_rag_cli.defaults import DEFAULT_TASK, ComputeDtype, ShownBy
 
-__all__ = ["Bank", "Chroma", "Device", "Dtype", "IndexDir", "Json", "Mode", "Model", "Task"]
+__all__ = ["Bank", "Chroma", "Device", "Dtype", "IndexDir", "Json", "Mode", "Model", "Strategy", "Task"]
 
 Bank = Annotated[
     str | None,
@@ -83,6 +90,17 @@ Model = Annotated[
         envvar="EPIC_RAG_MODEL",
         autocompletion=complete_models,
         help="A name from `epic-rag models`, a checkpoint folder or a Hugging Face name.",
+    ),
+]
+Strategy = Annotated[
+    ShownBy | None,
+    typer.Option(
+        "--strategy",
+        metavar="NAME",
+        autocompletion=complete_strategies,
+        help="How demonstrations reach the query: epic (as vectors in its prompt), text (as texts), task-vector (as a "
+        "move of its own vector) or none.",
+        show_default="the checkpoint's",
     ),
 ]
 Task = Annotated[

@@ -9,6 +9,7 @@ from epic_rag.backbone import POOLINGS
 from epic_rag.errors import ConfigError
 from epic_rag.projector import PROJECTORS
 from epic_rag.prompt import STRATEGIES
+from epic_rag.task_vector import QUERY_STRATEGIES
 
 if TYPE_CHECKING:
     from epic_rag.training.config import TaskConfig, TrainingConfig
@@ -17,6 +18,7 @@ __all__ = ["check_run", "check_task"]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "strategy": STRATEGIES,
+    "query_strategy": (None, *QUERY_STRATEGIES),
     "projector": PROJECTORS,
     "separators": ("words", "none"),
     "pooling": (None, *POOLINGS),
@@ -24,10 +26,10 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "demonstration_instructions": ("shared", "each"),
     "teacher_loss": ("cosines", "vectors"),
     "attention": (None, "eager", "sdpa"),
-    "dtype": ("float32", "bfloat16", "float16"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 _AT_LEAST_ONE = (
-    *("steps", "batch_size", "tasks_per_batch", "save_every", "keep_checkpoints", "num_layers"),
+    *("batch_size", "tasks_per_batch", "save_every", "keep_checkpoints", "num_layers"),
     *("stop_after", "max_query_tokens", "max_document_tokens", "inference_tokens", "micro_batch_tokens"),
     *("lora_rank", "bank_size", "output_dimension"),
 )
@@ -35,7 +37,7 @@ _ABOVE_ZERO = ("temperature", "learning_rate", "max_grad_norm", "lora_alpha")
 _NOT_NEGATIVE = (
     *("size_power", "max_demonstrations", "zero_shot_weight", "projector_learning_rate", "weight_decay"),
     *("evaluate_every", "evaluation_rows", "generic_instruction", "no_instruction"),
-    *("hard_negatives", "teacher_weight", "mismatched_weight", "plain_steps"),
+    *("steps", "hard_negatives", "teacher_weight", "mismatched_weight", "plain_steps"),
     *("contrastive_weight", "token_learning_rate"),
 )
 _SHARES = ("warmup", "turned_round", "several_tasks", "mismatched_demonstrations", "lora_dropout")
@@ -144,6 +146,10 @@ def _check_loss(config: TrainingConfig) -> None:
         raise ConfigError(
             f"teacher is {config.teacher!r} and teacher_weight is 0; give a weight, or set teacher to null"
         )
+    if config.teacher_covariance and config.teacher is None:
+        raise ConfigError("teacher_covariance is true and there is no teacher; name one, or set it to false")
+    if not config.steps and not config.teacher_covariance:
+        raise ConfigError("steps is 0, which trains nothing; give a value of at least 1")
     if not config.contrastive_weight and config.teacher is None:
         raise ConfigError(
             "contrastive_weight is 0 and there is no teacher, which leaves nothing to learn from; name a teacher, or "

@@ -28,6 +28,7 @@ def write_final(trainer: Trainer, target: Path) -> None:
     config, prompt = trainer.config, trainer.prompt
     base = config.base_model or public_name(config.model)
     adapter = trainer.adapter
+    strategy = config.query_strategy or trainer.encoder.settings.get("strategy")
     encoder = EpicEncoder(
         trainer.encoder.backbone.eval() if adapter is None else adapter.merged(),
         PromptBuilder(
@@ -42,6 +43,7 @@ def write_final(trainer: Trainer, target: Path) -> None:
         settings={
             "default_instruction": config.default_instruction,
             "max_demonstrations": config.max_demonstrations,
+            **({} if strategy is None else {"strategy": strategy}),
             "temperature": config.temperature,
             # Widths that vectors may be cut to; no other was trained for.
             **({"matryoshka_dims": sorted(set(config.matryoshka_dims))} if config.matryoshka_dims else {}),

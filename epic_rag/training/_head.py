@@ -24,10 +24,11 @@ from epic_rag.training.sampling import sample_batch
 if TYPE_CHECKING:
     from epic_rag.training.trainer import Trainer
 
-__all__ = ["fit_head", "new_head", "require_width"]
+__all__ = ["fit_head", "new_head", "paired_states", "require_width"]
 
 _TEXTS = 8192
-_MOST_BATCHES = 64
+# Of a batch of few pairs there are no more than this, so fewer texts: tests and trials need not wait.
+_MOST_BATCHES = 128
 # Of the regression: the penalty as a share of the states' mean square.
 _RIDGE = 1e-3
 
@@ -47,19 +48,25 @@ def require_width(trainer: Trainer) -> None:
     Raises:
         ConfigError: If the widths differ.
     """
-    if trainer.teacher is None or trainer.config.teacher_loss != "vectors":
+    if trainer.teacher is None:
+        return
+    if trainer.config.teacher_loss == "vectors":
+        setting, otherwise = "teacher_loss is 'vectors'", "teacher_loss to cosines"
+    elif trainer.config.teacher_covariance:
+        setting, otherwise = "teacher_covariance is true", "teacher_covariance to false"
+    else:
         return
     mine, goal = trainer.encoder.backbone.dimension, trainer.teacher.encoder.backbone.dimension
     if mine != goal:
         raise ConfigError(
-            f"teacher_loss is 'vectors', the model's have {mine} dimensions and the teacher's {goal}; "
-            f"set output_dimension to {goal}, or teacher_loss to cosines"
+            f"{setting}, the model's vectors have {mine} dimensions and the teacher's {goal}; "
+            f"set output_dimension to {goal}, or {otherwise}"
         )
 
 
 @torch.no_grad()
 def fit_head(trainer: Trainer) -> None:
-    """Fit a new head to the teacher's vectors of some batches; their numbers are below 0, so no step has the same.
+    """Fit a new head to the teacher's vectors of some batches.
 
     Nothing happens if the run has no new head, or does not imitate vectors.
     """
@@ -67,15 +74,8 @@ def fit_head(trainer: Trainer) -> None:
     head, teacher = backbone.head, trainer.teacher
     if config.output_dimension is None or head is None or teacher is None or config.teacher_loss != "vectors":
         return
-    states: list[torch.Tensor] = []
-    goals: list[torch.Tensor] = []
-    for number in range(min(_MOST_BATCHES, math.ceil(_TEXTS / (2 * config.batch_size)))):
-        batch = sample_batch(trainer.datasets, config, -1 - number)
-        queries, documents = zero_shot_rows(batch, trainer.prompt)
-        # On the CPU: not every device has float64.
-        states.append(trainer.forward.pooled([*queries, *documents]).cpu())
-        goals.append(teacher(batch, World()).cpu())
-    found, goal = torch.cat(states).double(), torch.cat(goals).double()  # (texts, width), (texts, dim)
+    states, goals = paired_states(trainer, _TEXTS)
+    found, goal = states.double(), goals.double()
     mean, wanted = found.mean(dim=0), goal.mean(dim=0)
     centred = found - mean
     alike = centred.T @ centred  # (width, width)
@@ -84,3 +84,28 @@ def fit_head(trainer: Trainer) -> None:
     head.weight.copy_(weight.T)
     head.bias.copy_(wanted - mean @ weight)
     trainer.encoder.forget_fingerprint()
+
+
+def paired_states(trainer: Trainer, texts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the transformer makes of the texts of some batches, and what the teacher makes of them.
+
+    The batches' numbers are below 0, so no step has the same.
+
+    Returns:
+        (texts, width) float32 states behind the pooling, and (texts, dim) float32 unit vectors, both on the CPU: not
+        every device has the float64 that they are made into.
+
+    Raises:
+        ConfigError: If there is no teacher.
+    """
+    config, teacher = trainer.config, trainer.teacher
+    if teacher is None:
+        raise ConfigError("there is no teacher to compare with; name one")
+    states: list[torch.Tensor] = []
+    goals: list[torch.Tensor] = []
+    for number in range(min(_MOST_BATCHES, math.ceil(texts / (2 * config.batch_size)))):
+        batch = sample_batch(trainer.datasets, config, -1 - number)
+        queries, documents = zero_shot_rows(batch, trainer.prompt)
+        states.append(trainer.forward.pooled([*queries, *documents]).cpu())
+        goals.append(teacher(batch, World()).cpu())
+    return torch.cat(states), torch.cat(goals)

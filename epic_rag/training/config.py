@@ -56,6 +56,8 @@ class TrainingConfig:
         size_power: A task's share is its size to this power, times its weight.
         plain_steps: The first steps, which are trained without demonstrations and so cost half.
         strategy: "epic" (slots), "text" (demonstrations as text) or "none" (plain contrastive training).
+        query_strategy: How the result shows demonstrations to a query for which nothing is said: "epic", "text", "none"
+            or "task-vector"; None for the start's own, and "epic" if it has none.
         max_demonstrations: K: rows draw k uniformly from 0..K.
         zero_shot_weight: w, the weight of the zero-shot term.
         detach_demonstrations: Cut gradients through the slots.
@@ -85,6 +87,8 @@ class TrainingConfig:
         teacher_weight: Weight of that term.
         teacher_loss: What is imitated: "cosines" between the batch's texts, or their "vectors" themselves, for which
             the widths must agree.
+        teacher_covariance: After the last step, map the vectors linearly so that their covariance is the teacher's; the
+            widths must agree. With it, `steps` may be 0.
         contrastive_weight: Weight of both InfoNCE terms; 0 for a stage that only imitates.
         mismatched_weight: Weight of the consistency term of rows whose demonstrations are deliberately wrong.
         learning_rate: Peak of the linear warm-up, linear decay schedule.
@@ -112,7 +116,8 @@ class TrainingConfig:
         lora_alpha: The adapters' output is multiplied by alpha / rank.
         lora_dropout: Dropout on the adapters' input.
         lora_targets: Names of the linear modules that get an adapter, or "all-linear".
-        dtype: "float32", or "bfloat16" or "float16" for autocast; with float16 the loss is scaled.
+        dtype: "float32", or "bfloat16" or "float16" for autocast; with float16 the loss is scaled. "auto" is bfloat16,
+            or float32 on a CPU that has no instructions for it.
         device: None takes a GPU if there is one.
         seed: Of data order, demonstrations and dropout.
         evaluate_every: Steps between evaluations on held-out rows, the first before any step; 0 for never.
@@ -140,6 +145,7 @@ class TrainingConfig:
     size_power: float = 0.5
     plain_steps: int = 0
     strategy: str = "epic"
+    query_strategy: str | None = None
     max_demonstrations: int = 8
     zero_shot_weight: float = 1.0
     detach_demonstrations: bool = False
@@ -162,6 +168,7 @@ class TrainingConfig:
     teacher: str | None = None
     teacher_weight: float = 0.0
     teacher_loss: str = "cosines"
+    teacher_covariance: bool = False
     contrastive_weight: float = 1.0
     mismatched_weight: float = 1.0
     learning_rate: float = 3e-5

@@ -249,6 +249,10 @@ def _training(record: Mapping[str, Any], heading: str, *, same_data: bool) -> st
             ("hours", record["hours"]),
             ("hardware", record["hardware"]),
             ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
+            *(
+                ("then merged", f"{1 - item['weight']:g} of these weights and {item['weight']:g} of {item['name']}")
+                for item in record.get("merged", ())
+            ),
         ),
     )
     return f"""\

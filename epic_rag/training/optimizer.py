@@ -1,17 +1,39 @@
-"""The optimiser, its schedule, and the loss scale of float16."""
+"""The optimiser, its schedule, what a run computes in, and the loss scale of float16."""
 
 from __future__ import annotations
 
+import logging
 import math
+from dataclasses import replace
 
 import torch
 
+from epic_rag._kernels import multiplies_bfloat16
+from epic_rag._storage import parse_dtype
 from epic_rag.backbone import Backbone
 from epic_rag.training.config import TrainingConfig
 
-__all__ = ["DTYPES", "build_optimizer", "build_scaler", "use_tensor_cores", "warmup_and_decay"]
+__all__ = ["DTYPES", "build_optimizer", "build_scaler", "settle_dtype", "use_tensor_cores", "warmup_and_decay"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+logger = logging.getLogger(__name__)
+
+
+def settle_dtype(config: TrainingConfig, device: torch.device) -> TrainingConfig:
+    """The run as it is computed on a device: "auto" becomes a dtype, which the training record then names.
+
+    Products of bfloat16 are emulated on a CPU without instructions for them, a hundred times slower than float32.
+    """
+    if config.dtype == "auto":
+        fastest = parse_dtype("auto", device)
+        return replace(config, dtype=next(name for name, dtype in DTYPES.items() if dtype == fastest))
+    if config.dtype == "bfloat16" and device.type == "cpu" and not multiplies_bfloat16():
+        logger.warning(
+            "dtype is bfloat16, this processor has no instructions for it, and steps take many times as long; "
+            "--set dtype=auto takes float32 here"
+        )
+    return config
 
 
 def build_optimizer(backbone: Backbone, config: TrainingConfig) -> torch.optim.AdamW:

@@ -33,11 +33,13 @@ from typing import Any, cast
 import torch
 from tqdm.auto import tqdm
 
+from epic_rag.devices import parse_devices
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import TrainingError
 from epic_rag.prompt import PromptBuilder, PromptTemplate, Strategy
 from epic_rag.training import _state
 from epic_rag.training._board import Board, require_tensorboard
+from epic_rag.training._covariance import match_covariance
 from epic_rag.training._final import write_final
 from epic_rag.training._forward import Forward, SlotTable
 from epic_rag.training._head import fit_head, require_width
@@ -53,7 +55,14 @@ from epic_rag.training.gradcache import cached_backward
 from epic_rag.training.heldout import evaluate_held_out
 from epic_rag.training.loss import require_negatives
 from epic_rag.training.objective import Objective, Terms
-from epic_rag.training.optimizer import DTYPES, build_optimizer, build_scaler, use_tensor_cores, warmup_and_decay
+from epic_rag.training.optimizer import (
+    DTYPES,
+    build_optimizer,
+    build_scaler,
+    settle_dtype,
+    use_tensor_cores,
+    warmup_and_decay,
+)
 from epic_rag.training.sampling import sample_batch
 from epic_rag.training.teacher import Teacher
 
@@ -107,7 +116,6 @@ class Trainer:
     """
 
     def __init__(self, config: TrainingConfig, encoder: EpicEncoder | None = None) -> None:
-        self.config = config
         if config.lora_rank is not None:
             require_peft()
         if config.tensorboard:
@@ -117,6 +125,8 @@ class Trainer:
         require_negatives(self.datasets, config)
         self.banks = take_banks(self.datasets, config) if config.demonstration_source == "bank" else None
         self.world, device = join(config.device)
+        config = settle_dtype(config, parse_devices(device)[0] if encoder is None else encoder.device)
+        self.config = config
         self.encoder = encoder if encoder is not None else load_backbone(config, device)
         backbone = self.encoder.backbone
         use_tensor_cores(backbone.device)
@@ -205,6 +215,11 @@ class Trainer:
                     self.evaluate()
                 if self._due(self.config.save_every) and self.world.is_main:
                     _state.save(self)
+        if self.config.teacher_covariance:
+            match_covariance(self)
+            self._same_start()
+            if self.config.evaluate_every:
+                self.evaluate()
         return self.finish()
 
     def train_step(self, batch: TrainingBatch) -> StepResult:

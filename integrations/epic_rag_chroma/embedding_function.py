@@ -21,11 +21,12 @@ from epic_rag.errors import ConfigError, FingerprintError
 
 if TYPE_CHECKING:
     from epic_rag import EpicEncoder
+    from epic_rag.task_vector import QueryStrategy
 
 __all__ = ["EpicEmbeddingFunction", "plain_source"]
 
 _NAME = "epic-rag"
-_KEYS = ("model", "task", "bank", "num_demonstrations", "truncate_dim", "fingerprint")
+_KEYS = ("model", "task", "bank", "num_demonstrations", "strategy", "truncate_dim", "fingerprint")
 _ENCODERS_KEPT = 2
 _loading = threading.Lock()
 
@@ -42,6 +43,14 @@ def plain_source(source: str | os.PathLike[str]) -> str:
     """A checkpoint's name as it is, a checkpoint's folder as an absolute path, so that it is found from anywhere."""
     text = os.fspath(source)
     return os.path.abspath(text) if os.path.isdir(text) else text
+
+
+def _known(strategy: str | None) -> QueryStrategy | None:
+    if strategy is None:
+        return None
+    from epic_rag.task_vector import known_strategy  # torch, which making a function must not load
+
+    return known_strategy(strategy)
 
 
 def _plain_bank(bank: str | os.PathLike[str]) -> str:
@@ -67,11 +76,13 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
         task: A known task, for queries.
         bank: Name or folder of a demonstration bank, for queries.
         num_demonstrations: How many demonstrations of the bank; see `EpicEncoder.encode_query`.
+        strategy: How they reach a query; None for the checkpoint's own.
         truncate_dim: Keep only so many dimensions of the vectors.
         fingerprint: What the checkpoint's fingerprint must be; None for any.
 
     Raises:
         ConfigError: If a setting cannot be written into a collection's configuration.
+        PromptError: If the strategy is unknown.
         FingerprintError: When the first text is embedded, if the checkpoint's fingerprint is another one.
     """
 
@@ -82,6 +93,7 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
         task: str | None = None,
         bank: str | os.PathLike[str] | None = None,
         num_demonstrations: int | None = None,
+        strategy: QueryStrategy | None = None,
         truncate_dim: int | None = None,
         fingerprint: str | None = None,
     ) -> None:
@@ -93,6 +105,7 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
         self._task = task
         self._bank = None if bank is None else _plain_bank(bank)
         self._num_demonstrations = num_demonstrations
+        self._strategy = _known(strategy)
         self._truncate_dim = truncate_dim
         self._fingerprint = fingerprint
         self._encoder: EpicEncoder | None = None
@@ -131,6 +144,7 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
                 task=self._task,
                 bank=self._bank,
                 num_demonstrations=self._num_demonstrations,
+                strategy=self._strategy,
             )
         return _rows(vectors)
 
@@ -156,6 +170,8 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
             "task": self._task,
             "bank": self._bank,
             "num_demonstrations": self._num_demonstrations,
+            # Left out unless it is set: releases that do not know it refuse a configuration that has it.
+            **({} if self._strategy is None else {"strategy": self._strategy}),
             "truncate_dim": self._truncate_dim,
             "fingerprint": self._fingerprint,
         }
@@ -169,6 +185,7 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
             task=config.get("task"),
             bank=config.get("bank"),
             num_demonstrations=config.get("num_demonstrations"),
+            strategy=config.get("strategy"),
             truncate_dim=config.get("truncate_dim"),
             fingerprint=config.get("fingerprint"),
         )

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from epic_rag import DemonstrationBank, EpicEncoder
+    from epic_rag.task_vector import QueryStrategy
     from epic_rag_chroma.indexing import Indexing
     from epic_rag_chroma.query_vectors import Embedded, Encode
     from epic_rag_chroma.reranking import Reranker
@@ -160,6 +161,7 @@ class ChromaIndexer:
         bank: DemonstrationBank | str | os.PathLike[str] | None = None,
         instruction: str | None = None,
         num_demonstrations: int | None = None,
+        strategy: QueryStrategy | None = None,
         mode: SearchMode | None = None,
         filters: SearchFilters | None = None,
         collapse: bool = True,
@@ -171,10 +173,11 @@ class ChromaIndexer:
         Args:
             text: The query.
             k: The most hits.
-            task: See `EpicEncoder.encode_query`, as for the next three. Keyword mode has no use for them.
+            task: See `EpicEncoder.encode_query`, as for the next four. Keyword mode has no use for them.
             bank: A bank, its folder or its name.
             instruction: Overrides the task's or the bank's.
             num_demonstrations: How many demonstrations to show.
+            strategy: How they reach the query; None for the checkpoint's own.
             mode: "dense" ranks by cosine, "keyword" by BM25 and without a model, "hybrid" by both; None for the
                 default.
             filters: What hits must satisfy; see `parse_filters`.
@@ -196,7 +199,7 @@ class ChromaIndexer:
         """
         wanted = Wanted(k, mode, filters, collapse, reranker)
         state = self._state()
-        encode = self._encoding(state, task, bank, instruction, num_demonstrations)
+        encode = self._encoding(state, task, bank, instruction, num_demonstrations, strategy)
         if embedded is not None:
             from epic_rag_chroma.query_vectors import instead_of
 
@@ -212,6 +215,7 @@ class ChromaIndexer:
         bank: DemonstrationBank | str | os.PathLike[str] | None = None,
         instruction: str | None = None,
         num_demonstrations: int | None = None,
+        strategy: QueryStrategy | None = None,
         mode: SearchMode | None = None,
         filters: SearchFilters | None = None,
         collapse: bool = True,
@@ -226,6 +230,7 @@ class ChromaIndexer:
             bank: A bank.
             instruction: An instruction.
             num_demonstrations: How many demonstrations to show.
+            strategy: How they reach the queries.
             mode: How to search.
             filters: What hits must satisfy.
             collapse: Whether to fold near-duplicates.
@@ -238,7 +243,7 @@ class ChromaIndexer:
             EpicError: As `query`.
         """
         wanted = Wanted(k, mode, filters, collapse, reranker)
-        encode = self._encoding(self._state(), task, bank, instruction, num_demonstrations)
+        encode = self._encoding(self._state(), task, bank, instruction, num_demonstrations, strategy)
         return self._searcher.search(texts, wanted, encode)
 
     def _encoding(
@@ -248,6 +253,7 @@ class ChromaIndexer:
         bank: DemonstrationBank | str | os.PathLike[str] | None,
         instruction: str | None,
         num_demonstrations: int | None,
+        strategy: QueryStrategy | None,
     ) -> Encode:
         """Turns queries into vectors (n, dim); the model is loaded, and compared with the index's, when it is used."""
 
@@ -256,7 +262,12 @@ class ChromaIndexer:
             check_model(self._index_dir, state, encoder, [])
             with self._encoder_lock:
                 return encoder.encode_query(
-                    queries, task=task, bank=bank, instruction=instruction, num_demonstrations=num_demonstrations
+                    queries,
+                    task=task,
+                    bank=bank,
+                    instruction=instruction,
+                    num_demonstrations=num_demonstrations,
+                    strategy=strategy,
                 )
 
         return encode

@@ -280,6 +280,36 @@ def test_models_export_overwrites_nothing(cli: Any, tiny_checkpoint: Path) -> No
     assert not Path("new").exists()
 
 
+def test_models_merge(cli: Any, tiny_checkpoint: Path) -> None:
+    shutil.copytree(tiny_checkpoint, "start")
+    trained = EpicEncoder.from_pretrained("start")
+    with torch.no_grad():
+        for value in trained.backbone.parameters():
+            value.add_(0.5)
+    trained.name = "mine"
+    trained.save_pretrained("trained", dtype="float32")
+    result = cli("models", "merge", "trained", "start", "out put/merged", "--weight", "0.25", "--dtype", "float32")
+    assert (result.status, result.out) == (0, "out put/merged\n")
+    assert result.err == "note: merged is 0.75 of mine and 0.25 of tiny, with float32 weights\n"
+    merged, start = (EpicEncoder.from_pretrained(folder) for folder in ("out put/merged", "start"))
+    assert merged.name == "merged"
+    assert Path("out put/merged/README.md").read_text().count("# merged\n") == 1
+    layers = (model.backbone.transformer.parameters() for model in (merged, start))
+    for value, first in zip(*layers, strict=True):
+        torch.testing.assert_close(value, first + 0.375, atol=1e-5, rtol=0)
+    for arguments, said in (
+        (("trained", "start", "out put/merged"), "out put/merged holds other files; give a new folder"),
+        (("trained", "start", "new", "--weight", "2"), "weight is 2.0; give the second model's share, from 0 to 1"),
+        (("trained", DEFAULT_CHECKPOINT, "new"), "merge two models that were trained from the same one"),
+    ):
+        result = cli("models", "merge", *arguments)
+        assert (result.status, result.out) == (1, "")
+        assert result.err.startswith("error: ")
+        assert said in result.err
+        assert result.err.count("\n") == 1
+    assert not Path("new").exists()
+
+
 def test_bank_list(cli: Any) -> None:
     listed = json.loads(cli("bank", "list", "--json").out)
     assert [bank["name"] for bank in listed] == list(built_in_banks())

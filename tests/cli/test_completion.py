@@ -10,9 +10,16 @@ import pytest
 
 from epic_rag import list_checkpoints
 from epic_rag.demonstrations import built_in_banks
+from epic_rag.task_vector import QUERY_STRATEGIES
 from epic_rag.tasks import list_tasks
 from epic_rag_chroma.types import SEARCH_MODES
-from epic_rag_cli.completion import complete_banks, complete_models, complete_modes, complete_tasks
+from epic_rag_cli.completion import (
+    complete_banks,
+    complete_models,
+    complete_modes,
+    complete_strategies,
+    complete_tasks,
+)
 
 HEAVY = ("chromadb", "llama_index", "torch", "transformers")
 COUNT_IMPORTS = f"""
@@ -41,6 +48,7 @@ def complete(process: Any, words: str) -> tuple[list[str], str]:
         ("epic-rag query x --task ", {task.name for task in list_tasks()}),
         ("epic-rag query x --bank d", {name for name in built_in_banks() if name.startswith("d")}),
         ("epic-rag query x --mode k", {"keyword"}),
+        ("epic-rag query x --strategy t", {"text", "task-vector"}),
         ("epic-rag index --dtype b", {"bfloat16"}),
         ("epic-rag index --model epic-", {info.name for info in list_checkpoints()}),
         ("epic-rag bank sh", {"show"}),
@@ -75,3 +83,4 @@ def test_names_and_folders(tiny_checkpoint: Path) -> None:
     assert complete_banks("banks/") == ["banks/mine"]
     assert complete_tasks("zzz") == []
     assert complete_modes("") == list(SEARCH_MODES)
+    assert complete_strategies("") == list(QUERY_STRATEGIES)

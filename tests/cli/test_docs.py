@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag_cli.docs import command_help, commands, markdown
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,8 @@ def test_example_runs(
     Path(".epic-rag").symlink_to(indexed / ".epic-rag")
     if "mybank" in example and "--out mybank" not in example:
         assert cli("bank", "build", pairs, "--out", "mybank", "--task", "docs").status == 0
+    if "runs/mine/final" in example:
+        assert cli("models", "export", DEFAULT_CHECKPOINT, "runs/mine/final").status == 0
     if "grid.yaml" in example:
         terms = [f'{{"query": "term {number}", "positive": "what {number} means"}}\n' for number in range(12)]
         Path("terms.jsonl").write_text("".join(terms))

@@ -266,6 +266,7 @@ def test_no_hits_is_a_note(fake: type[FakeIndexer], cli: Any, options: list[str]
         (["-k", "3"], {"k": 3}),
         (["--task", "qa"], {"task": "qa"}),
         (["-n", "4"], {"num_demonstrations": 4}),
+        (["--strategy", "task-vector"], {"strategy": "task-vector"}),
         # A bank brings its own instruction, so no task is put beside it.
         (["--bank", "mine"], {"task": None, "bank": "mine"}),
         (
@@ -295,6 +296,7 @@ def test_what_the_indexer_is_asked(
         "task": "docs",
         "bank": None,
         "num_demonstrations": None,
+        "strategy": None,
         "mode": None,
         "filters": None,
         "collapse": True,

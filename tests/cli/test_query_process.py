@@ -259,6 +259,7 @@ def test_a_conversation(indexed: Path, tmp_path: Path) -> None:
         for line, said in (
             (":k 0", "error: :k takes a whole number from 1, not '0'"),
             (":mode sparse", "error: :mode takes dense, hybrid, keyword, not 'sparse'"),
+            (":strategy best", "error: :strategy takes epic, text, none, task-vector, not 'best'"),
             (":where nonsense", 'error: "nonsense" is no condition'),
             (":bank docs/notes.txt", "error: docs/notes.txt is a file, a bank is a folder"),
             (":sesame", "error: unknown command :sesame; :help lists those that there are"),

@@ -14,7 +14,8 @@ import pytest
 from chromadb.utils.embedding_functions import known_embedding_functions
 
 from epic_rag import DemonstrationBank, EpicEncoder
-from epic_rag.errors import ConfigError, FingerprintError
+from epic_rag.errors import ConfigError, FingerprintError, PromptError
+from epic_rag.task_vector import QUERY_STRATEGIES
 from epic_rag_chroma import ChromaIndexer, EpicEmbeddingFunction
 
 DOCUMENTS = ["Cats sleep most of the day.", "Run the installer.", "Delete the folder."]
@@ -54,6 +55,26 @@ def test_the_configuration_is_plain_and_round_trips(tiny_checkpoint: Path, tmp_p
         np.testing.assert_array_equal(again(texts), function(texts))
         np.testing.assert_array_equal(again.embed_query(texts), function.embed_query(texts))
     assert len(again(["x"])[0]) == 16
+
+
+@pytest.mark.parametrize("strategy", QUERY_STRATEGIES)
+def test_the_strategy_reaches_the_encoder_and_is_kept(tiny_checkpoint: Path, tmp_path: Path, strategy: Any) -> None:
+    encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
+    bank = DemonstrationBank([("q one", "p one"), ("q two", "p two")], instruction="Find it").build(encoder)
+    bank.save(tmp_path / "bank")
+    function = EpicEmbeddingFunction(tiny_checkpoint, bank=tmp_path / "bank", strategy=strategy)
+    config = json.loads(json.dumps(function.get_config()))
+    assert config["strategy"] == strategy
+    again = EpicEmbeddingFunction.build_from_config(config)
+    assert again.get_config() == config
+    expected = encoder.encode_query(["cats"], bank=bank, strategy=strategy)
+    for each in (function, again):
+        np.testing.assert_allclose(each.embed_query(["cats"]), expected, atol=1e-6)
+
+
+def test_an_unknown_strategy_is_refused_at_once() -> None:
+    with pytest.raises(PromptError, match="strategy is 'best', known are epic, text, none, task-vector"):
+        EpicEmbeddingFunction(strategy="best")  # type: ignore[arg-type]
 
 
 def test_a_loaded_encoder_that_is_cut_is_found_again(tiny_checkpoint: Path) -> None:

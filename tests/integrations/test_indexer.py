@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from epic_rag import EpicEncoder
+from epic_rag import EpicEncoder, PromptError
+from epic_rag.task_vector import QUERY_STRATEGIES
 from epic_rag_chroma import ChromaIndexer, IndexReport, looking, manifest
 from epic_rag_chroma.files import FileStamp, FoundFile
 
@@ -61,6 +62,19 @@ def test_a_query_takes_a_task_a_bank_and_demonstrations(indexer: ChromaIndexer, 
     ]
     assert len({tuple(each) for each in scores}) == 4
     assert scores[0] == scores[4]
+    by_strategy = {
+        strategy: [
+            [hit.score for hit in indexer.query("cats", bank=bank, strategy=strategy)],
+            [hit.score for hit in indexer.query_many(["cats"], bank=bank, strategy=strategy)[0]],
+        ]
+        for strategy in QUERY_STRATEGIES
+    }
+    assert by_strategy["none"] == [scores[3], scores[3]]
+    assert by_strategy["epic"] == [scores[2], scores[2]]  # a checkpoint's own unless it says otherwise
+    assert len({tuple(one) for one, _ in by_strategy.values()}) == 4
+    assert all(one == many for one, many in by_strategy.values())
+    with pytest.raises(PromptError, match="strategy is 'best', known are epic"):
+        indexer.query("cats", bank=bank, strategy="best")  # type: ignore[arg-type]
 
 
 def test_only_what_changed_is_embedded_again(indexer: ChromaIndexer, docs: Path, rows: Rows) -> None:

@@ -216,6 +216,8 @@ def test_all_single_changes_differ_from_each_other(embedding: EpicEmbedding) -> 
         {"bank": bank},
         {"bank": bank, "num_demonstrations": 1},
         {"bank": bank, "num_demonstrations": 0},
+        {"bank": bank, "strategy": "task-vector"},
+        {"bank": bank, "strategy": "text"},
         {"bank": bank, "instruction": "Retrieve"},
         {"bank": DemonstrationBank(PAIRS[::-1])},
         {"bank": DemonstrationBank(PAIRS, instruction="Find")},
@@ -359,6 +361,7 @@ def test_fields_behind_the_fingerprint_are_frozen(embedding: EpicEmbedding, fiel
         ({"num_demonstrations": 3}, PromptError, "3 demonstrations.*bank="),
         ({"num_demonstrations": -1}, ValidationError, "greater than or equal to 0"),
         ({"selection": "best"}, ValidationError, "selection"),
+        ({"strategy": "best"}, ValidationError, "strategy"),
         ({"embeddings_cache": {}}, TypeError, "BaseKVStore"),
     ],
 )

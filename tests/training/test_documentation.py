@@ -52,10 +52,11 @@ def test_everything_on_the_page_runs(
             file.parent.mkdir(exist_ok=True)
             file.write_text(text)
             ran["files"] += 1
-    assert ran == {"files": 4, "commands": 6, "code": 3}
+    assert ran == {"files": 4, "commands": 7, "code": 3}
     assert "runs/mine-3/final {'step': 5" in printed
     assert "MiningReport(rows=4, documents=4, " in printed
     assert sorted(path.name for path in Path("runs").iterdir()) == ["faq", "mine", "mine-2", "mine-3"]
+    assert Path("runs/faq/merged/epic.json").is_file()
 
 
 @pytest.mark.parametrize("config", [TrainingConfig, TaskConfig])

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from epic_rag import _storage
 from epic_rag.errors import TrainingError
-from epic_rag.training import Trainer, TrainingConfig
+from epic_rag.training import Trainer, TrainingConfig, optimizer
+from epic_rag.training.optimizer import settle_dtype
 from epic_rag.training.sampling import sample_batch
 
 Config = Callable[..., TrainingConfig]
@@ -110,3 +112,33 @@ def test_one_look_at_the_losses_a_step(config: Config, monkeypatch: pytest.Monke
     batch = sample_batch(trainer.datasets, trainer.config, 0)
     trainer._backward(batch)
     assert looks == []
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_auto_is_what_the_processor_multiplies(
+    config: Config, supported: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (_storage, optimizer):
+        monkeypatch.setattr(module, "multiplies_bfloat16", lambda: supported)
+    trainer = Trainer(config(dtype="auto", device="cpu"))
+    name = "bfloat16" if supported else "float32"
+    assert (trainer.config.dtype, trainer.forward.dtype) == (name, getattr(torch, name))
+    trainer.train(show_progress=False)
+    assert trainer.encoder.settings.get("training") is None
+    written = json.loads((trainer.folder / "final" / "epic.json").read_text())
+    assert written["training"]["config"]["dtype"] == name
+    assert not caplog.records
+
+
+def test_bfloat16_on_a_processor_without_it_is_told(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(optimizer, "multiplies_bfloat16", lambda: False)
+    assert Trainer(config(dtype="bfloat16", device="cpu")).config.dtype == "bfloat16"
+    [record] = caplog.records
+    assert "this processor has no instructions for it" in record.getMessage()
+    assert "--set dtype=auto" in record.getMessage()
+
+
+def test_auto_on_other_devices(config: Config) -> None:
+    assert settle_dtype(config(dtype="auto"), torch.device("cuda")).dtype == "bfloat16"

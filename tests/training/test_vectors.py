@@ -137,7 +137,7 @@ def test_a_head_goes_on_into_the_next_stage(distil: Config, tmp_path: Path) -> N
 
 def test_widths_must_agree(distil: Config) -> None:
     with pytest.raises(
-        ConfigError, match=r"model's have 32 dimensions and the teacher's 12; set output_dimension to 12"
+        ConfigError, match=r"the model's vectors have 32 dimensions and the teacher's 12; set output_dimension to 12"
     ):
         Trainer(distil(output_dimension=None))
 

@@ -135,7 +135,7 @@ def eval_command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            "--dtype", metavar="NAME", help="float32, bfloat16, float16 or int8.", show_default="the device's"
+            "--dtype", metavar="NAME", help="auto, float32, bfloat16, float16 or int8.", show_default="the device's"
         ),
     ] = None,
     batch_size: Annotated[

@@ -74,10 +74,7 @@ def export(
     Examples:
         epic-rag models export epic-minilm exported
     """
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file, a checkpoint is a folder; give another name")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} holds other files; give a new folder")
+    _require_new(folder)
     import shutil
 
     from epic_rag import EpicEncoder
@@ -93,5 +90,57 @@ def export(
     emit([printable(str(folder))])
 
 
+def merge(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A name from `epic-rag models`, a checkpoint folder or a Hugging Face name."
+        ),
+    ],
+    other: Annotated[
+        str, typer.Argument(metavar="OTHER", help="The model that it was trained from, or another one of that kind.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write, new or empty.")],
+    weight: Annotated[
+        float, typer.Option("--weight", metavar="SHARE", help="OTHER's share of the weights, from 0 to 1.")
+    ] = 0.5,
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", metavar="NAME", help="How weights are stored: float32, float16, bfloat16 or int8."),
+    ] = "float16",
+) -> None:
+    """Write the mean of two models' weights as a new model.
+
+    Training on your pairs makes a model better at them and may make it worse at
+    the rest. The mean of the weights before and after often keeps most of both.
+    The two must be of one kind. The prompt and all settings are MODEL's; the new
+    model has the folder's name.
+
+    Examples:
+        epic-rag models merge runs/mine/final epic-minilm runs/mine/merged
+    """
+    _require_new(folder)
+    from epic_rag import EpicEncoder
+    from epic_rag.merging import merge as merge_weights
+    from epic_rag.training.model_card import write_model_card
+
+    encoder, second = (EpicEncoder.from_pretrained(name, device="cpu", dtype="float32") for name in (model, other))
+    told = encoder.name
+    merge_weights(encoder, second, weight=weight)
+    encoder.name = folder.resolve().name
+    encoder.save_pretrained(folder, dtype=dtype)
+    write_model_card(folder)
+    message("note", f"{encoder.name} is {1 - weight:g} of {told} and {weight:g} of {second.name}, with {dtype} weights")
+    emit([printable(str(folder))])
+
+
+def _require_new(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, a checkpoint is a folder; give another name")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} holds other files; give a new folder")
+
+
 app = new_app("models", models)
 add_command(app, "export", export)
+add_command(app, "merge", merge)

@@ -13,7 +13,7 @@ from epic_rag.errors import EpicError
 from epic_rag_cli.asking import Asked, Asker
 from epic_rag_cli.defaults import DEFAULT_DTYPE, DEFAULT_HITS
 from epic_rag_cli.locate import find_index
-from epic_rag_cli.options import Bank, Chroma, Device, Dtype, IndexDir, Json, Mode, Model, Task
+from epic_rag_cli.options import Bank, Chroma, Device, Dtype, IndexDir, Json, Mode, Model, Strategy, Task
 from epic_rag_cli.output import emit, emit_json, message
 from epic_rag_cli.text import plural, printable
 from epic_rag_cli.usage import usage_error
@@ -81,6 +81,7 @@ def query(
             show_default="all of --bank, none without it",
         ),
     ] = None,
+    strategy: Strategy = None,
     rerank: Annotated[
         str | None,
         typer.Option(
@@ -141,6 +142,7 @@ def query(
         task=task,
         bank=bank,
         num_demonstrations=num_demonstrations,
+        strategy=strategy,
         mode=mode,
         where=tuple(where or ()),
         paths=tuple(path or ()),

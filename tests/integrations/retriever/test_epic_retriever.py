@@ -13,7 +13,7 @@ from llama_index.core.schema import MetadataMode, NodeRelationship, NodeWithScor
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 
 from epic_rag import DemonstrationBank, EpicEncoder
-from epic_rag.errors import ConfigError, IndexMismatchError, IndexNotFoundError
+from epic_rag.errors import ConfigError, IndexMismatchError, IndexNotFoundError, PromptError
 from epic_rag_chroma import SearchFilters
 from llama_index.retrievers.epic import EpicRetriever
 
@@ -108,9 +108,17 @@ def test_settings_reach_the_index(retriever: EpicRetriever) -> None:
     ]
     scores = [
         retriever.with_settings(mode="dense", **each).retrieve("x")[0].score
-        for each in ({}, {"bank": bank}, {"bank": bank, "num_demonstrations": 1}, {"instruction": "Find cats"})
+        for each in (
+            {},
+            {"bank": bank},
+            {"bank": bank, "num_demonstrations": 1},
+            {"bank": bank, "strategy": "task-vector"},
+            {"instruction": "Find cats"},
+        )
     ]
-    assert len(set(scores)) == 4
+    assert len(set(scores)) == 5
+    with pytest.raises(PromptError, match="strategy is 'best', known are epic"):
+        retriever.with_settings(strategy="best")
 
 
 def test_the_number_of_nodes_can_be_set(retriever: EpicRetriever) -> None:

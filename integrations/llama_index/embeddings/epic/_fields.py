@@ -22,6 +22,7 @@ from llama_index.core.storage.kvstore.types import BaseKVStore
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.demonstrations import DemonstrationBank, Selection
 from epic_rag.errors import BankError
+from epic_rag.task_vector import QueryStrategy
 from llama_index.embeddings.epic._cache import RoleKeyedCache
 
 __all__ = ["EpicFields"]
@@ -64,6 +65,11 @@ class EpicFields(BaseEmbedding):
         default="first",
         frozen=True,
         description="How they are picked: first, random, diverse, nearest or nearest-early.",
+    )
+    strategy: QueryStrategy | None = Field(
+        default=None,
+        frozen=True,
+        description="How they reach a query: epic, text, none or task-vector; None for the checkpoint's own.",
     )
     max_query_tokens: int | None = Field(default=None, frozen=True, ge=1, description="Longest query in tokens.")
     max_document_tokens: int | None = Field(default=None, frozen=True, ge=1, description="Longest document in tokens.")

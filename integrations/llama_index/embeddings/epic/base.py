@@ -29,6 +29,7 @@ from llama_index.core.bridge.pydantic import BaseModel, PrivateAttr
 from epic_rag.demonstrations import DemonstrationBank, Selection
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import FingerprintError, PromptError
+from epic_rag.task_vector import QueryStrategy
 from epic_rag.tasks import get_task
 from llama_index.embeddings.epic._engine import Engine, EngineSettings, engine_for, share
 from llama_index.embeddings.epic._fields import EpicFields
@@ -86,6 +87,7 @@ class EpicEmbedding(EpicFields):
         instruction: str | None = None,
         num_demonstrations: int | None = None,
         selection: Selection = "first",
+        strategy: QueryStrategy | None = None,
         embed_batch_size: int = 128,
     ) -> EpicEmbedding:
         """Wrap an encoder that is loaded already.
@@ -101,6 +103,7 @@ class EpicEmbedding(EpicFields):
             instruction: As the field.
             num_demonstrations: As the field.
             selection: As the field.
+            strategy: As the field.
             embed_batch_size: As the field.
         """
         settings = EngineSettings(
@@ -124,6 +127,7 @@ class EpicEmbedding(EpicFields):
                 instruction=instruction,
                 num_demonstrations=num_demonstrations,
                 selection=selection,
+                strategy=strategy,
                 embed_batch_size=embed_batch_size,
             )
 
@@ -173,6 +177,7 @@ class EpicEmbedding(EpicFields):
         *,
         num_demonstrations: int | None = None,
         selection: Selection = "first",
+        strategy: QueryStrategy | None = None,
     ) -> EpicEmbedding:
         """The same encoder with other demonstrations; stored document vectors stay valid.
 
@@ -182,8 +187,10 @@ class EpicEmbedding(EpicFields):
             bank: A DemonstrationBank, a bank folder or a built-in name; None for no demonstrations.
             num_demonstrations: How many to show; None for all.
             selection: How they are picked.
+            strategy: How they reach a query; None for the checkpoint's own.
         """
-        return self.model_copy(update={"bank": bank, "num_demonstrations": num_demonstrations, "selection": selection})
+        shown = {"num_demonstrations": num_demonstrations, "selection": selection, "strategy": strategy}
+        return self.model_copy(update={"bank": bank, **shown})
 
     def for_documents(self) -> EpicEmbedding:
         """The part of this embedding that documents depend on, for an IngestionPipeline.
@@ -193,7 +200,7 @@ class EpicEmbedding(EpicFields):
         """
         if self.symmetric:
             return self.model_copy()
-        bare: dict[str, Any] = dict.fromkeys(("task", "bank", "instruction", "num_demonstrations"))
+        bare: dict[str, Any] = dict.fromkeys(("task", "bank", "instruction", "num_demonstrations", "strategy"))
         return self.model_copy(update={**bare, "selection": "first"})
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> EpicEmbedding:
@@ -262,6 +269,8 @@ class EpicEmbedding(EpicFields):
             "bank": None if bank is None else bank.fingerprint,
             "num_demonstrations": shown or 0,
             "selection": self.selection,
+            # Only where it is set, so that what was stored before there was this field stays valid.
+            **({} if self.strategy is None else {"strategy": self.strategy}),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -368,6 +377,7 @@ class EpicEmbedding(EpicFields):
                     instruction=self.instruction,
                     num_demonstrations=self.num_demonstrations,
                     selection=self.selection,
+                    strategy=self.strategy,
                 )
         vectors: list[Embedding] = rows.tolist()
         return vectors

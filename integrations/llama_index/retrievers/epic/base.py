@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from llama_index.core.llms import LLM
 
     from epic_rag import DemonstrationBank, EpicEncoder
+    from epic_rag.task_vector import QueryStrategy
     from epic_rag_chroma.query_vectors import Embedded
     from epic_rag_chroma.reranking import Reranker
     from epic_rag_chroma.server import ChromaServer
@@ -64,6 +65,7 @@ class _Question:
     bank: DemonstrationBank | str | os.PathLike[str] | None
     instruction: str | None
     num_demonstrations: int | None
+    strategy: QueryStrategy | None
     mode: SearchMode | None
     filters: SearchFilters | None
     collapse: bool
@@ -72,6 +74,10 @@ class _Question:
     def __post_init__(self) -> None:
         if self.similarity_top_k < 1:
             raise ConfigError(f"similarity_top_k is {self.similarity_top_k}; it must be at least 1")
+        if self.strategy is not None:
+            from epic_rag.task_vector import known_strategy  # torch, which importing a retriever must not load
+
+            known_strategy(self.strategy)
         if self.mode is not None and self.mode not in SEARCH_MODES:
             raise ConfigError(f"mode is {self.mode!r}; it must be one of {', '.join(SEARCH_MODES)}")
 
@@ -98,6 +104,7 @@ class EpicRetriever(BaseRetriever):
         bank: Demonstrations: a DemonstrationBank, a bank folder or a built-in name.
         instruction: Overrides the task's or the bank's; "" for none.
         num_demonstrations: How many demonstrations to show.
+        strategy: How they reach a query, see `EpicEncoder.encode_query`; None for the checkpoint's own.
         mode: "dense", "hybrid" or "keyword"; None for the default of the index.
         filters: What may be found: LlamaIndex's MetadataFilters, or the SearchFilters of an index.
         collapse: Leave out near-duplicates of a better node.
@@ -111,6 +118,7 @@ class EpicRetriever(BaseRetriever):
 
     Raises:
         ConfigError: If an argument, or a filter, has no meaning.
+        PromptError: If the strategy is unknown.
 
     Example:
         >>> retriever = EpicRetriever("docs/.epic-rag", similarity_top_k=3, task="docs")
@@ -127,6 +135,7 @@ class EpicRetriever(BaseRetriever):
         bank: DemonstrationBank | str | os.PathLike[str] | None = None,
         instruction: str | None = None,
         num_demonstrations: int | None = None,
+        strategy: QueryStrategy | None = None,
         mode: SearchMode | None = None,
         filters: MetadataFilters | SearchFilters | None = None,
         collapse: bool = True,
@@ -153,6 +162,7 @@ class EpicRetriever(BaseRetriever):
             bank=bank,
             instruction=instruction,
             num_demonstrations=num_demonstrations,
+            strategy=strategy,
             mode=mode,
             filters=_as_search_filters(filters),
             collapse=collapse,
@@ -182,7 +192,7 @@ class EpicRetriever(BaseRetriever):
 
         Args:
             **changes: Those of EpicRetriever's arguments that say how the index is asked: `similarity_top_k`, `task`,
-                `bank`, `instruction`, `num_demonstrations`, `mode`, `filters`, `collapse`, `reranker`.
+                `bank`, `instruction`, `num_demonstrations`, `strategy`, `mode`, `filters`, `collapse`, `reranker`.
 
         Raises:
             ConfigError: If an argument is unknown or has no meaning.
@@ -241,6 +251,7 @@ class EpicRetriever(BaseRetriever):
             bank=asked.bank,
             instruction=asked.instruction,
             num_demonstrations=asked.num_demonstrations,
+            strategy=asked.strategy,
             mode=asked.mode,
             filters=asked.filters,
             collapse=asked.collapse,
