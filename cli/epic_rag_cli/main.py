@@ -126,7 +126,8 @@ def _usage_line(error: Exception) -> str:
     """Return a usage error and where to read on: "Missing argument 'TEXT'; see `epic-rag query --help`"."""
     parts = cast(Any, error)
     command = parts.ctx.command_path if parts.ctx is not None else PROGRAM
-    text = parts.format_message().rstrip(".")
+    # Some versions of Typer let pydantic look at a value, which puts these words before Typer's own.
+    text = parts.format_message().rstrip(".").replace(": Value error, ", ": ")
     return f"{text}{'' if text.endswith('?') else ';'} see `{command} --help`"
 
 

@@ -36,6 +36,14 @@ def check(result: Any, status: int, *facts: str) -> None:
         (["index", "x", "--chunk-tokens", "0"], ["--chunk-tokens", "1", "epic-rag index --help"]),
         (["index", "x", "--chunk-tokens", "many"], ["--chunk-tokens", "epic-rag index --help"]),
         (["query"], ["Missing argument 'TEXT", "epic-rag query --help"]),
+        (
+            ["query", "x", "--mode", "sparse"],
+            [r"'--mode'( \(env var: 'EPIC_RAG_MODE'\))?: 'sparse' is not one of 'dense', "],
+        ),
+        (
+            ["query", "x", "--strategy", "best"],
+            ["'--strategy': 'best' is not one of 'epic', 'text', 'none', 'task-vector'; see `epic-rag query --help`"],
+        ),
         (["query", ""], ["TEXT", "empty", "epic-rag query --help"]),
         (["query", " \n"], ["TEXT", "empty", "epic-rag query --help"]),
         (["query", "x", "-k", "0"], ["-k", "1", "epic-rag query --help"]),
