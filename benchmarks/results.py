@@ -51,6 +51,8 @@ PLUMBING = {
     ("epic-rag", "ablate"): "--output {step}",
     ("python", "benchmarks/efficiency.py"): "--output {step}",
 }
+# Without instructions for it, bfloat16 takes many times as long as float32.
+DTYPE = "bfloat16" if multiplies_bfloat16() else "float32"
 # What a reader sees in the place of a folder that is somewhere else on every machine.
 SHOWN = {
     "data": "data",
@@ -60,6 +62,7 @@ SHOWN = {
     "float": "path/to/float-weights",
     "default": DEFAULT_CHECKPOINT,
     "smollm2": LLM_CHECKPOINT,
+    "dtype": DTYPE,
 }
 OPTION_OF = {
     "data": "--data",
@@ -137,8 +140,7 @@ def fill(command: str, places: Mapping[str, str | None], shipped: Sequence[tuple
     """Return a command's words with its places filled.
 
     Args:
-        command: With places like {data}; {shipped} becomes a --model for each shipped checkpoint, and bfloat16
-            becomes float32 on a processor that cannot multiply it.
+        command: With places like {data}; {shipped} becomes a --model for each shipped checkpoint.
         places: What to put there.
         shipped: Label (or "") and source of each shipped checkpoint.
         stage: For the message.
@@ -148,10 +150,6 @@ def fill(command: str, places: Mapping[str, str | None], shipped: Sequence[tuple
     """
     words: list[str] = []
     for word in shlex.split(command):
-        if words[-1:] == ["--dtype"] and word == "bfloat16" and not multiplies_bfloat16():
-            # Elsewhere than on a processor with instructions for it, bfloat16 takes a hundred times as long.
-            words.append("float32")
-            continue
         if word == "{shipped}":
             words += [part for label, name in shipped for part in ("--model", f"{label}={name}" if label else name)]
             continue
@@ -314,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "float": options.float_weights,
             "default": DEFAULT_CHECKPOINT,
             "smollm2": LLM_CHECKPOINT,
+            "dtype": DTYPE,
         }
         shipped = [("", info.name) for info in list_checkpoints()]
         run_stages(stages, Run(options.output, places, shipped), options.document)

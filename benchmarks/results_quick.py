@@ -50,7 +50,7 @@ def make_tiny_world(folder: Path, commands: Sequence[str]) -> dict[str, str]:
     make_pairs(folder / "data" / "train", sorted(stems))
     make_sets(folder / "data" / "eval")
     places = dict.fromkeys(("llm", "plain", "float", "default", "smollm2"), str(folder / "llm"))
-    return {"data": str(folder / "data"), "minilm": str(folder / "minilm"), **places}
+    return {"dtype": "float32", "data": str(folder / "data"), "minilm": str(folder / "minilm"), **places}
 
 
 def grid_files(name: str) -> set[str]:

@@ -28,7 +28,8 @@ def merge(encoder: EpicEncoder, other: EpicEncoder, *, weight: float = 0.5) -> N
     was trained from the other, or both from the same model; anything else gives a model that can do nothing.
 
     Prompt, lengths, default instruction and the rest of `epic.json` stay the encoder's own, and so does its projector
-    if `other` was never trained with demonstrations. The training record says what was merged.
+    if `other` was never trained with demonstrations. A training record, if there is one, says what
+    was merged.
 
     Args:
         encoder: Is changed; its dtype is float32.
@@ -57,9 +58,10 @@ def merge(encoder: EpicEncoder, other: EpicEncoder, *, weight: float = 0.5) -> N
             if not value.is_floating_point() or (name.startswith("projector.") and not trained):
                 continue
             value.lerp_(theirs[name].to(value.device), weight)
-    record = dict(encoder.settings.get("training") or {})
-    merged = {"name": other.name, "fingerprint": other.fingerprint, "weight": weight}
-    encoder.settings["training"] = {**record, "merged": [*record.get("merged", ()), merged]}
+    record = encoder.settings.get("training")
+    if record:
+        merged = {"name": other.name, "fingerprint": other.fingerprint, "weight": weight}
+        encoder.settings["training"] = {**record, "merged": [*record.get("merged", ()), merged]}
     encoder.forget_fingerprint()
 
 

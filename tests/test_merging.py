@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 
 from epic_rag import CheckpointError, ConfigError, EpicEncoder
+from epic_rag.backbone import Pooling
 from epic_rag.merging import merge
 from tests.conftest import make_encoder
 
@@ -50,6 +53,7 @@ def test_trained_projectors_are_merged_too() -> None:
 
 def test_a_second_merge_is_recorded_after_the_first() -> None:
     encoder, other = moved(make_encoder(), 0.5), make_encoder()
+    encoder.settings["training"] = {"steps": 7}
     merge(encoder, other, weight=0.25)
     merge(encoder, other, weight=0.5)
     assert [item["weight"] for item in encoder.settings["training"]["merged"]] == [0.25, 0.5]
@@ -61,6 +65,12 @@ def test_a_second_merge_is_recorded_after_the_first() -> None:
 def test_a_weight_is_a_share(weight: float) -> None:
     with pytest.raises(ConfigError, match=r"give the second model's share, from 0 to 1"):
         merge(make_encoder(), make_encoder(), weight=weight)
+
+
+def test_two_plain_models_make_a_plain_one() -> None:
+    encoder = make_encoder()
+    merge(encoder, make_encoder(seed=1))
+    assert "training" not in encoder.settings
 
 
 def test_float32_alone() -> None:
@@ -75,7 +85,7 @@ def test_models_of_another_kind() -> None:
     before = encoder.fingerprint
     for pooling, said in (("last", "architecture LlamaModel, .* BertModel"), ("mean", "pooling last, .* mean")):
         other = make_encoder(causal=False)
-        other.backbone.pooling = pooling  # type: ignore[assignment]
+        other.backbone.pooling = cast("Pooling", pooling)
         with pytest.raises(CheckpointError, match=f"has {said}; merge two models that were trained from the same one"):
             merge(encoder, other)
     assert encoder.fingerprint == before

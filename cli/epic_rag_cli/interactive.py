@@ -6,10 +6,11 @@ A line that begins with a colon changes how the next queries are answered, or do
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from epic_rag.errors import ConfigError, EpicError
+from epic_rag_chroma.types import SEARCH_MODES
 from epic_rag_cli.asking import Asked, Asker
 from epic_rag_cli.completion import complete_banks, complete_modes, complete_strategies, complete_tasks
 from epic_rag_cli.defaults import ShownBy
@@ -66,11 +67,13 @@ class Session:
         self._history = History()
         self._actions: dict[str, Callable[[str], None]] = {
             ":k": lambda value: self._set(k=_number(":k", value, 1)),
-            ":mode": lambda value: self._set(mode=_mode(value)),
+            ":mode": lambda value: self._set(mode=_one_of(":mode", value, SEARCH_MODES)),
             ":task": lambda value: self._set(task=value or None),
             ":bank": lambda value: self._set(bank=value or None),
             ":n": lambda value: self._set(num_demonstrations=_number(":n", value, 0) if value else None),
-            ":strategy": lambda value: self._set(strategy=_strategy(value) if value else None),
+            ":strategy": lambda value: self._set(
+                strategy=_one_of(":strategy", value, get_args(ShownBy)) if value else None
+            ),
             ":where": lambda value: self._set(where=(*self._asked.where, value) if value else ()),
             ":path": lambda value: self._set(paths=(*self._asked.paths, value) if value else ()),
             ":since": lambda value: self._set(since=value or None),
@@ -180,18 +183,9 @@ def _number(command: str, value: str, least: int) -> int:
     return int(value)
 
 
-def _mode(value: str) -> str:
-    from epic_rag_chroma import SEARCH_MODES
-
-    if value not in SEARCH_MODES:
-        raise ConfigError(f":mode takes {', '.join(SEARCH_MODES)}, not {value!r}")
-    return value
-
-
-def _strategy(value: str) -> str:
-    known = get_args(ShownBy)
+def _one_of(command: str, value: str, known: Sequence[str]) -> str:
     if value not in known:
-        raise ConfigError(f":strategy takes {', '.join(known)}, not {value!r}")
+        raise ConfigError(f"{command} takes {', '.join(known)}, not {value!r}")
     return value
 
 

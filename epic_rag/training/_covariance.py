@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from epic_rag.backbone import Backbone
-from epic_rag.training._head import paired_states, require_width
+from epic_rag.training._head import paired_states
 
 if TYPE_CHECKING:
     from epic_rag.training.trainer import Trainer
@@ -38,19 +38,13 @@ def match_covariance(trainer: Trainer) -> None:
     Slots are given the vectors as they are after the map; a linear projector takes it back, so that the model reads
     demonstrations as before.
 
-    Raises:
-        ConfigError: If the teacher's vectors have another width.
+    Args:
+        trainer: Of a run with a teacher whose vectors have the student's width.
     """
-    teacher = trainer.teacher
-    if not trainer.config.teacher_covariance or teacher is None:
-        return
-    require_width(trainer)
+    assert trainer.teacher is not None
     backbone = trainer.encoder.backbone.eval()
-    states, goals = paired_states(trainer, _TEXTS)
-    if backbone.head is None:
-        _put_identity(backbone)
-    head = backbone.head
-    assert head is not None
+    states, goals = paired_states(trainer, trainer.teacher, _TEXTS)
+    head = backbone.head or _put_identity(backbone)
     weight, bias = head.weight.double().cpu(), head.bias.double().cpu()
     raw = states.double() @ weight.T + bias  # (texts, dim)
     unit = nn.functional.normalize(raw, dim=-1)
@@ -90,11 +84,13 @@ def _covariance(vectors: torch.Tensor) -> torch.Tensor:
     return covariance + _FLOOR * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
 
 
-def _put_identity(backbone: Backbone) -> None:
-    """A head that changes nothing, with the projector that there is."""
-    known = backbone.projector.state_dict()
+def _put_identity(backbone: Backbone) -> nn.Linear:
+    """A head that changes nothing, before the projector that there is."""
+    projector = backbone.projector
     head = nn.Linear(backbone.width, backbone.width)
     head.weight.copy_(torch.eye(backbone.width))
     head.bias.zero_()
     backbone.put_head(head)
-    backbone.projector.load_state_dict(known)
+    backbone.projector = projector
+    # As what is trained: weights that LoRA freezes may have fewer bits.
+    return head.float()

@@ -22,6 +22,7 @@ from epic_rag.training.distributed import World
 from epic_rag.training.sampling import sample_batch
 
 if TYPE_CHECKING:
+    from epic_rag.training.teacher import Teacher
     from epic_rag.training.trainer import Trainer
 
 __all__ = ["fit_head", "new_head", "paired_states", "require_width"]
@@ -74,7 +75,7 @@ def fit_head(trainer: Trainer) -> None:
     head, teacher = backbone.head, trainer.teacher
     if config.output_dimension is None or head is None or teacher is None or config.teacher_loss != "vectors":
         return
-    states, goals = paired_states(trainer, _TEXTS)
+    states, goals = paired_states(trainer, teacher, _TEXTS)
     found, goal = states.double(), goals.double()
     mean, wanted = found.mean(dim=0), goal.mean(dim=0)
     centred = found - mean
@@ -86,7 +87,7 @@ def fit_head(trainer: Trainer) -> None:
     trainer.encoder.forget_fingerprint()
 
 
-def paired_states(trainer: Trainer, texts: int) -> tuple[torch.Tensor, torch.Tensor]:
+def paired_states(trainer: Trainer, teacher: Teacher, texts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What the transformer makes of the texts of some batches, and what the teacher makes of them.
 
     The batches' numbers are below 0, so no step has the same.
@@ -94,13 +95,8 @@ def paired_states(trainer: Trainer, texts: int) -> tuple[torch.Tensor, torch.Ten
     Returns:
         (texts, width) float32 states behind the pooling, and (texts, dim) float32 unit vectors, both on the CPU: not
         every device has the float64 that they are made into.
-
-    Raises:
-        ConfigError: If there is no teacher.
     """
-    config, teacher = trainer.config, trainer.teacher
-    if teacher is None:
-        raise ConfigError("there is no teacher to compare with; name one")
+    config = trainer.config
     states: list[torch.Tensor] = []
     goals: list[torch.Tensor] = []
     for number in range(min(_MOST_BATCHES, math.ceil(texts / (2 * config.batch_size)))):

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def settle_dtype(config: TrainingConfig, device: torch.device) -> TrainingConfig:
     """The run as it is computed on a device: "auto" becomes a dtype, which the training record then names.
 
-    Products of bfloat16 are emulated on a CPU without instructions for them, a hundred times slower than float32.
+    Products of bfloat16 are emulated on a CPU without instructions for them, many times slower than float32.
     """
     if config.dtype == "auto":
         fastest = parse_dtype("auto", device)

@@ -42,15 +42,6 @@ def test_every_stage_can_be_read_and_filled(results: Any) -> None:
     assert words == ["epic-rag", "eval", "--model", "x", "--model", "b=y", "--data", "d/eval"]
 
 
-@pytest.mark.parametrize(("supported", "dtype"), [(True, "bfloat16"), (False, "float32")])
-def test_a_processor_without_bfloat16_computes_in_float32(
-    results: Any, supported: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(results, "multiplies_bfloat16", lambda: supported)
-    words = results.fill("epic-rag eval --dtype bfloat16 --model bfloat16", {}, [], "s")
-    assert words == ["epic-rag", "eval", "--dtype", dtype, "--model", "bfloat16"]
-
-
 @pytest.mark.parametrize(
     ("place", "said"),
     [("minilm", "needs path/to/all-MiniLM-L6-v2.* pass --minilm DIR"), ("data", "needs data.* pass --data DIR")],

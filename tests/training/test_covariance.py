@@ -70,7 +70,8 @@ def test_the_map_takes_one_covariance_to_the_other(dim: int, seed: int) -> None:
 def test_the_vectors_spread_as_the_teachers(matched: Config, head: bool) -> None:
     trainer = Trainer(matched(output_dimension=32 if head else None))
     backbone = trainer.encoder.backbone.eval()
-    states, goals = paired_states(trainer, 8192)
+    assert trainer.teacher is not None
+    states, goals = paired_states(trainer, trainer.teacher, 8192)
     fingerprint, projector = trainer.encoder.fingerprint, backbone.projector.linear.weight.detach().clone()
     raw = states if backbone.head is None else backbone.head(states).detach()
     slots = backbone.projector(backbone.finish(states)).detach()
