@@ -20,7 +20,7 @@ from epic_rag.demonstrations import Demonstration
 from epic_rag.errors import DataError, EpicError
 from epic_rag.evaluation.efficiency import BATCH, EfficiencyReport, measure_queries
 from epic_rag.evaluation.plots import Curve, plot_curves, require_matplotlib
-from epic_rag.evaluation.request import parse_ks
+from epic_rag.evaluation.runner import parse_ks
 from epic_rag.evaluation.training_cost import measure_training
 from epic_rag.tasks import get_task
 

@@ -29,22 +29,22 @@ from results_report import replace_between
 from epic_rag import EpicEncoder
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.errors import EpicError
-from epic_rag.evaluation.catalogue import entry_for
-from epic_rag.evaluation.embedding import EmbeddingStore
-from epic_rag.evaluation.local_sets import (
+from epic_rag.evaluation.datasets import (
     LocalSet,
     RerankingData,
     RetrievalData,
+    entry_for,
     find_local_sets,
     load_local_set,
     set_kind,
 )
+from epic_rag.evaluation.embedding import EmbeddingStore
 from epic_rag.evaluation.metrics import ndcg_of_scores
-from epic_rag.evaluation.prompts import plan_prompts
 from epic_rag.evaluation.report import markdown_table
-from epic_rag_chroma.duplicates import Passage
-from epic_rag_chroma.fusion import POOL, RANK_CONSTANT, fuse
-from epic_rag_chroma.keywords import KeywordIndex
+from epic_rag.evaluation.runner import plan_prompts
+from epic_rag_chroma.search.deduplicate import Passage
+from epic_rag_chroma.search.fusion import POOL, RANK_CONSTANT, fuse
+from epic_rag_chroma.store.database import KeywordIndex
 
 DEPTH = 1000
 CONSTANTS = (1, 2, 5, 10, 20, 60, 100)

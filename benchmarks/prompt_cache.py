@@ -20,7 +20,7 @@ from efficiency import load_bank, split
 
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag.evaluation.report import markdown_table
-from epic_rag.prefix import PrefixCache
+from epic_rag.prefix_cache import PrefixCache
 
 BATCH = 32
 

@@ -37,8 +37,8 @@ import yaml
 from results_report import Finished, placeholder_document, write_report
 
 from epic_rag import __version__
-from epic_rag._kernels import multiplies_bfloat16
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT, list_checkpoints
+from epic_rag.cpu_kernels import multiplies_bfloat16
 from epic_rag.errors import ConfigError, EpicError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ from bench_common import run_main, say, write
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag.demonstrations import Selection
 from epic_rag.errors import DataError
-from epic_rag.evaluation.pairs import file_stem, load_pairs
+from epic_rag.evaluation.heldout import file_stem, load_pairs
 from epic_rag.evaluation.report import markdown_table
 
 WAYS: tuple[Selection, ...] = ("first", "nearest-early", "nearest")

@@ -20,13 +20,19 @@ import torch
 from bench_common import Bar, bars_table, interleaved, ratio, run_main, say, write
 
 from epic_rag import DemonstrationBank, EpicEncoder
-from epic_rag._selection import unit_rows
-from epic_rag.evaluation.collection import in_collection, with_instruction
+from epic_rag.demonstrations import unit_rows
 from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt, Vectors
-from epic_rag.evaluation.heldout import Collection, HeldoutSplit, make_split
-from epic_rag.evaluation.heldout_scores import HeldoutScore, score_heldout
+from epic_rag.evaluation.heldout import (
+    Collection,
+    HeldoutScore,
+    HeldoutSplit,
+    in_collection,
+    make_split,
+    score_heldout,
+    with_instruction,
+)
 from epic_rag.evaluation.report import markdown_table
-from epic_rag.evaluation.request import COLLECTIONS, parse_choices
+from epic_rag.evaluation.runner import COLLECTIONS, parse_choices
 from epic_rag.task_vector import task_vector
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from epic_rag.backbone import Backbone, cut_layers
 from epic_rag.batching import embed_queries
 from epic_rag.demonstrations import DemonstrationBank
-from epic_rag.prefix import PrefixCache
+from epic_rag.prefix_cache import PrefixCache
 from epic_rag.prompt import EncoderInput
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from epic_rag._kernels import is_portable
-from epic_rag._quantisation import quantise_rows
+from epic_rag.cpu_kernels import is_portable
 from epic_rag.errors import CheckpointError, ConfigError
+from epic_rag.int8_weights import quantise_rows
 
 __all__ = ["Int8Linear", "check_int8", "dtype_of", "multiplies_int8", "use_int8"]
 

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import io
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
@@ -25,21 +26,78 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from epic_rag._adapter import merge_adapter
-from epic_rag._quantisation import load_int8_model
 from epic_rag.errors import CheckpointError, ConfigError, MissingExtraError, reason_of
-from epic_rag.projector import Projector, ProjectorKind
+from epic_rag.int8_weights import load_int8_model
 from epic_rag.prompt import Batch
 
 __all__ = [
     "POOLINGS",
+    "PROJECTORS",
     "Backbone",
     "Pooling",
+    "Projector",
+    "ProjectorKind",
     "cut_layers",
     "hash_tensors",
     "load_transformer",
+    "merge_adapter",
     "quiet",
 ]
+
+
+# --- from projector
+# What turns an embedding into one input position: the slot of EPIC (arXiv 2605.01372, section 3).
+
+ProjectorKind = Literal["scale", "linear", "mlp"]
+PROJECTORS: tuple[ProjectorKind, ...] = ("scale", "linear", "mlp")
+
+
+class Projector(nn.Module):
+    """Maps an embedding to the input space of the transformer.
+
+    Every kind starts as the identity times the mean norm of the token embeddings, so that a slot looks like a token
+    of ordinary length before any training (a unit vector is some 10 to 100 times too short or too long).
+
+    Args:
+        kind: "scale" (one learned number), "linear" (a full matrix), or "mlp" (the scaled vector plus a two-layer
+            perceptron that starts at zero).
+        dimension: Width of embeddings.
+        norm: Mean norm of the token embeddings.
+        width: Width of the transformer's input; None if it is the same. Where embeddings are narrower, the identity
+            leaves the rest of the input zero; where they are wider, it drops their last numbers.
+    """
+
+    def __init__(self, kind: ProjectorKind, dimension: int, norm: float, *, width: int | None = None) -> None:
+        super().__init__()
+        if kind not in PROJECTORS:
+            raise ConfigError(f"projector is {kind!r}, known are {', '.join(PROJECTORS)}; choose one of them")
+        self.kind = kind
+        self.width = dimension if width is None else width
+        if kind == "linear":
+            self.linear = nn.Linear(dimension, self.width)
+            with torch.no_grad():
+                self.linear.weight.copy_(norm * torch.eye(self.width, dimension))
+                self.linear.bias.zero_()
+        else:
+            self.scale = nn.Parameter(torch.tensor(float(norm)))
+        if kind == "mlp":
+            self.mlp = nn.Sequential(nn.Linear(dimension, dimension), nn.GELU(), nn.Linear(dimension, self.width))
+            with torch.no_grad():
+                # Seeded: an untrained projector is part of the fingerprint, which must not change from load to load.
+                generator = torch.Generator().manual_seed(0)
+                bound = dimension**-0.5
+                for parameter in self.mlp[0].parameters():
+                    parameter.uniform_(-bound, bound, generator=generator)
+                for parameter in self.mlp[2].parameters():
+                    parameter.zero_()
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(slots, dim) unit vectors -> (slots, width) input embeddings."""
+        if self.kind == "linear":
+            return self.linear(vectors)  # type: ignore[no-any-return]
+        scaled: torch.Tensor = self.scale * nn.functional.pad(vectors, (0, self.width - vectors.shape[1]))
+        return scaled + self.mlp(vectors) * self.scale if self.kind == "mlp" else scaled
+
 
 Pooling = Literal["last", "mean", "cls"]
 POOLINGS: tuple[Pooling, ...] = ("last", "mean", "cls")
@@ -381,3 +439,47 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> None:
     config.num_hidden_layers = num_layers
     for key, value in per_layer.items():
         setattr(config, key, list(value)[:num_layers])
+
+
+# --- from _adapter
+# PEFT adapters that a checkpoint is loaded with.
+
+
+def merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """Merge a PEFT adapter into a model's weights.
+
+    Args:
+        model: Changed in place.
+        adapter: The adapter's folder.
+
+    Raises:
+        CheckpointError: If it is not one of this model.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(adapter / "adapter_model.safetensors")
+        with warnings.catch_warnings():
+            # PEFT asks transformers for a name that is to go away, which is no business of the caller's.
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = PeftModel(model, PeftConfig.from_pretrained(str(adapter)))
+        # Left to itself, PEFT looks for the base model on the hub to see whether its embeddings were changed.
+        embeddings = any("embed" in key and "lora_" not in key for key in weights)
+        expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=embeddings))
+        # An adapter that was trained on a model with a head names its weights one level deeper.
+        root, deeper = "base_model.model.", f"base_model.model.{model.base_model_prefix}."
+        named = {key if key in expected else root + key.removeprefix(deeper): weights[key] for key in weights}
+        missing = sorted(expected - named.keys())
+        if missing:
+            raise ValueError(f"{len(missing)} of its {len(expected)} weights are missing, {missing[0]} for one")
+        set_peft_model_state_dict(wrapped, {key: named[key] for key in expected})
+        merged: PreTrainedModel = wrapped.merge_and_unload()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{adapter} does not fit {type(model).__name__}: {reason_of(error)}; name a mergeable PEFT adapter (LoRA) "
+            "of this model, saved as safetensors"
+        ) from error
+    return merged

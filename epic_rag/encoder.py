@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,22 +14,136 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from epic_rag import _storage
-from epic_rag._banks import BuiltBanks, embedded_pairs
+from epic_rag import checkpoints as _storage
 from epic_rag._early import EarlyChoice
 from epic_rag._int8 import dtype_of
-from epic_rag._selection import unit_rows
-from epic_rag._showing import count_shown, rows_behind, rows_to_choose_by
 from epic_rag.backbone import Backbone, hash_tensors
-from epic_rag.batching import embed_queries, made_ahead
-from epic_rag.demonstrations import DemonstrationBank, Selection, find_bank
-from epic_rag.devices import DeviceNames, Replicas, batch_tokens
-from epic_rag.prefix import PrefixCache
-from epic_rag.prompt import EncoderInput, PromptBuilder
+from epic_rag.batching import DeviceNames, Replicas, batch_tokens, embed_queries, made_ahead
+from epic_rag.demonstrations import DemonstrationBank, Selection, find_bank, unit_rows
+from epic_rag.prefix_cache import PrefixCache
+from epic_rag.prompt import EncoderInput, Prefix, PromptBuilder, Strategy
 from epic_rag.task_vector import QueryStrategy, known_strategy, moved
 from epic_rag.tasks import get_task
 
-__all__ = ["EpicEncoder"]
+__all__ = ["BuiltBanks", "EpicEncoder", "count_shown", "embedded_pairs", "rows_behind", "rows_to_choose_by"]
+
+
+# --- from _showing
+# Model inputs of queries behind demonstrations, as vectors or as texts.
+
+logger = logging.getLogger(__name__)
+
+
+def count_shown(encoder: EpicEncoder, bank: DemonstrationBank, asked: int | None, strategy: QueryStrategy) -> int:
+    """How many demonstrations of a bank to show: as many as were asked for, or as many as the encoder can use."""
+    if strategy == "task-vector":  # a mean has no length that was trained
+        return len(bank) if asked is None else asked
+    trained = int(encoder.settings.get("max_demonstrations") or len(bank))
+    if asked is None:
+        return min(len(bank), trained)
+    if asked > trained:
+        logger.warning("asked for %d demonstrations, %s was trained with up to %d", asked, encoder.name, trained)
+    return asked
+
+
+def rows_to_choose_by(
+    prompt: PromptBuilder, texts: Sequence[str], instruction: str | None, selection: Selection
+) -> list[EncoderInput]:
+    """The queries' rows without demonstrations, if these are chosen for each query; else none."""
+    if selection not in ("nearest", "nearest-early"):
+        return []
+    return prompt.queries(prompt.prefix(instruction), texts)
+
+
+def rows_behind(
+    prompt: PromptBuilder,
+    banks: Sequence[DemonstrationBank],
+    texts: Sequence[str],
+    zero_shot: Sequence[EncoderInput],
+    instruction: str | None,
+    strategy: Strategy,
+    fingerprint: str,
+) -> tuple[list[EncoderInput], list[torch.Tensor] | None]:
+    """Each text behind its own bank's demonstrations; all banks have one size.
+
+    Args:
+        prompt: Makes the rows.
+        banks: A bank for each text.
+        texts: The queries.
+        zero_shot: The texts' rows without demonstrations if they are tokenised already, or none.
+        instruction: What stands before everything.
+        strategy: "epic" for vectors, else texts.
+        fingerprint: The encoder's.
+
+    Returns:
+        The rows, and for "epic" each row's (2k, dim) slot vectors: one tensor for a bank that is shown to all, which
+        is how it is seen that the prompt is shared.
+
+    Raises:
+        PromptError: If the prompt does not fit.
+        FingerprintError: If a bank has no vectors of this encoder.
+    """
+    if strategy == "epic":
+        prefix = prompt.prefix(instruction, num_slots=len(banks[0]))
+        tokenised = bool(zero_shot) and bool(instruction)
+        rows = prompt.behind(prefix, zero_shot) if tokenised else prompt.queries(prefix, texts)
+        vectors = {id(bank): torch.from_numpy(bank.require(fingerprint)).flatten(0, 1) for bank in banks}
+        return rows, [vectors[id(bank)] for bank in banks]
+    prefixes: dict[int, Prefix] = {}
+    rows = []
+    for bank, text in zip(banks, texts, strict=True):
+        if id(bank) not in prefixes:
+            pairs = [(item.query, item.passage) for item in bank.demonstrations]
+            prefixes[id(bank)] = prompt.prefix(instruction, demonstrations=pairs, strategy=strategy)
+        rows.extend(prompt.queries(prefixes[id(bank)], [text]))
+    return rows, None
+
+
+# --- from _banks
+# Banks with the vectors of an encoder that is not the one they were saved with.
+
+_KEPT = 16
+
+
+class BuiltBanks:
+    """The banks that were embedded last, by the encoder's and the bank's fingerprint."""
+
+    def __init__(self) -> None:
+        self._banks: OrderedDict[str, DemonstrationBank] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._banks)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._banks.clear()
+
+    def get(self, encoder: EpicEncoder, bank: DemonstrationBank) -> DemonstrationBank:
+        """The bank with this encoder's vectors; the caller's bank is left as it is."""
+        if bank.embeddings is not None and bank.encoder_fingerprint == encoder.fingerprint:
+            return bank
+        key = f"{encoder.fingerprint}-{bank.fingerprint}"
+        if key not in self._banks:
+            # A copy of the whole bank; it says so in the log if it replaces another checkpoint's vectors.
+            self._banks[key] = bank.select(len(bank)).build(encoder)
+            while len(self._banks) > _KEPT:
+                self._banks.popitem(last=False)
+        self._banks.move_to_end(key)
+        return self._banks[key]
+
+
+def embedded_pairs(encoder: EpicEncoder, bank: DemonstrationBank, instruction: str) -> npt.NDArray[np.float32]:
+    """See `EpicEncoder.embed_demonstrations`."""
+    width = encoder.backbone.dimension
+    queries = [item.query for item in bank.demonstrations]
+    passages = [item.passage for item in bank.demonstrations]
+    left = encoder.encode_query(queries, instruction=instruction, truncate_dim=width)
+    if bank.symmetric:
+        right = encoder.encode_query(passages, instruction=instruction, truncate_dim=width)
+    else:
+        right = encoder.encode_document(passages, truncate_dim=width)
+    return np.stack([left, right], axis=1)
+
 
 Vectors = npt.NDArray[np.float32]
 

@@ -28,8 +28,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from epic_rag._selection import unit_rows
-from epic_rag.demonstrations import DemonstrationBank
+from epic_rag.demonstrations import DemonstrationBank, unit_rows
 from epic_rag.errors import PromptError
 from epic_rag.prompt import Strategy
 

@@ -18,9 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from epic_rag.backbone import Backbone
+from epic_rag.backbone import Backbone, ProjectorKind
 from epic_rag.encoder import EpicEncoder
-from epic_rag.projector import ProjectorKind
 from epic_rag.prompt import PromptBuilder
 
 CORPUS = [

@@ -18,16 +18,15 @@ from typing import Annotated, Any, cast
 import typer
 
 from epic_rag.errors import EpicError
-from epic_rag_cli.commands import ablate, bank, clear, config, eval, index, mine, models, query, status, train
-from epic_rag_cli.interrupt import Interrupted
-from epic_rag_cli.optional import QueryCommand
-from epic_rag_cli.output import emit, message
-from epic_rag_cli.quiet import debugging, quieten
-from epic_rag_cli.registry import add_command, help_when_alone, new_app
-from epic_rag_cli.usage import USAGE_ERROR
-from epic_rag_cli.verbosity import reset
+from epic_rag_cli.commands import bank, config, eval, index, models, query, status, train
+from epic_rag_cli.commands import eval as ablate
+from epic_rag_cli.commands import status as clear
+from epic_rag_cli.commands import train as mine
+from epic_rag_cli.config import add_command, help_when_alone, new_app
+from epic_rag_cli.terminal import USAGE_ERROR, Interrupted, QueryCommand, debugging, emit, message, quieten, reset
 
 __all__ = ["PROGRAM", "app", "main", "run"]
+
 
 PROGRAM = "epic-rag"
 

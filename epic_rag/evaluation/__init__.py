@@ -16,44 +16,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from epic_rag.evaluation.ablation import AblationReport, run_ablation
-    from epic_rag.evaluation.ablation_grid import AblationGrid, load_grid
+    from epic_rag.evaluation.ablation import AblationGrid, AblationReport, load_grid, run_ablation
+    from epic_rag.evaluation.datasets import LocalSet, find_local_sets, load_local_set
     from epic_rag.evaluation.efficiency import EfficiencyReport, measure_queries
     from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt
-    from epic_rag.evaluation.heldout import HeldoutSplit, make_split
-    from epic_rag.evaluation.heldout_scores import HeldoutResult, score_heldout
-    from epic_rag.evaluation.local_sets import LocalSet, find_local_sets, load_local_set
-    from epic_rag.evaluation.mteb_encoder import EpicMtebEncoder
-    from epic_rag.evaluation.mteb_tasks import make_task
+    from epic_rag.evaluation.heldout import HeldoutResult, HeldoutSplit, make_split, score_heldout
+    from epic_rag.evaluation.mteb import EpicMtebEncoder, make_task
     from epic_rag.evaluation.report import EvaluationReport
-    from epic_rag.evaluation.request import EvaluationRequest, ModelSpec
-    from epic_rag.evaluation.runner import run_evaluation
+    from epic_rag.evaluation.runner import EvaluationRequest, ModelSpec, run_evaluation
     from epic_rag.evaluation.training_cost import measure_training
 
 # Resolved on first use: mteb takes seconds to import and need not be installed.
 _HOMES = {
-    "AblationGrid": "ablation_grid",
-    "AblationReport": "ablation_report",
+    "AblationGrid": "ablation",
+    "AblationReport": "ablation",
     "EfficiencyReport": "efficiency",
     "EmbeddingStore": "embedding",
-    "EpicMtebEncoder": "mteb_encoder",
+    "EpicMtebEncoder": "mteb",
     "EvaluationReport": "report",
-    "EvaluationRequest": "request",
-    "HeldoutResult": "heldout_scores",
+    "EvaluationRequest": "runner",
+    "HeldoutResult": "heldout",
     "HeldoutSplit": "heldout",
-    "LocalSet": "local_sets",
-    "ModelSpec": "request",
+    "LocalSet": "datasets",
+    "ModelSpec": "runner",
     "QueryPrompt": "embedding",
-    "find_local_sets": "local_sets",
-    "load_grid": "ablation_grid",
-    "load_local_set": "local_sets",
+    "find_local_sets": "datasets",
+    "load_grid": "ablation",
+    "load_local_set": "datasets",
     "make_split": "heldout",
-    "make_task": "mteb_tasks",
+    "make_task": "mteb",
     "measure_queries": "efficiency",
     "measure_training": "training_cost",
     "run_ablation": "ablation",
     "run_evaluation": "runner",
-    "score_heldout": "heldout_scores",
+    "score_heldout": "heldout",
 }
 
 __all__ = [

@@ -68,10 +68,9 @@ def _say(line: str) -> None:
 
 
 def _evaluate(options: argparse.Namespace, command: tuple[str, ...]) -> str:
-    from epic_rag.evaluation.files import read_mapping
-    from epic_rag.evaluation.local_sets import KINDS
+    from epic_rag.evaluation.datasets import KINDS, read_mapping
     from epic_rag.evaluation.report import write_json
-    from epic_rag.evaluation.request import (
+    from epic_rag.evaluation.runner import (
         COLLECTIONS,
         INSTRUCTION_SOURCES,
         EvaluationRequest,
@@ -79,9 +78,9 @@ def _evaluate(options: argparse.Namespace, command: tuple[str, ...]) -> str:
         parse_choices,
         parse_ks,
         parse_models,
+        run_evaluation,
         split_names,
     )
-    from epic_rag.evaluation.runner import run_evaluation
 
     request = EvaluationRequest(
         models=parse_models(options.model),

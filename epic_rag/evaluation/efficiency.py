@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from epic_rag.batching import Replicas
 from epic_rag.demonstrations import DemonstrationBank
-from epic_rag.devices import Replicas
 from epic_rag.errors import ConfigError, PromptError
 from epic_rag.evaluation.measuring import (
     Spread,

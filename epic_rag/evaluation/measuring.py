@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from epic_rag._kernels import portable
+from epic_rag.cpu_kernels import portable
 
 if TYPE_CHECKING:
     from epic_rag.encoder import EpicEncoder

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from epic_rag.evaluation.ablation_report import AblationReport, Line
-    from epic_rag.evaluation.heldout_scores import Condition
+    from epic_rag.evaluation.ablation import AblationReport, Line
+    from epic_rag.evaluation.heldout import Condition
 
 __all__ = ["Curve", "plot_ablation", "plot_curves", "require_matplotlib"]
 
@@ -118,7 +118,7 @@ def plot_curves(
 
 
 def _quality_figure(report: AblationReport, lines: Sequence[Line], axis: str) -> Figure:
-    from epic_rag.evaluation.ablation_report import PARTS
+    from epic_rag.evaluation.ablation import PARTS
 
     parts = [part for part in PARTS if report.tasks(part)]
     figure, axes = _figure(len(parts), height=4.0)
@@ -148,7 +148,7 @@ def _quality_figure(report: AblationReport, lines: Sequence[Line], axis: str) ->
 
 
 def _difference_figure(report: AblationReport, lines: Sequence[Line]) -> Figure:
-    from epic_rag.evaluation.ablation_report import PARTS
+    from epic_rag.evaluation.ablation import PARTS
 
     parts = [part for part in PARTS if report.tasks(part)]
     k = report.grid.evaluation.table_k

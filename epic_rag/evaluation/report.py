@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from epic_rag.evaluation.heldout_scores import CONDITIONS, Comparison, HeldoutResult, HeldoutScore
+from epic_rag.evaluation.heldout import CONDITIONS, Comparison, HeldoutResult, HeldoutScore
 
 __all__ = [
     "EvaluationReport",

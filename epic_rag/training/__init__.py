@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from epic_rag.training._state import latest_checkpoint
-from epic_rag.training.config import TaskConfig, TrainingConfig
+from epic_rag.training.checkpointing import latest_checkpoint
+from epic_rag.training.config import TaskConfig, TrainingConfig, list_recipes, load_recipe
 from epic_rag.training.data import PairDataset, TrainingBatch, load_pairs
-from epic_rag.training.loss import info_nce
-from epic_rag.training.mining import MiningOptions, mine_negatives
-from epic_rag.training.mining_files import mine_file
-from epic_rag.training.recipe import list_recipes, load_recipe
+from epic_rag.training.losses import info_nce
+from epic_rag.training.mining import MiningOptions, mine_file, mine_negatives
 from epic_rag.training.trainer import Trainer
 
 __all__ = [

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,19 @@ from typing import Any
 from epic_rag.errors import DataError
 from epic_rag.training.config import TrainingConfig
 
-__all__ = ["Pair", "PairDataset", "TaskRows", "TrainingBatch", "load_datasets", "load_pairs"]
+__all__ = [
+    "SOURCES",
+    "Pair",
+    "PairDataset",
+    "Source",
+    "TaskRows",
+    "TrainingBatch",
+    "drawn_demonstrations",
+    "load_datasets",
+    "load_pairs",
+    "take_banks",
+]
+
 
 # A source with fewer rows would show the same demonstrations again and again.
 _SOURCE_ROWS = 32
@@ -255,3 +267,125 @@ def _is_text(value: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+# --- from sources
+# Where the training files of the shipped recipes come from, for the model card.
+
+
+@dataclass(frozen=True)
+class Source:
+    """A training file.
+
+    Attributes:
+        content: What a row is.
+        origin: Where the texts come from.
+        licence: Licence of the texts, as their publisher states it.
+    """
+
+    content: str
+    origin: str
+    licence: str
+
+
+_MANUALS = "217 documentation packages of Debian 12 main"
+_EACH_ITS_OWN = (
+    "each package's own: BSD, MIT, Apache, PSF, PostgreSQL, GPL, LGPL, MPL, CC BY-SA, GFDL without invariant sections"
+)
+_NEWSGROUPS = "20 Newsgroups, training part of the split by date"
+
+SOURCES = {
+    "acl_title_abstract": Source(
+        "paper title → abstract", "ACL Anthology", "CC BY 4.0 from 2016 on, CC BY-NC-SA 3.0 before"
+    ),
+    "climate_fever": Source("claim → evidence sentence, with hard negatives", "Climate-FEVER", "not stated"),
+    "coco_captions_val2017": Source("caption → caption of the same picture", "MS COCO val2017", "CC BY 4.0"),
+    "debian_descriptions": Source("short → long package description", "Debian 12 package metadata", "free"),
+    "docs_questions": Source("templated question → documentation section", _MANUALS, _EACH_ITS_OWN),
+    "docs_sections": Source("heading path → documentation section", _MANUALS, _EACH_ITS_OWN),
+    "foldoc": Source("computing term → definition", "Free On-line Dictionary of Computing", "GFDL"),
+    "imdb_sentiment": Source("review → sentiment", "Large Movie Review Dataset, training part", "research use"),
+    "medquad": Source("medical question → answer", "MedQuAD", "CC BY 4.0"),
+    "newsgroup_same_topic": Source("message → message of the topic", _NEWSGROUPS, "public"),
+    "newsgroup_topic": Source("message → name of its topic", _NEWSGROUPS, "public"),
+    "nl2bash": Source("description → shell command", "NL2Bash", "MIT"),
+    "python_docstring_code": Source(
+        "first docstring paragraph → Python function", "48 PyPI packages", "BSD, MIT, Apache-2.0"
+    ),
+    "scitldr": Source("one-sentence summary → abstract", "SciTLDR-A", "Apache-2.0"),
+    "snips_intent": Source("command → intent", "SNIPS", "CC0"),
+    "snips_same_intent": Source("command → command with the intent", "SNIPS", "CC0"),
+    "squad_sentence": Source(
+        "question → sentence with the answer, lower-cased", "SQuAD 1.1, nqg split", "CC BY-SA 4.0"
+    ),
+    "tldr_pages": Source("description → command", "tldr-pages", "CC BY 4.0"),
+    "wiki_title_passage": Source("article title → passage", "Wikipedia, sample of 2WikiMultiHop", "CC BY-SA"),
+    "wikitablequestions": Source("question → table as text", "WikiTableQuestions", "CC BY-SA 4.0"),
+    "wordnet_gloss": Source("words of a synset → gloss", "WordNet 3.0", "WordNet licence"),
+}
+
+
+# --- from bank
+# Demonstrations from a fixed pool: `demonstration_source: bank`.
+#
+# Each task's pool is a few of its rows, drawn once by the seed and taken out of the training pairs. A step encodes the
+# ones that it shows beside the batch and shows the same ones, in the same order, to all rows of the task: what a user
+# does with a bank. With `demonstration_source: batch` every row is shown other rows of the batch instead, at no cost.
+
+
+def take_banks(datasets: Sequence[PairDataset], config: TrainingConfig) -> dict[str, tuple[Pair, ...]]:
+    """Take each task's pool out of its training rows.
+
+    Rows that share a query, a positive or a group with one of the pool leave training too, because the pool would show
+    their answer. In label-like tasks they stay, as do demonstrations with the row's own label there.
+
+    Args:
+        datasets: Loaded tasks; their `rows` shrink.
+        config: Its seed decides which rows.
+
+    Returns:
+        Task -> its pool, `bank_size` rows.
+
+    Raises:
+        DataError: If fewer than two rows would be left to train on.
+    """
+    banks: dict[str, tuple[Pair, ...]] = {}
+    for dataset in datasets:
+        order = list(range(len(dataset.rows)))
+        random.Random(f"{config.seed}-bank-{dataset.name}").shuffle(order)
+        taken = set(order[: config.bank_size])
+        bank = tuple(dataset.rows[index] for index in order[: config.bank_size])
+        if not dataset.label_like:
+            known = {key for row in bank for key in _keys(row)}
+            taken |= {index for index, row in enumerate(dataset.rows) if not known.isdisjoint(_keys(row))}
+        left = [row for index, row in enumerate(dataset.rows) if index not in taken]
+        if len(left) < 2:
+            raise DataError(
+                f"{dataset.name} has {len(dataset.rows)} rows, of which a bank of {config.bank_size} leaves "
+                f"{len(left)} for training, and in-batch negatives need at least 2; lower bank_size, add rows, or set "
+                "demonstration_source to batch"
+            )
+        dataset.rows = left
+        banks[dataset.name] = bank
+    return banks
+
+
+def drawn_demonstrations(
+    banks: Mapping[str, Sequence[Pair]], batch: TrainingBatch, config: TrainingConfig, step: int
+) -> list[tuple[Pair, ...]]:
+    """What a step shows: for each task's part of the batch k ~ Uniform{0..K} rows of its pool.
+
+    A function of configuration and step alone, as the batch is.
+    """
+    rng = random.Random(f"{config.seed}-{step}-bank")
+    shown = []
+    for task in batch.tasks:
+        pool = banks[task.name]
+        k = min(rng.randint(0, config.max_demonstrations), len(pool)) if config.strategy != "none" else 0
+        shown.append(tuple(rng.sample(pool, k)))
+    return shown
+
+
+def _keys(row: Pair) -> list[tuple[str, str]]:
+    keys = [("query", row.query), ("positive", row.positive)]
+    return keys if row.group is None else [*keys, ("group", row.group)]

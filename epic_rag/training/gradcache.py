@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 import torch
 
 from epic_rag.prompt import EncoderInput
-from epic_rag.training._forward import Forward, SlotTable
 from epic_rag.training.distributed import World
+from epic_rag.training.inputs import Forward, SlotTable
 
 __all__ = ["cached_backward"]
 

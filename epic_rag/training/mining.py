@@ -11,21 +11,146 @@ are unlabelled answers, and a model trained against them learns to push answers 
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
+import os
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from epic_rag.encoder import EpicEncoder
-from epic_rag.errors import ConfigError, DataError
-from epic_rag.training._rankings import Scores, best, blocks, bm25_scorer, cosine_scorer
-from epic_rag.training.data import Pair
+from epic_rag.errors import ConfigError, DataError, MissingExtraError
+from epic_rag.evaluation.datasets import read_jsonl, read_mapping
+from epic_rag.training.data import Pair, load_pairs
 
-__all__ = ["METHODS", "SAMPLINGS", "MinedNegatives", "MiningOptions", "mine_negatives"]
+__all__ = [
+    "METHODS",
+    "SAMPLINGS",
+    "MinedNegatives",
+    "MiningOptions",
+    "MiningReport",
+    "Scores",
+    "best",
+    "blocks",
+    "bm25_scorer",
+    "cosine_scorer",
+    "mine_file",
+    "mine_negatives",
+]
+
+
+# --- from _rankings
+# Scores of documents for queries, a block of queries at a time: BM25 over words, cosines over vectors.
+#
+# A matrix of all queries and all documents of a large file would not fit memory; a block of it does.
+
+Scores = npt.NDArray[np.float32]
+Scorer = Callable[[range], Scores]
+
+# 64 MB of float32; two methods hold one such block each.
+_BLOCK_SCORES = 2**24
+# Every word, one letter long or more, in any script that separates words. No stop words and no stemming: both would be
+# one language's.
+_WORD = re.compile(r"\w+")
+
+
+def blocks(queries: int, documents: int) -> Iterator[range]:
+    """Ranges of queries, each with at most 16 million scores against all documents.
+
+    Args:
+        queries: Number of queries.
+        documents: Number of documents.
+    """
+    size = max(1, _BLOCK_SCORES // max(1, documents))
+    for start in range(0, queries, size):
+        yield range(start, min(start + size, queries))
+
+
+def best(scores: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
+    """Positions of the highest scores, best first; equal scores in their order, -inf never.
+
+    Args:
+        scores: (documents,) of one query.
+        count: How many at most.
+    """
+    found = np.flatnonzero(scores > -np.inf)
+    if len(found) > count:
+        values = scores[found]
+        # Everything that ties with the last place stays in, so that the order below decides and not the partition.
+        lowest = np.partition(values, len(values) - count)[len(values) - count]
+        found = found[values >= lowest]
+    order = np.lexsort((found, -scores[found]))[:count]
+    result: npt.NDArray[np.intp] = found[order]
+    return result
+
+
+def cosine_scorer(queries: Scores, documents: Scores) -> Scorer:
+    """Cosines of unit vectors.
+
+    Args:
+        queries: (n, dim).
+        documents: (m, dim).
+
+    Returns:
+        A function from a block of queries to its (block, m) scores.
+    """
+
+    def score(block: range) -> Scores:
+        result: Scores = queries[block.start : block.stop] @ documents.T
+        return result
+
+    return score
+
+
+def bm25_scorer(queries: Sequence[str], documents: Sequence[str]) -> Scorer:
+    """BM25 (k1 1.5, b 0.75, Lucene's idf) by bm25s.
+
+    Args:
+        queries: n texts.
+        documents: m texts.
+
+    Returns:
+        A function from a block of queries to its (block, m) scores; -inf for a document that shares no word.
+
+    Raises:
+        MissingExtraError: If bm25s is not installed.
+    """
+    try:
+        import bm25s  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingExtraError("bm25s", "train", "mining with BM25") from error
+
+    # Numbers instead of words: a list of strings for each document would take many times the texts' own memory.
+    vocabulary: dict[str, int] = {}
+    ids = [[vocabulary.setdefault(word, len(vocabulary)) for word in _words(text)] for text in documents]
+    index = bm25s.BM25()
+    if vocabulary:
+        index.index((ids, vocabulary), create_empty_token=False, show_progress=False)
+
+    def score(block: range) -> Scores:
+        out = np.full((len(block), len(documents)), -np.inf, dtype=np.float32)
+        for row, query in enumerate(block):
+            known = [vocabulary[word] for word in _words(queries[query]) if word in vocabulary]
+            if known:
+                scores = index.get_scores_from_ids(known)
+                out[row] = np.where(scores > 0, scores, -np.inf)
+        return out
+
+    return score
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
 
 METHODS = ("bm25", "dense", "both")
 SAMPLINGS = ("top", "random")
@@ -301,3 +426,143 @@ def _chosen(documents: npt.NDArray[np.intp], pair: Pair, row: int, options: Mini
 def _key(text: str) -> str:
     """A text without regard to case and spacing."""
     return " ".join(text.split()).casefold()
+
+
+# --- from mining_files
+# Hard negatives for a file of pairs: read, mine, write aside, rename.
+
+
+@dataclass(frozen=True)
+class MiningReport:
+    """What became of a file.
+
+    Attributes:
+        rows: Rows of the file.
+        documents: Different texts in the corpus.
+        mined: How many negatives were added.
+        short: Rows that have fewer negatives than asked for.
+        candidates: Documents that were looked at, over all rows.
+        dropped_share: Share of the candidates that were left out as likely false negatives, 0 to 1.
+    """
+
+    rows: int
+    documents: int
+    mined: int
+    short: int
+    candidates: int
+    dropped_share: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def mine_file(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: MiningOptions | None = None,
+    *,
+    model: EpicEncoder | str | os.PathLike[str] | None = None,
+    corpus: str | os.PathLike[str] | None = None,
+    show_progress: bool = False,
+) -> MiningReport:
+    """Add hard negatives to a file of pairs.
+
+    Rows stay in order and keep everything that they have; only "negatives" grows. The result is written under another
+    name and renamed, so that `out` is never half a file; it may be `path` itself.
+
+    Args:
+        path: JSON lines as for training, gzipped or not.
+        out: The file to write; gzipped if its name ends in `.gz`.
+        options: How; None takes the defaults. Without an instruction, the one in `instructions.json` beside the file
+            counts, as in training.
+        model: An encoder, or what `EpicEncoder.from_pretrained` takes; loaded only where it is needed.
+        corpus: JSON lines of {"text": ...} with an optional "title", such as a BEIR corpus; None takes the positives
+            of all rows.
+        show_progress: Whether to draw progress bars.
+
+    Raises:
+        DataError: If a file is missing or malformed, or `out` cannot be written.
+        CheckpointError: If the model does not load.
+        MissingExtraError: If BM25 is asked for and bm25s is not installed.
+    """
+    source, target = Path(path).expanduser(), Path(out).expanduser()
+    options = options or MiningOptions()
+    # Everything that can be wrong with files is found before hours of work.
+    pairs, _ = load_pairs(source)
+    rows = [row.values for row in read_jsonl(source)]
+    documents = None if corpus is None else _read_corpus(Path(corpus).expanduser())
+    _check_target(target)
+    if options.instruction is None:
+        options = replace(options, instruction=_instruction_beside(source))
+    encoder = None
+    if options.needs_encoder:
+        encoder = model if isinstance(model, EpicEncoder) else EpicEncoder.from_pretrained(model)
+    found = mine_negatives(pairs, options, encoder=encoder, corpus=documents, show_progress=show_progress)
+    _write(
+        target,
+        (
+            {**row, "negatives": list(negatives)} if negatives else row
+            for row, negatives in zip(rows, found.negatives, strict=True)
+        ),
+    )
+    return MiningReport(
+        rows=len(pairs),
+        documents=found.documents,
+        mined=found.mined,
+        short=found.short,
+        candidates=found.candidates,
+        dropped_share=found.dropped_share,
+    )
+
+
+def _read_corpus(path: Path) -> Sequence[tuple[str, str]]:
+    """(title, text) of every document; documents without text are left out."""
+    documents = [(row.text("title", ""), row.text("text")) for row in read_jsonl(path)]
+    documents = [(title, text) for title, text in documents if text.strip()]
+    if not documents:
+        raise DataError(f'{path} has no documents; each line is {{"text": "..."}}, with a "title" if there is one')
+    return documents
+
+
+def _instruction_beside(path: Path) -> str | None:
+    file = path.parent / "instructions.json"
+    name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    return read_mapping(file).get(name) if file.is_file() else None
+
+
+def _check_target(path: Path) -> None:
+    if path.is_dir():
+        raise DataError(
+            f"{path} is a folder, and the result is a file; give --out a name such as {path / 'mined.jsonl'}"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"no folder can be made at {path.parent} ({error}); write the result elsewhere") from error
+    if not os.access(path.parent, os.W_OK):
+        raise DataError(f"{path} cannot be written, its folder is read-only; write the result elsewhere")
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            if path.suffix == ".gz":
+                # Neither a time nor a name in it: the same rows are the same bytes.
+                with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:
+                    _write_lines(packed, rows)
+            else:
+                _write_lines(file, rows)
+        os.replace(aside, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error}); make room, or write the result elsewhere") from error
+    finally:
+        # After the renaming there is none.
+        aside.unlink(missing_ok=True)
+
+
+def _write_lines(file: io.BufferedIOBase | gzip.GzipFile, rows: Iterable[Mapping[str, Any]]) -> None:
+    for row in rows:
+        # Half a surrogate pair, which a key that is not read may hold, has no UTF-8; written as its escape it is JSON.
+        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from epic_rag._kernels import multiplies_bfloat16
-from epic_rag._storage import parse_dtype
 from epic_rag.backbone import Backbone
+from epic_rag.checkpoints import parse_dtype
+from epic_rag.cpu_kernels import multiplies_bfloat16
 from epic_rag.training.config import TrainingConfig
 
 __all__ = ["DTYPES", "build_optimizer", "build_scaler", "settle_dtype", "use_tensor_cores", "warmup_and_decay"]

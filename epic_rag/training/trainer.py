@@ -22,10 +22,12 @@ Demonstration embeddings cost nothing: the batch has them already. Gradients flo
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -33,28 +35,21 @@ from typing import Any, cast
 import torch
 from tqdm.auto import tqdm
 
-from epic_rag.devices import parse_devices
+from epic_rag.backbone import Backbone, ProjectorKind
+from epic_rag.batching import parse_devices
 from epic_rag.encoder import EpicEncoder
-from epic_rag.errors import TrainingError
+from epic_rag.errors import ConfigError, MissingExtraError, TrainingError
 from epic_rag.prompt import PromptBuilder, PromptTemplate, Strategy
-from epic_rag.training import _state
-from epic_rag.training._board import Board, require_tensorboard
-from epic_rag.training._covariance import match_covariance
-from epic_rag.training._final import write_final
-from epic_rag.training._forward import Forward, SlotTable
-from epic_rag.training._head import fit_head, require_width
-from epic_rag.training._inputs import StepInputs, build_inputs, draw_negatives
-from epic_rag.training._model import checkpoint_activations, load_backbone
-from epic_rag.training._record import training_record
-from epic_rag.training.adapters import Adapter, require_peft
-from epic_rag.training.bank import drawn_demonstrations, take_banks
+from epic_rag.training import checkpointing as _state
+from epic_rag.training.checkpointing import training_record, write_final
 from epic_rag.training.config import TrainingConfig
-from epic_rag.training.data import TrainingBatch, load_datasets
+from epic_rag.training.data import TrainingBatch, drawn_demonstrations, load_datasets, take_banks
+from epic_rag.training.distillation import Teacher, fit_head, match_covariance, new_head, require_width
 from epic_rag.training.distributed import join
 from epic_rag.training.gradcache import cached_backward
-from epic_rag.training.heldout import evaluate_held_out
-from epic_rag.training.loss import require_negatives
-from epic_rag.training.objective import Objective, Terms
+from epic_rag.training.inputs import Forward, SlotTable, StepInputs, build_inputs, draw_negatives
+from epic_rag.training.lora import Adapter, require_peft
+from epic_rag.training.losses import Objective, Terms, require_negatives
 from epic_rag.training.optimizer import (
     DTYPES,
     build_optimizer,
@@ -64,9 +59,110 @@ from epic_rag.training.optimizer import (
     warmup_and_decay,
 )
 from epic_rag.training.sampling import sample_batch
-from epic_rag.training.teacher import Teacher
+from epic_rag.training.validation import evaluate_held_out
 
-__all__ = ["StepResult", "Trainer"]
+__all__ = ["Board", "StepResult", "Trainer", "checkpoint_activations", "load_backbone", "require_tensorboard"]
+
+
+# --- from _board
+# Metrics for TensorBoard.
+
+
+def require_tensorboard() -> None:
+    """Raise unless TensorBoard is installed.
+
+    Raises:
+        MissingExtraError: It is not.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise MissingExtraError("tensorboard", "train", "the setting tensorboard")
+
+
+class Board:
+    """Writes what `metrics.jsonl` has.
+
+    Args:
+        folder: For TensorBoard's files; made if it is missing.
+        step: The step that the run goes on from; what an earlier stretch wrote after it is not shown.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step)
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Add a line of `metrics.jsonl`: numbers of a step under `training/`, of an evaluation under `ndcg@10/`."""
+        step = int(entry["step"])
+        for task, scores in entry.get("evaluation", {}).items():
+            for k, value in scores.items():
+                self._scalar(f"ndcg@10/{task}/{k}", value, step)
+        for name, value in entry.items():
+            if name not in ("step", "evaluation"):
+                self._scalar(f"training/{name}", value, step)
+
+    def close(self) -> None:
+        """Write what is not on disk yet."""
+        self._writer.close()
+
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        self._writer.add_scalar(name, value, step)
+
+
+# --- from _model
+# The backbone of a run, ready to be trained.
+
+
+def load_backbone(config: TrainingConfig, device: str | None) -> EpicEncoder:
+    """Load `config.model`.
+
+    What is trained is float32; weights that LoRA freezes are in the dtype that is computed in.
+
+    Args:
+        config: The run.
+        device: This process's device; None for the best there is.
+
+    Raises:
+        CheckpointError: If it does not load.
+    """
+    encoder = EpicEncoder.from_pretrained(
+        config.model,
+        device=device,
+        dtype="float32" if config.lora_rank is None else config.dtype,
+        num_layers=config.num_layers,
+        gguf_file=config.gguf_file,
+        pooling=config.pooling,
+        projector=None if config.new_projector else config.projector,
+    )
+    if config.attention is not None:
+        cast("Any", encoder.backbone.transformer).set_attn_implementation(config.attention)
+    if config.output_dimension is not None:
+        new_head(encoder.backbone, config.output_dimension)
+        encoder.forget_fingerprint()
+    if config.new_projector:
+        encoder.backbone.renew_projector(cast("ProjectorKind", config.projector))
+        encoder.forget_fingerprint()
+    return encoder
+
+
+def checkpoint_activations(backbone: Backbone) -> None:
+    """Keep each layer's input alone for the backward pass, which computes the rest again.
+
+    Raises:
+        ConfigError: If the model's code cannot.
+    """
+    transformer = backbone.transformer
+    if not transformer.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"gradient_checkpointing is true and {type(transformer).__name__} does not support it; "
+            "set it to false, and grad_cache to true for less memory"
+        )
+    # The other implementation wants an input with gradients, which token embeddings behind frozen weights have not.
+    model: Any = transformer
+    # transformers 5 has given the method another name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from epic_rag_chroma.embedding_function import EpicEmbeddingFunction
     from epic_rag_chroma.indexer import ChromaIndexer
-    from epic_rag_chroma.server import ChromaServer
+    from epic_rag_chroma.store.server import ChromaServer
     from epic_rag_chroma.types import (
         DEFAULT_MODE,
         SEARCH_MODES,
@@ -44,7 +44,7 @@ __all__ = [
     "SkippedFile",
 ]
 
-_MODULES = {"ChromaIndexer": "indexer", "ChromaServer": "server", "EpicEmbeddingFunction": "embedding_function"}
+_MODULES = {"ChromaIndexer": "indexer", "ChromaServer": "store.server", "EpicEmbeddingFunction": "embedding_function"}
 
 
 def __getattr__(name: str) -> Any:

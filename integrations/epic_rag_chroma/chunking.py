@@ -8,16 +8,209 @@ nor ~~~ fences; a hit has to name lines that show its text. So sections and line
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
-from epic_rag_chroma.document import Break, Document, Repeat
-from epic_rag_chroma.pieces import WINDOW, CountTokens, pieces
-from epic_rag_chroma.sections import Section, sections_of
+from epic_rag_chroma.reading.document import Break, Document, Repeat, Scope
 
-__all__ = ["HEADING_SEPARATOR", "Chunk", "CountTokens", "chunk_document"]
+__all__ = ["HEADING_SEPARATOR", "WINDOW", "Chunk", "CountTokens", "Section", "chunk_document", "pieces", "sections_of"]
+
+
+# --- from pieces
+# Pieces of a line that is longer than a chunk: a paragraph in one line, minified code, encoded data.
+
+CountTokens = Callable[[Sequence[str]], list[int]]
+
+# Characters that are cut into sentences at a time.
+WINDOW = 4000
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])")
+_UNSPACED = re.compile(r"[^\s,.;\u3002\uff01\uff1f]{400,}")
+
+
+def pieces(line: str, budget: int, count: CountTokens) -> Iterator[tuple[int, int]]:
+    """Pieces of a line: (start, end) in characters, sentences if there are any.
+
+    Args:
+        line: A line without its end.
+        budget: The most tokens of a chunk; a piece has about a third, so that chunks are filled.
+        count: The encoder's own count.
+    """
+    size = max(1, budget // 3)
+    for start, end in _windows(line):
+        window = line[start:end]
+        if _UNSPACED.search(window):
+            # No words to cut at (encoded data, say); a split by characters would count each one by itself.
+            step = max(1, len(window) * size // max(1, count([window])[0]))
+            yield from ((start + at, min(start + at + step, end)) for at in range(0, len(window), step))
+        else:
+            yield from ((start + first, start + last) for first, last in _sentences(window, size, count))
+
+
+def _sentences(text: str, size: int, count: CountTokens) -> list[tuple[int, int]]:
+    from llama_index.core.node_parser import SentenceSplitter
+
+    splitter = SentenceSplitter(
+        chunk_size=size,
+        chunk_overlap=0,
+        tokenizer=lambda part: range(count([part])[0]),
+        # The default would load nltk, for seconds, to cut English better than this does.
+        chunking_tokenizer_fn=_split_sentences,
+    )
+    try:
+        parts = splitter.split_text(text)
+    except ValueError:  # a single character of more tokens than a piece may have
+        return [(0, len(text))]
+    spans = []
+    position = 0
+    for part in parts:
+        # With no overlap, nothing but stripped white space lies between one part and the next.
+        start = text.find(part, position)
+        if start < 0:
+            return [(0, len(text))]
+        spans.append((start, start + len(part)))
+        position = start + len(part)
+    return spans or [(0, len(text))]
+
+
+def _split_sentences(text: str) -> list[str]:
+    edges = [0, *(match.end() for match in _SENTENCE.finditer(text)), len(text)]
+    return [text[start:end] for start, end in pairwise(edges) if end > start]
+
+
+def _windows(line: str) -> Iterator[tuple[int, int]]:
+    """Parts of a line that are short enough to be split in reasonable time, cut at white space if there is any."""
+    start = 0
+    while len(line) - start > WINDOW:
+        end = line.rfind(" ", start + WINDOW // 2, start + WINDOW)
+        end = start + WINDOW if end < 0 else end + 1
+        yield start, end
+        start = end
+    yield start, len(line)
+
+
+# --- from sections
+# The sections of a document: by its headings, or by the functions and classes of source code.
+
+
+@dataclass(frozen=True)
+class Section:
+    """Lines that share their headings; no chunk reaches beyond them.
+
+    Args:
+        first: First line, from 0.
+        end: The line after the last.
+        path: Headings above the text, its own last.
+        body: First line after the headings it begins with.
+    """
+
+    first: int
+    end: int
+    path: tuple[str, ...]
+    body: int
+
+
+def sections_of(document: Document, fits: Callable[[Section], bool]) -> Iterator[Section]:
+    """The sections of a document, in order; each line with text is in exactly one.
+
+    Args:
+        document: What a reader made.
+        fits: Whether a section is one chunk; a class that is keeps its methods.
+    """
+    if document.scopes:
+        yield from _Scopes(document, fits).sections()
+    else:
+        yield from _by_heading(document)
+
+
+def _by_heading(document: Document) -> Iterator[Section]:
+    """One section for each heading with text below it; a bare heading joins the section that follows."""
+    headings = {heading.line: heading for heading in document.headings}
+    starts = {0, *headings}
+    if document.pages is not None:
+        pages = document.pages
+        starts |= {line for line in range(1, len(pages)) if pages[line] != pages[line - 1]}
+    edges = [*sorted(line for line in starts if line < len(document.lines)), len(document.lines)]
+    stack: list[tuple[int, str]] = []
+    pending: int | None = None
+    for first, end in pairwise(edges):
+        body = first
+        heading = headings.get(first)
+        if heading is not None:
+            while stack and stack[-1][0] >= heading.level:
+                stack.pop()
+            stack.append((heading.level, heading.title))
+            body = first + heading.height
+        if heading is not None and end < len(document.lines) and not any(map(str.strip, document.lines[body:end])):
+            pending = first if pending is None else pending
+            continue
+        yield Section(first if pending is None else pending, end, tuple(title for _, title in stack), body)
+        pending = None
+
+
+class _Scopes:
+    def __init__(self, document: Document, fits: Callable[[Section], bool]) -> None:
+        self._lines = document.lines
+        self._scopes = document.scopes
+        self._fits = fits
+
+    def sections(self) -> Iterator[Section]:
+        """Each scope that fits, and what lies between scopes. Without recursion, however deep they are."""
+        position = 0
+        open_scopes: list[tuple[int, str]] = []  # (end, title) of the scopes around the position
+        number = 0
+        while number < len(self._scopes):
+            scope = self._scopes[number]
+            position = yield from self._close(open_scopes, position, scope.first)
+            yield from self._between(position, scope.first, open_scopes)
+            path = (*(title for _, title in open_scopes), scope.title)
+            following = self._after(number)
+            whole = Section(scope.first, self._with_closers(scope, open_scopes, following), path, scope.body)
+            if not self._fits(whole):
+                whole = Section(scope.first, scope.end, path, scope.body)
+            if self._fits(whole) or following == number + 1:
+                yield whole
+                position, number = whole.end, following
+            else:
+                open_scopes.append((scope.end, scope.title))
+                inner = self._scopes[number + 1].first
+                yield Section(scope.first, inner, path, min(scope.body, inner))
+                position, number = inner, number + 1
+        position = yield from self._close(open_scopes, position, len(self._lines))
+        yield from self._between(position, len(self._lines), [])
+
+    def _after(self, number: int) -> int:
+        """The first scope that does not lie in a scope."""
+        end = self._scopes[number].end
+        number += 1
+        while number < len(self._scopes) and self._scopes[number].first < end:
+            number += 1
+        return number
+
+    def _with_closers(self, scope: Scope, around: Sequence[tuple[int, str]], following: int) -> int:
+        """The end of a scope with the closing brackets after it, which say nothing by themselves."""
+        limit = self._scopes[following].first if following < len(self._scopes) else len(self._lines)
+        if around and any(any(map(str.isalnum, line)) for line in self._lines[scope.end : min(limit, around[-1][0])]):
+            return scope.end
+        end = scope.end
+        while end < limit and not any(map(str.isalnum, self._lines[end])):
+            end += 1
+        return end
+
+    def _close(self, around: list[tuple[int, str]], position: int, until: int) -> Generator[Section, None, int]:
+        """Leave the scopes that end before a line; yields what is left in each, gives the new position."""
+        while around and around[-1][0] <= until:
+            yield from self._between(position, around[-1][0], around)
+            position = max(position, around[-1][0])
+            around.pop()
+        return position
+
+    def _between(self, first: int, end: int, around: Sequence[tuple[int, str]]) -> Iterator[Section]:
+        if any(line.strip() for line in self._lines[first:end]):
+            yield Section(first, end, tuple(title for _, title in around), first)
+
 
 HEADING_SEPARATOR = " > "
 # Lines that are counted by one call: a tokenizer keeps far more of a line than its number of tokens until it returns.

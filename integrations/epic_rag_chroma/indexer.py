@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epic_rag.errors import ChromaServerError, IndexNotFoundError, IndexStateError
-from epic_rag_chroma import roots
-from epic_rag_chroma.checks import check_model, check_place
-from epic_rag_chroma.folder import check_owner, delete_index, folder_size, remove_empty
-from epic_rag_chroma.kinds import kind_of
-from epic_rag_chroma.lock import write_lock
-from epic_rag_chroma.manifest import INDEX_FILE, IndexState, Manifest
-from epic_rag_chroma.running import chroma_lock, run_state
-from epic_rag_chroma.search import Searcher, Wanted
-from epic_rag_chroma.server import ChromaServer, asked_server
+from epic_rag_chroma.indexing.run import check_model, check_place
+from epic_rag_chroma.reading.file_types import kind_of
+from epic_rag_chroma.search.searcher import IndexView, Searcher, Wanted
+from epic_rag_chroma.store import paths as roots
+from epic_rag_chroma.store.collection import chroma_lock, run_state
+from epic_rag_chroma.store.layout import check_owner, delete_index, folder_size, remove_empty, write_lock
+from epic_rag_chroma.store.paths import INDEX_FILE
+from epic_rag_chroma.store.server import ChromaServer, asked_server
+from epic_rag_chroma.store.state import IndexState, Manifest
 from epic_rag_chroma.types import (
     Hit,
     IndexPlan,
@@ -29,7 +29,6 @@ from epic_rag_chroma.types import (
     SearchFilters,
     SearchMode,
 )
-from epic_rag_chroma.view import IndexView
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,9 +36,9 @@ if TYPE_CHECKING:
 
     from epic_rag import DemonstrationBank, EpicEncoder
     from epic_rag.task_vector import QueryStrategy
-    from epic_rag_chroma.indexing import Indexing
-    from epic_rag_chroma.query_vectors import Embedded, Encode
-    from epic_rag_chroma.reranking import Reranker
+    from epic_rag_chroma.indexing.run import Indexing
+    from epic_rag_chroma.search.reranking import Reranker
+    from epic_rag_chroma.search.searcher import Embedded, Encode
 
 __all__ = ["ChromaIndexer"]
 
@@ -148,7 +147,7 @@ class ChromaIndexer:
         return self._indexing().plan([roots.existing(path) for path in paths], settings)
 
     def _indexing(self) -> Indexing:
-        from epic_rag_chroma.indexing import Indexing  # a query needs none of what reads files
+        from epic_rag_chroma.indexing.run import Indexing  # a query needs none of what reads files
 
         return Indexing(self._index_dir, self._asked, self._load, self._encoder_lock)
 
@@ -201,7 +200,7 @@ class ChromaIndexer:
         state = self._state()
         encode = self._encoding(state, task, bank, instruction, num_demonstrations, strategy)
         if embedded is not None:
-            from epic_rag_chroma.query_vectors import instead_of
+            from epic_rag_chroma.search.searcher import instead_of
 
             encode = instead_of(encode, embedded, state.dimension)
         return self._searcher.search([text], wanted, encode)[0]
@@ -327,7 +326,7 @@ class ChromaIndexer:
         check_place(self._index_dir, state, self._asked)
         if state.chroma is None:
             return
-        from epic_rag_chroma.store import ChunkStore
+        from epic_rag_chroma.store.collection import ChunkStore
 
         try:
             ChunkStore.delete_all(state.chroma)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from epic_rag.errors import ConfigError
 
 if TYPE_CHECKING:
-    from epic_rag_chroma.conditions import Condition
+    from epic_rag_chroma.search.conditions import Condition
 
 __all__ = [
     "DEFAULT_MODE",
@@ -131,7 +131,7 @@ class SearchFilters:
         where: Conditions on metadata, as "lang=python", "kind!=pdf", "page>=3"; operators =, !=, <, <=, >, >=.
         paths: Patterns in .gitignore's syntax on the file's path; one of them must match.
         since: Files that were modified at that time or later; with a time zone.
-        condition: Comparisons joined by and, or and not (`epic_rag_chroma.conditions`), for what `where` cannot say.
+        condition: Comparisons joined by and, or and not (`epic_rag_chroma.search.conditions`), for what `where` cannot say.
     """
 
     where: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ import pytest
 
 import epic_rag_chroma
 from epic_rag_cli.main import run
-from tests.cli.fake_indexer import FakeIndexer
+from tests.helpers.fake_indexer import FakeIndexer
 
 FILES = {
     "install.md": "# Guide\n\n## Install\n\nRun the installer, then read the manual.\n\n## Remove\n\nDelete the folder.\n",

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from epic_rag import DemonstrationBank, EpicEncoder, list_checkpoints
-from epic_rag._storage import parse_dtype
-from epic_rag.checkpoints import DEFAULT_CHECKPOINT
+from epic_rag.checkpoints import DEFAULT_CHECKPOINT, parse_dtype
 from epic_rag.demonstrations import built_in_banks
 
 SUMMARY = re.compile(

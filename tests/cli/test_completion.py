@@ -13,7 +13,7 @@ from epic_rag.demonstrations import built_in_banks
 from epic_rag.task_vector import QUERY_STRATEGIES
 from epic_rag.tasks import list_tasks
 from epic_rag_chroma.types import SEARCH_MODES
-from epic_rag_cli.completion import (
+from epic_rag_cli.options import (
     complete_banks,
     complete_models,
     complete_modes,

@@ -11,8 +11,8 @@ import pytest
 
 from epic_rag.errors import DataError, EpicError
 from epic_rag_chroma import Hit
-from epic_rag_cli import editor
-from epic_rag_cli.editor import editor_command, open_hit
+from epic_rag_cli.commands import query as editor
+from epic_rag_cli.commands.query import editor_command, open_hit
 
 
 def hit(path: str, root: Path, **changes: Any) -> Hit:

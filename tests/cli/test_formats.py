@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.sample_files import SAMPLES, make_book, make_odt
+from tests.helpers.sample_files import SAMPLES, make_book, make_odt
 
 # Stands before the real one on the path of the process that parses.
 ENDLESS_PARSER = """

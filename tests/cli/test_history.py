@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from epic_rag_cli.history import History, history_file
-from epic_rag_cli.optional import _filled
+from epic_rag_cli.commands.query import History, history_file
+from epic_rag_cli.terminal import _filled
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from epic_rag_chroma.types import SkippedFile
-from epic_rag_cli import reports
-from epic_rag_cli.verbosity import Verbosity, ask, reset
+from epic_rag_cli import results as reports
+from epic_rag_cli.terminal import Verbosity, ask, reset
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
@@ -146,7 +146,7 @@ def test_links_are_followed_when_asked_and_the_index_remembers(
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from epic_rag_chroma.lock import write_lock
+    from epic_rag_chroma.store.layout import write_lock
     with write_lock(Path(sys.argv[1])):
         print("held", flush=True)
         sys.stdin.readline()

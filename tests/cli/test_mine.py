@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from epic_rag.training import mining_files
-from epic_rag.training.mining import MiningOptions
-from epic_rag.training.mining_files import mine_file
+from epic_rag.training import mining as mining_files
+from epic_rag.training.mining import MiningOptions, mine_file
 
 ROWS = [
     {"query": "red cat", "positive": "a red cat", "group": 7, "source": "zoo", "id": "x\u2028y"},

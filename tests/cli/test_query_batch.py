@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from epic_rag_chroma import Hit
-from tests.cli.fake_indexer import FakeIndexer, hit
+from tests.helpers.fake_indexer import FakeIndexer, hit
 
 
 def batch_file(text: str | bytes) -> Path:

@@ -17,9 +17,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from epic_rag_chroma import Hit, SearchFilters
-from epic_rag_cli.hits import hit_lines, passage_lines
-from epic_rag_cli.output import columns, emit, message
-from tests.cli.fake_indexer import FakeIndexer, hit
+from epic_rag_cli.results import hit_lines, passage_lines
+from epic_rag_cli.terminal import columns, emit, message
+from tests.helpers.fake_indexer import FakeIndexer, hit
 
 
 @pytest.mark.parametrize(

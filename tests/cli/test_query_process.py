@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.terminals import MODULE, Terminal, plain
-from tests.model_files import save_cross_encoder
+from tests.helpers.model_files import save_cross_encoder
+from tests.helpers.terminals import MODULE, Terminal, plain
 
 INDEX = ("--index-dir", "docs/.epic-rag")
 QUERY = ("query", "cats sleep", *INDEX)

@@ -14,7 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from epic_rag_cli.schema import load_schema, schema_names, schema_tables
-from tests.cli.terminals import MODULE
+from tests.helpers.terminals import MODULE
 
 INDEX = ("--index-dir", "docs/.epic-rag")
 

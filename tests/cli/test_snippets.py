@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from epic_rag_chroma.keywords import KeywordIndex
-from epic_rag_cli import highlight
-from epic_rag_cli.highlight import QueryWords
-from epic_rag_cli.snippets import snippet
-from epic_rag_cli.text import printable
+from epic_rag_chroma.store.database import KeywordIndex
+from epic_rag_cli import results as highlight
+from epic_rag_cli.results import QueryWords, snippet
+from epic_rag_cli.terminal import printable
 
 
 def marked(text: str, query: str, width: int = 1000) -> list[str]:

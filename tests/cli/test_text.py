@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from epic_rag_cli.text import json_text, plural, printable, size
+from epic_rag_cli.terminal import json_text, plural, printable, size
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from epic_rag_chroma import kinds
-from epic_rag_chroma.formats.grammars import LANGUAGES
+from epic_rag_chroma.reading import file_types as kinds
+from epic_rag_chroma.reading.code import LANGUAGES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 

@@ -20,10 +20,10 @@ import pytest
 from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.chunking import chunk_document
-from epic_rag_chroma.document import Document, split_lines
-from epic_rag_chroma.isolation import IsolatedReader
-from epic_rag_chroma.readers import BrokenFileError, NotTextError, decode
-from tests.sample_files import SAMPLES, zipped
+from epic_rag_chroma.reading.document import Document, split_lines
+from epic_rag_chroma.reading.reader import BrokenFileError, NotTextError, decode
+from epic_rag_chroma.reading.worker import IsolatedReader
+from tests.helpers.sample_files import SAMPLES, zipped
 
 SOAK = os.environ.get("EPIC_RAG_SOAK") == "1"
 # Files of each format, and files in the folder that is indexed.

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from epic_rag import EpicEncoder
 from epic_rag_chroma.chunking import chunk_document
-from epic_rag_chroma.isolation import IsolatedReader
-from epic_rag_chroma.readers import read_document
+from epic_rag_chroma.reading.reader import read_document
+from epic_rag_chroma.reading.worker import IsolatedReader
 
 EXAMPLES = 1000 if os.environ.get("EPIC_RAG_SOAK") == "1" else 25
 

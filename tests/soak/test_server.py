@@ -24,10 +24,11 @@ import pytest
 
 from epic_rag import EpicEncoder
 from epic_rag.errors import ChromaServerError
-from epic_rag_chroma import ChromaIndexer, sync
-from epic_rag_chroma.manifest import IndexState
-from epic_rag_chroma.store import ChunkStore
-from tests.servers import ChromaProcess, plain_client
+from epic_rag_chroma import ChromaIndexer
+from epic_rag_chroma.indexing import sync
+from epic_rag_chroma.store.collection import ChunkStore
+from epic_rag_chroma.store.state import IndexState
+from tests.helpers.servers import ChromaProcess, plain_client
 
 SOAK = os.environ.get("EPIC_RAG_SOAK") == "1"
 SERVER_KILLS = 60 if SOAK else 3

@@ -29,7 +29,7 @@ PEAK = """
 SCAN = """
     import json, sys, time
     from pathlib import Path
-    from epic_rag_chroma.files import scan
+    from epic_rag_chroma.walk.files import scan
     from epic_rag_chroma.types import IndexSettings
     before = peak()
     started = time.perf_counter()

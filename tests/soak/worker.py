@@ -63,7 +63,8 @@ class HashEncoder:
 
 def prepare() -> None:
     """Small batches, so that a run of a few hundred chunks has as many steps as a large one."""
-    from epic_rag_chroma import store, sync
+    from epic_rag_chroma.indexing import sync
+    from epic_rag_chroma.store import collection as store
 
     store._HNSW.update(batch_size=10, sync_threshold=20)  # how often Chroma writes its graph
 
@@ -171,7 +172,12 @@ def _say(line: str) -> None:
 def serve() -> None:
     """Fork for each line of the input."""
     # Everything is imported before the forks; no client, hence no thread, is made.
-    for name in ("chromadb.api.rust", "epic_rag_chroma.indexing", "epic_rag_chroma.search", "epic_rag_chroma.store"):
+    for name in (
+        "chromadb.api.rust",
+        "epic_rag_chroma.indexing.run",
+        "epic_rag_chroma.search.searcher",
+        "epic_rag_chroma.store.collection",
+    ):
         importlib.import_module(name)
     prepare()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from epic_rag.errors import BankError
+from epic_rag_cli.config import add_command, help_when_alone, new_app
 from epic_rag_cli.options import Json
-from epic_rag_cli.output import columns, emit, emit_json, message, terminal_width
-from epic_rag_cli.registry import add_command, help_when_alone, new_app
-from epic_rag_cli.text import plural, printable
+from epic_rag_cli.terminal import columns, emit, emit_json, message, plural, printable, terminal_width
 
 if TYPE_CHECKING:
     from rich.text import Text

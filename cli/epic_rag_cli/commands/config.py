@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from epic_rag_cli.config import READERS, Config, load
-from epic_rag_cli.locate import display_path
+from epic_rag_cli.config import READERS, CommandOption, Config, command_options, load
 from epic_rag_cli.options import Json
-from epic_rag_cli.output import columns, emit, emit_json, message
-from epic_rag_cli.registry import CommandOption, command_options
+from epic_rag_cli.results import display_path
+from epic_rag_cli.terminal import columns, emit, emit_json, message
 
 __all__ = ["config"]
 

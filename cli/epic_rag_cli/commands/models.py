@@ -9,10 +9,9 @@ from typing import Annotated
 import typer
 
 from epic_rag.errors import CheckpointError
+from epic_rag_cli.config import add_command, new_app
 from epic_rag_cli.options import Json
-from epic_rag_cli.output import columns, emit, emit_json, message
-from epic_rag_cli.registry import add_command, new_app
-from epic_rag_cli.text import printable, size
+from epic_rag_cli.terminal import columns, emit, emit_json, message, printable, size
 
 __all__ = ["app"]
 

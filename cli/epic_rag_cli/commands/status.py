@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Annotated
 
-from epic_rag_cli.locate import find_index
+import typer
+
+from epic_rag.errors import EpicError
 from epic_rag_cli.options import Chroma, IndexDir, Json
-from epic_rag_cli.output import columns, emit, emit_json
-from epic_rag_cli.text import plural, size
+from epic_rag_cli.results import display_path, find_index
+from epic_rag_cli.terminal import columns, emit, emit_json, message, plural, printable, size
 
 if TYPE_CHECKING:
     from epic_rag_chroma import IndexStatus
 
-__all__ = ["status"]
+__all__ = ["clear", "status"]
+
 
 _STATES = {
     "running": "a run of `epic-rag index` goes on; what it has stored can be found already",
@@ -69,3 +73,35 @@ def _last_run(counts: dict[str, float]) -> str:
     parts = [f"{int(counts[word]):,} {word}" for word in words if counts.get(word)]
     embedded = plural(int(counts.get("chunks_embedded", 0)), "passage")
     return f"{', '.join(parts) or 'nothing to do'}; {embedded} embedded in {counts.get('seconds', 0.0):.1f} s"
+
+
+# --- from clear
+# `epic-rag clear`: delete an index.
+
+
+def clear(
+    index_dir: IndexDir = None,
+    chroma: Chroma = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete an index. The documents themselves are not touched.
+
+    Examples:
+        epic-rag clear --yes
+        epic-rag clear --index-dir docs/.epic-rag --yes
+    """
+    folder = find_index(index_dir)
+    from epic_rag_chroma import ChromaIndexer
+
+    indexer = ChromaIndexer(folder, chroma=chroma)
+    shown = printable(display_path(folder))
+    if not yes:
+        state = indexer.status()
+        if not sys.stdin.isatty():
+            raise EpicError(
+                f"{shown} holds {state.chunks:,} passages of {state.files:,} files, and here is nobody to ask; "
+                "run `epic-rag clear --yes` to delete it"
+            )
+        typer.confirm(f"Delete {shown} ({state.chunks:,} passages of {state.files:,} files)?", abort=True, err=True)
+    indexer.clear()
+    message("note", f"deleted {shown}")

@@ -4,6 +4,6 @@
 folder above this one may hold an `__init__.py`.
 """
 
-from llama_index.embeddings.epic.base import EpicEmbedding
+from llama_index.embeddings.epic.embedding import EpicEmbedding
 
 __all__ = ["EpicEmbedding"]

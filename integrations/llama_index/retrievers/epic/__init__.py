@@ -4,7 +4,6 @@
 folder above this one may hold an `__init__.py`.
 """
 
-from llama_index.retrievers.epic._filters import to_search_filters
-from llama_index.retrievers.epic.base import EpicRetriever
+from llama_index.retrievers.epic.retriever import EpicRetriever, to_search_filters
 
 __all__ = ["EpicRetriever", "to_search_filters"]

@@ -1,0 +1,560 @@
+"""Evaluation sets that lie in local folders: what kind one is, and its contents.
+
+A folder is recognised by its files:
+
+    retrieval       corpus.jsonl[.gz], queries.jsonl[.gz], qrels/test.tsv     (the BEIR layout)
+    sts             test.tsv with sentence1, sentence2, score
+    classification  train.jsonl[.gz], test.jsonl[.gz] with text, label
+    clustering      clustering.jsonl[.gz] with text, label
+    reranking       reranking.jsonl[.gz] with query, positive (list), negative (list)
+
+Nothing here needs mteb; `epic_rag.evaluation.mteb` turns the contents into mteb tasks.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TextIO, cast, get_args
+
+from epic_rag.errors import DataError
+from epic_rag.tasks import get_task
+
+__all__ = [
+    "CATALOGUE",
+    "KINDS",
+    "SYMMETRIC_PAIRS",
+    "TRAIN_LABELS",
+    "TRAIN_PAIRS",
+    "ClassificationData",
+    "ClusteringData",
+    "Document",
+    "JsonRow",
+    "Kind",
+    "LocalSet",
+    "RerankingData",
+    "RetrievalData",
+    "SetData",
+    "SetEntry",
+    "StsData",
+    "content_revision",
+    "entry_for",
+    "find_local_sets",
+    "load_local_set",
+    "read_jsonl",
+    "read_mapping",
+    "read_tsv",
+    "set_kind",
+]
+
+
+# --- from files
+# Reading the plain files that evaluation data comes in: JSON lines, gzipped or not, and tab-separated text.
+#
+# Every complaint names the file and the line, because such files are written by other people's scripts.
+
+
+def normalised(text: str) -> str:
+    """A text without regard to case and spacing, for asking whether two texts are the same one."""
+    return " ".join(text.split()).casefold()
+
+
+class JsonRow:
+    """One line of a JSON lines file that knows where it came from.
+
+    Args:
+        values: The decoded JSON object.
+        path: The file it was read from.
+        line: Its 1-based line number.
+    """
+
+    def __init__(self, values: dict[str, object], path: Path, line: int) -> None:
+        self.values = values
+        self.path = path
+        self.line = line
+
+    def error(self, problem: str) -> DataError:
+        """Return a `DataError` that says where the problem is."""
+        return DataError(f"{self.path}, line {self.line}: {problem}")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """Return a string field.
+
+        Raises:
+            DataError: The field is missing (and no default is given) or is no string.
+        """
+        value = self.values.get(key, default)
+        if not isinstance(value, str):
+            raise self.error(f'"{key}" must be a string, found {value!r}; correct this line')
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """Return a field that holds a list of strings.
+
+        Raises:
+            DataError: The field is missing or is no list of strings.
+        """
+        value = self.values.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(f'"{key}" must be a list of strings, found {value!r}; correct this line')
+        return tuple(cast("list[str]", value))
+
+    def label(self, key: str) -> str | int:
+        """Return a class label: a string or an integer.
+
+        Raises:
+            DataError: The field is missing or something else.
+        """
+        value = self.values.get(key)
+        if not isinstance(value, (str, int)) or isinstance(value, bool):
+            raise self.error(f'"{key}" must be a string or an integer, found {value!r}; correct this line')
+        return value
+
+
+def _open_text(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
+    return path.open("r", encoding="utf-8-sig", newline="\n")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (1-based number, line without its end); turn every reading problem into a `DataError`."""
+    number = 0
+    try:
+        with _open_text(path) as stream:
+            for number, line in enumerate(stream, start=1):
+                yield number, line.rstrip("\r\n")
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}; check the path with `ls {path.parent}`") from None
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read after line {number} ({error}); write the file again") from error
+
+
+def read_jsonl(path: Path) -> Iterator[JsonRow]:
+    """Yield the objects of a JSON lines file; blank lines are skipped.
+
+    Args:
+        path: A `.jsonl` file, or `.jsonl.gz`.
+
+    Raises:
+        DataError: The file is missing, is broken, or a line is no JSON object.
+    """
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: no valid JSON ({error}); correct this line") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{path}, line {number}: expected a JSON object, found {type(values).__name__}")
+        yield JsonRow(values, path, number)
+
+
+def read_tsv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Yield (1-based line number, the wanted columns) of a tab-separated file with a header line.
+
+    Quotes mean nothing in it, as in the STS and BEIR files.
+
+    Args:
+        path: The file.
+        columns: Names in the header, in the order in which they are wanted.
+
+    Raises:
+        DataError: The file is missing, lacks one of the columns, or a line is too short.
+    """
+    positions: list[int] = []
+    for number, line in _lines(path):
+        cells = line.split("\t")
+        if not positions:
+            missing = [name for name in columns if name not in cells]
+            if missing:
+                raise DataError(f"{path}, line 1: the header {cells} lacks {missing}; add these columns")
+            positions = [cells.index(name) for name in columns]
+        elif line.strip():
+            if len(cells) <= max(positions):
+                raise DataError(f"{path}, line {number}: {len(cells)} columns, needs {max(positions) + 1}")
+            yield number, tuple(cells[position] for position in positions)
+
+
+def read_mapping(path: Path) -> dict[str, str]:
+    """Read a JSON file that maps names to strings, such as `instructions.json`.
+
+    Raises:
+        DataError: The file is missing or holds something else.
+    """
+    text = "\n".join(line for _, line in _lines(path))
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: no valid JSON ({error}); correct the file") from error
+    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+        raise DataError(f"{path}: expected one JSON object that maps names to strings; correct the file")
+    return cast("dict[str, str]", values)
+
+
+def content_revision(paths: Sequence[Path]) -> str:
+    """Return a short hash over the bytes of some files, so that a result says which data it belongs to."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error}); check the path") from error
+    return digest.hexdigest()[:16]
+
+
+# --- from catalogue
+# What is known of data sets by name: their queries' instruction, and where demonstrations come from.
+#
+# Evaluation sets bring test queries and nothing else, and a demonstration may never be a test query. So each
+# set names one of the built-in banks (made of other data), or, where it has a training split, that split.
+# Everything here can be overridden on the command line (`--instructions FILE.json`, `--bank SET=SOURCE`).
+
+TRAIN_PAIRS = "train"
+"""Demonstrations from a classification set's training split: two texts with the same label."""
+TRAIN_LABELS = "train-labels"
+"""Demonstrations from a classification set's training split: a text and the name of its label."""
+
+SYMMETRIC_PAIRS = frozenset({"coco_captions_val2017", "newsgroup_same_topic", "snips_same_intent"})
+"""Files of training pairs whose two sides are of one kind, both encoded as queries."""
+
+
+@dataclass(frozen=True)
+class SetEntry:
+    """How one evaluation set is asked.
+
+    Args:
+        instruction: The task in words.
+        demonstrations: A built-in bank's name, the path of a bank folder or of a JSONL file, `TRAIN_PAIRS`,
+            `TRAIN_LABELS`, or None when there are none to be had.
+    """
+
+    instruction: str
+    demonstrations: str | None
+
+
+def _of_task(name: str) -> SetEntry:
+    """A known task's own instruction and bank."""
+    task = get_task(name)
+    return SetEntry(task.instruction, task.bank)
+
+
+CATALOGUE: dict[str, SetEntry] = {
+    # retrieval
+    "manuals_git_apache": _of_task("docs"),
+    "Cranfield": _of_task("papers"),
+    "acl_title_abstract": SetEntry("Given the title of a paper, retrieve its abstract", "papers"),
+    "nq_open_gold": _of_task("qa"),
+    "wikitablequestions": SetEntry("Given a question, retrieve the table that answers it", "qa"),
+    "LIMITSmall": _of_task("qa"),
+    # reranking
+    "TrecQA": SetEntry("Given a question, retrieve the sentence that answers it", "qa"),
+    # semantic similarity
+    "STSBenchmark": _of_task("sts"),
+    "STS12": _of_task("sts"),
+    "STS13": _of_task("sts"),
+    "STS15": _of_task("sts"),
+    "SICK-R": _of_task("sts"),
+    # classification
+    "Banking77": _of_task("intent"),
+    "CLINC150": _of_task("intent"),
+    "AmazonCounterfactual": SetEntry(
+        "Given a sentence of a product review, identify whether it says what would have been but was not",
+        TRAIN_PAIRS,
+    ),
+    # clustering
+    "StackOverflowTitles_clustering": SetEntry("Given a message, retrieve a message on the same topic", "intent"),
+}
+
+_BY_KIND: dict[Kind, SetEntry] = {
+    "retrieval": SetEntry(get_task("qa").instruction, None),
+    "reranking": SetEntry(get_task("qa").instruction, None),
+    "sts": _of_task("sts"),
+    "classification": SetEntry("Given a text, identify its category", TRAIN_PAIRS),
+    "clustering": SetEntry("Given a message, retrieve a message on the same topic", None),
+}
+
+
+def entry_for(name: str, kind: Kind) -> SetEntry:
+    """Return a set's entry, or what its kind gets when its name is not known."""
+    return CATALOGUE.get(name, _BY_KIND[kind])
+
+
+Kind = Literal["retrieval", "reranking", "sts", "classification", "clustering"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""All kinds, in the order in which reports list them."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document of a retrieval corpus; encoded as title, a space, text."""
+
+    id: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class RetrievalData:
+    """A corpus, queries by id, and for each judged query its documents' relevance grades."""
+
+    corpus: tuple[Document, ...]
+    queries: Mapping[str, str]
+    relevant: Mapping[str, Mapping[str, int]]
+
+    @property
+    def test_texts(self) -> frozenset[str]:
+        """The texts that no demonstration may come from."""
+        return frozenset(self.queries.values())
+
+
+@dataclass(frozen=True)
+class StsData:
+    """Sentence pairs with a similarity score."""
+
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def test_texts(self) -> frozenset[str]:
+        """The texts that no demonstration may come from."""
+        return frozenset(self.first) | frozenset(self.second)
+
+
+@dataclass(frozen=True)
+class ClassificationData:
+    """Labelled texts of a training and a test split; labels are numbered, `label_names` has their names."""
+
+    train: tuple[tuple[str, int], ...]
+    test: tuple[tuple[str, int], ...]
+    label_names: tuple[str, ...]
+
+    @property
+    def test_texts(self) -> frozenset[str]:
+        """The texts that no demonstration may come from."""
+        return frozenset(text for text, _ in self.test)
+
+
+@dataclass(frozen=True)
+class ClusteringData:
+    """Texts with the number of their true cluster."""
+
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def test_texts(self) -> frozenset[str]:
+        """The texts that no demonstration may come from."""
+        return frozenset(self.texts)
+
+
+@dataclass(frozen=True)
+class RerankingData:
+    """For each query its candidates: first the relevant ones, then the others."""
+
+    queries: tuple[str, ...]
+    positives: tuple[tuple[str, ...], ...]
+    negatives: tuple[tuple[str, ...], ...]
+
+    @property
+    def test_texts(self) -> frozenset[str]:
+        """The texts that no demonstration may come from."""
+        return frozenset(self.queries)
+
+
+SetData = RetrievalData | StsData | ClassificationData | ClusteringData | RerankingData
+
+
+@dataclass(frozen=True)
+class LocalSet:
+    """An evaluation set with its contents.
+
+    Args:
+        name: The folder's name.
+        kind: What is measured.
+        folder: Where it lies.
+        revision: A hash of its files.
+        data: The contents.
+    """
+
+    name: str
+    kind: Kind
+    folder: Path
+    revision: str
+    data: SetData
+
+
+def _either(folder: Path, stem: str) -> Path | None:
+    """Return `stem.jsonl.gz` or `stem.jsonl` of a folder, whichever is there."""
+    for name in (f"{stem}.jsonl.gz", f"{stem}.jsonl"):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def _detect(folder: Path) -> tuple[Kind, tuple[Path, ...]] | None:
+    """Return a folder's kind and the files that make it up, or None."""
+    corpus, queries = _either(folder, "corpus"), _either(folder, "queries")
+    qrels = folder / "qrels" / "test.tsv"
+    if corpus and queries and qrels.is_file():
+        return "retrieval", (corpus, queries, qrels)
+    train, test = _either(folder, "train"), _either(folder, "test")
+    if train and test:
+        return "classification", (train, test)
+    clustering = _either(folder, "clustering")
+    if clustering:
+        return "clustering", (clustering,)
+    reranking = _either(folder, "reranking")
+    if reranking:
+        return "reranking", (reranking,)
+    if (folder / "test.tsv").is_file():
+        return "sts", (folder / "test.tsv",)
+    return None
+
+
+def set_kind(folder: Path) -> Kind | None:
+    """Return what an evaluation set measures, or None for a folder that is none; reads no file."""
+    found = _detect(folder)
+    return found[0] if found else None
+
+
+def find_local_sets(folder: Path) -> list[str]:
+    """Return the names of the evaluation sets in a folder, by kind in the order of `KINDS`, then by name.
+
+    Raises:
+        DataError: The folder does not exist, or is an evaluation set itself.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder} with evaluation sets; check --data")
+    if _detect(folder):
+        home = folder.resolve()
+        raise DataError(
+            f"{folder} is an evaluation set, and not the folder that holds them; "
+            f"write --data {home.parent} --tasks {home.name}"
+        )
+    kinds = {entry.name: set_kind(entry) for entry in folder.iterdir() if entry.is_dir()}
+    found = [(KINDS.index(kind), name) for name, kind in kinds.items() if kind is not None]
+    return [name for _, name in sorted(found)]
+
+
+def load_local_set(folder: Path) -> LocalSet:
+    """Read an evaluation set.
+
+    Args:
+        folder: A folder in one of the layouts of this module's docstring.
+
+    Raises:
+        DataError: The folder has none of the layouts, or a file in it is malformed.
+    """
+    found = _detect(folder)
+    if found is None:
+        raise DataError(
+            f"{folder} is no evaluation set: it has neither corpus, queries and qrels/test.tsv, nor test.tsv "
+            f"nor train and test, clustering or reranking .jsonl[.gz]; look into it with `ls {folder}`"
+        )
+    kind, paths = found
+    data: SetData
+    if kind == "retrieval":
+        data = _load_retrieval(*paths)
+    elif kind == "sts":
+        data = _load_sts(*paths)
+    elif kind == "classification":
+        data = _load_classification(*paths)
+    elif kind == "clustering":
+        data = _load_clustering(*paths)
+    else:
+        data = _load_reranking(*paths)
+    return LocalSet(name=folder.resolve().name, kind=kind, folder=folder, revision=content_revision(paths), data=data)
+
+
+def _load_retrieval(corpus_path: Path, queries_path: Path, qrels_path: Path) -> RetrievalData:
+    corpus: dict[str, Document] = {}
+    for row in read_jsonl(corpus_path):
+        document = Document(row.text("_id"), row.text("title", ""), row.text("text"))
+        if document.id in corpus:
+            raise row.error(f'the document id "{document.id}" was used before; ids must differ')
+        corpus[document.id] = document
+    texts = {row.text("_id"): row.text("text") for row in read_jsonl(queries_path)}
+    relevant: dict[str, dict[str, int]] = {}
+    for number, (query, document_id, grade) in read_tsv(qrels_path, ("query-id", "corpus-id", "score")):
+        if query not in texts or document_id not in corpus:
+            raise DataError(f'{qrels_path}, line {number}: no such query or document: "{query}", "{document_id}"')
+        try:
+            relevant.setdefault(query, {})[document_id] = int(grade)
+        except ValueError:
+            raise DataError(f'{qrels_path}, line {number}: the score "{grade}" is no whole number') from None
+    if not relevant:
+        raise DataError(f"{qrels_path} judges no query; a retrieval set needs at least one line below the header")
+    # Queries without a judgement have no score; leaving them out here saves encoding them.
+    return RetrievalData(
+        tuple(corpus.values()), {query: texts[query] for query in texts if query in relevant}, relevant
+    )
+
+
+def _load_sts(path: Path) -> StsData:
+    first: list[str] = []
+    second: list[str] = []
+    scores: list[float] = []
+    for number, (sentence1, sentence2, cell) in read_tsv(path, ("sentence1", "sentence2", "score")):
+        try:
+            score = float(cell)
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise DataError(f'{path}, line {number}: the score "{cell}" is no number; correct this line')
+        first.append(sentence1)
+        second.append(sentence2)
+        scores.append(score)
+    if len(scores) < 2:
+        raise DataError(f"{path} has {len(scores)} pairs, a rank correlation needs at least 2; check the file")
+    return StsData(tuple(first), tuple(second), tuple(scores))
+
+
+def _load_classification(train_path: Path, test_path: Path) -> ClassificationData:
+    splits = [[(row.text("text"), row.label("label")) for row in read_jsonl(path)] for path in (train_path, test_path)]
+    for rows, path in zip(splits, (train_path, test_path), strict=True):
+        if not rows:
+            raise DataError(f"{path} is empty; a classification set needs rows in both splits")
+    train_rows, test_rows = splits
+    # Sorted as text, so that integer and string labels may not depend on the order of the rows.
+    names = sorted({str(label) for _, label in train_rows})
+    numbers = {name: number for number, name in enumerate(names)}
+    unknown = sorted({str(label) for _, label in test_rows} - numbers.keys())
+    if unknown:
+        raise DataError(f"{test_path} has labels that {train_path.name} lacks: {unknown}; add training rows for them")
+    if len(names) < 2:
+        raise DataError(f"{train_path} has one label, {names}; a classifier needs at least two")
+    train = tuple((text, numbers[str(label)]) for text, label in train_rows)
+    test = tuple((text, numbers[str(label)]) for text, label in test_rows)
+    return ClassificationData(train, test, tuple(names))
+
+
+def _load_clustering(path: Path) -> ClusteringData:
+    rows = [(row.text("text"), row.label("label")) for row in read_jsonl(path)]
+    names = sorted({str(label) for _, label in rows})
+    if len(names) < 2:
+        raise DataError(f"{path} has {len(names)} labels; a clustering set needs at least two")
+    numbers = {name: number for number, name in enumerate(names)}
+    return ClusteringData(tuple(text for text, _ in rows), tuple(numbers[str(label)] for _, label in rows))
+
+
+def _load_reranking(path: Path) -> RerankingData:
+    queries: list[str] = []
+    positives: list[tuple[str, ...]] = []
+    negatives: list[tuple[str, ...]] = []
+    for row in read_jsonl(path):
+        queries.append(row.text("query"))
+        positives.append(row.texts("positive"))
+        negatives.append(row.texts("negative"))
+        if not positives[-1]:
+            raise row.error('"positive" is empty; a query without a relevant passage has no score')
+    if not queries:
+        raise DataError(f"{path} is empty; a reranking set needs at least one query")
+    return RerankingData(tuple(queries), tuple(positives), tuple(negatives))

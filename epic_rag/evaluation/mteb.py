@@ -1,0 +1,481 @@
+"""Running one mteb task with one prompt, quietly."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import datasets  # type: ignore[import-untyped]
+import mteb
+import numpy as np
+from datasets import Dataset, DatasetDict
+from mteb.abstasks import AbsTask, AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+from mteb.abstasks.sts import AbsTaskSTS
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import (
+    CorpusDatasetType,
+    EncodeKwargs,
+    PromptType,
+    QueryDatasetType,
+    RetrievalOutputType,
+    TopRankedDocumentsType,
+)
+from sklearn.exceptions import ConvergenceWarning, UndefinedMetricWarning  # type: ignore[import-untyped]
+
+from epic_rag.errors import TaskError
+from epic_rag.evaluation.bm25 import Bm25Index
+from epic_rag.evaluation.datasets import (
+    ClassificationData,
+    ClusteringData,
+    Kind,
+    LocalSet,
+    RerankingData,
+    RetrievalData,
+    StsData,
+)
+from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt, Vectors
+
+__all__ = [
+    "MAIN_SCORES",
+    "Bm25Search",
+    "EpicMtebEncoder",
+    "hub_instruction",
+    "hub_task",
+    "make_task",
+    "meta_name",
+    "run_model",
+    "run_task",
+]
+
+
+# --- from mteb_tasks
+# Local evaluation sets as mteb tasks, so that protocol and metrics are mteb's own and nothing is downloaded.
+#
+# | kind | mteb class | main score |
+# |---|---|---|
+# | retrieval | AbsTaskRetrieval | ndcg_at_10 |
+# | reranking | AbsTaskRetrieval over each query's candidates | map_at_1000 |
+# | sts | AbsTaskSTS | cosine_spearman |
+# | classification | AbsTaskClassification: logistic regression on 8 rows a label, 10 draws | accuracy |
+# | clustering | AbsTaskClustering: mini-batch k-means on 10 samples | v_measure |
+
+_MtebType = Literal["Retrieval", "Reranking", "STS", "Classification", "Clustering"]
+_TYPES: dict[Kind, _MtebType] = {
+    "retrieval": "Retrieval",
+    "reranking": "Reranking",
+    "sts": "STS",
+    "classification": "Classification",
+    "clustering": "Clustering",
+}
+MAIN_SCORES: dict[Kind, str] = {
+    "retrieval": "ndcg_at_10",
+    "reranking": "map_at_1000",
+    "sts": "cosine_spearman",
+    "classification": "accuracy",
+    "clustering": "v_measure",
+}
+"""The score of each kind that tables show."""
+
+
+def _metadata(local_set: LocalSet) -> TaskMetadata:
+    return TaskMetadata(
+        name=local_set.name,
+        type=_TYPES[local_set.kind],
+        main_score=MAIN_SCORES[local_set.kind],
+        description=f"The local {local_set.kind} set {local_set.name}.",
+        # mteb reuses a stored result only under the same revision, so it is a hash of the data.
+        dataset={"path": f"local/{local_set.name}", "revision": local_set.revision},
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        category="t2t",
+    )
+
+
+# mteb wants the metadata of a task on its class; each set has its own, so `make_task` derives a class for it.
+
+
+class _Retrieval(AbsTaskRetrieval):
+    source: RetrievalData
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        corpus = [{"id": item.id, "title": item.title, "text": item.text} for item in self.source.corpus]
+        queries = [{"id": query, "text": text} for query, text in self.source.queries.items()]
+        split = RetrievalSplitData(
+            corpus=Dataset.from_list(corpus),
+            queries=Dataset.from_list(queries),
+            relevant_docs={query: dict(grades) for query, grades in self.source.relevant.items()},
+            top_ranked=None,
+        )
+        self.dataset = {"default": {"test": split}}
+        self.data_loaded = True
+
+
+class _Reranking(AbsTaskRetrieval):
+    source: RerankingData
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        data = self.source
+        ids = [f"q{number}" for number in range(len(data.queries))]
+        corpus: list[dict[str, str]] = []
+        relevant: dict[str, dict[str, int]] = {}
+        candidates: dict[str, list[str]] = {}
+        for query, positives, negatives in zip(ids, data.positives, data.negatives, strict=True):
+            relevant[query], candidates[query] = {}, []
+            for number, text in enumerate((*positives, *negatives)):
+                document = f"{query}-{number}"
+                corpus.append({"id": document, "title": "", "text": text})
+                candidates[query].append(document)
+                relevant[query][document] = int(number < len(positives))
+        split = RetrievalSplitData(
+            corpus=Dataset.from_list(corpus),
+            queries=Dataset.from_list([{"id": id_, "text": text} for id_, text in zip(ids, data.queries, strict=True)]),
+            relevant_docs=relevant,
+            top_ranked=candidates,
+        )
+        self.dataset = {"default": {"test": split}}
+        self.data_loaded = True
+
+
+class _Sts(AbsTaskSTS):
+    source: StsData
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        data = self.source
+        columns = {"sentence1": list(data.first), "sentence2": list(data.second), "score": list(data.scores)}
+        self.dataset = {"default": DatasetDict({"test": Dataset.from_dict(columns)})}
+        self.data_loaded = True
+
+
+class _Classification(AbsTaskClassification):
+    source: ClassificationData
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        splits = {
+            name: Dataset.from_dict({"text": [text for text, _ in rows], "label": [label for _, label in rows]})
+            for name, rows in (("train", self.source.train), ("test", self.source.test))
+        }
+        self.dataset = {"default": DatasetDict(splits)}
+        self.data_loaded = True
+
+
+class _Clustering(AbsTaskClustering):
+    source: ClusteringData
+    # The local sets are small: all of their texts are embedded.
+    max_fraction_of_documents_to_embed = None
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        columns = {"sentences": list(self.source.texts), "labels": list(self.source.labels)}
+        # A sample of more rows than there are would only repeat them.
+        self.max_documents_per_cluster = min(AbsTaskClustering.max_documents_per_cluster, len(self.source.texts))
+        self.dataset = {"default": DatasetDict({"test": Dataset.from_dict(columns)})}
+        self.data_loaded = True
+
+
+def make_task(local_set: LocalSet) -> AbsTask:
+    """Return a new mteb task over a local set.
+
+    A task draws its samples from a generator that it carries along, so a task that runs twice draws twice:
+    make a new one for each run, and every model and k sees the same samples.
+    """
+    bases: dict[Kind, type[AbsTask]] = {
+        "retrieval": _Retrieval,
+        "reranking": _Reranking,
+        "sts": _Sts,
+        "classification": _Classification,
+        "clustering": _Clustering,
+    }
+    attributes = {"metadata": _metadata(local_set), "source": local_set.data, "__module__": __name__}
+    task_class: type[AbsTask] = type(f"Local_{local_set.kind}", (bases[local_set.kind],), attributes)
+    return task_class()
+
+
+# --- from mteb_encoder
+# `EpicEncoder` as an encoder that mteb can evaluate: prompts on queries, none on documents.
+
+
+def meta_name(label: str) -> str:
+    """A label as mteb wants a model's name, "organisation/model", which becomes a folder's name."""
+    return f"epic-rag/{re.sub(r'[^A-Za-z0-9._-]+', '_', label).strip('_.') or 'model'}"
+
+
+class EpicMtebEncoder(AbsEncoder):
+    """One model under one prompt.
+
+    mteb would give documents a generic prompt where a task has none of its own; here documents are always
+    bare. Everything else (both sides of symmetric tasks, too) is encoded as a query behind the prompt.
+
+    k, strategy and a hash of the prompt are in the model's `experiment_kwargs`, so that mteb's stored results
+    of different prompts do not collide; the model's fingerprint is its revision.
+
+    Args:
+        store: Encodes and remembers.
+        prompt: What stands before queries: a prompt, or a function from a task's metadata to one.
+        name: What to call the model.
+    """
+
+    mteb_model_meta: ModelMeta
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        prompt: QueryPrompt | Callable[[TaskMetadata], QueryPrompt],
+        *,
+        name: str = "model",
+    ) -> None:
+        self.model = store
+        self._prompt = prompt
+        experiment: dict[str, Any] | None = None
+        if isinstance(prompt, QueryPrompt):
+            experiment = {"k": len(prompt.demonstrations), "prompt": prompt.fingerprint}
+            if prompt.demonstrations:
+                experiment["strategy"] = prompt.strategy
+        self.mteb_model_meta = ModelMeta.create_empty(
+            overwrites={
+                "name": meta_name(name),
+                "revision": store.revision,
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "embed_dim": store.encoder.dimension,
+                "modalities": ["text"],
+                "experiment_kwargs": experiment,
+            }
+        )
+
+    def encode(
+        self,
+        inputs: Iterable[Any],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> Vectors:
+        """Encode what mteb hands over.
+
+        Args:
+            inputs: Batches with a "text" list each; a document's text is its title and text already.
+            task_metadata: Of the task; a prompt function gets it.
+            hf_split: Not used.
+            hf_subset: Not used.
+            prompt_type: Document, query, or None for symmetric tasks.
+            **kwargs: mteb's batch size and progress flag; the store has its own.
+
+        Returns:
+            (n, dim) float32, unit rows, in order.
+        """
+        texts = [text for batch in inputs for text in batch["text"]]
+        store: EmbeddingStore = self.model
+        if prompt_type == PromptType.document:
+            return store.documents(texts)
+        prompt = self._prompt if isinstance(self._prompt, QueryPrompt) else self._prompt(task_metadata)
+        return store.queries(texts, prompt)
+
+
+# --- from mteb_bm25
+# BM25 as a search model that mteb can evaluate on retrieval and reranking tasks.
+
+
+class Bm25Search:
+    """BM25 behind mteb's protocol for models that search by themselves.
+
+    Args:
+        name: What to call it.
+        revision: What decides its scores; mteb reuses a stored result under the same one alone.
+    """
+
+    mteb_model_meta: ModelMeta
+
+    def __init__(self, *, name: str, revision: str) -> None:
+        self.mteb_model_meta = ModelMeta.create_empty(
+            overwrites={"name": meta_name(name), "revision": revision, "modalities": ["text"]}
+        )
+        self._ids: list[str] = []
+        self._index: Bm25Index | None = None
+
+    def index(
+        self,
+        corpus: CorpusDatasetType,
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        encode_kwargs: EncodeKwargs,
+        num_proc: int | None,
+        **kwargs: Any,
+    ) -> None:
+        """Index a corpus; a document is its title, a space and its text, as for encoders.
+
+        Args:
+            corpus: Rows with "id", "text" and perhaps "title".
+            task_metadata: Not used.
+            hf_split: Not used.
+            hf_subset: Not used.
+            encode_kwargs: Not used.
+            num_proc: Not used.
+            **kwargs: Not used.
+        """
+        self._ids = [row["id"] for row in corpus]
+        self._index = Bm25Index([f"{row.get('title') or ''} {row['text']}".strip() for row in corpus])
+
+    def search(
+        self,
+        queries: QueryDatasetType,
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        top_k: int,
+        encode_kwargs: EncodeKwargs,
+        top_ranked: TopRankedDocumentsType | None = None,
+        num_proc: int | None,
+        **kwargs: Any,
+    ) -> RetrievalOutputType:
+        """Rank the corpus, or each query's candidates, for every query.
+
+        Args:
+            queries: Rows with "id" and "text".
+            task_metadata: Not used.
+            hf_split: Not used.
+            hf_subset: Not used.
+            top_k: Most documents for a query.
+            encode_kwargs: Not used.
+            top_ranked: Candidates by query id, of a reranking task.
+            num_proc: Not used.
+            **kwargs: Not used.
+
+        Returns:
+            Document id to score, by query id. Documents without a word in common are left out of a retrieval
+            task's ranking; all candidates of a reranking task are ranked.
+
+        Raises:
+            RuntimeError: `index` was not called.
+        """
+        if self._index is None:
+            raise RuntimeError("search was called before index; call index with the corpus first")
+        rows = {document: row for row, document in enumerate(self._ids)}
+        found: RetrievalOutputType = {}
+        for query, scores in zip(queries, self._index.scores([row["text"] for row in queries]), strict=True):
+            if top_ranked is not None:
+                best = np.array([rows[document] for document in top_ranked[query["id"]]], dtype=np.intp)
+            else:
+                best = np.flatnonzero(scores > 0)
+            best = best[np.argsort(-scores[best], kind="stable")[:top_k]]
+            found[query["id"]] = {self._ids[row]: float(scores[row]) for row in best}
+        return found
+
+
+def hub_task(name: str) -> AbsTask:
+    """Return one of mteb's own tasks; its data is downloaded when it runs.
+
+    Raises:
+        TaskError: mteb has no such task.
+    """
+    try:
+        return mteb.get_task(name)
+    except KeyError as error:
+        raise TaskError(
+            f'"{name}" is neither a local evaluation set nor a task of mteb {mteb.__version__} '
+            f"({str(error.args[0]).splitlines()[0]}); name a folder of --data, or one of mteb's tasks"
+        ) from error
+
+
+def hub_instruction(task: AbsTask) -> str:
+    """Return the instruction that mteb itself gives a task's queries."""
+    prompt = task.metadata.prompt
+    if isinstance(prompt, dict):
+        prompt = prompt.get(PromptType.query.value)
+    return prompt or task.abstask_prompt
+
+
+def run_task(
+    task: AbsTask,
+    store: EmbeddingStore,
+    prompt: QueryPrompt,
+    *,
+    model_name: str,
+    output: Path | None = None,
+) -> tuple[float, dict[str, float]]:
+    """Run a task with an encoder, or read its result where `output` has it.
+
+    Args:
+        task: A task that has not run yet.
+        store: The model.
+        prompt: What stands before queries.
+        model_name: What mteb's files call the model.
+        output: Folder for mteb's result files.
+
+    Returns:
+        As `run_model`.
+    """
+    return run_model(task, EpicMtebEncoder(store, prompt, name=model_name), output=output)
+
+
+def run_model(
+    task: AbsTask, model: EpicMtebEncoder | Bm25Search, *, output: Path | None = None
+) -> tuple[float, dict[str, float]]:
+    """Run a task with a model of mteb's protocols, or read its result where `output` has it.
+
+    Args:
+        task: A task that has not run yet.
+        model: The model.
+        output: Folder for mteb's result files.
+
+    Returns:
+        The main score, and every number among mteb's scores (of the first language subset, where there are
+        more).
+    """
+    cache = mteb.ResultCache(output) if output is not None else None
+    # mteb's protocols ask for a constructor from a model's name; a model that is handed over needs none.
+    ready: Any = model
+    with _quiet():
+        results = mteb.evaluate(
+            ready,
+            task,
+            cache=cache,
+            overwrite_strategy="only-missing" if _is_current(cache, task, model) else "always",
+            co2_tracker=False,
+            show_progress_bar=False,
+            encode_kwargs=cast("EncodeKwargs", {"batch_size": 256, "show_progress_bar": False}),
+        )
+    result = results.task_results[0]
+    scores = next(iter(result.scores.values()))[0]
+    numbers = {
+        key: float(value)
+        for key, value in scores.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }
+    return float(result.get_score()), numbers
+
+
+def _is_current(cache: mteb.ResultCache | None, task: AbsTask, model: EpicMtebEncoder | Bm25Search) -> bool:
+    """Whether a stored result is of this data and this mteb; mteb itself compares neither when one is complete."""
+    stored = cache.load_task_result(task.metadata.name, model.mteb_model_meta) if cache is not None else None
+    return (
+        stored is not None
+        and stored.dataset_revision == task.metadata.revision
+        and stored.mteb_version == mteb.__version__
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars from datasets, which draws one for every table, no remarks on what mteb's protocol fixes."""
+    drawing = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            # A label that a poor classifier never predicts, and the 100 steps that mteb allows it.
+            warnings.simplefilter("ignore", UndefinedMetricWarning)
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            yield
+    finally:
+        if drawing:
+            datasets.enable_progress_bars()

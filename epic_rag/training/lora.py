@@ -1,0 +1,127 @@
+"""LoRA: low-rank adapters beside frozen weights (Hu et al. 2021), by way of PEFT.
+
+The transformer's weights are frozen, in the dtype that is computed in: a 7B model takes 14 GB in bfloat16 instead of
+28, and needs no gradients and no moments. The adapters and the projector are trained in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from epic_rag.backbone import Backbone
+from epic_rag.errors import ConfigError, MissingExtraError
+from epic_rag.training.config import TrainingConfig
+
+__all__ = ["Adapter"]
+
+
+_ALL = "all-linear"
+
+
+class Adapter:
+    """LoRA on a backbone.
+
+    The adapter's layers are put into the backbone's transformer, whose other weights are frozen.
+
+    Args:
+        backbone: What is trained; its projector becomes float32.
+        config: Rank, alpha, dropout, targets; the seed decides the adapters' first values.
+
+    Raises:
+        ConfigError: If no module has a name of `lora_targets`.
+        MissingExtraError: If PEFT is not installed.
+    """
+
+    def __init__(self, backbone: Backbone, config: TrainingConfig) -> None:
+        require_peft()
+        from peft import LoraConfig, PeftModel
+
+        targets: Any = _ALL if _ALL in config.lora_targets else list(config.lora_targets)
+        settings = LoraConfig(
+            r=config.lora_rank or 1,
+            lora_alpha=cast("int", config.lora_alpha),  # PEFT multiplies by it; any number will do
+            lora_dropout=config.lora_dropout,
+            target_modules=targets,
+            task_type="FEATURE_EXTRACTION",
+        )
+        self.backbone = backbone
+        self._num_layers = config.num_layers
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            torch.manual_seed(config.seed)
+            # PEFT asks transformers for a name that is to go away, which is no business of the caller's.
+            warnings.simplefilter("ignore", FutureWarning)
+            try:
+                self._wrapped = PeftModel(backbone.transformer, settings)
+            except ValueError as error:
+                names = sorted(
+                    {
+                        name.rpartition(".")[2]
+                        for name, module in backbone.transformer.named_modules()
+                        if isinstance(module, torch.nn.Linear)
+                    }
+                )
+                raise ConfigError(
+                    f"lora_targets is {list(config.lora_targets)}, and the model's linear modules are "
+                    f"{', '.join(names)}; name some of them, or all-linear"
+                ) from error
+        backbone.projector.float()
+        if backbone.head is not None:
+            backbone.head.float()
+
+    def merged(self) -> Backbone:
+        """The backbone as a plain one, adapters merged in: a copy on the CPU, in float32.
+
+        In float32, because an update that is small beside its weight would be rounded away in a 16-bit one.
+        """
+        device = self.backbone.device
+        # By way of the CPU: a GPU that holds the model once may not hold it twice.
+        self.backbone.to("cpu")
+        plain: PreTrainedModel = cast("Any", copy.deepcopy(self._wrapped).float()).merge_and_unload()
+        projector = copy.deepcopy(self.backbone.projector).float()
+        head = copy.deepcopy(self.backbone.head)
+        self.backbone.to(device)
+        result = Backbone(plain, pooling=self.backbone.pooling, projector=projector.kind)
+        result.put_head(head)
+        result.projector.load_state_dict(projector.state_dict())
+        return result.eval()
+
+    def save(self, folder: Path, base: str) -> None:
+        """Write a PEFT folder, which `EpicEncoder.from_pretrained(base, adapter=folder)` reads.
+
+        Args:
+            folder: Made if it is missing.
+            base: What to call the base model in it.
+        """
+        from peft import get_peft_model_state_dict
+
+        folder.mkdir(parents=True, exist_ok=True)
+        settings: Any = copy.deepcopy(self._wrapped.peft_config["default"])
+        settings.base_model_name_or_path = base
+        settings.inference_mode = True
+        if self._num_layers is not None:
+            # The base has more layers than were trained: the adapter is for the first ones.
+            settings.layers_to_transform = list(range(self._num_layers))
+        tensors = get_peft_model_state_dict(self._wrapped, save_embedding_layers=False)
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+            folder / "adapter_model.safetensors",
+        )
+        settings.save_pretrained(str(folder))
+
+
+def require_peft() -> None:
+    """Raise unless PEFT is installed.
+
+    Raises:
+        MissingExtraError: It is not.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingExtraError("peft", "train", "training with LoRA")

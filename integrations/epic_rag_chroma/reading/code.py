@@ -1,0 +1,407 @@
+"""Source code, cut by its syntax: functions and classes whole where they fit, their names for headings.
+
+tree-sitter reads some fifty languages, broken code included. Without it, and for other languages, blank lines and
+indentation decide.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
+
+from epic_rag_chroma.reading.document import Break, Document, Scope, clean_title
+from epic_rag_chroma.reading.text import code
+
+if TYPE_CHECKING:
+    from tree_sitter import Language, Node, Query, Tree
+
+__all__ = ["LANGUAGES", "note_missing_parser", "query_of", "read"]
+
+
+# --- from grammars
+# What a definition looks like in each language's syntax tree: queries for tree-sitter.
+#
+# A query captures the definition as @def, its name as @name where the tree has one, and as @end the node that it ends
+# with if that is another one. Most languages need no more than the names of node types whose field `name` has the name;
+# `type:child` is a node type whose name is its first child of type `child`.
+
+_JAVASCRIPT = (
+    "function_declaration generator_function_declaration class_declaration method_definition",
+    """(variable_declarator name: (_) @name value: [(arrow_function) (function_expression) (class)]) @def
+    (assignment_expression left: (_) @name right: [(arrow_function) (function_expression) (class)]) @def
+    (pair key: (_) @name value: [(arrow_function) (function_expression)]) @def""",
+)
+_C = (
+    "",
+    """(function_definition) @def
+    (struct_specifier name: (_) @name body: (_)) @def
+    (union_specifier name: (_) @name body: (_)) @def
+    (enum_specifier name: (_) @name body: (_)) @def
+    (type_definition declarator: (_) @name) @def""",
+)
+_SWIFT = "class_declaration protocol_declaration function_declaration init_declaration"
+_CSHARP = """class_declaration struct_declaration interface_declaration record_declaration enum_declaration
+    namespace_declaration method_declaration constructor_declaration property_declaration"""
+_PHP = """class_declaration interface_declaration trait_declaration enum_declaration method_declaration
+    function_definition"""
+_JAVA = """class_declaration interface_declaration enum_declaration record_declaration annotation_type_declaration
+    method_declaration constructor_declaration"""
+
+# language -> (grammar, node types, further patterns)
+LANGUAGES: dict[str, tuple[str, str, str]] = {
+    "python": ("python", "function_definition class_definition", ""),
+    "starlark": ("starlark", "function_definition", ""),
+    "javascript": ("javascript", *_JAVASCRIPT),
+    "typescript": (
+        "tsx",
+        f"{_JAVASCRIPT[0]} abstract_class_declaration interface_declaration enum_declaration type_alias_declaration "
+        "internal_module",
+        _JAVASCRIPT[1],
+    ),
+    "java": ("java", _JAVA, ""),
+    "kotlin": (
+        "kotlin",
+        "class_declaration:type_identifier object_declaration:type_identifier function_declaration:simple_identifier",
+        "",
+    ),
+    "scala": ("scala", "class_definition object_definition trait_definition function_definition", ""),
+    "c": ("c", *_C),
+    "cpp": ("cpp", "class_specifier namespace_definition", _C[1]),
+    "csharp": ("csharp", _CSHARP, ""),
+    "go": ("go", "function_declaration method_declaration type_spec", ""),
+    "rust": (
+        "rust",
+        "mod_item function_item struct_item enum_item union_item trait_item macro_definition",
+        "(impl_item type: (_) @name) @def",
+    ),
+    "swift": ("swift", _SWIFT, ""),
+    "objc": (
+        "objc",
+        "class_interface:identifier class_implementation:identifier method_definition:identifier",
+        _C[1],
+    ),
+    "ruby": ("ruby", "module class method singleton_method", ""),
+    "perl": ("perl", "subroutine_declaration_statement", ""),
+    "php": ("php", _PHP, ""),
+    "lua": (
+        "lua",
+        "function_declaration",
+        """(assignment_statement (variable_list name: (_) @name)
+            (expression_list value: (function_definition))) @def""",
+    ),
+    "r": ("r", "", "(binary_operator lhs: (_) @name rhs: (function_definition)) @def"),
+    "julia": (
+        "julia",
+        "module_definition",
+        """(function_definition (signature) @name) @def
+        (macro_definition (signature) @name) @def
+        (struct_definition (type_head) @name) @def""",
+    ),
+    "haskell": (
+        "haskell",
+        "",
+        """(declarations [(signature name: (_) @name) (function name: (_) @name) (bind name: (_) @name)
+            (data_type name: (_) @name) (newtype name: (_) @name) (class name: (_) @name)
+            (instance name: (_) @name)] @def)""",
+    ),
+    "ocaml": (
+        "ocaml",
+        "",
+        """(value_definition (let_binding pattern: (value_name) @name)) @def
+        (module_definition (module_binding (module_name) @name)) @def
+        (type_definition (type_binding name: (_) @name)) @def""",
+    ),
+    "elixir": (
+        "elixir",
+        "",
+        '((call target: (identifier) @head (arguments . (_) @name)) @def (#match? @head "^def"))',
+    ),
+    "erlang": ("erlang", "", "(fun_decl clause: (function_clause name: (_) @name)) @def"),
+    "clojure": ("clojure", "", '((list_lit . (sym_lit) @head . (_) @name) @def (#match? @head "^def"))'),
+    "elisp": ("elisp", "function_definition macro_definition", ""),
+    "commonlisp": ("commonlisp", "", "(defun (defun_header function_name: (_) @name)) @def"),
+    "scheme": ("scheme", "", '((list . (symbol) @head . (_) @name) @def (#match? @head "^define"))'),
+    "shell": ("bash", "function_definition", ""),
+    "fish": ("fish", "function_definition", ""),
+    "powershell": (
+        "powershell",
+        "function_statement:function_name class_statement:simple_name class_method_definition:simple_name",
+        "",
+    ),
+    "sql": (
+        "sql",
+        "",
+        """(create_table (object_reference) @name) @def
+        (create_view (object_reference) @name) @def
+        (create_function (object_reference) @name) @def""",
+    ),
+    "terraform": ("terraform", "", "(config_file (body (block) @def))"),
+    "cmake": (
+        "cmake",
+        "",
+        """(function_def (function_command (argument_list . (_) @name))) @def
+        (macro_def (macro_command (argument_list . (_) @name))) @def""",
+    ),
+    "zig": (
+        "zig",
+        "",
+        """(Decl (FnProto function: (_) @name)) @def
+        (Decl (VarDecl variable_type_function: (_) @name)) @def""",
+    ),
+    "nim": (
+        "nim",
+        "proc_declaration func_declaration template_declaration macro_declaration method_declaration "
+        "iterator_declaration",
+        "",
+    ),
+    "dart": (
+        "dart",
+        "class_definition enum_declaration extension_declaration",
+        """((function_signature name: (_) @name) @def . (function_body) @end)
+        ((method_signature (function_signature name: (_) @name)) @def . (function_body) @end)""",
+    ),
+    "vim": ("vim", "", "(function_definition (function_declaration name: (_) @name)) @def"),
+    "proto": ("proto", "message:message_name service:service_name enum:enum_name", ""),
+    "graphql": ("graphql", "", "(type_definition (_ (name) @name)) @def"),
+    "solidity": (
+        "solidity",
+        "contract_declaration interface_declaration library_declaration function_definition modifier_definition "
+        "struct_declaration",
+        "",
+    ),
+    "fortran": (
+        "fortran",
+        "",
+        """(subroutine (subroutine_statement name: (_) @name)) @def
+        (function (function_statement name: (_) @name)) @def
+        (module (module_statement (name) @name)) @def""",
+    ),
+    "pascal": ("pascal", "", "(defProc header: (declProc name: (_) @name)) @def"),
+    "verilog": ("verilog", "", "(module_declaration (module_header (simple_identifier) @name)) @def"),
+    "vhdl": ("vhdl", "entity_declaration architecture_body package_declaration", ""),
+}
+
+
+@cache
+def query_of(language: str) -> str:
+    """The query of a language's definitions."""
+    _, types, further = LANGUAGES[language]
+    patterns = []
+    for name in types.split():
+        kind, _, child = name.partition(":")
+        patterns.append(f"({kind} ({child}) @name) @def" if child else f"({kind} name: (_) @name) @def")
+    return "\n".join([*patterns, further])
+
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = "tree_sitter_language_pack"
+# Definitions in definitions deeper than this are not told apart; nobody writes that by hand.
+_MAX_DEPTH = 8
+_MAX_TITLE = 200
+_MAX_ERRORS = 5000
+# Nodes that hold nothing but a definition and what belongs to it: decorators, `export`, template parameters.
+_WRAPPERS = re.compile(
+    r"decorated_definition|export_statement|ambient_declaration|template_declaration|type_declaration"
+    r"|lexical_declaration|variable_declaration|expression_statement|statement|definition|type_system_definition"
+)
+_BESIDE = re.compile("comment|decorator|parameters|modifier")
+# Nodes before a definition that belong to it.
+_LEADING = re.compile(r".*comment.*|attribute_item|attribute|annotation|marker_annotation|pragma|haddock")
+# Nodes that have no structure to cut at.
+_OPAQUE = re.compile(r".*(comment|string|heredoc|template_literal|raw_text|char_literal|pod).*")
+_MODIFIERS = re.compile(r"[\w\s]*")
+# Languages in which a function may be written as several definitions, one for each pattern.
+_BY_CLAUSES = frozenset({"elixir", "erlang", "haskell"})
+_WORD = re.compile(r"[\w.:$@~!?*+/<>=-]+")
+
+
+@cache
+def note_missing_parser() -> None:
+    """Say once if the package that cuts source code by its syntax is not installed."""
+    if importlib.util.find_spec(_PACKAGE) is None:
+        logger.warning(
+            "source code is cut by blank lines and indentation: cutting it by its syntax needs "
+            "tree-sitter-language-pack, which is not installed; run `pip install 'epic-rag[files]'`"
+        )
+
+
+def read(lines: list[str], language: str) -> Document:
+    """Read source code.
+
+    Args:
+        lines: The file's lines.
+        language: What `kinds.language_of` calls it.
+    """
+    document = code(lines)
+    tools = _tools(language)
+    if tools is None:
+        return document
+    from tree_sitter import Parser
+
+    tree = Parser(tools[0]).parse("\n".join(lines).encode("utf-8", "replace"))
+    if _is_garbage(tree):
+        return document
+    opaque, leading = _opaque(tree, tools[2], lines)
+    scopes = _scopes(tree, tools[1], lines, leading, by_clauses=language in _BY_CLAUSES)
+    for first, last in opaque:
+        for line in range(first + 1, last + 1):
+            document.breaks[line] = Break.INSIDE
+    for scope in scopes:
+        document.breaks[scope.first] = Break.BLOCK
+        for line in range(scope.first + 1, min(scope.body, scope.end)):
+            document.breaks[line] = Break.INSIDE
+    return Document(lines, document.breaks, scopes=scopes)
+
+
+@cache
+def _tools(language: str) -> tuple[Language, Query, Query | None] | None:
+    """Grammar, query for definitions, query for comments and strings; None for a language without any."""
+    if language not in LANGUAGES:
+        return None
+    try:
+        from tree_sitter import Query
+        from tree_sitter_language_pack import get_language
+    except ImportError:
+        return None
+    grammar = get_language(cast("Any", LANGUAGES[language][0]))
+    kinds = {
+        grammar.node_kind_for_id(number) for number in range(grammar.node_kind_count) if _is_shown(grammar, number)
+    }
+    named = sorted(kind for kind in kinds if kind and (_OPAQUE.fullmatch(kind) or _LEADING.fullmatch(kind)))
+    return (
+        grammar,
+        Query(grammar, query_of(language)),
+        Query(grammar, "[" + " ".join(f"({kind})" for kind in named) + "] @opaque") if named else None,
+    )
+
+
+def _is_shown(grammar: Language, number: int) -> bool:
+    return grammar.node_kind_is_named(number) and grammar.node_kind_is_visible(number)
+
+
+def _is_garbage(tree: Tree) -> bool:
+    """Whether nothing makes sense; a query over thousands of errors in a row takes the square of their number."""
+    root = tree.root_node
+    return root.has_error and any(
+        node.is_error and node.child_count > _MAX_ERRORS for node in (root, *root.children[:_MAX_ERRORS])
+    )
+
+
+def _opaque(tree: Tree, query: Query | None, lines: list[str]) -> tuple[list[tuple[int, int]], set[int]]:
+    """(first, last) line of comments and strings of several lines; lines of what leads up to a definition."""
+    from tree_sitter import QueryCursor
+
+    if query is None:
+        return [], set()
+    opaque: list[tuple[int, int]] = []
+    leading: set[int] = set()
+    for node in QueryCursor(query).captures(tree.root_node).get("opaque", []):
+        first, last = node.start_point[0], _last_line(node)
+        if last > first:
+            opaque.append((first, last))
+        before = lines[first][: _characters(lines[first], node.start_point[1])]
+        if _LEADING.fullmatch(node.type) and not before.strip():
+            leading.update(range(first, last + 1))
+    return opaque, leading
+
+
+def _last_line(node: Node) -> int:
+    """The last line of a node; one that ends with a line end reaches to the start of the next line."""
+    row, column = node.end_point
+    return row if column else max(node.start_point[0], row - 1)
+
+
+def _scopes(tree: Tree, query: Query, lines: list[str], leading: set[int], *, by_clauses: bool) -> list[Scope]:
+    from tree_sitter import QueryCursor
+
+    found: dict[tuple[int, int], Scope] = {}
+    for _, captures in QueryCursor(query).matches(tree.root_node):
+        node = captures["def"][0]
+        name = captures["name"][0] if "name" in captures else None
+        title = _title(node, name)
+        if not title:
+            continue
+        outer = _wrapped(node)
+        last = _last_line(captures["end"][0]) if "end" in captures else _last_line(outer)
+        first = outer.start_point[0]
+        body = (name or node).start_point[0] + 1
+        # What stands before the definition on its line belongs to something else, unless it is a word like `pub`.
+        if not _MODIFIERS.fullmatch(lines[first][: _characters(lines[first], outer.start_point[1])]):
+            continue
+        while first > 0 and first - 1 in leading:
+            first -= 1
+        found.setdefault((first, last + 1), Scope(first, last + 1, title, max(body, first + 1)))
+    return _proper(sorted(found.values(), key=lambda scope: (scope.first, -scope.end)), by_clauses)
+
+
+def _characters(line: str, column: int) -> int:
+    """A column in bytes as a number of characters."""
+    return len(line.encode("utf-8", "replace")[:column].decode("utf-8", "ignore"))
+
+
+def _wrapped(node: Node) -> Node:
+    """The node with the decorators and key words around it."""
+    while node.parent is not None and _WRAPPERS.fullmatch(node.parent.type) and len(_definitions(node.parent)) == 1:
+        node = node.parent
+    return node
+
+
+def _definitions(node: Node) -> list[Node]:
+    """Children that are neither comments, decorators nor parameters."""
+    return [child for child in node.named_children if not _BESIDE.search(child.type)]
+
+
+def _title(node: Node, name: Node | None) -> str:
+    """A definition's name as it stands in a path."""
+    if name is None and "function_definition" in node.type:
+        name = _declared(node)
+    if name is None:
+        # A block of configuration: its first line, without the bracket.
+        said = _text(node).split("\n", 1)[0].split("{", 1)[0].replace('"', "")
+        return clean_title(said) if "block" in node.type else ""
+    if node.type == "type_definition" and name.type == "function_declarator":
+        return ""
+    word = _WORD.search(_text(name).lstrip("('\"`"))
+    title = word.group() if word is not None else ""
+    receiver = node.child_by_field_name("receiver")
+    if receiver is not None and title:  # a method of Go names the type that it belongs to
+        types = re.findall(r"\w+", _text(receiver).split("[", 1)[0])
+        title = f"{types[-1]}.{title}" if types else title
+    return title[:_MAX_TITLE]
+
+
+def _declared(node: Node) -> Node | None:
+    """The name in C's nest of declarators."""
+    name = node.child_by_field_name("declarator")
+    while name is not None:
+        inner = name.child_by_field_name("declarator")
+        if inner is None:
+            return name
+        name = inner
+    return None
+
+
+def _text(node: Node) -> str:
+    return (node.text or b"").decode("utf-8", "replace")
+
+
+def _proper(scopes: list[Scope], by_clauses: bool) -> list[Scope]:
+    """Scopes of more than a line that nest; clauses of one function that follow each other become one."""
+    around: list[Scope] = []
+    kept: list[Scope] = []
+    for scope in scopes:
+        while around and around[-1].end <= scope.first:
+            around.pop()
+        if (around and around[-1].end < scope.end) or len(around) >= _MAX_DEPTH:
+            continue  # it begins on the line where another one ends
+        previous = kept[-1] if kept else None
+        if by_clauses and previous is not None and (previous.title, previous.end) == (scope.title, scope.first):
+            scope = Scope(previous.first, scope.end, scope.title, previous.body)
+            kept.pop()
+        kept.append(scope)
+        around.append(scope)
+    return [scope for scope in kept if scope.end - scope.first > 1]

@@ -1,0 +1,147 @@
+"""What a file's name says of it: its kind, its programming language, how much of it is read at most."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["byte_limit", "is_binary_name", "kind_of", "language_of"]
+
+
+_KINDS = {
+    "markdown": ".md .markdown .mdown .mkd .mdx .qmd .rmd",
+    "rst": ".rst .rest",
+    "asciidoc": ".adoc .asciidoc .asc",
+    "latex": ".tex .latex .ltx .sty .cls",
+    "org": ".org",
+    "man": ".1 .2 .3 .4 .5 .6 .7 .8 .man .mdoc .roff .troff",
+    "html": ".html .htm .xhtml",
+    "csv": ".csv .tsv .tab .psv",
+    "json": ".json .jsonc .json5 .geojson .webmanifest",
+    "jsonl": ".jsonl .ndjson .jsonlines",
+    "yaml": ".yaml .yml",
+    "toml": ".toml",
+    "ini": ".ini .cfg .conf .properties .editorconfig",
+    "xml": ".xml .xsd .xsl .xslt .rss .atom .rdf .opml .wsdl",
+    "subtitles": ".srt .vtt .sbv",
+    "pdf": ".pdf",
+    "docx": ".docx",
+    "pptx": ".pptx .pptm",
+    "xlsx": ".xlsx .xlsm .xlsb .xls",
+    "opendocument": ".odt .ods .odp",
+    "rtf": ".rtf",
+    "epub": ".epub",
+    "notebook": ".ipynb",
+    "email": ".eml",
+    "mailbox": ".mbox",
+}
+# Source code: the language as people say it, which `--where lang=...` takes.
+_LANGUAGES = {
+    "python": ".py .pyi .pyx .pyw",
+    "javascript": ".js .mjs .cjs .jsx",
+    "typescript": ".ts .tsx .mts .cts",
+    "java": ".java",
+    "kotlin": ".kt .kts",
+    "scala": ".scala .sc",
+    "groovy": ".groovy .gradle",
+    "c": ".c .h",
+    "cpp": ".cc .cpp .cxx .hh .hpp .hxx .ipp",
+    "csharp": ".cs",
+    "go": ".go",
+    "rust": ".rs",
+    "swift": ".swift",
+    "objc": ".m .mm",
+    "ruby": ".rb .rake .gemspec",
+    "perl": ".pl .pm",
+    "php": ".php",
+    "lua": ".lua",
+    "r": ".r",
+    "julia": ".jl",
+    "haskell": ".hs",
+    "ocaml": ".ml .mli",
+    "elixir": ".ex .exs",
+    "erlang": ".erl .hrl",
+    "clojure": ".clj .cljs .cljc .edn",
+    "elisp": ".el",
+    "commonlisp": ".lisp .lsp",
+    "scheme": ".scm .ss .rkt",
+    "shell": ".sh .bash .zsh .ksh",
+    "fish": ".fish",
+    "powershell": ".ps1 .psm1",
+    "sql": ".sql",
+    "css": ".css .scss .less",
+    "vue": ".vue",
+    "svelte": ".svelte",
+    "terraform": ".tf .tfvars .hcl",
+    "cmake": ".cmake",
+    "make": ".mk .mak",
+    "dockerfile": ".dockerfile",
+    "starlark": ".bzl",
+    "nix": ".nix",
+    "zig": ".zig",
+    "nim": ".nim",
+    "dart": ".dart",
+    "vim": ".vim",
+    "proto": ".proto",
+    "graphql": ".graphql .gql",
+    "fortran": ".f .f90 .f95 .f03",
+    "pascal": ".pas .pp",
+    "verilog": ".v .sv",
+    "vhdl": ".vhd .vhdl",
+    "solidity": ".sol",
+}
+# Files that are known by their whole name.
+_NAMES = {
+    "makefile": "make",
+    "gnumakefile": "make",
+    "dockerfile": "dockerfile",
+    "containerfile": "dockerfile",
+    "cmakelists.txt": "cmake",
+    "rakefile": "ruby",
+    "gemfile": "ruby",
+    "vagrantfile": "ruby",
+    "jenkinsfile": "groovy",
+    "build.bazel": "starlark",
+    "workspace.bazel": "starlark",
+}
+_BINARY_SUFFIXES = """
+    .png .jpg .jpeg .gif .bmp .tif .tiff .webp .ico .icns .psd .heic .avif .mp3 .wav .flac .ogg .m4a .mp4 .mov .avi
+    .mkv .webm .zip .gz .bz2 .xz .zst .7z .rar .tar .tgz .jar .war .whl .egg .deb .rpm .dmg .iso .exe .dll .so .dylib .a
+    .lib .o .obj .pyc .pyo .pyd .class .wasm .bin .dat .db .sqlite .sqlite3 .parquet .arrow .npy .npz .pt .pth .onnx
+    .safetensors .gguf .pkl .pickle .h5 .ttf .otf .woff .woff2 .eot .doc .docm .dot .dotx .ppt .ppsx .mo"""
+
+_KIND_OF = {suffix: kind for kind, suffixes in _KINDS.items() for suffix in suffixes.split()}
+_LANGUAGE_OF = {suffix: language for language, suffixes in _LANGUAGES.items() for suffix in suffixes.split()}
+_BINARY = frozenset(_BINARY_SUFFIXES.split())
+
+# More text than this is a data dump, and one file must not fill the memory.
+_TEXT_LIMIT = 16 * 2**20
+# Pictures and fonts are most of a large document.
+_LIMITS = {
+    "pdf": 256 * 2**20,
+    **dict.fromkeys(("docx", "pptx", "xlsx", "opendocument", "epub"), 128 * 2**20),
+    **dict.fromkeys(("notebook", "email", "mailbox"), 64 * 2**20),
+}
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def is_binary_name(name: str) -> bool:
+    """Whether a file's name says that it holds no text, so that it need not be opened."""
+    return _suffix(name) in _BINARY
+
+
+def language_of(name: str) -> str:
+    """The programming language of a file by its name ("python", "typescript"); "" if it is no source code."""
+    return _NAMES.get(os.path.basename(name).lower()) or _LANGUAGE_OF.get(_suffix(name), "")
+
+
+def kind_of(name: str) -> str:
+    """The kind of a file by its name ("markdown", "pdf", "code", ...); "text" for everything unknown."""
+    return "code" if language_of(name) else _KIND_OF.get(_suffix(name), "text")
+
+
+def byte_limit(name: str) -> int:
+    """The most bytes of a file that is read."""
+    return _LIMITS.get(kind_of(name), _TEXT_LIMIT)

@@ -1,0 +1,130 @@
+"""Jupyter notebooks (.ipynb): Markdown cells with their headings, code cells whole; outputs are left out.
+
+The lines are those of the file: a line of a cell is a string in the notebook's JSON, and the JSON is read with the
+position of each string, since `json` does not tell where a value stood.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from epic_rag_chroma.reading import text as structure
+from epic_rag_chroma.reading.containers import DocumentBuilder, parsing, printable
+from epic_rag_chroma.reading.document import Break, BrokenFileError, Document, split_lines
+
+__all__ = ["read"]
+
+
+_WHAT = "notebook"
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}:,]|[^\s\[\]{}:,"]+', re.DOTALL)
+_Path = tuple[str | int, ...]
+
+
+@dataclass
+class _Cell:
+    kind: str = "code"
+    # Strings of its source, each with the line of the file that it stands in.
+    source: list[tuple[str, int]] = field(default_factory=list)
+
+
+def read(data: bytes) -> Document:
+    """Read an .ipynb file.
+
+    Raises:
+        BrokenFileError: If it is damaged, or no notebook.
+        NotTextError: If there is no text in it.
+    """
+    out = DocumentBuilder(_WHAT)
+    with parsing(_WHAT):
+        # Lines as editors count them; inside a JSON string a line end is always escaped.
+        text = "\n".join(split_lines(data.decode("utf-8-sig")))
+        notebook = json.loads(text)
+        if not isinstance(notebook, dict) or not ("cells" in notebook or "worksheets" in notebook):
+            raise BrokenFileError(f"not a {_WHAT}")
+        for cell in _cells(text):
+            lines, spans = _lines(cell)
+            if lines:
+                document = _document(cell.kind, lines)
+                out.document_of(Document(lines, document.breaks, document.headings, spans=spans))
+    return out.with_lines()
+
+
+def _document(kind: str, lines: list[str]) -> Document:
+    if kind in ("markdown", "heading"):
+        return structure.markdown(lines)
+    if kind == "raw":
+        return structure.plain(lines)
+    inside = [Break.INSIDE if before.strip() else Break.LINE for before in lines[:-1]]
+    return Document(lines, [Break.BLOCK, *inside])
+
+
+def _lines(cell: _Cell) -> tuple[list[str], list[tuple[int, int]]]:
+    """The cell's lines, without empty ones at either end, and for each the lines of the file that it stands in."""
+    lines: list[list[str]] = [[]]
+    spans = [(0, 0)]
+    for text, place in cell.source:
+        for number, part in enumerate(printable(text).split("\n")):
+            if number:
+                lines.append([])
+                spans.append((place, place))
+            if part:
+                first = spans[-1][0] if lines[-1] else place
+                lines[-1].append(part)
+                spans[-1] = (first, place)
+    joined = ["".join(parts) for parts in lines]
+    full = [number for number, line in enumerate(joined) if line.strip()]
+    if not full:
+        return [], []
+    return joined[full[0] : full[-1] + 1], spans[full[0] : full[-1] + 1]
+
+
+def _cells(text: str) -> Iterator[_Cell]:
+    """The cells in order, also those of notebooks before version 4 (worksheets, "input")."""
+    cell = _Cell()
+    current: _Path = ()
+    for path, value, line in _strings(text):
+        at = next((place for place in (1, 3) if len(path) > place + 1 and path[place - 1] == "cells"), None)
+        if at is None:
+            continue
+        if path[: at + 1] != current:
+            if cell.source:
+                yield cell
+            cell, current = _Cell(), path[: at + 1]
+        rest = path[at + 1 :]
+        if rest == ("cell_type",):
+            cell.kind = value
+        elif rest[0] in ("source", "input") and len(rest) <= 2:
+            cell.source.append((value, line))
+    if cell.source:
+        yield cell
+
+
+def _strings(text: str) -> Iterator[tuple[_Path, str, int]]:
+    """Strings that may be a cell's kind or source: path in the JSON, value, line. The JSON is known to be valid."""
+    path: list[str | int] = []
+    line, counted = 1, 0
+    key_next = False
+    for match in _TOKEN.finditer(text):
+        token = match.group()
+        if token in ("{", "["):
+            path.append("" if token == "{" else 0)
+            key_next = token == "{"
+        elif token in ("}", "]"):
+            path.pop()
+            key_next = False
+        elif token == ",":
+            last = path[-1]
+            key_next = isinstance(last, str)
+            if isinstance(last, int):
+                path[-1] = last + 1
+        elif token.startswith('"'):
+            if key_next:
+                path[-1] = str(json.loads(token))
+                key_next = False
+            elif len(path) <= 6 and not {"outputs", "attachments", "metadata"}.intersection(path):
+                line += text.count("\n", counted, match.start())
+                counted = match.start()
+                yield tuple(path), str(json.loads(token)), line

@@ -1,0 +1,537 @@
+"""Electronic books (.epub): the documents of the spine in reading order, each read as HTML; the book's title on top.
+
+A book has no pages and no lines of its own: a passage is found by its headings.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from epic_rag.errors import MissingExtraError
+from epic_rag_chroma.reading import containers as safe_xml
+from epic_rag_chroma.reading.containers import (
+    Archive,
+    DocumentBuilder,
+    attribute,
+    children,
+    local_name,
+    parsing,
+    printable,
+)
+from epic_rag_chroma.reading.document import Break, BrokenFileError, Document, line_breaks, split_lines
+from epic_rag_chroma.reading.html import html
+
+if TYPE_CHECKING:
+    from docx.document import Document as WordDocument
+    from lxml.etree import _Element
+    from pptx.slide import Slide
+
+__all__ = ["read_epub", "read_opendocument", "read_rtf", "read_slides", "read_spreadsheet", "read_word"]
+
+
+# --- from word
+# Word documents (.docx): headings by their styles, paragraphs, lists, tables by rows, footnotes, text boxes.
+#
+# python-docx opens the package and knows the styles. Its paragraphs leave out what stands in content controls and in
+# insertions that nobody has accepted yet, so the text is read from the elements. A Word document has no pages until
+# something lays it out: a passage is found by its headings.
+
+_WORD = "Word document"
+_WORD_PURPOSE = "reading Word documents"
+_HEADING = re.compile(r"heading\s*([1-9])\b", re.IGNORECASE)
+_TITLE_LEVEL = 0
+# Deleted text, the fallback picture of a text box, field codes.
+_WORD_LEFT_OUT = frozenset({"del", "moveFrom", "Fallback", "instrText", "delText", "rPr", "pPr", "sectPr"})
+_WRAPPERS = frozenset({"sdt", "sdtContent", "ins", "moveTo", "customXml", "smartTag"})
+
+
+def read_word(data: bytes) -> Document:
+    """Read a .docx file.
+
+    Raises:
+        BrokenFileError: If it is damaged, encrypted or beyond a limit.
+        NotTextError: If there is no text in it.
+        MissingExtraError: If python-docx is not installed.
+    """
+    try:
+        import docx
+    except ImportError as error:
+        raise MissingExtraError("python-docx", "files", _WORD_PURPOSE) from error
+    with Archive(data, _WORD), parsing(_WORD):
+        return _WordReader(docx.Document(io.BytesIO(data))).document()
+
+
+class _WordReader:
+    def __init__(self, word: WordDocument) -> None:
+        self._body: _Element = word.element.body
+        self._levels = _heading_levels(word)
+        self._notes = _notes(word)
+        self._out = DocumentBuilder(_WORD)
+        self._in_list = False
+
+    def document(self) -> Document:
+        self._blocks(self._body)
+        return self._out.with_pages()
+
+    def _blocks(self, parent: _Element) -> None:
+        for child in parent:
+            name = local_name(child)
+            if name == "p":
+                self._paragraph(child)
+            elif name == "tbl":
+                self._out.rows([_word_cell(cell) for cell in _below(row, "tc")] for row in _below(child, "tr"))
+                self._in_list = False
+            elif name in _WRAPPERS:
+                self._blocks(child)
+
+    def _paragraph(self, paragraph: _Element) -> None:
+        text, notes, boxes = _word_text(paragraph)
+        level, listed = self._kind(paragraph)
+        if text.strip() and level is not None:
+            self._out.heading(text, level)
+        elif listed and text.strip():
+            self._out.text(f"- {text.strip()}", cost=Break.ITEM if self._in_list else Break.BLOCK)
+        else:
+            self._out.text(text)
+        self._in_list = listed
+        for note in notes:
+            self._out.text(f"[{note}] {self._notes.get(note, '')}".strip(), cost=Break.SENTENCE)
+        for box in boxes:
+            self._blocks(box)
+
+    def _kind(self, paragraph: _Element) -> tuple[int | None, bool]:
+        """The level of a heading (None: it is none), and whether the paragraph is a list item."""
+        level = None
+        listed = False
+        for properties in children(paragraph, "pPr"):
+            for child in properties:
+                name = local_name(child)
+                if name == "pStyle":
+                    level = self._levels.get(attribute(child, "val"), level)
+                    listed = listed or attribute(child, "val").lower().startswith("list")
+                elif name == "outlineLvl":
+                    level = _outline_level(child)
+                elif name == "numPr":
+                    listed = True
+        return level, listed and level is None
+
+
+def _outline_level(element: _Element) -> int | None:
+    value = attribute(element, "val")
+    # 9 is body text.
+    return int(value) + 1 if value.isdecimal() and int(value) < 9 else None
+
+
+def _heading_levels(word: WordDocument) -> dict[str, int]:
+    """Levels by style id. A built-in style has its English name in the file whatever language it is shown in."""
+    levels: dict[str, int] = {}
+    parents: dict[str, str] = {}
+    styles: _Element = word.styles.element
+    for style in children(styles, "style"):
+        key = attribute(style, "styleId")
+        for child in style:
+            name, value = local_name(child), attribute(child, "val")
+            found = _HEADING.match(value) if name == "name" else None
+            if found:
+                levels[key] = int(found.group(1))
+            elif name == "name" and value.lower() == "title":
+                levels[key] = _TITLE_LEVEL
+            elif name == "basedOn":
+                parents[key] = value
+            elif name == "pPr":
+                for outline in children(child, "outlineLvl"):
+                    level = _outline_level(outline)
+                    if level is not None:
+                        levels.setdefault(key, level)
+    for key in parents:
+        ancestor, steps = key, 0
+        while ancestor not in levels and ancestor in parents and steps < 20:
+            ancestor, steps = parents[ancestor], steps + 1
+        if ancestor in levels:
+            levels.setdefault(key, levels[ancestor])
+    return levels
+
+
+def _notes(word: WordDocument) -> dict[str, str]:
+    """Footnotes and endnotes by a mark that tells them apart."""
+    notes = {}
+    for relation in word.part.rels.values():
+        kind = relation.reltype.rpartition("/")[2]
+        if kind in ("footnotes", "endnotes") and not relation.is_external:
+            prefix = "" if kind == "footnotes" else "e"
+            for note in safe_xml.parse(relation.target_part.blob, _WORD_PURPOSE):
+                if attribute(note, "type") in ("", "normal"):
+                    notes[prefix + attribute(note, "id")] = _word_cell(note)
+    return notes
+
+
+def _below(element: _Element, name: str) -> Iterator[_Element]:
+    """Children of this name, through wrappers such as content controls."""
+    for child in element:
+        found = local_name(child)
+        if found == name:
+            yield child
+        elif found in _WRAPPERS:
+            yield from _below(child, name)
+
+
+def _word_cell(element: _Element) -> str:
+    """All paragraphs below an element on one line."""
+    paragraphs = (_word_text(paragraph)[0] for paragraph in element.iter("{*}p"))
+    return " ".join(" ".join(text.split()) for text in paragraphs if text.strip())
+
+
+def _word_text(paragraph: _Element) -> tuple[str, list[str], list[_Element]]:
+    """A paragraph's text, the marks of the notes that it names, and the text boxes that hang on it."""
+    parts: list[str] = []
+    notes: list[str] = []
+    boxes: list[_Element] = []
+    stack = list(reversed(paragraph))
+    while stack:
+        element = stack.pop()
+        name = local_name(element)
+        if name in _WORD_LEFT_OUT:
+            continue
+        if name == "t":
+            parts.append(element.text or "")
+        elif name in ("tab", "ptab"):
+            parts.append("\t")
+        elif name in ("br", "cr"):
+            parts.append("\n")
+        elif name == "noBreakHyphen":
+            parts.append("-")
+        elif name in ("footnoteReference", "endnoteReference"):
+            mark = ("" if name == "footnoteReference" else "e") + attribute(element, "id")
+            notes.append(mark)
+            parts.append(f"[{mark}]")
+        elif name == "txbxContent":
+            boxes.append(element)
+        else:
+            stack.extend(reversed(element))
+    return "".join(parts), notes, boxes
+
+
+# --- from slides
+# PowerPoint presentations (.pptx): a slide is a page, its title a heading; tables by rows, the notes at the end.
+
+_SLIDES = "presentation"
+
+
+def read_slides(data: bytes) -> Document:
+    """Read a .pptx file. A damaged slide costs itself, not the others.
+
+    Raises:
+        BrokenFileError: If it is damaged, encrypted or beyond a limit.
+        NotTextError: If there is no text in it.
+        MissingExtraError: If python-pptx is not installed.
+    """
+    try:
+        import pptx
+    except ImportError as error:
+        raise MissingExtraError("python-pptx", "files", "reading presentations") from error
+    out = DocumentBuilder(_SLIDES)
+    with Archive(data, _SLIDES), parsing(_SLIDES):
+        slides = pptx.Presentation(io.BytesIO(data)).slides
+        broken: BrokenFileError | None = None
+        read_any = False
+        for number in range(1, len(slides) + 1):
+            try:
+                with parsing(f"slide {number} of a presentation"):
+                    _slide(slides[number - 1], number, out)
+                read_any = True
+            except BrokenFileError as error:
+                broken = broken or error
+        if broken is not None and not read_any:
+            raise broken
+        return out.with_pages()
+
+
+def _slide(slide: Slide, number: int, out: DocumentBuilder) -> None:
+    title = slide.shapes.title
+    if title is not None and title.has_text_frame and title.text_frame.text.strip():
+        out.heading(title.text_frame.text, 1, page=number)
+    else:
+        out.section(f"Slide {number}", 1)
+    title_id = title.shape_id if title is not None else None
+    _shapes((shape for shape in slide.shapes if shape.shape_id != title_id), number, out)
+    if slide.has_notes_slide:
+        notes = slide.notes_slide.notes_text_frame
+        if notes is not None and notes.text.strip():
+            out.text(f"Notes: {notes.text.strip()}", page=number)
+
+
+def _shapes(shapes: Iterable[Any], number: int, out: DocumentBuilder) -> None:
+    """Text of shapes in the order in which they are drawn, which is the order in which a screen reader reads them."""
+    for shape in shapes:
+        # A group of shapes has shapes, and nothing else does.
+        if hasattr(shape, "shapes"):
+            _shapes(shape.shapes, number, out)
+        elif getattr(shape, "has_table", False):
+            out.rows(([cell.text for cell in row.cells] for row in shape.table.rows), page=number)
+        elif shape.has_text_frame:
+            cost = Break.BLOCK
+            for paragraph in shape.text_frame.paragraphs:
+                if paragraph.text.strip():
+                    out.text("  " * paragraph.level + paragraph.text.strip(), cost=cost, page=number)
+                    cost = Break.ITEM
+
+
+# --- from spreadsheet
+# Spreadsheets (.xlsx, .xlsm, .xlsb, .xls, .ods): a sheet is a section under its name, a row is a line.
+#
+# calamine reads values, not formulas. An empty row ends a table, so that tables of one sheet are cut apart.
+
+_SPREADSHEET = "spreadsheet"
+_ZIP = b"PK"
+
+
+def read_spreadsheet(data: bytes) -> Document:
+    """Read a workbook.
+
+    Raises:
+        BrokenFileError: If it is damaged, encrypted or beyond a limit.
+        NotTextError: If there is no text in it.
+        MissingExtraError: If python-calamine is not installed.
+    """
+    try:
+        from python_calamine import CalamineWorkbook, PasswordError, SheetTypeEnum
+    except ImportError as error:
+        raise MissingExtraError("python-calamine", "files", "reading spreadsheets") from error
+    if data.startswith(_ZIP):
+        with Archive(data, _SPREADSHEET):
+            pass  # it is within the limits
+    out = DocumentBuilder(_SPREADSHEET)
+    with parsing(_SPREADSHEET):
+        try:
+            book = CalamineWorkbook.from_filelike(io.BytesIO(data))
+        except PasswordError as error:
+            raise BrokenFileError(f"an encrypted {_SPREADSHEET}") from error
+        for sheet in book.sheets_metadata:
+            if sheet.typ is SheetTypeEnum.WorkSheet:
+                out.section(sheet.name, 1)
+                cells = ([_shown(cell) for cell in row] for row in book.get_sheet_by_name(sheet.name).iter_rows())
+                for _, table in groupby(cells, key=any):
+                    out.rows(table)
+    return out.with_pages()
+
+
+def _shown(value: object) -> str:
+    """A cell's value as a person would write it."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))  # calamine has every number as a float
+    if isinstance(value, datetime.datetime) and value.time() == datetime.time.min:
+        return value.date().isoformat()
+    return str(value)
+
+
+# --- from opendocument
+# OpenDocument text and presentations (.odt, .odp): headings by their outline levels, a slide is a page.
+
+_OPENDOCUMENT = "OpenDocument file"
+_OPENDOCUMENT_PURPOSE = "reading OpenDocument files"
+_CONTENT = "content.xml"
+_MIMETYPE = "mimetype"
+_MANIFEST = "META-INF/manifest.xml"
+# Deleted text, comments, and what is made again from the headings.
+_OPENDOCUMENT_LEFT_OUT = frozenset(
+    {"tracked-changes", "annotation", "table-of-content", "alphabetical-index", "sequence-decls", "forms"}
+)
+
+
+def read_opendocument(data: bytes) -> Document:
+    """Read an .odt, .ods or .odp file.
+
+    Raises:
+        BrokenFileError: If it is damaged, encrypted or beyond a limit.
+        NotTextError: If there is no text in it.
+        MissingExtraError: If lxml or python-calamine is not installed.
+    """
+    with Archive(data, _OPENDOCUMENT) as archive, parsing(_OPENDOCUMENT):
+        if _MIMETYPE in archive and b"spreadsheet" in archive.read(_MIMETYPE):
+            return read_spreadsheet(data)
+        if _MANIFEST in archive and b"encryption-data" in archive.read(_MANIFEST):
+            raise BrokenFileError(f"an encrypted {_OPENDOCUMENT}")
+        root = safe_xml.parse(archive.read(_CONTENT), _OPENDOCUMENT_PURPOSE)
+        reader = _OpenDocumentReader()
+        for body in root.iter("{*}body"):
+            reader.blocks(body)
+        return reader.out.with_pages()
+
+
+class _OpenDocumentReader:
+    def __init__(self) -> None:
+        self.out = DocumentBuilder(_OPENDOCUMENT)
+        self._page = 0
+
+    def blocks(self, parent: _Element, *, in_list: bool = False) -> None:
+        """Add what is below an element."""
+        cost = Break.BLOCK
+        for child in parent:
+            name = local_name(child)
+            if name in _OPENDOCUMENT_LEFT_OUT:
+                continue
+            if name == "h":
+                level = attribute(child, "outline-level")
+                self.out.heading(_opendocument_text(child), int(level) if level.isdecimal() else 1, page=self._page)
+            elif name == "p":
+                text = _opendocument_text(child)
+                if in_list and text.strip():
+                    self.out.text(f"- {text.strip()}", cost=Break.ITEM, page=self._page)
+                else:
+                    self.out.text(text, cost=cost, page=self._page)
+            elif name == "table":
+                rows = (
+                    [_opendocument_cell(cell) for cell in row.iter("{*}table-cell")]
+                    for row in child.iter("{*}table-row")
+                )
+                self.out.rows(rows, page=self._page)
+            elif name == "page":
+                self._page += 1
+                self.out.section(attribute(child, "name") or f"Slide {self._page}", 1)
+                self.blocks(child)
+            elif name == "notes":
+                self.blocks(child)
+            else:
+                self.blocks(child, in_list=in_list or name == "list-item")
+
+
+def _opendocument_cell(cell: _Element) -> str:
+    return " ".join(_opendocument_text(part) for part in cell.iter("{*}p", "{*}h"))
+
+
+def _opendocument_text(paragraph: _Element) -> str:
+    """The text of a paragraph; a run of blanks is an element there, and how many it says does not matter."""
+    parts = [paragraph.text or ""]
+    for child in paragraph:
+        name = local_name(child)
+        if name in ("s", "tab"):
+            parts.append(" ")
+        elif name == "line-break":
+            parts.append("\n")
+        elif name not in _OPENDOCUMENT_LEFT_OUT and name != "note-citation":
+            parts.append(f" {_opendocument_text(child)}" if name == "p" else _opendocument_text(child))
+        parts.append(child.tail or "")
+    return "".join(parts)
+
+
+# --- from rtf
+# Rich Text Format (.rtf): its text, in paragraphs. Pictures and embedded objects are left out.
+
+_RTF = "RTF document"
+_MAGIC = b"{\\rtf"
+
+
+def read_rtf(data: bytes) -> Document:
+    """Read an .rtf file.
+
+    Raises:
+        BrokenFileError: If it is damaged or beyond a limit.
+        NotTextError: If there is no text in it.
+        MissingExtraError: If striprtf is not installed.
+    """
+    try:
+        from striprtf.striprtf import rtf_to_text
+    except ImportError as error:
+        raise MissingExtraError("striprtf", "files", "reading RTF documents") from error
+    if not data.lstrip()[: len(_MAGIC)].startswith(_MAGIC):
+        raise BrokenFileError(f"not an {_RTF}")
+    to_text: Callable[..., str] = rtf_to_text  # striprtf says that it is typed, and is not
+    out = DocumentBuilder(_RTF)
+    with parsing(_RTF):
+        text = printable(to_text(data.decode("cp1252", errors="replace"), errors="replace"))
+        lines = split_lines(text)
+        out.document_of(Document(lines, line_breaks(lines)))
+    return out.with_pages()
+
+
+_EPUB = "EPUB book"
+_EPUB_PURPOSE = "reading EPUB books"
+_CONTAINER = "META-INF/container.xml"
+_ENCRYPTION = "META-INF/encryption.xml"
+_TEXT_TYPES = frozenset({"application/xhtml+xml", "text/html", "application/x-dtbook+xml"})
+_BOOK_LEVEL = -1
+
+
+def read_epub(data: bytes) -> Document:
+    """Read an .epub file. A damaged chapter costs itself, not the others.
+
+    Raises:
+        BrokenFileError: If it is damaged, encrypted or beyond a limit.
+        NotTextError: If there is no text in it.
+        MissingExtraError: If lxml or beautifulsoup4 is not installed.
+    """
+    out = DocumentBuilder(_EPUB)
+    with Archive(data, _EPUB) as archive, parsing(_EPUB):
+        package_name = _package_name(archive)
+        package = safe_xml.parse(archive.read(package_name), _EPUB_PURPOSE)
+        chapters = _spine(package, posixpath.dirname(package_name))
+        if _encrypted(archive).intersection(chapters):
+            raise BrokenFileError(f"an encrypted {_EPUB} (DRM)")
+        title = _metadata(package, "title")
+        creator = _metadata(package, "creator")
+        if title:
+            out.heading(f"{title} ({creator})" if creator else title, _BOOK_LEVEL)
+        broken: BrokenFileError | None = None
+        read_any = False
+        for chapter in chapters:
+            try:
+                with parsing(f"chapter {chapter[:80]} of an {_EPUB}"):
+                    out.document_of(html(archive.read(chapter)))
+                read_any = True
+            except BrokenFileError as error:
+                broken = broken or error
+        if not read_any:
+            raise broken or BrokenFileError(f"a broken {_EPUB}: no document in its spine")
+        return out.with_pages()
+
+
+def _package_name(archive: Archive) -> str:
+    container = safe_xml.parse(archive.read(_CONTAINER), _EPUB_PURPOSE)
+    for rootfile in container.iter("{*}rootfile"):
+        name = attribute(rootfile, "full-path")
+        if name:
+            return name
+    raise BrokenFileError(f"a broken {_EPUB}: {_CONTAINER} names no package")
+
+
+def _spine(package: _Element, folder: str) -> list[str]:
+    """Names of the documents in reading order, each once."""
+    items: dict[str, str] = {}
+    order: list[str] = []
+    for part in package:
+        if local_name(part) == "manifest":
+            for item in children(part, "item"):
+                if attribute(item, "media-type") in _TEXT_TYPES:
+                    items[attribute(item, "id")] = _resolved(folder, attribute(item, "href"))
+        elif local_name(part) == "spine":
+            order += [attribute(item, "idref") for item in children(part, "itemref")]
+    return list(dict.fromkeys(items[key] for key in order if key in items))
+
+
+def _resolved(folder: str, reference: str) -> str:
+    """The member that a reference means. It is only ever looked up in the archive."""
+    return posixpath.normpath(posixpath.join(folder, unquote(reference.partition("#")[0])))
+
+
+def _metadata(package: _Element, name: str) -> str:
+    for metadata in children(package, "metadata"):
+        for element in metadata.iter(f"{{*}}{name}"):
+            text = " ".join("".join(map(str, element.itertext())).split())
+            if text:
+                return text
+    return ""
+
+
+def _encrypted(archive: Archive) -> set[str]:
+    """Members that are encrypted; fonts often are, in books that anyone can read."""
+    if _ENCRYPTION not in archive:
+        return set()
+    root = safe_xml.parse(archive.read(_ENCRYPTION), _EPUB_PURPOSE)
+    return {unquote(attribute(reference, "URI")) for reference in root.iter("{*}CipherReference")}

@@ -1,0 +1,124 @@
+"""PDF: the text of each page, and the outline's entries as headings where they stand."""
+
+from __future__ import annotations
+
+import io
+import logging
+from typing import TYPE_CHECKING, Any
+
+from epic_rag.errors import MissingExtraError
+from epic_rag_chroma.reading.containers import MAX_CHARACTERS, parsing, printable
+from epic_rag_chroma.reading.document import (
+    Break,
+    BrokenFileError,
+    Document,
+    Heading,
+    NotTextError,
+    clean_title,
+    line_breaks,
+    split_lines,
+)
+
+if TYPE_CHECKING:
+    from pypdf import PdfReader
+
+__all__ = ["read"]
+
+
+_WHAT = "PDF"
+_MAX_OUTLINE = 10_000
+
+
+def read(data: bytes) -> Document:
+    """Read a PDF. A damaged page costs itself, not the others.
+
+    Raises:
+        BrokenFileError: If it is damaged or encrypted.
+        NotTextError: If there is no text in it.
+        MissingExtraError: If pypdf is not installed.
+    """
+    try:
+        import pypdf
+    except ImportError as error:
+        raise MissingExtraError("pypdf", "files", "reading PDF files") from error
+    # pypdf logs every oddity of every file; the reason for a file that cannot be read is reported by us.
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
+    with parsing(_WHAT):
+        reader = pypdf.PdfReader(io.BytesIO(data))
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise BrokenFileError(f"an encrypted {_WHAT}")
+        document = _pages(reader)
+        if not any(line.strip() for line in document.lines):
+            raise NotTextError("a PDF without text (scanned pages?)")
+        document.headings.extend(_outline(reader, document))
+        return document
+
+
+def _pages(reader: PdfReader) -> Document:
+    lines: list[str] = []
+    breaks: list[Break] = []
+    pages: list[int] = []
+    size = 0
+    broken: BrokenFileError | None = None
+    for number in range(1, len(reader.pages) + 1):
+        try:
+            with parsing(_WHAT):
+                of_page = split_lines(printable(reader.pages[number - 1].extract_text() or ""))
+        except BrokenFileError as error:
+            broken = broken or error
+            continue
+        size += sum(map(len, of_page))
+        if size > MAX_CHARACTERS:
+            raise BrokenFileError(f"more than {MAX_CHARACTERS // 2**20} million characters of text in this {_WHAT}")
+        lines += of_page
+        breaks += line_breaks(of_page)
+        pages += [number] * len(of_page)
+    if broken is not None and not any(line.strip() for line in lines):
+        raise broken
+    return Document(lines, breaks, pages=pages)
+
+
+def _outline(reader: PdfReader, document: Document) -> list[Heading]:
+    """The outline's entries: at the line that says the title, or else where their page begins."""
+    pages = document.pages or []
+    first: dict[int, int] = {}
+    for line, page in enumerate(pages):
+        first.setdefault(page, line)
+    headings: list[Heading] = []
+    taken = -1
+    for page, level, title in _entries(reader):
+        # Entries that point backwards, or to a page without text, are not the order of the text.
+        start = max(first.get(page, len(pages)), taken + 1)
+        if start >= len(pages) or pages[start] != page:
+            continue
+        said = next(
+            (line for line in range(start, len(pages)) if _says(document.lines[line], title, pages[line], page)), None
+        )
+        taken = start if said is None else said
+        headings.append(Heading(taken, level, title, 0 if said is None else 1))
+    return headings
+
+
+def _says(line: str, title: str, page: int, wanted: int) -> bool:
+    return page == wanted and clean_title(line).casefold().endswith(title.casefold())
+
+
+def _entries(reader: PdfReader) -> list[tuple[int, int, str]]:
+    """Page, level and title of each entry, in order; none if the outline is damaged."""
+    entries: list[tuple[int, int, str]] = []
+    try:
+        stack: list[tuple[Any, int]] = [(entry, 1) for entry in reversed(reader.outline)]
+        while stack and len(entries) < _MAX_OUTLINE:
+            entry, level = stack.pop()
+            if isinstance(entry, list):
+                stack.extend((below, level + 1) for below in reversed(entry))
+                continue
+            number = reader.get_destination_page_number(entry)
+            title = clean_title(printable(str(entry.title or "")))
+            if number is not None and number >= 0 and title:
+                entries.append((number + 1, level, title))
+    except MemoryError:
+        raise
+    except Exception:  # pypdf raises nearly anything here too; the text is worth having without its outline
+        return []
+    return entries

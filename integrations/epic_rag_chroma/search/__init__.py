@@ -1,0 +1,1 @@
+"""Search: vectors, keywords, fusion, filters, deduplication and reranking."""

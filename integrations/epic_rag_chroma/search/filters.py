@@ -1,0 +1,160 @@
+"""Filters: which chunks a query may find, by metadata, by path and by the age of the file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pathspec import GitIgnoreSpec
+
+from epic_rag.errors import ConfigError
+from epic_rag_chroma.search.conditions import NUMERIC_KEYS, Comparison, Condition, Operator, fields_of
+from epic_rag_chroma.store import paths as roots
+from epic_rag_chroma.store.state import Manifest
+from epic_rag_chroma.types import SearchFilters
+
+__all__ = ["Filter", "parse_filters", "parse_where"]
+
+
+_WHERE = re.compile(r"\s*([\w.-]+)\s*(==|!=|>=|<=|=|>|<)\s*(.*?)\s*", re.DOTALL)
+_OPERATORS: Mapping[str, Operator] = {
+    "=": "==",
+    "==": "==",
+    "!=": "!=",
+    ">": ">",
+    ">=": ">=",
+    "<": "<",
+    "<=": "<=",
+}
+_AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([mhdw])", re.IGNORECASE)
+_UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_PATHS_REMEMBERED = 100_000
+
+
+def parse_filters(where: Sequence[str], paths: Sequence[str], since: str | None) -> SearchFilters:
+    """Read filters as a person writes them.
+
+    Args:
+        where: Conditions: "lang=python", "kind!=pdf", "page>=3".
+        paths: Patterns in .gitignore's syntax.
+        since: An age ("30m", "12h", "7d", "2w") or a date, with or without a time and a time zone (ISO 8601); a time
+            without a zone is local.
+
+    Raises:
+        ConfigError: If one cannot be understood; the message says what can.
+    """
+    filters = SearchFilters(tuple(where), tuple(paths), None if since is None else _moment(since))
+    for condition in filters.where:
+        parse_where(condition)
+    _patterns(filters.paths)
+    return filters
+
+
+def parse_where(text: str) -> Comparison:
+    """Read a condition such as "lang=python".
+
+    Raises:
+        ConfigError: If it is none, or names a key that rows do not have.
+    """
+    found = _WHERE.fullmatch(text)
+    if found is None:
+        raise ConfigError(f'"{text}" is no condition; write one like "lang=python", "kind!=pdf" or "page>=3"')
+    key, operator, value = found.groups()
+    if key not in NUMERIC_KEYS:
+        return Comparison(key, _OPERATORS[operator], value)
+    try:
+        number: int | float = int(value) if value.lstrip("+-").isdigit() else float(value)
+    except ValueError:
+        raise ConfigError(f'{key} is a number and "{value}" is none; write a condition like "{key}>=3"') from None
+    return Comparison(key, _OPERATORS[operator], number)
+
+
+def _moment(text: str) -> datetime:
+    text = text.strip()
+    age = _AGE.fullmatch(text)
+    try:
+        if age is not None:
+            return datetime.now(timezone.utc) - timedelta(**{_UNITS[age[2].lower()]: float(age[1])})
+        # Python 3.10 does not read the Z that everybody writes.
+        return datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text)).astimezone()
+    except (ValueError, OverflowError, OSError):
+        raise ConfigError(
+            f'"{text}" is no time; write an age such as 30m, 12h, 7d or 2w, or a date such as 2026-01-31'
+        ) from None
+
+
+def _patterns(paths: Sequence[str]) -> GitIgnoreSpec:
+    for pattern in paths:
+        try:
+            if all(each.include is None for each in GitIgnoreSpec.from_lines([pattern]).patterns):
+                raise ValueError("an empty line or a comment")
+        except ValueError:
+            raise ConfigError(f'"{pattern}" is no path pattern; write one like "guide/**" or "*.md"') from None
+    return GitIgnoreSpec.from_lines(paths)
+
+
+class Filter:
+    """Says of a chunk's metadata whether it passes.
+
+    Args:
+        filters: What must hold.
+        index_dir: The index folder.
+
+    Raises:
+        ConfigError: If a condition or a pattern cannot be understood, or `since` has no time zone.
+    """
+
+    def __init__(self, filters: SearchFilters, index_dir: Path) -> None:
+        conditions: list[Condition] = [parse_where(condition) for condition in filters.where]
+        if filters.condition is not None:
+            conditions.append(filters.condition)
+        self._conditions = conditions
+        # Where the file lies takes a while to say, for each of perhaps 100,000 rows.
+        self._asks_for_file = any(_keys(condition) & {"file_name", "file_path"} for condition in conditions)
+        self._index_dir = index_dir
+        patterns = _patterns(filters.paths)
+        self._path_matches = lru_cache(_PATHS_REMEMBERED)(patterns.match_file) if filters.paths else None
+        self._since_ns: int | None = None
+        if filters.since is not None:
+            if filters.since.tzinfo is None:
+                raise ConfigError(
+                    f"since is {filters.since.isoformat()} without a time zone; give it one, as in "
+                    "datetime.now(timezone.utc)"
+                )
+            self._since_ns = int(filters.since.timestamp() * 1e9)
+            manifest = Manifest.load(index_dir)
+            self._times = {
+                key: entry.stamp.mtime_ns
+                for key, entry in (manifest.entries if manifest is not None else {}).items()
+                if entry.stamp is not None
+            }
+
+    def __call__(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether a chunk with that metadata passes."""
+        if self._path_matches is not None and not self._path_matches(str(metadata.get("path", ""))):
+            return False
+        if self._conditions:
+            fields = fields_of(metadata, self._index_dir) if self._asks_for_file else metadata
+            if not all(condition.matches(fields) for condition in self._conditions):
+                return False
+        return self._since_ns is None or self._modified(metadata) >= self._since_ns
+
+    def _modified(self, metadata: Mapping[str, Any]) -> int:
+        """When a chunk's file was modified: what was noted when it was read, or what the file system says."""
+        key = (str(metadata.get("root", "")), str(metadata.get("path", "")))
+        if key not in self._times:
+            try:
+                self._times[key] = (roots.where(key[0], self._index_dir) / key[1]).stat().st_mtime_ns
+            except (OSError, ValueError):
+                self._times[key] = 0
+        return self._times[key]
+
+
+def _keys(condition: Condition) -> set[str]:
+    if isinstance(condition, Comparison):
+        return {condition.key}
+    return {key for part in condition.parts for key in _keys(part)}

@@ -1,0 +1,1 @@
+"""Storage of an index: layout of the folder, state, database, Chroma collection and server."""

@@ -1,0 +1,361 @@
+"""What comes out of the encoder: the contract of encode_query and encode_document."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epic_rag import BankError, ConfigError, DemonstrationBank, EpicEncoder, PromptError, TaskError, batching, get_task
+from epic_rag.prefix_cache import embed_packed
+from epic_rag.prompt import STRATEGIES
+from tests.conftest import make_encoder
+
+PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+TEXTS = ["how do I install it", "", "the quick brown fox " * 9, "naïve 日本語 🙂", "how do I install it"]
+PAIRS = [
+    ("how do I undo this", "To undo a step, press Ctrl+Z."),
+    ("change the language", "Open Settings, then Language."),
+    ("E1042 on startup", "The licence file could not be read."),
+    ("export to a spreadsheet", "Choose Data, then Export."),
+]
+
+
+@pytest.fixture(params=["causal", "bidirectional"])
+def encoder(
+    request: pytest.FixtureRequest, tiny_encoder: EpicEncoder, tiny_bidirectional_encoder: EpicEncoder
+) -> EpicEncoder:
+    return tiny_encoder if request.param == "causal" else tiny_bidirectional_encoder
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_encoder: EpicEncoder) -> DemonstrationBank:
+    return DemonstrationBank(PAIRS, instruction="find the section").build(tiny_encoder)
+
+
+def check(vectors: np.ndarray, *shape: int) -> None:
+    assert vectors.dtype == np.float32
+    assert vectors.shape == shape
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), np.ones(shape[:-1]), atol=1e-5)
+
+
+def different(left: np.ndarray, right: np.ndarray) -> bool:
+    return bool(np.abs(left - right).max() > 1e-3)
+
+
+# Shapes and order
+
+
+@pytest.mark.parametrize("method", ["encode_query", "encode_document"])
+def test_shapes(encoder: EpicEncoder, method: str) -> None:
+    encode = getattr(encoder, method)
+    check(encode(TEXTS), 5, 32)
+    check(encode(tuple(TEXTS)), 5, 32)
+    check(encode(["one"]), 1, 32)
+    check(encode("one"), 32)
+    check(encode(""), 32)
+    check(encode([]), 0, 32)
+    check(encode([], truncate_dim=8), 0, 8)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_shapes_with_demonstrations(encoder: EpicEncoder, strategy: Any) -> None:
+    bank = DemonstrationBank(PAIRS)
+    check(encoder.encode_query(TEXTS, bank=bank, strategy=strategy), 5, 32)
+    check(encoder.encode_query("one", bank=bank, strategy=strategy), 32)
+    check(encoder.encode_query([], bank=bank, strategy=strategy), 0, 32)
+
+
+@PROPERTY
+@given(order=st.permutations(range(5)), batch_size=st.none() | st.integers(1, 6), k=st.integers(0, 2))
+def test_order_is_kept_whatever_the_batches(
+    tiny_encoder: EpicEncoder, bank: DemonstrationBank, order: list[int], batch_size: int | None, k: int
+) -> None:
+    for encode in (
+        lambda texts, size: tiny_encoder.encode_document(texts, batch_size=size),
+        lambda texts, size: tiny_encoder.encode_query(texts, bank=bank, num_demonstrations=k, batch_size=size),
+    ):
+        alone = np.stack([encode(text, None) for text in TEXTS])
+        together = encode([TEXTS[index] for index in order], batch_size)
+        np.testing.assert_allclose(together, alone[order], atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_batch_size_is_the_most_rows_of_a_batch(
+    batch_size: int, tiny_encoder: EpicEncoder, bank: DemonstrationBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, sizes = tiny_encoder.backbone.forward, []
+
+    def count(batch: Any, slots: Any = None) -> torch.Tensor:
+        sizes.append(len(batch.ids))
+        return forward(batch, slots)
+
+    def count_packed(backbone: Any, prefix: Any, rows: Any, vectors: Any) -> torch.Tensor:
+        sizes.append(sum(map(len, rows)))
+        return embed_packed(backbone, prefix, rows, vectors)
+
+    monkeypatch.setattr(tiny_encoder.backbone, "forward", count)
+    monkeypatch.setattr(batching, "embed_packed", count_packed)
+    tiny_encoder.encode_document(TEXTS, batch_size=batch_size)
+    tiny_encoder.encode_query(TEXTS, bank=bank, num_demonstrations=2, selection="nearest", batch_size=batch_size)
+    assert max(sizes) == batch_size
+    assert sum(sizes) == 3 * len(TEXTS)  # "nearest" encodes every query twice
+
+
+def test_very_long_texts_are_cut(encoder: EpicEncoder) -> None:
+    long = "the quick brown fox jumps over the lazy dog " * 3000
+    check(encoder.encode_document([long, "short"]), 2, 32)
+    check(encoder.encode_query([long, "short"], instruction="x" * 100), 2, 32)
+    np.testing.assert_array_equal(encoder.encode_document(long), encoder.encode_document(long + "and more"))
+
+
+def test_what_is_no_text_is_named(encoder: EpicEncoder) -> None:
+    for encode in (encoder.encode_query, encoder.encode_document, encoder.count_tokens):
+        with pytest.raises(PromptError, match="text 2 of 2 is None, expected a string"):
+            encode(["a", None])  # type: ignore[operator]
+
+
+def test_half_a_surrogate_pair_is_no_reason_to_stop(encoder: EpicEncoder) -> None:
+    check(encoder.encode_document(["\ud800 broken", "whole"]), 2, 32)
+
+
+# Width and dtype
+
+
+def test_truncation_renormalises(encoder: EpicEncoder) -> None:
+    whole = encoder.encode_document(TEXTS)
+    cut = encoder.encode_document(TEXTS, truncate_dim=8)
+    check(cut, 5, 8)
+    np.testing.assert_allclose(cut, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True), atol=1e-6)
+    check(encoder.encode_query("one", truncate_dim=1), 1)
+    np.testing.assert_array_equal(encoder.encode_document(TEXTS, truncate_dim=32), whole)
+
+
+def test_the_encoders_own_width_and_that_of_a_call() -> None:
+    encoder = make_encoder()
+    bank = DemonstrationBank(PAIRS)
+    expected = encoder.encode_query("a", bank=bank, truncate_dim=8)
+    whole = encoder.encode_query("a", bank=bank)
+    encoder.truncate_dim = 8
+    assert encoder.dimension == 8
+    # Slots stay at full width, so the queries behind them are the same ones, cut.
+    np.testing.assert_allclose(encoder.encode_query("a", bank=bank), expected, atol=1e-6)
+    np.testing.assert_allclose(encoder.encode_query("a", bank=bank, selection="nearest", truncate_dim=32).shape, (32,))
+    np.testing.assert_allclose(encoder.encode_query("a", bank=bank, truncate_dim=32), whole, atol=1e-6)
+    assert bank.build(encoder).require(encoder.fingerprint).shape == (4, 2, 32)
+
+
+@pytest.mark.parametrize("width", [0, -1, 33])
+def test_a_width_that_is_not_there(encoder: EpicEncoder, width: int) -> None:
+    with pytest.raises(ConfigError, match=f"truncate_dim is {width}, the model has 32 dimensions; ask for 1 to 32"):
+        encoder.encode_document("a", truncate_dim=width)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float16", 0.02)])
+def test_half_precision_gives_float32_unit_vectors(
+    tiny_checkpoint: Path, tiny_encoder: EpicEncoder, bank: DemonstrationBank, dtype: str, tolerance: float
+) -> None:
+    half = EpicEncoder.from_pretrained(tiny_checkpoint, dtype=dtype)
+    assert half.dtype == getattr(torch, dtype)
+    for options in ({}, {"bank": bank}, {"bank": bank, "strategy": "text"}):
+        vectors = half.encode_query(TEXTS, **options)
+        check(vectors, 5, 32)
+        np.testing.assert_allclose(vectors, tiny_encoder.encode_query(TEXTS, **options), atol=tolerance)
+
+
+# Instructions
+
+
+def test_where_the_instruction_comes_from(encoder: EpicEncoder) -> None:
+    def encode(**options: Any) -> np.ndarray:
+        return encoder.encode_query("a", num_demonstrations=0, **options)
+
+    mine, docs = encode(instruction="mine"), encode(task="docs")
+    bare = encode()
+    bank = DemonstrationBank(PAIRS, instruction="of the bank")
+    silent = DemonstrationBank(PAIRS)
+    np.testing.assert_array_equal(docs, encode(instruction=get_task("docs").instruction))
+    np.testing.assert_array_equal(encode(bank=bank), encode(instruction="of the bank"))
+    # The call's own words go first, then the bank's, then the task's.
+    np.testing.assert_array_equal(encode(bank=bank, task="docs", instruction="mine"), mine)
+    np.testing.assert_array_equal(encode(bank=bank, task="docs"), encode(bank=bank))
+    np.testing.assert_array_equal(encode(bank=silent, task="docs"), docs)
+    np.testing.assert_array_equal(encode(task="docs", instruction=""), bare)
+    np.testing.assert_array_equal(encode(bank=bank, instruction=""), bare)
+    assert different(mine, docs)
+    assert different(mine, bare)
+
+
+def test_a_default_instruction_is_for_queries_that_have_none() -> None:
+    encoder = make_encoder()
+    bare, mine = encoder.encode_query("a"), encoder.encode_query("a", instruction="mine")
+    document, before = encoder.encode_document("a"), encoder.fingerprint
+    np.testing.assert_array_equal(bare, document)
+    encoder.settings["default_instruction"] = "mine"
+    assert encoder.default_instruction == "mine"
+    np.testing.assert_array_equal(encoder.encode_query("a"), mine)
+    np.testing.assert_array_equal(encoder.encode_query("a", instruction=""), bare)
+    np.testing.assert_array_equal(encoder.encode_query("a", task="docs"), make_encoder().encode_query("a", task="docs"))
+    np.testing.assert_array_equal(encoder.encode_document("a"), document)
+    # A bank without an instruction is embedded under it, as queries are.
+    built = DemonstrationBank(PAIRS).build(encoder)
+    expected = DemonstrationBank(PAIRS, instruction="mine").build(encoder)
+    np.testing.assert_allclose(built.embeddings, expected.embeddings, atol=1e-6)
+    assert encoder.fingerprint != before
+
+
+def test_documents_know_nothing_of_instructions_and_demonstrations(tiny_encoder: EpicEncoder) -> None:
+    document = tiny_encoder.encode_document("a")
+    assert different(document, tiny_encoder.encode_query("a", instruction="mine"))
+    np.testing.assert_array_equal(document, tiny_encoder.encode_query("a", instruction=""))
+
+
+# Demonstrations
+
+
+def test_how_many_are_shown(tiny_encoder: EpicEncoder, bank: DemonstrationBank) -> None:
+    def encode(**options: Any) -> np.ndarray:
+        return tiny_encoder.encode_query(TEXTS, **options)
+
+    np.testing.assert_array_equal(encode(bank=bank), encode(bank=bank, num_demonstrations=4))
+    np.testing.assert_array_equal(encode(bank=bank, num_demonstrations=2), encode(bank=bank.select(2)))
+    zero_shot = encode(instruction="find the section")
+    for options in ({"num_demonstrations": 0}, {"strategy": "none"}, {"strategy": "text", "num_demonstrations": 0}):
+        np.testing.assert_array_equal(encode(bank=bank, **options), zero_shot)
+    steps = [encode(bank=bank, num_demonstrations=k) for k in range(5)]
+    assert all(different(left, right) for left, right in itertools.pairwise(steps))
+    assert different(encode(bank=bank), encode(bank=bank, strategy="text"))
+    np.testing.assert_array_equal(encode(bank=DemonstrationBank([], instruction="find the section")), zero_shot)
+
+
+def test_a_task_shows_its_built_in_bank_when_asked(tiny_encoder: EpicEncoder) -> None:
+    alone = tiny_encoder.encode_query("a", task="docs")
+    np.testing.assert_array_equal(alone, tiny_encoder.encode_query("a", bank="docs", num_demonstrations=0))
+    np.testing.assert_allclose(
+        tiny_encoder.encode_query("a", task="docs", num_demonstrations=2),
+        tiny_encoder.encode_query("a", bank="docs", num_demonstrations=2),
+        atol=1e-6,
+    )
+
+
+def test_a_checkpoint_shows_no_more_than_it_was_trained_with(caplog: pytest.LogCaptureFixture) -> None:
+    encoder = make_encoder()
+    bank = DemonstrationBank(PAIRS).build(encoder)
+    two, three = (encoder.encode_query("a", bank=bank, num_demonstrations=k) for k in (2, 3))
+    encoder.settings["max_demonstrations"] = 2
+    np.testing.assert_array_equal(encoder.encode_query("a", bank=bank), two)
+    assert caplog.text == ""
+    np.testing.assert_array_equal(encoder.encode_query("a", bank=bank, num_demonstrations=3), three)
+    assert "asked for 3 demonstrations, tiny was trained with up to 2" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["epic", "text"])
+def test_nearest_is_each_querys_own_choice(tiny_encoder: EpicEncoder, bank: DemonstrationBank, strategy: Any) -> None:
+    together = tiny_encoder.encode_query(TEXTS, bank=bank, num_demonstrations=2, selection="nearest", strategy=strategy)
+    chosen = set()
+    for text, vector in zip(TEXTS, together, strict=True):
+        zero_shot = tiny_encoder.encode_query(text, instruction="find the section")
+        own = bank.select(2, method="nearest", query_embedding=zero_shot)
+        chosen.add(own.demonstrations)
+        np.testing.assert_allclose(vector, tiny_encoder.encode_query(text, bank=own, strategy=strategy), atol=1e-5)
+    assert len(chosen) > 1
+
+
+@pytest.mark.parametrize("selection", ["first", "diverse", "random"])
+def test_other_selections_are_one_choice_for_all(
+    tiny_encoder: EpicEncoder, bank: DemonstrationBank, selection: Any
+) -> None:
+    together = tiny_encoder.encode_query(TEXTS, bank=bank, num_demonstrations=2, selection=selection)
+    own = bank.select(2, method=selection)
+    np.testing.assert_array_equal(together, tiny_encoder.encode_query(TEXTS, bank=own))
+
+
+def test_an_unbuilt_bank_is_embedded_once(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
+    embed, calls = encoder.embed_demonstrations, []
+    monkeypatch.setattr(encoder, "embed_demonstrations", lambda bank: calls.append(bank) or embed(bank))
+    bank = DemonstrationBank(PAIRS)
+    first = encoder.encode_query("a", bank=bank)
+    np.testing.assert_array_equal(encoder.encode_query("a", bank=DemonstrationBank(PAIRS)), first)
+    assert len(calls) == 1
+    assert bank.embeddings is None
+    encoder.encode_query("a", bank=DemonstrationBank(PAIRS[:2]))
+    assert len(calls) == 2
+    for number in range(20):  # the cache is bounded
+        encoder.encode_query("a", bank=DemonstrationBank(PAIRS, instruction=f"number {number}"))
+    assert len(encoder._banks) == 16
+
+
+def test_vectors_of_a_bank_follow_the_weights(tiny_checkpoint: Path) -> None:
+    encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
+    bank = DemonstrationBank(PAIRS)
+    before, vector = encoder.fingerprint, encoder.encode_query("a", bank=bank)
+    with torch.no_grad():
+        encoder.backbone.transformer.layers[0].mlp.down_proj.weight.mul_(2)
+    encoder.forget_fingerprint()
+    assert encoder.fingerprint != before
+    changed = encoder.encode_query("a", bank=bank)
+    np.testing.assert_allclose(
+        changed, encoder.encode_query("a", bank=DemonstrationBank(PAIRS).build(encoder)), atol=1e-6
+    )
+    assert different(changed, vector)
+
+
+def test_vectors_of_a_bank_follow_the_settings(tiny_checkpoint: Path) -> None:
+    encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
+    bank = DemonstrationBank([("a " * 90, "b " * 90)])
+    encoder.encode_query("a", bank=bank)
+    encoder.prompt.max_query_tokens = 10
+    fresh = DemonstrationBank([("a " * 90, "b " * 90)]).build(encoder)
+    np.testing.assert_allclose(encoder.encode_query("a", bank=bank), encoder.encode_query("a", bank=fresh), atol=1e-6)
+
+
+def test_a_symmetric_bank_in_a_call(tiny_encoder: EpicEncoder) -> None:
+    both = [DemonstrationBank(PAIRS, instruction="same", symmetric=value) for value in (False, True)]
+    assert different(*(tiny_encoder.encode_query("a", bank=bank) for bank in both))
+
+
+# Errors
+
+
+@pytest.mark.parametrize("selection", ["first", "random", "diverse", "nearest"])
+def test_more_demonstrations_than_there_are(tiny_encoder: EpicEncoder, bank: DemonstrationBank, selection: Any) -> None:
+    with pytest.raises(PromptError, match="asked for 5 demonstrations, the bank has 4; ask for 0 to 4"):
+        tiny_encoder.encode_query("a", bank=bank, num_demonstrations=5, selection=selection)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"task": "nothing"}, TaskError, "no task 'nothing'; known are docs, qa, claims"),
+        ({"task": "nothing", "instruction": "mine"}, TaskError, "no task 'nothing'"),
+        ({"task": "nothing", "num_demonstrations": 2}, TaskError, "no task 'nothing'"),
+        ({"bank": "nothing"}, BankError, "no demonstration bank nothing; built in are"),
+        (
+            {"num_demonstrations": 2},
+            PromptError,
+            r"asked for 2 demonstrations and there is no bank.*; pass bank=\.\.\.",
+        ),
+        ({"num_demonstrations": -1, "task": "docs"}, PromptError, "asked for -1 demonstrations; ask for 0 or more"),
+        ({"strategy": "bogus"}, PromptError, "strategy is 'bogus', known are epic, text, none"),
+        ({"strategy": "bogus", "bank": "docs"}, PromptError, "strategy is 'bogus', known are epic, text, none"),
+        ({"selection": "bogus", "bank": "docs"}, PromptError, "selection is 'bogus', known are first, random"),
+        ({"batch_size": 0}, ConfigError, "batch_size is 0; pass 1 or more"),
+        ({"truncate_dim": 99}, ConfigError, "truncate_dim is 99, the model has 32"),
+        ({"instruction": "word " * 2000}, PromptError, r"no room for a query.*; use fewer demonstrations or a shorter"),
+    ],
+)
+def test_a_call_that_cannot_work(
+    tiny_encoder: EpicEncoder, options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        tiny_encoder.encode_query("a", **options)
+
+
+# The rest

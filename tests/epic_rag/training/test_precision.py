@@ -1,0 +1,144 @@
+"""Autocast, the loss scale of float16, and what the optimiser is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from epic_rag import checkpoints as _storage
+from epic_rag.errors import TrainingError
+from epic_rag.training import Trainer, TrainingConfig, optimizer
+from epic_rag.training.optimizer import settle_dtype
+from epic_rag.training.sampling import sample_batch
+
+Config = Callable[..., TrainingConfig]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_half_precision_is_close_to_single(config: Config, dtype: str, cached: bool) -> None:
+    results = []
+    for each in ("float32", dtype):
+        trainer = Trainer(config(dtype=each, grad_cache=cached))
+        if each == "float16":
+            # Low enough for the gradients of a random model, so that the first step is not left out.
+            trainer.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        results.append(trainer.train_step(sample_batch(trainer.datasets, trainer.config, 0)))
+        assert all(value.dtype == torch.float32 for value in trainer.encoder.backbone.parameters())
+    assert results[1].loss == pytest.approx(results[0].loss, rel=0.05)
+    # The norm is that of the real gradient, not of the scaled one.
+    assert results[1].gradient_norm == pytest.approx(results[0].gradient_norm, rel=0.2)
+    assert (results[1].loss_scale is not None) == (dtype == "float16")
+    assert results[0].loss_scale is None
+
+
+def overflowing(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Make the gradients of some steps infinite, as a loss scale that is too large does."""
+    unscale = trainer.scaler.unscale_
+
+    def spoiled(optimizer: torch.optim.Optimizer) -> None:
+        if trainer.step in steps:
+            next(value for value in trainer.encoder.backbone.parameters() if value.grad is not None).grad[0] = torch.inf
+        unscale(optimizer)
+
+    monkeypatch.setattr(trainer.scaler, "unscale_", spoiled)
+
+
+def test_a_step_that_overflows_is_left_out(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(config(dtype="float16"))
+    overflowing(trainer, monkeypatch, {0})
+    before = [value.detach().clone() for value in trainer.encoder.backbone.parameters()]
+    scale = trainer.scaler.get_scale()
+    result = trainer.train_step(sample_batch(trainer.datasets, trainer.config, 0))
+    assert result.gradient_norm is None
+    assert result.loss_scale == trainer.scaler.get_scale() == scale / 2
+    assert all(torch.equal(old, new) for old, new in zip(before, trainer.encoder.backbone.parameters(), strict=True))
+    trainer.step = 1
+    assert trainer.train_step(sample_batch(trainer.datasets, trainer.config, 1)).gradient_norm is not None
+    assert not all(
+        torch.equal(old, new) for old, new in zip(before, trainer.encoder.backbone.parameters(), strict=True)
+    )
+
+
+def test_overflow_at_every_scale_is_an_error(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(config(dtype="float16", steps=60))
+    overflowing(trainer, monkeypatch, set(range(60)))
+    with pytest.raises(TrainingError, match=r"the gradient's norm at step \d+ is (inf|nan)"):
+        trainer.train(show_progress=False)
+    assert trainer.step > 10
+
+
+def test_without_a_scale_an_infinite_gradient_is_an_error(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(config(dtype="bfloat16"))
+    overflowing(trainer, monkeypatch, {0})
+    with pytest.raises(TrainingError, match=r"the gradient's norm at step 1 is (inf|nan)"):
+        trainer.train(show_progress=False)
+
+
+def test_the_scale_goes_on_with_the_run(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for name, stops in (("whole", (None,)), ("halves", (3, None))):
+        for stop in stops:
+            trainer = Trainer(config(dtype="float16", output=str(tmp_path / name), stop_after=stop))
+            overflowing(trainer, monkeypatch, {1})
+            trainer.train(show_progress=False)
+        ends.append(trainer)
+    first = json.loads((tmp_path / "whole" / "checkpoint-3" / "trainer.json").read_text())["scaler"]
+    assert first["scale"] < 2.0**16
+    assert ends[0].scaler.state_dict() == ends[1].scaler.state_dict()
+    left, right = (load_file(each.folder / "checkpoint-6" / "state.safetensors") for each in ends)
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_one_look_at_the_losses_a_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a GPU each look waits for everything that was started: one a step, however many chunks there are.
+    trainer = Trainer(config(micro_batch_tokens=40, grad_cache=True))
+    looks: list[str] = []
+    for name in ("item", "tolist", "__float__", "__bool__"):
+        original: Any = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda self, *a, n=name, f=original: (looks.append(n) if self.is_floating_point() else None, f(self, *a))[
+                1
+            ],
+        )
+    batch = sample_batch(trainer.datasets, trainer.config, 0)
+    trainer._backward(batch)
+    assert looks == []
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_auto_is_what_the_processor_multiplies(
+    config: Config, supported: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (_storage, optimizer):
+        monkeypatch.setattr(module, "multiplies_bfloat16", lambda: supported)
+    trainer = Trainer(config(dtype="auto", device="cpu"))
+    name = "bfloat16" if supported else "float32"
+    assert (trainer.config.dtype, trainer.forward.dtype) == (name, getattr(torch, name))
+    trainer.train(show_progress=False)
+    assert trainer.encoder.settings.get("training") is None
+    written = json.loads((trainer.folder / "final" / "epic.json").read_text())
+    assert written["training"]["config"]["dtype"] == name
+    assert not caplog.records
+
+
+def test_bfloat16_on_a_processor_without_it_is_told(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(optimizer, "multiplies_bfloat16", lambda: False)
+    assert Trainer(config(dtype="bfloat16", device="cpu")).config.dtype == "bfloat16"
+    [record] = caplog.records
+    assert "this processor has no instructions for it" in record.getMessage()
+    assert "--set dtype=auto" in record.getMessage()
+
+
+def test_auto_on_other_devices(config: Config) -> None:
+    assert settle_dtype(config(dtype="auto"), torch.device("cuda")).dtype == "bfloat16"

@@ -1,0 +1,268 @@
+"""The method: what a step computes, where gradients flow, and that it learns what it is meant to."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from epic_rag import EpicEncoder
+from epic_rag.prompt import EncoderInput
+from epic_rag.training import TaskConfig, Trainer, TrainingBatch, TrainingConfig
+from epic_rag.training.data import Pair, TaskRows
+from epic_rag.training.inputs import SlotTable, build_inputs
+from epic_rag.training.optimizer import build_optimizer, warmup_and_decay
+from epic_rag.training.sampling import sample_batch
+
+Config = Callable[..., TrainingConfig]
+
+
+def first_batch(trainer: Trainer) -> TrainingBatch:
+    return sample_batch(trainer.datasets, trainer.config, 0)
+
+
+def recorded(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What the trainer embeds in a step, in order (queries, documents, queries with demonstrations)."""
+    seen: list[torch.Tensor] = []
+    embed = trainer.forward
+
+    def spy(*arguments: Any) -> torch.Tensor:
+        vectors = embed(*arguments)
+        if vectors.requires_grad:
+            vectors.retain_grad()
+        seen.append(vectors)
+        return vectors
+
+    monkeypatch.setattr(trainer, "forward", spy)
+    return seen
+
+
+@pytest.mark.parametrize("strategy", ["epic", "text"])
+@pytest.mark.parametrize("kind", ["tiny_encoder", "tiny_bidirectional_encoder"])
+def test_no_demonstrations_is_exactly_zero_shot(
+    config: Config, strategy: str, kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder: EpicEncoder = request.getfixturevalue(kind)
+    trainer = Trainer(config(strategy=strategy, max_demonstrations=0), encoder)
+    seen = recorded(trainer, monkeypatch)
+    terms = trainer.loss(first_batch(trainer))
+    q0, _, q1 = seen
+    assert torch.equal(q0, q1)
+    assert torch.equal(terms.with_demonstrations, terms.zero_shot)
+    torch.testing.assert_close(terms.loss, 2 * terms.zero_shot)
+
+
+def test_demonstrations_change_the_query(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(config())
+    seen = recorded(trainer, monkeypatch)
+    batch = first_batch(trainer)
+    trainer.loss(batch)
+    q0, d, q1 = seen
+    shown = torch.tensor([bool(chosen) for task in batch.tasks for chosen in task.demonstrations])
+    assert 0 < shown.sum() < len(shown)
+    moved = (q0 - q1).abs().max(dim=1).values
+    assert (moved[shown] > 1e-3).all()
+    # Beside others in a batch, k = 0 is zero-shot up to rounding.
+    assert (moved[~shown] < 1e-5).all()
+    assert d.shape == (8 + 4, 32)  # a hard negative for each row of `down`
+    for vectors in seen:
+        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)))
+
+
+def test_loss_is_the_weighted_sum(config: Config) -> None:
+    losses = []
+    for weight in (0.0, 0.25):
+        trainer = Trainer(config(zero_shot_weight=weight))
+        terms = trainer.loss(first_batch(trainer))
+        torch.testing.assert_close(terms.loss, terms.with_demonstrations + weight * terms.zero_shot)
+        losses.append((float(terms.with_demonstrations), float(terms.zero_shot)))
+    assert losses[0] == losses[1]
+
+
+def test_every_row_is_shown_its_own_demonstrations(config: Config) -> None:
+    trainer = Trainer(config())
+    tasks = (
+        TaskRows("up", "Go", False, (Pair("a", "1"), Pair("b", "2"), Pair("c", "3")), ((2,), (), (1, 0))),
+        TaskRows("down", None, False, (Pair("d", "4"), Pair("e", "5")), ((1,), (0,))),
+    )
+    inputs = build_inputs(TrainingBatch(tasks), trainer.prompt, trainer.config)
+    # Five queries and five positives.
+    table = SlotTable(torch.cat([torch.arange(5.0), 10 + torch.arange(5.0)])[:, None], inputs.shown)
+    slots = [table.take([row]).flatten().tolist() for row in range(5)]
+    assert slots == [[2, 12], [], [1, 11, 0, 10], [4, 14], [3, 13]]
+    assert table.take([3, 1, 0]).flatten().tolist() == [4, 14, 2, 12]
+    assert [len(row.slots) for row in inputs.prompted] == [2, 0, 4, 2, 2]
+    text = [trainer.prompt.tokenizer.decode(row.ids[row.pool_start :]) for row in inputs.prompted]
+    assert text == [f" {letter}<eos>" for letter in "abcde"]
+
+
+def test_text_demonstrations_are_the_same_rows(config: Config) -> None:
+    trainer = Trainer(config(strategy="text"))
+    task = TaskRows("up", "Go", False, (Pair("a", "1"), Pair("b", "2")), ((1,), ()))
+    inputs = build_inputs(TrainingBatch((task,)), trainer.prompt, trainer.config)
+    decoded = [trainer.prompt.tokenizer.decode(row.ids) for row in inputs.prompted]
+    assert decoded == ["Instruct: Go\nQuery: b\nResponse: 2\nQuery: a<eos>", "Instruct: Go\nQuery: b<eos>"]
+    assert all(not row.slots for row in inputs.prompted)
+    assert inputs.shown == [[], []]
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradients_flow_through_slots_unless_detached(
+    config: Config, detach: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without the zero-shot term, slots are the only way from the loss to q0.
+    trainer = Trainer(config(detach_demonstrations=detach, zero_shot_weight=0.0))
+    seen = recorded(trainer, monkeypatch)
+    trainer.loss(first_batch(trainer)).loss.backward()
+    q0, d, q1 = seen
+    assert (float(q0.grad.abs().max()) == 0.0) == detach
+    assert float(d.grad.abs().max()) > 0
+    assert float(q1.grad.abs().max()) > 0
+    # The projector learns in both cases.
+    assert float(trainer.encoder.backbone.projector.linear.weight.grad.abs().max()) > 0
+
+
+def test_symmetric_tasks_encode_both_sides_as_queries(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (Pair("cat", "cat"), Pair("dog", "dog"))
+    for symmetric in (True, False):
+        trainer = Trainer(config())
+        seen = recorded(trainer, monkeypatch)
+        trainer.loss(TrainingBatch((TaskRows("t", "Go", symmetric, rows, ((1,), (0,))),)))
+        assert torch.allclose(seen[0], seen[1], atol=1e-6) == symmetric
+
+
+def test_plain_contrastive_training(config: Config) -> None:
+    trainer = Trainer(config(strategy="none"))
+    result = trainer.train_step(first_batch(trainer))
+    assert result.with_demonstrations == 0.0
+    assert result.loss == result.zero_shot > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "text"},
+        {"projector": "scale"},
+        {"projector": "mlp"},
+        {"separators": "none"},
+        {"dtype": "bfloat16"},
+        {"num_layers": 1},
+        {"turned_round": 0.5, "no_instruction": 0.5},
+    ],
+)
+def test_every_setting_trains(config: Config, changes: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    # A plain Hugging Face folder, which has no projector of its own.
+    plain = shutil.copytree(tiny_checkpoint, tmp_path / "plain")
+    for name in ("epic.json", "projector.safetensors"):
+        (plain / name).unlink()
+    trainer = Trainer(config(model=str(plain), **changes))
+    before = [value.detach().clone() for value in trainer.encoder.backbone.projector.parameters()]
+    result = trainer.train_step(first_batch(trainer))
+    assert 0 < result.loss < 100
+    assert (result.pairs, result.tokens > 0) == (8, True)
+    after = list(trainer.encoder.backbone.projector.parameters())
+    changed = any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    # Text demonstrations have no slots to fill.
+    assert changed == (changes.get("strategy") != "text")
+
+
+def test_a_projector_can_be_started_anew(config: Config, tiny_checkpoint: Path) -> None:
+    trainer = Trainer(config(projector="mlp", new_projector=True))
+    assert trainer.encoder.backbone.projector.kind == "mlp"
+    shipped = EpicEncoder.from_pretrained(tiny_checkpoint)
+    assert trainer.encoder.fingerprint != shipped.fingerprint
+    np.testing.assert_allclose(trainer.encoder.encode_query("hello"), shipped.encode_query("hello"), atol=1e-6)
+    trainer.train()
+    final = EpicEncoder.from_pretrained(Path(trainer.config.output) / "final")
+    assert final.backbone.projector.kind == "mlp"
+
+
+def test_forward_passes_can_be_small(config: Config) -> None:
+    losses = []
+    for tokens in (1, 40, 8192):
+        trainer = Trainer(config(micro_batch_tokens=tokens))
+        losses.append(float(trainer.loss(first_batch(trainer)).loss.detach()))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_tokens_are_the_real_ones(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(config())
+    rows: list[EncoderInput] = []
+    embed = trainer.forward
+    monkeypatch.setattr(trainer, "forward", lambda items, *rest: (rows.extend(items), embed(items, *rest))[1])
+    assert trainer.train_step(first_batch(trainer)).tokens == sum(len(row.ids) for row in rows)
+
+
+def test_schedule() -> None:
+    config = TrainingConfig("m", "o", "d", {"t": TaskConfig()}, steps=10, warmup=0.2)
+    rates = [warmup_and_decay(step, config) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+def test_optimizer_groups(config: Config, tiny_encoder: EpicEncoder) -> None:
+    run = config(projector_learning_rate=0.5, learning_rate=0.25, weight_decay=0.125)
+    names = {id(value): name for name, value in tiny_encoder.backbone.named_parameters()}
+    seen = set()
+    for group in build_optimizer(tiny_encoder.backbone, run).param_groups:
+        for value in group["params"]:
+            name = names[id(value)]
+            seen.add(name)
+            projector = name.startswith("projector.")
+            assert group["peak"] == (0.5 if projector else 0.25)
+            assert group["weight_decay"] == (0.125 if value.ndim > 1 and not projector else 0.0)
+    assert seen == set(names.values())
+
+
+def test_the_loss_goes_down(config: Config) -> None:
+    trainer = Trainer(config(steps=30, tasks=["up"], tasks_per_batch=1, batch_size=16, max_demonstrations=2))
+    trainer.train(show_progress=False)
+    losses = [entry["loss"] for entry in trainer.metrics]
+    assert len(losses) == 30
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3]), losses
+
+
+def test_demonstrations_are_used_where_nothing_else_tells(
+    config: Config, data: Path, write_task: Callable[..., Path]
+) -> None:
+    # Two tasks want different documents for the same queries, and no instruction says which task it is: three of four
+    # rows are shown demonstrations, and if these were not read, a coin toss would be the best there is, a loss of ln 2.
+    words = ("cat", "dog", "pen", "cup")
+    write_task(data, "up", [{"query": word, "positive": f"+ {word}"} for word in words])
+    write_task(data, "down", [{"query": word, "positive": f"- {word}"} for word in words])
+    trainer = Trainer(
+        config(
+            steps=120,
+            no_instruction=1.0,
+            zero_shot_weight=0.1,
+            temperature=0.05,
+            weight_decay=0.0,
+            save_every=1000,
+        )
+    )
+    trainer.train(show_progress=False)
+    last = trainer.metrics[-20:]
+    with_demonstrations = sum(entry["with_demonstrations"] for entry in last) / 20
+    # Rows that draw k = 0 are not asked to tell the two tasks apart.
+    assert with_demonstrations < 0.35
+
+
+def test_the_first_layers_only(config: Config) -> None:
+    trainer = Trainer(config(num_layers=1, steps=1))
+    final = trainer.train(show_progress=False)
+    assert EpicEncoder.from_pretrained(final).backbone.transformer.config.num_hidden_layers == 1
+
+
+def test_evaluation_is_of_the_strategy_that_is_trained(config: Config) -> None:
+    run = config(evaluation_tasks=["up"], evaluation_rows=8, evaluation_demonstrations=[0, 3])
+    scores = {
+        strategy: Trainer(dataclasses.replace(run, strategy=strategy)).evaluate()["up"]
+        for strategy in ("epic", "text", "none")
+    }
+    assert len({row["k=0"] for row in scores.values()}) == 1
+    assert scores["none"]["k=3"] == scores["none"]["k=0"]

@@ -1,0 +1,385 @@
+"""Whatever happens to a run, the next one ends where a clean index would; and random edits end there too."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epic_rag import EpicEncoder
+from epic_rag.errors import IndexLockedError
+from epic_rag_chroma import ChromaIndexer
+from epic_rag_chroma.indexing import sync
+from epic_rag_chroma.store import state as manifest_module
+from epic_rag_chroma.store.collection import ChunkStore
+from epic_rag_chroma.store.database import KeywordIndex, RecordStore
+
+Rows = dict[str, tuple[str, dict[str, Any], list[float]]]
+ReadRows = Callable[[Path], Rows]
+
+TEXTS = [
+    "",
+    "one\n",
+    "two\n\nparagraphs of text\n",
+    "# A\n\ntext\n\n## B\n\nmore text\n",
+    "# A\n\ntext\n\n## B\n\nother text\n\n## C\n\nlast\n",
+    "same\n\n# S\n\nsame\n\n# S\n\nsame\n",
+    "word " * 150 + "\n",
+]
+NAMES = ["a.md", "b.txt", "sub/a.md", "sub/deep/c.rst"]
+
+
+class KilledError(BaseException):
+    """Stands for the end of the process at that moment."""
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+
+
+def run(folder: Path, encoder: EpicEncoder, **options: Any) -> Any:
+    with ChromaIndexer(folder / ".epic-rag", encoder=encoder) as indexer:
+        return indexer.index([folder], **options)
+
+
+def clean(folder: Path, encoder: EpicEncoder, rows: ReadRows) -> Rows:
+    """The rows of a clean index of a copy of the folder."""
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(shutil.copytree(folder, Path(place, "copy"), ignore=shutil.ignore_patterns(".epic-rag")))
+        run(copy, encoder)
+        return rows(copy / ".epic-rag")
+
+
+def assert_same(found: Rows, expected: Rows) -> None:
+    assert {row: value[:2] for row, value in found.items()} == {row: value[:2] for row, value in expected.items()}
+    for row, value in found.items():
+        assert value[2] == pytest.approx(expected[row][2], abs=1e-4)
+
+
+STEP = st.one_of(
+    st.tuples(st.just("write"), st.sampled_from(NAMES), st.sampled_from(TEXTS)),
+    st.tuples(st.just("delete"), st.sampled_from(NAMES)),
+    st.tuples(st.just("rename"), st.sampled_from(NAMES), st.sampled_from(NAMES)),
+    st.tuples(st.just("index")),
+    st.tuples(st.just("index")),
+    st.tuples(st.just("forget manifest")),
+    st.tuples(st.just("rebuild")),
+)
+
+
+def do(folder: Path, encoder: EpicEncoder, step: tuple[str, ...]) -> None:
+    match step:
+        case ("write", name, text):
+            write(folder, name, text)
+        case ("delete", name):
+            (folder / name).unlink(missing_ok=True)
+        case ("rename", old, new) if (folder / old).exists():
+            (folder / new).parent.mkdir(parents=True, exist_ok=True)
+            (folder / old).replace(folder / new)
+        case ("index",):
+            run(folder, encoder)
+        case ("rebuild",):
+            run(folder, encoder, rebuild=True)
+        case ("forget manifest",):
+            (folder / ".epic-rag/manifest.json").unlink(missing_ok=True)
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(st.lists(STEP, min_size=3, max_size=14))
+def test_random_edits_end_in_the_clean_index(
+    tiny_encoder: EpicEncoder, tmp_path_factory: pytest.TempPathFactory, rows: ReadRows, steps: list[tuple[str, ...]]
+) -> None:
+    folder = tmp_path_factory.mktemp("docs")
+    for step in steps:
+        do(folder, tiny_encoder, step)
+    run(folder, tiny_encoder)
+    assert_same(rows(folder / ".epic-rag"), clean(folder, tiny_encoder, rows))
+
+
+def edited(folder: Path) -> None:
+    """Adds, changes, moves and deletes."""
+    write(folder, "added.md", TEXTS[4])
+    write(folder, "a.md", TEXTS[4])
+    write(folder, "grown.md", TEXTS[5] + TEXTS[6])
+    (folder / "gone.md").unlink()
+    (folder / "moved.md").rename(folder / "sub/moved.md")
+
+
+def edited_again(folder: Path) -> None:
+    """Takes back a part of it, as may happen between a crash and the next run."""
+    (folder / "added.md").unlink()
+    write(folder, "a.md", TEXTS[3])
+    write(folder, "grown.md", TEXTS[2])
+    write(folder, "gone.md", TEXTS[1])
+
+
+def start(folder: Path) -> Path:
+    for name, text in {"a.md": TEXTS[3], "grown.md": TEXTS[1], "gone.md": TEXTS[2], "moved.md": TEXTS[4]}.items():
+        write(folder, name, text)
+    write(folder, "sub/kept.md", TEXTS[5])
+    return folder
+
+
+# Every write of a run, before and after it happens.
+WRITES = [
+    (ChunkStore, "upsert"),
+    (ChunkStore, "update_metadata"),
+    (ChunkStore, "delete"),
+    (ChunkStore, "publish"),
+    (ChunkStore, "create"),
+    (RecordStore, "write"),
+    (RecordStore, "update_metadata"),
+    (RecordStore, "delete"),
+    (KeywordIndex, "upsert"),
+    (KeywordIndex, "delete"),
+    (manifest_module, "write_atomically"),
+]
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> Callable[[], int]:
+    """Make the run end at its n-th moment; the number of moments seen."""
+    seen = 0
+
+    def tick() -> None:
+        nonlocal seen
+        seen += 1
+        if seen >= moment:  # a dead process does nothing afterwards either
+            raise KilledError
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            tick()
+            result = function(*arguments, **options)
+            try:
+                tick()
+            except KilledError:
+                if isinstance(result, ChunkStore):
+                    result.close()
+                raise
+            return result
+
+        return wrapped
+
+    for owner, name in WRITES:
+        original = getattr(owner, name)
+        wrapped = wrap(original)
+        monkeypatch.setattr(owner, name, staticmethod(wrapped) if name == "create" else wrapped)
+    return lambda: seen
+
+
+def texts_found(folder: Path, encoder: EpicEncoder) -> set[tuple[str, str]]:
+    with ChromaIndexer(folder / ".epic-rag", encoder=encoder) as indexer:
+        return {(hit.path, hit.text) for hit in indexer.query("x", k=1000, mode="dense", collapse=False)}
+
+
+@pytest.mark.parametrize("kind", ["first", "update", "rebuild"])
+def test_a_run_that_ends_anywhere_is_made_up_for(
+    tmp_path: Path, tiny_encoder: EpicEncoder, rows: ReadRows, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync, "_BATCH_CHUNKS", 3)
+    base = start(tmp_path / "base")
+    if kind != "first":
+        run(base, tiny_encoder)
+    before = texts_found(base, tiny_encoder) if kind != "first" else set()
+    final = Path(shutil.copytree(base, tmp_path / "final"))
+    edited(final)
+    expected = {False: clean(final, tiny_encoder, rows)}
+    after = {(metadata["path"], text) for text, metadata, _ in expected[False].values()}
+    edited_again(final)
+    expected[True] = clean(final, tiny_encoder, rows)
+    # Every seventh moment, each kind of run beginning with another one; a run has about eighty.
+    moment = 2 * ["first", "update", "rebuild"].index(kind) - 6
+    while True:
+        moment += 7
+        folder = Path(shutil.copytree(base, tmp_path / f"run{moment}"))
+        edited(folder)
+        with monkeypatch.context() as patch:
+            seen = killed_at(patch, moment)
+            try:
+                run(folder, tiny_encoder, rebuild=kind == "rebuild")
+            except KilledError:
+                pass
+            else:
+                assert seen() < moment
+                break
+        if (folder / ".epic-rag/index.json").exists() and kind != "first":
+            # What was there before and is still there afterwards was never out of sight.
+            assert before & after <= texts_found(folder, tiny_encoder)
+        more = moment % 2 == 0
+        if more:
+            edited_again(folder)
+        run(folder, tiny_encoder)
+        assert_same(rows(folder / ".epic-rag"), expected[more])
+        assert json.loads((folder / ".epic-rag/manifest.json").read_text())["complete"]
+        shutil.rmtree(folder)
+    assert moment > 10
+
+
+def test_an_edit_taken_back_after_a_crash_is_seen(
+    tmp_path: Path, tiny_encoder: EpicEncoder, rows: ReadRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The collection has the new text, the manifest the old one, and both have one row.
+    folder = tmp_path / "docs"
+    write(folder, "a.md", "one\n")
+    run(folder, tiny_encoder)
+    expected = rows(folder / ".epic-rag")
+    write(folder, "a.md", "two\n")
+    with monkeypatch.context() as patch:
+        save, calls = manifest_module.write_atomically, 0
+
+        def die(*arguments: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise KilledError
+            save(*arguments)
+
+        patch.setattr(manifest_module, "write_atomically", die)
+        with pytest.raises(KilledError):
+            run(folder, tiny_encoder)
+    assert [text for text, _, _ in rows(folder / ".epic-rag").values()] == ["two"]
+    write(folder, "a.md", "one\n")
+    run(folder, tiny_encoder)
+    assert_same(rows(folder / ".epic-rag"), expected)
+
+
+def test_what_was_stored_before_a_crash_is_not_embedded_again(
+    tmp_path: Path, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync, "_BATCH_CHUNKS", 4)
+    folder = tmp_path / "docs"
+    for number in range(20):
+        write(folder, f"{number:02}.txt", f"file {number}\n")
+    encode, calls = EpicEncoder.encode_document, 0
+
+    def fail(self: EpicEncoder, texts: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return encode(self, texts, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpicEncoder, "encode_document", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, tiny_encoder)
+    with ChromaIndexer(folder / ".epic-rag", encoder=tiny_encoder) as indexer:
+        assert indexer.status().files == 12
+        assert len(indexer.query("x", k=50, mode="dense", collapse=False)) == 12
+    report = run(folder, tiny_encoder)
+    assert (report.added, report.unchanged, report.chunks_embedded, report.chunks_total) == (8, 12, 8, 20)
+
+
+WRITER = """
+import pathlib, sys, time
+from epic_rag_chroma.store.layout import write_lock
+with write_lock(pathlib.Path(sys.argv[1])):
+    print("locked", flush=True); time.sleep(60)
+"""
+
+
+def test_a_second_process_is_told_who_writes_and_a_dead_one_holds_nothing(
+    tmp_path: Path, tiny_encoder: EpicEncoder
+) -> None:
+    folder = start(tmp_path / "docs")
+    run(folder, tiny_encoder)
+    index = folder / ".epic-rag"
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(index)], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "locked\n"
+        with ChromaIndexer(index, encoder=tiny_encoder) as indexer:
+            for call in (lambda: indexer.index([folder]), indexer.clear):
+                with pytest.raises(IndexLockedError, match=rf"process {writer.pid} on .*; wait until it is done"):
+                    call()
+            assert indexer.query("x", mode="dense")  # reading needs no lock
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+    assert (index / "lock.holder").exists()  # stale, and nobody minds
+    assert run(folder, tiny_encoder).unchanged == 5
+
+
+def test_two_indexers_of_one_process_exclude_each_other(tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
+    folder = start(tmp_path / "docs")
+    first, second = (ChromaIndexer(folder / ".epic-rag", encoder=tiny_encoder) for _ in range(2))
+
+    def meanwhile(_: Any) -> None:
+        with pytest.raises(IndexLockedError, match=f"process {os.getpid()}"):
+            second.index([folder])
+
+    assert first.index([folder], progress=meanwhile).added == 5
+
+
+INDEX = """
+import sys
+from epic_rag import EpicEncoder
+from epic_rag_chroma import ChromaIndexer
+encoder = EpicEncoder.from_pretrained(sys.argv[2])
+for mode in sys.argv[3:]:
+    sys.stdin.readline()
+    with ChromaIndexer(sys.argv[1] + "/.epic-rag", encoder=encoder) as indexer:
+        indexer.index([sys.argv[1]], rebuild=mode == "rebuild")
+    print("done", flush=True)
+"""
+
+
+def test_a_live_reader_sees_what_another_process_wrote(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    folder = start(tmp_path / "docs")
+    encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
+    run(folder, encoder)
+    modes = ["update", "rebuild", "update"]
+    writer = subprocess.Popen(
+        [sys.executable, "-c", INDEX, str(folder), str(tiny_checkpoint), *modes],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with writer, ChromaIndexer(folder / ".epic-rag", encoder=encoder) as reader:
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        for number, gone in enumerate(["a.md", "gone.md", "moved.md"]):
+            paths = {hit.path for hit in reader.query("x", k=1000, mode="dense", collapse=False)}
+            assert gone in paths
+            assert f"new{number}.md" not in paths
+            write(folder, f"new{number}.md", f"brand new text {number}\n")
+            (folder / gone).unlink()
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+            assert writer.stdout.readline() == "done\n"
+            paths = {hit.path for hit in reader.query("x", k=1000, mode="dense", collapse=False)}
+            assert f"new{number}.md" in paths
+            assert gone not in paths
+
+
+def test_a_killed_process_is_made_up_for(tmp_path: Path, tiny_checkpoint: Path, rows: ReadRows) -> None:
+    encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
+    folder = tmp_path / "docs"
+    for number in range(30):
+        write(folder, f"{number}.md", f"# T{number}\n\n" + f"text {number}\n\n## S\n\nmore\n" * 3)
+    code = "from epic_rag_chroma import sync\nsync._BATCH_CHUNKS = 5\n" + INDEX
+    chance = random.Random(7)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), str(tiny_checkpoint), "update"], stdin=subprocess.DEVNULL
+    ) as process:
+        database = folder / ".epic-rag/chroma/chroma.sqlite3"
+        while process.poll() is None and not database.exists():
+            time.sleep(0.02)
+        try:
+            process.wait(timeout=0.2 + chance.random())
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+    run(folder, encoder)
+    assert_same(rows(folder / ".epic-rag"), clean(folder, encoder, rows))

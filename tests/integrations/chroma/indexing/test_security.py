@@ -1,0 +1,272 @@
+"""Index folders that somebody else made, or damaged: one clear error or a recovery, and nothing that misleads."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epic_rag import EpicEncoder
+from epic_rag.errors import IndexMismatchError, IndexStateError
+from epic_rag_chroma import ChromaIndexer
+from epic_rag_chroma.store import layout as folder_module
+from epic_rag_chroma.store.layout import TRUSTED_VARIABLE, check_owner, lies_inside
+
+Calls = list[Callable[[], Any]]
+
+
+@pytest.fixture
+def calls(indexer: ChromaIndexer, docs: Path) -> Calls:
+    """Everything that can be asked of an index that is there."""
+    indexer.index([docs])
+    indexer.close()
+    return [
+        lambda: indexer.query("x"),
+        lambda: indexer.query("cats", mode="keyword"),
+        indexer.status,
+        lambda: indexer.index([docs]),
+        lambda: indexer.plan([docs]),
+        indexer.clear,
+    ]
+
+
+def pretend_to_be(patch: pytest.MonkeyPatch, user: int) -> None:
+    patch.setattr(os, "geteuid", lambda: user)
+
+
+@pytest.mark.parametrize("name", [".", "index.json", "manifest.json", "chroma"])
+def test_an_index_of_another_user_is_refused(
+    calls: Calls, docs: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = docs / ".epic-rag" / name
+    original = Path.stat
+
+    def owned(self: Path, **options: Any) -> os.stat_result:
+        info = original(self, **options)
+        if self.name != place.name:
+            return info
+        return os.stat_result((*info[:4], 4242, *info[5:10]))
+
+    monkeypatch.setattr(Path, "stat", owned)
+    pretend_to_be(monkeypatch, 1000)
+    for call in calls:
+        with pytest.raises(
+            IndexStateError, match=r"belongs to user 4242 and you are .*EPIC_RAG_TRUSTED_INDEX=.*\.epic-rag"
+        ):
+            call()
+    monkeypatch.setenv(TRUSTED_VARIABLE, f"/elsewhere{os.pathsep}{docs / '.epic-rag'}")
+    check_owner(docs / ".epic-rag")
+    monkeypatch.setenv(TRUSTED_VARIABLE, "*")
+    check_owner(docs / ".epic-rag")
+
+
+@pytest.mark.parametrize(
+    ("user", "owner", "fine"), [(0, 1000, True), (1000, 0, True), (1000, 1000, True), (1000, 1001, False)]
+)
+def test_whose_index_is_taken(
+    tmp_path: Path, user: int, owner: int, fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path.stat()
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: os.stat_result((*info[:4], owner, *info[5:10])))
+    pretend_to_be(monkeypatch, user)
+    if fine:
+        check_owner(tmp_path)
+    else:
+        with pytest.raises(IndexStateError):
+            check_owner(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no users here")
+@pytest.mark.parametrize("name", [".", "index.json", "chroma"])
+def test_an_index_that_everybody_may_write_to_is_refused(calls: Calls, docs: Path, name: str) -> None:
+    place = docs / ".epic-rag" / name
+    mode = stat.S_IMODE(place.stat().st_mode)
+    place.chmod(mode | stat.S_IWOTH)
+    for call in calls:
+        with pytest.raises(IndexStateError, match=r"every user may write to .*run `chmod o-w "):
+            call()
+    place.chmod(mode)
+    for call in calls:
+        call()
+
+
+BROKEN: dict[str, Callable[[Path], object]] = {
+    "random": lambda path: path.write_bytes(os.urandom(3000)),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "JSON of something else": lambda path: path.write_text('{"files": 7}'),
+    "deep": lambda path: path.write_text("[" * 100_000),
+}
+
+
+def attempt(call: Callable[[], Any]) -> tuple[Any, str]:
+    """What it returns, or what it says instead."""
+    try:
+        return call(), ""
+    except IndexStateError as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize(
+    "pattern", ["index.json", "manifest.json", "records-*.sqlite", "keywords-*.sqlite", "chroma/chroma.sqlite3"]
+)
+def test_broken_files_give_a_clear_error_or_are_made_again(
+    docs: Path, tiny_encoder: EpicEncoder, pattern: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    index_dir = docs / ".epic-rag"
+    with ChromaIndexer(index_dir, encoder=tiny_encoder) as indexer:
+        indexer.index([docs])
+        expected = {hit.id for hit in indexer.query("cats", k=9, mode="dense")}
+    path = next(index_dir.glob(pattern))
+    BROKEN[how](path)
+    with ChromaIndexer(index_dir, encoder=tiny_encoder) as indexer:
+        for mode in ("dense", "hybrid", "keyword"):
+            hits, said = attempt(lambda mode=mode: indexer.query("cats", k=9, mode=mode))  # type: ignore[misc]
+            assert "run `epic-rag" in said or {hit.id for hit in hits} <= expected
+        attempt(indexer.status)
+        report, said = attempt(lambda: indexer.index([docs]))
+        if report is None:
+            assert "run `epic-rag" in said
+            if path.is_dir():
+                path.rmdir()
+            indexer.index([docs], rebuild=True)
+        assert {hit.id for hit in indexer.query("cats", k=9, mode="dense")} == expected
+        assert indexer.query("cats", mode="keyword")[0].path == "notes.txt"
+        assert indexer.index([docs]).unchanged == 3
+
+
+def test_an_index_of_the_first_format_needs_a_rebuild(indexer: ChromaIndexer, docs: Path) -> None:
+    indexer.index([docs])
+    path = docs / ".epic-rag/index.json"
+    content = json.loads(path.read_text())
+    old = {key: value for key, value in content.items() if key not in ("last_run", "chroma")}
+    path.write_text(json.dumps({**old, "format_version": 1, "chunker_version": 1}))
+    for call in (
+        lambda: indexer.index([docs]),
+        lambda: indexer.query("x"),
+        indexer.status,
+        lambda: indexer.plan([docs]),
+    ):
+        with pytest.raises(
+            IndexMismatchError, match=r"has format 1, this version .* reads 2; run `epic-rag index --rebuild`"
+        ):
+            call()
+    assert indexer.index([], rebuild=True).added == 3  # its folders are still known
+
+
+@pytest.mark.parametrize(
+    ("path", "inside"),
+    [
+        ("a.md", True),
+        ("a/b c/..d.md", True),
+        ("../a", False),
+        ("a/../../b", False),
+        ("/etc/passwd", False),
+        ("", False),
+        ("a\0b", False),
+    ],
+)
+def test_paths_that_lie_inside(path: str, inside: bool) -> None:
+    assert lies_inside(path) is inside
+
+
+@pytest.mark.parametrize("path", ["../../../../etc/passwd", "/etc/passwd"])
+def test_rows_that_point_elsewhere_are_not_shown(docs: Path, tiny_encoder: EpicEncoder, path: str) -> None:
+    index_dir = docs / ".epic-rag"
+    with ChromaIndexer(index_dir, encoder=tiny_encoder) as indexer:
+        indexer.index([docs])
+    records = next(index_dir.glob("records-*.sqlite"))
+    with sqlite3.connect(records) as connection:
+        ((number, metadata),) = connection.execute("SELECT number, metadata FROM records LIMIT 1").fetchall()
+        crafted = json.dumps({**json.loads(metadata), "path": path})
+        connection.execute("UPDATE records SET metadata = ? WHERE number = ?", (crafted, number))
+    connection.close()
+    manifest = json.loads((index_dir / "manifest.json").read_text())
+    manifest["files"].append(["..", path, "0" * 32, 0, 0])
+    (index_dir / "manifest.json").write_text(json.dumps(manifest))
+    with ChromaIndexer(index_dir, encoder=tiny_encoder) as indexer:
+        for mode in ("dense", "hybrid", "keyword"):
+            assert path not in {hit.path for hit in indexer.query("cats", k=9, mode=mode)}
+        indexer.index([docs])
+        assert len(indexer.query("x", k=9, mode="dense")) == 3
+    assert path not in (index_dir / "manifest.json").read_text()
+
+
+def test_clear_deletes_nothing_that_a_link_points_to(indexer: ChromaIndexer, docs: Path, tmp_path: Path) -> None:
+    indexer.index([docs])
+    indexer.close()
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("mine")
+    index_dir = docs / ".epic-rag"
+    (index_dir / "chroma").rename(tmp_path / "moved")
+    (index_dir / "chroma").symlink_to(precious)
+    (index_dir / "records-x.sqlite").symlink_to(precious / "file")
+    indexer.clear()
+    assert (precious / "file").read_text() == "mine"
+    assert not index_dir.exists()
+
+
+def test_a_file_in_the_index_folders_place(docs: Path, tiny_encoder: EpicEncoder) -> None:
+    (docs / "plain").write_text("x")
+    with pytest.raises(IndexStateError, match="is a file, an index is a folder"):
+        ChromaIndexer(docs / "plain", encoder=tiny_encoder).index([docs])
+
+
+def test_no_pickle_is_ever_loaded_by_us() -> None:
+    sources = [*Path(folder_module.__file__).parent.rglob("*.py")]
+    assert len(sources) > 20
+    for source in sources:
+        text = source.read_text()
+        for word in ("import pickle", "pickle.load", "torch.load", "joblib", "eval(", "exec("):
+            assert word not in text, (source.name, word)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to become another user")
+def test_a_folder_that_cannot_be_written_to(docs: Path, tiny_encoder: EpicEncoder, tmp_path: Path) -> None:
+    """As a user who may read and not write: questions are answered, a run says what is wrong."""
+    with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
+        indexer.index([docs])
+        expected = [hit.id for hit in indexer.query("cats", k=9, mode="dense")]
+    checkpoint = tmp_path / "checkpoint"
+    tiny_encoder.save_pretrained(checkpoint)
+    code = f"""
+import os
+from epic_rag import EpicEncoder
+from epic_rag.errors import IndexStateError
+from epic_rag_chroma import ChromaIndexer
+encoder = EpicEncoder.from_pretrained({str(checkpoint)!r})
+# Python itself may lie where the other user cannot read: import everything first.
+with ChromaIndexer({str(tmp_path / "other")!r}, encoder=encoder) as other:
+    other.index([{str(docs / "src")!r}])
+    other.query("x")
+os.setuid(65534)
+with ChromaIndexer({str(docs / ".epic-rag")!r}, encoder=encoder) as indexer:
+    assert [hit.id for hit in indexer.query("cats", k=9, mode="dense")] == {expected!r}
+    assert indexer.query("cats", mode="keyword")[0].path == "notes.txt"
+    assert indexer.status().state == "complete"
+    try:
+        indexer.index([{str(docs)!r}])
+    except IndexStateError as error:
+        assert "cannot be written (Permission denied)" in str(error), error
+    else:
+        raise AssertionError("written")
+"""
+    for parent in (docs, *docs.parents):
+        if parent == Path("/tmp"):
+            break
+        parent.chmod(0o755)
+    for path in (*docs.rglob("*"), *checkpoint.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0, done.stderr

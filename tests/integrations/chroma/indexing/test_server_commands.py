@@ -1,0 +1,137 @@
+"""The commands with a Chroma server, and the page that describes it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epic_rag import EpicEncoder, checkpoints
+from epic_rag.errors import ChromaServerError
+from epic_rag_chroma import ChromaIndexer
+from epic_rag_chroma.store.server import ServerClient
+from epic_rag_cli.main import run
+from tests.helpers.servers import ChromaProcess, close_plain, plain_client
+
+PAGE = Path(__file__).parents[4] / "docs" / "chroma_server.md"
+
+
+@pytest.fixture(scope="module")
+def chroma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChromaProcess]:
+    with ChromaProcess(tmp_path_factory.mktemp("server")) as started:
+        yield started
+
+
+def collections(url: str, **where: str) -> dict[str, dict[str, Any]]:
+    """All collections of a database: their names and metadata."""
+    with plain_client(url, **where) as client:
+        return {each.name: dict(each.metadata or {}) for each in client.list_collections()}
+
+
+def test_the_commands(
+    docs: Path,
+    chroma: ChromaProcess,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def process(*arguments: object) -> Any:
+        command = [sys.executable, "-m", "epic_rag_cli", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def failed(*arguments: str) -> str:
+        assert run(arguments) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    monkeypatch.chdir(docs)
+    assert process("index", ".", "--chroma", chroma.url, "--model", tiny_checkpoint, "--json")["added"] == 3
+    assert len(process("query", "cats", "--json", "-k", "2")["hits"]) == 2
+    assert run(["status", "--json", "--chroma", chroma.url]) == 0
+    assert json.loads(capsys.readouterr().out)["chroma"] == chroma.url
+    assert run(["status"]) == 0
+    assert chroma.url in capsys.readouterr().out
+    assert failed("query", "cats", "--chroma", "localhost:8000") == (
+        "error: 'localhost:8000' is no address of a Chroma server; give it as http://localhost:8000 or "
+        "https://host:port\n"
+    )
+    for command in (["query", "cats"], ["status"], ["clear", "--yes"]):
+        error = failed(*command, "--chroma", "http://localhost:1")
+        assert f"has its vectors on {chroma.url}, you asked for an index on http://localhost:1" in error
+    assert run(["clear", "--yes"]) == 0
+    assert collections(chroma.url) == {}
+    assert not (docs / ".epic-rag").exists()
+
+
+def test_a_server_that_is_gone_is_one_line(
+    docs: Path, tmp_path: Path, tiny_encoder: EpicEncoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        ChromaProcess(tmp_path / "mortal") as mortal,
+        ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder, chroma=mortal.url) as indexer,
+    ):
+        indexer.index([docs])
+        mortal.kill()
+        assert run(["clear", "--yes", "--index-dir", str(docs / ".epic-rag")]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"no Chroma server answers at {mortal.url}" in error
+        assert f"delete the folder {docs / '.epic-rag'}" in error
+        assert run(["status", "--index-dir", str(docs / ".epic-rag")]) == 0
+        with pytest.raises(ChromaServerError, match=f"chroma run --path FOLDER --port {mortal.port}"):
+            indexer.query("cats", mode="dense")
+        (docs / "new.md").write_text("Something new.\n")
+        with pytest.raises(ChromaServerError, match="connection refused"):
+            indexer.index([docs])
+        mortal.start()
+        assert indexer.index([docs]).added == 1
+        assert len(indexer.query("cats", k=10)) == 5
+
+
+def test_the_documentation_runs(
+    chroma: ChromaProcess,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoints, "DEFAULT_CHECKPOINT", str(tiny_checkpoint))
+    text = PAGE.read_text(encoding="utf-8").replace("http://localhost:8000", chroma.url)
+    text = text.replace("client.close()", "close_plain(client)")
+    blocks = re.findall(r"^```(python|bash)\n(.*?)^```$", text, re.M | re.S)
+    assert [kind for kind, _ in blocks].count("python") == 4
+    opened: list[ServerClient] = []
+    start = ServerClient.__init__
+
+    def noted(self: ServerClient, *arguments: Any, **options: Any) -> None:
+        opened.append(self)
+        start(self, *arguments, **options)
+
+    monkeypatch.setattr(ServerClient, "__init__", noted)
+    names: dict[str, Any] = {"close_plain": close_plain}
+    for kind, block in blocks:
+        if kind == "python":
+            exec(compile(block, str(PAGE), "exec"), names)
+            continue
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["epic-rag"]:
+                assert run(words[1:]) == 0, (line, capsys.readouterr().err)
+            elif words[:1] == ["export"]:
+                name, _, value = words[1].partition("=")
+                monkeypatch.setenv(name, value)
+    for client in opened:
+        client.close()  # a process that ends has no need to
+    assert collections(chroma.url) == {}

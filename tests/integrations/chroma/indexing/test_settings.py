@@ -1,0 +1,286 @@
+"""`ChromaIndexer`: settings, models, states of the index folder, batches."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from epic_rag import EpicEncoder
+from epic_rag.errors import (
+    ConfigError,
+    DataError,
+    IndexMismatchError,
+    IndexNotFoundError,
+    IndexStateError,
+)
+from epic_rag_chroma import ChromaIndexer, IndexProgress, IndexReport, IndexSettings
+
+Rows = Callable[[Path], dict[str, tuple[str, dict[str, Any], list[float]]]]
+Tree = Callable[[Path, dict[str, str | bytes]], Path]
+
+
+def counts(report: IndexReport) -> tuple[int, int, int, int]:
+    return report.added, report.changed, report.deleted, report.unchanged
+
+
+def test_other_patterns_are_taken_over(indexer: ChromaIndexer, docs: Path) -> None:
+    indexer.index([docs], settings=IndexSettings(include=("*.md",)))
+    assert indexer.status().files == 1
+    assert counts(indexer.index([docs])) == (0, 0, 0, 1)
+    assert counts(indexer.index([docs], settings=IndexSettings(exclude=("*.md",)))) == (2, 0, 1, 0)
+    assert indexer.status().settings.exclude == ("*.md",)
+
+
+def test_other_chunk_sizes_need_a_rebuild(indexer: ChromaIndexer, docs: Path, rows: Rows) -> None:
+    indexer.index([docs], settings=IndexSettings(chunk_tokens=60, chunk_overlap=5))
+    before = rows(docs / ".epic-rag")
+    with pytest.raises(IndexMismatchError, match=r"60 tokens, 5 shared, you asked for 30.*--rebuild"):
+        indexer.index([docs], settings=IndexSettings(chunk_tokens=30, chunk_overlap=5))
+    assert rows(docs / ".epic-rag") == before
+    assert indexer.index([docs], settings=IndexSettings(chunk_tokens=30, chunk_overlap=5), rebuild=True).added == 3
+    assert len(rows(docs / ".epic-rag")) > len(before)
+    assert indexer.status().settings.chunk_tokens == 30
+
+
+def test_chunk_sizes_that_cannot_work(indexer: ChromaIndexer, docs: Path, tiny_encoder: EpicEncoder) -> None:
+    limit = tiny_encoder.max_document_tokens
+    with pytest.raises(ConfigError, match=rf"{limit + 1} tokens .* {limit - 2} .*--chunk-tokens {limit - 2}"):
+        indexer.index([docs], settings=IndexSettings(chunk_tokens=limit + 1))
+    assert not (docs / ".epic-rag").exists()
+    for tokens, overlap in ((0, 0), (10, 10), (10, -1)):
+        with pytest.raises(ConfigError):
+            IndexSettings(chunk_tokens=tokens, chunk_overlap=overlap)
+
+
+def test_another_model_needs_a_rebuild(
+    docs: Path, tiny_checkpoint: Path, other_checkpoint: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (EpicEncoder.from_pretrained(path) for path in (tiny_checkpoint, other_checkpoint))
+    monkeypatch.chdir(docs.parent)
+    with ChromaIndexer("docs/.epic-rag", encoder=first) as indexer:
+        indexer.index(["docs"])
+        assert indexer.query("cats")
+    before = rows(docs / ".epic-rag")
+    with ChromaIndexer("docs/.epic-rag", encoder=second) as other:
+        expected = (
+            f"index was built with {first.name} ({first.fingerprint}), you asked for {second.name} "
+            f"({second.fingerprint}); run `epic-rag index --rebuild ./docs --model {second.source}`"
+        )
+        for call in (lambda: other.index(["docs"]), lambda: other.query("cats")):
+            with pytest.raises(IndexMismatchError) as caught:
+                call()
+            assert str(caught.value) == expected
+        assert rows(docs / ".epic-rag") == before
+        assert counts(other.index([], rebuild=True)) == (3, 0, 0, 0)
+        assert other.query("cats")
+    assert {row[1]["path"] for row in rows(docs / ".epic-rag").values()} == {"guide.md", "notes.txt", "src/tool.py"}
+    # and with no encoder given, the index's own model is loaded
+    with ChromaIndexer("docs/.epic-rag") as own:
+        assert own.query("cats")
+        assert own.status().fingerprint == second.fingerprint
+
+
+def test_the_remedy_names_an_index_folder_of_ones_own(
+    docs: Path, tiny_encoder: EpicEncoder, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(docs.parent)
+    with ChromaIndexer("elsewhere", encoder=tiny_encoder) as indexer:
+        indexer.index(["docs"])
+    remedy = r"--rebuild \./docs --index-dir \./elsewhere --model \S+other`"
+    other = ChromaIndexer("elsewhere", encoder=EpicEncoder.from_pretrained(other_checkpoint))
+    with other, pytest.raises(IndexMismatchError, match=remedy):
+        other.index(["docs"])
+
+
+def test_another_version_of_the_chunks_needs_a_rebuild(indexer: ChromaIndexer, docs: Path) -> None:
+    indexer.index([docs])
+    path = docs / ".epic-rag/index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chunker_version": 0}))
+    with pytest.raises(IndexMismatchError, match=r"version 0 of the chunks, this is version 2; .*--rebuild"):
+        indexer.index([docs])
+    indexer.index([docs], rebuild=True)
+    assert counts(indexer.index([docs])) == (0, 0, 0, 3)
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", "{}", '{"format_version": 1, "format": "other"}'])
+def test_a_broken_index_file_is_mended_by_a_rebuild(indexer: ChromaIndexer, docs: Path, broken: str) -> None:
+    indexer.index([docs])
+    (docs / ".epic-rag/index.json").write_text(broken)
+    for call in (indexer.status, lambda: indexer.query("x"), lambda: indexer.index([docs])):
+        with pytest.raises(IndexStateError, match=r"index\.json cannot be read.*`epic-rag index --rebuild`"):
+            call()
+    assert counts(indexer.index([docs], rebuild=True)) == (3, 0, 0, 0)
+    assert len(indexer.query("x", k=9)) == 4
+
+
+def test_an_index_of_a_newer_format_is_left_alone(indexer: ChromaIndexer, docs: Path) -> None:
+    indexer.index([docs])
+    (docs / ".epic-rag/index.json").write_text('{"format_version": 99}')
+    with pytest.raises(IndexStateError, match="format 99, this version of epic-rag reads 2; run `pip install"):
+        indexer.index([docs])
+
+
+def test_no_index(tmp_path: Path) -> None:
+    indexer = ChromaIndexer(tmp_path / "none")
+    for call in (indexer.status, indexer.clear, lambda: indexer.query("x")):
+        with pytest.raises(IndexNotFoundError, match=r"no index in .*none; run `epic-rag index PATH`"):
+            call()
+    assert not (tmp_path / "none").exists()
+
+
+def test_missing_paths_and_bad_arguments(indexer: ChromaIndexer, docs: Path) -> None:
+    with pytest.raises(DataError, match=r"no such file or folder: .*missing"):
+        indexer.index([docs, docs / "missing"])
+    with pytest.raises(DataError, match="no path is given"):
+        indexer.index([])
+    assert not (docs / ".epic-rag").exists()
+    indexer.index([docs])
+    with pytest.raises(ConfigError, match="k is 0"):
+        indexer.query("x", k=0)
+
+
+def test_a_folder_with_other_things_is_refused(docs: Path, tiny_encoder: EpicEncoder) -> None:
+    with pytest.raises(IndexStateError, match=r"docs holds guide\.md and no index\.json.*--index-dir"):
+        ChromaIndexer(docs, encoder=tiny_encoder).index([docs])
+    assert sorted(path.name for path in docs.iterdir()) == ["guide.md", "notes.txt", "src"]
+
+
+def test_a_model_that_cannot_be_loaded_leaves_nothing(docs: Path) -> None:
+    def load() -> EpicEncoder:
+        raise RuntimeError("no model")
+
+    with pytest.raises(RuntimeError, match="no model"):
+        ChromaIndexer(docs / ".epic-rag", encoder=load).index([docs])
+    assert not (docs / ".epic-rag").exists()
+
+
+def test_status_and_clear_load_no_model(docs: Path, tiny_encoder: EpicEncoder) -> None:
+    with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
+        indexer.index([docs])
+    mine = docs / ".epic-rag/mine.txt"
+    mine.write_text("mine")
+    other = ChromaIndexer(docs / ".epic-rag", encoder=lambda: pytest.fail("loaded"))
+    state = other.status()
+    assert (state.files, state.chunks, state.roots) == (3, 4, (str(docs),))
+    assert (state.model, state.fingerprint, state.dimension) == ("tiny", tiny_encoder.fingerprint, 32)
+    assert state.size_bytes > 1000
+    assert state.updated_at is not None
+    assert state.settings == IndexSettings()
+    other.clear()
+    assert [path.name for path in (docs / ".epic-rag").iterdir()] == ["mine.txt"]
+    mine.unlink()
+    (docs / ".epic-rag").rmdir()
+    with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
+        indexer.index([docs])
+        indexer.clear()
+        assert not (docs / ".epic-rag").exists()
+        indexer.index([docs])
+        assert len(indexer.query("x", k=9)) == 4
+
+
+def test_progress(indexer: ChromaIndexer, docs: Path) -> None:
+    seen: list[IndexProgress] = []
+    indexer.index([docs], progress=seen.append)
+    assert seen[0] == IndexProgress("scanning", 0, 1, None)
+    indexing = [event for event in seen if event.stage == "indexing"]
+    assert {event.total for event in indexing} == {3}
+    assert indexing[-1].done == 3
+    assert [event.done for event in indexing] == sorted(event.done for event in indexing)
+
+
+def test_batches_are_sorted_by_length_and_bounded(
+    docs: Path, tree: Tree, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from epic_rag_chroma.indexing import sync
+
+    monkeypatch.setattr(sync, "_BATCH_CHUNKS", 16)
+    monkeypatch.setattr(sync, "_SLICE_CHUNKS", 4)
+    tree(docs, {f"many{n}.txt": "word " * (n % 7 + 1) + f"\n\n{n}\n" for n in range(40)})
+    sizes: list[list[int]] = []
+    encode = EpicEncoder.encode_document
+
+    def spy(self: EpicEncoder, texts: Any, **options: Any) -> Any:
+        sizes.append(self.count_tokens(texts))
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(EpicEncoder, "encode_document", spy)
+    with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
+        report = indexer.index([docs])
+    assert sum(map(len, sizes)) == report.chunks_embedded == 44
+    assert max(map(len, sizes)) <= 4
+    first_batch = [size for batch in sizes[:4] for size in batch]
+    assert first_batch == sorted(first_batch)
+
+
+def test_a_vector_that_is_not_finite_is_not_stored(
+    indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = EpicEncoder.encode_document
+
+    def spoil(self: EpicEncoder, texts: Any, **options: Any) -> Any:
+        vectors = encode(self, texts, **options)
+        return np.where([["Cats" in text] for text in texts], np.nan, vectors).astype(np.float32)
+
+    monkeypatch.setattr(EpicEncoder, "encode_document", spoil)
+    report = indexer.index([docs])
+    assert [file.path for file in report.skipped] == ["notes.txt"]
+    assert len(indexer.query("x", k=9)) == 3
+    monkeypatch.undo()
+    indexer.index([docs])
+    assert len(indexer.query("x", k=9)) == 4
+
+
+def test_unchanged_files_cost_no_model_work_in_a_fresh_process(docs: Path, tiny_checkpoint: Path) -> None:
+    # What a command pays: importing the package and asking must not load LlamaIndex.
+    encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
+    with ChromaIndexer(docs / ".epic-rag", encoder=encoder) as indexer:
+        indexer.index([docs])
+    code = f"""
+import sys
+import epic_rag_chroma
+assert not {{"chromadb", "torch", "llama_index", "llama_index.core"}} & set(sys.modules), "import"
+epic_rag_chroma.ChromaIndexer({str(docs / ".epic-rag")!r}).status()
+assert not {{"chromadb", "torch", "llama_index.core"}} & set(sys.modules), "status"
+assert epic_rag_chroma.ChromaIndexer({str(docs / ".epic-rag")!r}).query("cats")
+assert not any(name.startswith("llama_index") for name in sys.modules), "query"
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_width_that_was_cut_is_kept(docs: Path, tiny_checkpoint: Path) -> None:
+    encoder = EpicEncoder.from_pretrained(tiny_checkpoint, truncate_dim=16)
+    with ChromaIndexer(docs / ".epic-rag", encoder=encoder) as indexer:
+        indexer.index([docs])
+    with ChromaIndexer(docs / ".epic-rag") as own:
+        assert own.status().dimension == 16
+        assert len(own.query("cats", k=9)) == 4
+
+
+def test_settings_can_be_replaced_one_by_one() -> None:
+    assert replace(IndexSettings(), include=("*.md",)).chunk_tokens == 200
+
+
+def test_the_shipped_checkpoint_finds_the_right_section(docs: Path) -> None:
+    (docs / "undo.md").write_text(
+        "# Undo\n\nTo undo the last commit and keep its changes, reset softly to the one before it.\n"
+    )
+    with ChromaIndexer(docs / ".epic-rag") as indexer:
+        indexer.index([docs])
+        assert indexer.status().model == "epic-minilm"
+        for query, path, heading in (
+            ("how do I take back a commit?", "undo.md", "Undo"),
+            ("when are cats awake?", "notes.txt", None),
+            ("uninstall", "guide.md", "Remove"),
+        ):
+            best = indexer.query(query, task="docs")[0]
+            assert best.path == path
+            assert heading is None or best.heading_path[-1] == heading

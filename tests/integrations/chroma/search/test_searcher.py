@@ -1,0 +1,376 @@
+"""Searching an index: modes, fusion, filters, near-duplicates and reranking, against brute force over its rows."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from epic_rag import EpicEncoder
+from epic_rag.errors import CheckpointError, ConfigError
+from epic_rag_chroma import ChromaIndexer, Hit, SearchFilters
+from epic_rag_chroma.search import reranking
+from epic_rag_chroma.search import searcher as candidates
+from epic_rag_chroma.search.filters import parse_filters
+from epic_rag_chroma.search.fusion import fuse
+from epic_rag_chroma.store.database import KeywordIndex, KeywordsUnavailableError
+from tests.helpers.model_files import save_cross_encoder
+
+TOPICS = ("cats", "dogs", "birds", "fish", "bees", "trees", "stones", "rivers")
+VERBS = ("sleep", "run", "sing", "swim", "work", "grow", "lie", "flow")
+QUERY = "where do cats sleep and fish swim"
+
+
+def corpus() -> dict[str, str]:
+    files = {}
+    for number, topic in enumerate(TOPICS):
+        sections = [
+            f"## {topic.title()} {verb}\n\n{topic.title()} {verb} in place {number}{at}, as everybody knows by now.\n"
+            for at, verb in enumerate(VERBS)
+        ]
+        files[f"guide/{topic}.md"] = f"# On {topic}\n\n" + "\n".join(sections)
+    for number, verb in enumerate(VERBS):
+        files[f"src/{verb}.py"] = f"def {verb}_all(cats, fish):\n    return {number}\n"
+    return files
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: EpicEncoder) -> Iterator[ChromaIndexer]:
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, text in corpus().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    with ChromaIndexer(folder / ".epic-rag", encoder=tiny_encoder) as indexer:
+        assert indexer.index([folder]).skipped == ()
+        yield indexer
+
+
+@pytest.fixture(scope="module")
+def truth(index: ChromaIndexer, tiny_encoder: EpicEncoder, rows: Callable[[Path], Any]) -> dict[str, tuple[Any, ...]]:
+    """Id -> text, metadata, cosine with the query: by brute force, through a client of Chroma's own."""
+    vector = tiny_encoder.encode_query(QUERY)
+    return {
+        row: (text, metadata, float(np.asarray(of_row, dtype=np.float32) @ vector))
+        for row, (text, metadata, of_row) in rows(index._index_dir).items()
+    }
+
+
+def by_cosine(truth: dict[str, tuple[Any, ...]]) -> list[str]:
+    return sorted(truth, key=lambda row: (-round(truth[row][2], 5), row))
+
+
+def ids(hits: Sequence[Hit]) -> list[str]:
+    return [hit.id for hit in hits]
+
+
+def words_of(index: ChromaIndexer) -> dict[str, float]:
+    state = index._state()
+    words = KeywordIndex.open_reading(index._index_dir, state.collection or "")
+    found = dict(words.search(QUERY, 10_000))
+    words.close()
+    return found
+
+
+def test_dense_ranks_by_cosine(index: ChromaIndexer, truth: dict[str, tuple[Any, ...]]) -> None:
+    hits = index.query(QUERY, k=20, mode="dense", collapse=False)
+    assert [hit.rank for hit in hits] == list(range(1, 21))
+    best = sorted((found[2] for found in truth.values()), reverse=True)[:20]
+    assert [hit.score for hit in hits] == pytest.approx(best, abs=1e-5)
+    for hit in hits:
+        text, metadata, cosine = truth[hit.id]
+        assert (hit.text, hit.path, hit.kind, hit.lang) == (text, metadata["path"], metadata["kind"], metadata["lang"])
+        assert hit.score == hit.cosine == pytest.approx(cosine, abs=1e-5)
+        assert (hit.bm25, hit.rerank_score, hit.duplicates) == (None, None, ())
+
+
+def test_keyword_ranks_by_bm25_and_loads_no_model(index: ChromaIndexer) -> None:
+    def never() -> EpicEncoder:
+        raise AssertionError("a model was asked for")
+
+    expected = words_of(index)
+    with ChromaIndexer(index._index_dir, encoder=never) as reader:
+        hits = reader.query(QUERY, k=500, mode="keyword", collapse=False)
+    assert ids(hits) == list(expected)
+    for hit in hits:
+        assert hit.score == hit.bm25 == expected[hit.id]
+        assert hit.cosine is None
+    assert "cats" in hits[0].text.lower()
+
+
+def test_hybrid_fuses_both_rankings(index: ChromaIndexer, truth: dict[str, tuple[Any, ...]]) -> None:
+    expected = words_of(index)
+    dense = ids(index.query(QUERY, k=100, mode="dense", collapse=False))
+    hits = index.query(QUERY, k=30, mode="hybrid", collapse=False)
+    assert ids(hits) == fuse(dense, list(expected)[:100])[:30]
+    assert hits == index.query(QUERY, k=30, collapse=False)  # the default
+    for hit in hits:
+        assert hit.score == hit.cosine == pytest.approx(truth[hit.id][2], abs=1e-5)
+        assert hit.bm25 == expected.get(hit.id)
+
+
+def test_what_only_the_words_find_has_a_cosine_and_the_other_way_round(
+    index: ChromaIndexer, truth: dict[str, tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("epic_rag_chroma.search.searcher.POOL", 3)
+    hits = index.query(QUERY, k=6, mode="hybrid", collapse=False)
+    dense = by_cosine(truth)
+    assert {hit.id for hit in hits} - set(dense[:6])
+    assert all(hit.cosine == pytest.approx(truth[hit.id][2], abs=1e-5) for hit in hits)
+    expected = words_of(index)
+    assert all(hit.bm25 == expected.get(hit.id) for hit in hits)
+
+
+FILTERS = [
+    parse_filters(["lang=python"], [], None),
+    parse_filters(["lang!=python"], [], None),
+    parse_filters(["first_line>=20", "kind=markdown"], [], None),
+    parse_filters([], ["guide/**"], None),
+    parse_filters([], ["guide/cats.md", "sleep.py"], None),
+    parse_filters(["heading_path=On bees > Bees sing"], [], None),
+    parse_filters([], [], "7d"),
+    parse_filters(["lang=python"], ["guide/**"], None),
+    parse_filters([], [], "2100-01-01"),
+]
+
+
+def holds(filters: SearchFilters, metadata: dict[str, Any]) -> bool:
+    if filters.since is not None:
+        return filters.since.year < 2100
+    path = metadata["path"]
+    if filters.paths and not (path.startswith("guide/") if filters.paths[0] == "guide/**" else path in PATHS):
+        return False
+    return all(
+        {
+            "lang=python": path.endswith(".py"),
+            "lang!=python": path.endswith(".md"),
+            "first_line>=20": metadata["first_line"] >= 20,
+            "kind=markdown": path.endswith(".md"),
+            "heading_path=On bees > Bees sing": metadata["heading_path"] == "On bees > Bees sing",
+        }[condition]
+        for condition in filters.where
+    )
+
+
+PATHS = {"guide/cats.md", "src/sleep.py"}
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=[str(number) for number in range(len(FILTERS))])
+@pytest.mark.parametrize("look_at_all", [10_000, 0], ids=["few", "many"])
+@pytest.mark.parametrize("k", [1, 7, 500])
+def test_filters_are_exact_in_every_mode(
+    index: ChromaIndexer,
+    truth: dict[str, tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    filters: SearchFilters,
+    look_at_all: int,
+    k: int,
+) -> None:
+    monkeypatch.setattr(candidates, "_LOOK_AT_ALL", look_at_all)
+    allowed = {row for row, (_, metadata, _) in truth.items() if holds(filters, metadata)}
+
+    def ask(mode: Any) -> list[Hit]:
+        return index.query(QUERY, k=k, mode=mode, filters=filters, collapse=False)
+
+    dense = ask("dense")
+    best = sorted((truth[row][2] for row in allowed), reverse=True)[:k]
+    assert set(ids(dense)) <= allowed
+    assert [hit.score for hit in dense] == pytest.approx(best, abs=1e-5)
+    by_words = [row for row in words_of(index) if row in allowed]
+    assert ids(ask("keyword")) == by_words[:k]
+    hybrid = ask("hybrid")
+    assert set(ids(hybrid)) <= allowed
+    assert len(hybrid) == min(k, len(allowed))
+
+
+def test_unknown_filters_are_refused_before_a_model_is_loaded(index: ChromaIndexer) -> None:
+    with pytest.raises(ConfigError, match="cannot filter by 'colour'"):
+        index.query(QUERY, filters=SearchFilters(("colour=red",)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"k": 0}, "k is 0; it must be at least 1"), ({"mode": "sparse"}, "unknown mode 'sparse'; known modes are dense")],
+)
+def test_wishes_that_make_no_sense(index: ChromaIndexer, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        index.query(QUERY, **options)
+
+
+def test_many_queries_are_embedded_in_one_call(
+    index: ChromaIndexer, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [QUERY, "bees work", "stones", QUERY]
+    one_by_one = [index.query(text, k=4) for text in texts]
+    calls: list[list[str]] = []
+    encode = EpicEncoder.encode_query
+
+    def counted(self: EpicEncoder, given: list[str], **options: Any) -> Any:
+        calls.append(list(given))
+        return encode(self, given, **options)
+
+    monkeypatch.setattr(EpicEncoder, "encode_query", counted)
+    together = index.query_many(texts, k=4)
+    assert calls == [texts]
+    assert [ids(hits) for hits in together] == [ids(hits) for hits in one_by_one]
+    for mine, others in zip(together, one_by_one, strict=True):
+        assert [hit.score for hit in mine] == pytest.approx([hit.score for hit in others], abs=1e-5)
+    assert index.query_many([]) == []
+    assert index.query_many(["zebra", ""], mode="keyword") == [[], []]
+    assert len(calls) == 1
+
+
+PASSAGE = "To undo the last commit and keep its changes, reset softly to the one before it.\n"
+
+
+@pytest.fixture
+def copies(tmp_path: Path, tiny_encoder: EpicEncoder) -> Iterator[ChromaIndexer]:
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"copy{number:02}.txt").write_text(PASSAGE if number % 2 else PASSAGE.upper())
+    (folder / "dot.txt").write_text("Unrelated: a list of birds.\n")
+    (folder / "note.txt").write_text("Another note, on trees.\n")
+    with ChromaIndexer(folder / ".epic-rag", encoder=tiny_encoder) as indexer:
+        indexer.index([folder])
+        yield indexer
+
+
+@pytest.mark.parametrize("mode", ["dense", "hybrid", "keyword"])
+def test_near_duplicates_are_folded_into_the_best(copies: ChromaIndexer, mode: Any) -> None:
+    plain = copies.query("undo the last commit", k=3, mode=mode, collapse=False)
+    hits = copies.query("undo the last commit", k=3, mode=mode)
+    assert len(plain) == 3
+    expected = 1 if mode == "keyword" else 3  # the other two files have no word of it
+    assert len(hits) == expected
+    assert len({hit.text.lower() for hit in hits}) == expected
+    (best,) = (hit for hit in hits if hit.duplicates)
+    assert len(best.duplicates) == len(set(best.duplicates)) >= 19
+    assert all(place.endswith(".txt:1") for place in best.duplicates)
+    assert f"{best.path}:1" not in best.duplicates
+    assert [hit.rank for hit in hits] == list(range(1, expected + 1))
+
+
+def test_versions_of_a_page_stay_apart(tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
+    for version in ("2.0", "2.1"):
+        (tmp_path / f"{version}.txt").write_text(f"In version {version}: {PASSAGE}")
+    with ChromaIndexer(tmp_path / ".epic-rag", encoder=tiny_encoder) as indexer:
+        indexer.index([tmp_path])
+        assert {hit.path for hit in indexer.query("undo", k=5)} == {"2.0.txt", "2.1.txt"}
+
+
+def by_length(query: str, passages: Sequence[str]) -> list[float]:
+    return [float(len(passage)) for passage in passages]
+
+
+def test_a_function_can_rerank(index: ChromaIndexer) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def reranker(query: str, passages: Sequence[str]) -> list[float]:
+        asked.append((query, len(passages)))
+        return [-passage.count("a") for passage in passages]
+
+    hits = index.query(QUERY, k=5, reranker=reranker)
+    assert asked == [(QUERY, reranking.RERANK_POOL)]
+    assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5]
+    given = [hit.rerank_score for hit in hits]
+    assert given == sorted(given, reverse=True)
+    pool = index.query(QUERY, k=reranking.RERANK_POOL)
+    assert set(ids(hits)) <= set(ids(pool))
+    assert all(hit.score == hit.cosine for hit in hits)
+    equal = index.query(QUERY, k=5, reranker=lambda query, passages: [0.0] * len(passages))
+    assert ids(equal) == ids(pool)[:5]  # ties keep their order
+
+
+def test_a_reranker_reads_the_heading_with_the_text(index: ChromaIndexer) -> None:
+    seen: list[str] = []
+    index.query(QUERY, k=1, reranker=lambda query, passages: [seen.append(each) or 0.0 for each in passages])
+    assert any(passage.startswith("Cats sleep\n") for passage in seen)
+
+
+@pytest.mark.parametrize("given", [[], [0.0], [float("nan")] * reranking.RERANK_POOL])
+def test_a_reranker_gives_a_number_for_each_passage(index: ChromaIndexer, given: list[float]) -> None:
+    with pytest.raises(ConfigError, match=f"for {reranking.RERANK_POOL} passages"):
+        index.query(QUERY, reranker=lambda query, passages: given)
+
+
+def test_a_cross_encoder_in_a_folder_can_rerank(index: ChromaIndexer, tmp_path: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    folder = save_cross_encoder(tmp_path / "cross-encoder")
+    hits = index.query(QUERY, k=4, reranker=folder)
+    model = CrossEncoder(str(folder))
+    passages = ["\n".join((*hit.heading_path[-1:], hit.text)) for hit in hits]
+    expected = model.predict([(QUERY, passage) for passage in passages])
+    assert [hit.rerank_score for hit in hits] == pytest.approx([float(score) for score in expected], abs=1e-5)
+    assert [hit.rerank_score for hit in hits] == sorted((hit.rerank_score for hit in hits), reverse=True)
+    assert ids(index.query(QUERY, k=4, reranker=str(folder))) == ids(hits)
+
+
+def test_what_is_no_cross_encoder(index: ChromaIndexer, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        index.query(QUERY, reranker=tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be loaded as a cross-encoder"):
+        index.query(QUERY, reranker=tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="gives 3 numbers for a pair"):
+        index.query(QUERY, reranker=save_cross_encoder(tmp_path / "three", outputs=3))
+
+
+def overwritten(words: Path) -> None:
+    words.write_bytes(b"broken" * 1000)
+
+
+def damaged_inside(words: Path) -> None:
+    with sqlite3.connect(words) as connection:  # found when a word is looked up, not before
+        connection.execute("UPDATE words_data SET block = CAST(hex(block) AS BLOB) WHERE id > 10")
+    connection.close()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, overwritten, damaged_inside])
+def test_without_words_hybrid_says_so_and_searches_by_vectors(
+    docs: Path, indexer: ChromaIndexer, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+) -> None:
+    indexer.index([docs])
+    indexer.close()
+    (words,) = (docs / ".epic-rag").glob("keywords-*.sqlite")
+    damage(words)
+    with caplog.at_level(logging.WARNING):
+        hits = indexer.query("cats", k=3)
+    assert ids(hits) == ids(indexer.query("cats", k=3, mode="dense"))
+    assert "keyword search is not available" in caplog.text
+    assert "run `epic-rag index`" in caplog.text
+    with pytest.raises(KeywordsUnavailableError, match="run `epic-rag index` to make it again"):
+        indexer.query("cats", mode="keyword")
+    indexer.index([docs])
+    (best,) = indexer.query("cats", mode="keyword")
+    assert best.path == "notes.txt"
+
+
+def test_words_follow_every_change(docs: Path, indexer: ChromaIndexer) -> None:
+    def where(query: str) -> list[str]:
+        return sorted({hit.path for hit in indexer.query(query, k=9, mode="keyword")})
+
+    indexer.index([docs])
+    assert where("installer") == ["guide.md"]
+    (docs / "guide.md").rename(docs / "moved.md")
+    (docs / "notes.txt").write_text("Bees make honey.\n")
+    (docs / "src/tool.py").unlink()
+    indexer.index([docs])
+    assert where("installer") == ["moved.md"]
+    assert (where("cats"), where("honey"), where("decode")) == ([], ["notes.txt"], [])
+    indexer.index([docs], rebuild=True)
+    assert where("installer honey") == ["moved.md", "notes.txt"]
+    assert len(list((docs / ".epic-rag").glob("keywords-*.sqlite"))) == 1
+
+
+def test_results_are_the_same_every_time(index: ChromaIndexer, tiny_encoder: EpicEncoder) -> None:
+    hits = index.query(QUERY, k=30)
+    assert index.query(QUERY, k=30) == hits
+    with ChromaIndexer(index._index_dir, encoder=tiny_encoder) as other:
+        assert other.query(QUERY, k=30) == hits
+        assert other.query(QUERY, k=10) == hits[:10]

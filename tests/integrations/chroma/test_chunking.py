@@ -1,0 +1,157 @@
+"""Chunks name the lines that show them, respect the format's structure, and never outgrow the encoder."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from epic_rag import EpicEncoder
+from epic_rag_chroma.chunking import Chunk, chunk_document
+from epic_rag_chroma.reading import text as structure
+from epic_rag_chroma.reading.document import Document, clean_title, split_lines
+
+
+def count_words(texts: list[str]) -> list[int]:
+    return [len(text.split()) for text in texts]
+
+
+def cut(document: Document, size: int = 50, overlap: int = 0) -> list[Chunk]:
+    return chunk_document(document, max_tokens=size, overlap=overlap, count_tokens=count_words)
+
+
+def markdown(text: str, size: int = 50, overlap: int = 0) -> list[Chunk]:
+    return cut(structure.markdown(split_lines(text)), size, overlap)
+
+
+def places(chunks: list[Chunk]) -> list[tuple[tuple[str, ...], int | None, int | None]]:
+    return [(chunk.heading_path, chunk.first_line, chunk.last_line) for chunk in chunks]
+
+
+def test_markdown_is_cut_by_heading_and_keeps_the_path() -> None:
+    text = "intro\n\n# A\n\nof a\n\n## B\n\nof b\n\n### C\n\nof c\n\n## D\n\nof d\n\n# E\n\nof e\n"
+    assert places(markdown(text)) == [
+        ((), 1, 1),
+        (("A",), 3, 5),
+        (("A", "B"), 7, 9),
+        (("A", "B", "C"), 11, 13),
+        (("A", "D"), 15, 17),
+        (("E",), 19, 21),
+    ]
+
+
+def test_a_heading_without_text_joins_the_section_below_it() -> None:
+    chunks = markdown("# A\n\n## B\n\ntext\n\n# Last\n")
+    assert places(chunks) == [(("A", "B"), 1, 5), (("Last",), 7, 7)]
+    assert chunks[0].text == "# A\n\n## B\n\ntext"
+
+
+@pytest.mark.parametrize("fence", ["```", "~~~", "````"])
+def test_a_hash_in_a_code_fence_is_no_heading(fence: str) -> None:
+    inner = "```\n# inner\n```\n" if fence == "````" else "# inner\n"
+    chunks = markdown(f"# A\n\n{fence}sh\n{inner}{fence}\n\nafter\n")
+    assert {chunk.heading_path for chunk in chunks} == {("A",)}
+
+
+def test_underlined_titles_and_indented_hashes() -> None:
+    assert places(markdown("Title\n=====\n\none\n\nSub\n---\n\n    # code\n")) == [
+        (("Title",), 1, 4),
+        (("Title", "Sub"), 6, 9),
+    ]
+
+
+def test_front_matter_gives_a_title_and_no_heading() -> None:
+    chunks = markdown('---\ntitle: "My page"\ntags: x\n---\n\ntext\n\n## Sub\n\nmore\n')
+    assert places(chunks) == [(("My page",), 1, 6), (("My page", "Sub"), 8, 10)]
+    assert places(markdown("---\ntitle: Same\n---\n# Same\n\ntext\n"))[-1] == (("Same",), 4, 6)
+    assert places(markdown("---\n\nno front matter\n")) == [((), 1, 3)]
+
+
+def test_a_code_block_that_fits_is_not_cut() -> None:
+    code = "```\n" + "".join(f"line {n} of code\n" for n in range(8)) + "```"
+    prose = "\n\n".join("Some words that make a paragraph of ten words or so." for _ in range(3))
+    chunks = markdown(f"# A\n\n{prose}\n\n{code}\n\n{prose}\n", size=60)
+    assert len(chunks) > 1
+    assert any(code in chunk.text for chunk in chunks)
+
+
+def test_lists_are_cut_between_items() -> None:
+    text = "\n".join(f"- item {n} goes on\n  on a second line" for n in range(12))
+    assert all(chunk.text.startswith("- item") for chunk in markdown(text, size=20))
+
+
+def test_restructured_titles() -> None:
+    text = "=====\nTitle\n=====\n\nintro\n\nPart\n----\n\ntext::\n\n    not\n    ---\n\nSub\n~~~\n\nmore\n\nOther\n-----\n\nend\n"
+    assert places(cut(structure.restructured(split_lines(text)))) == [
+        (("Title",), 1, 5),
+        (("Title", "Part"), 7, 13),
+        (("Title", "Part", "Sub"), 15, 18),
+        (("Title", "Other"), 20, 23),
+    ]
+
+
+def test_code_is_cut_between_definitions() -> None:
+    text = "\n\n".join(f"def f{n}(x):\n    y = x + {n}\n\n    return y" for n in range(6))
+    chunks = cut(structure.code(split_lines(text)), size=16)
+    assert len(chunks) > 2
+    assert all(chunk.text.startswith("def f") for chunk in chunks)
+
+
+def test_the_embedded_text_says_the_headings_and_the_stored_text_is_the_files() -> None:
+    long = "\n\n".join(f"Paragraph {n} with some ten words in it, no more." for n in range(8))
+    first, *rest = markdown(f"# A\n\n## B\n\n{long}\n", size=40)
+    assert first.text.startswith("# A\n\n## B")
+    assert rest
+    for chunk in rest:
+        assert chunk.embedded == f"A > B\n\n{chunk.text}"
+    assert markdown("# A\n\ntext\n")[0].embedded == "# A\n\ntext"
+
+
+def test_headings_never_take_more_than_a_quarter_of_a_chunk() -> None:
+    chunks = markdown("# " + "word " * 40 + "\n\n## B\n\n" + "text here. " * 60, size=20)
+    assert max(chunk.tokens for chunk in chunks) <= 20
+    assert chunks[-1].embedded.startswith("B\n\n")
+
+
+def test_overlap_repeats_the_end_of_the_chunk_before() -> None:
+    text = "\n".join(f"line {n} has six words here." for n in range(30))
+    with_overlap, without = (cut(structure.plain(split_lines(text)), 36, overlap) for overlap in (8, 0))
+    pairs = list(pairwise(with_overlap))
+    assert pairs
+    assert all(right.first_line <= left.last_line for left, right in pairs)  # type: ignore[operator]
+    assert all(
+        right.first_line == left.last_line + 1  # type: ignore[operator]
+        for left, right in pairwise(without)
+    )
+
+
+def test_a_long_line_is_cut_at_sentences() -> None:
+    sentences = [f"Sentence number {n} is about eight words long." for n in range(20)]
+    chunks = markdown("# A\n\n" + " ".join(sentences) + "\n", size=40)
+    assert len(chunks) > 3
+    assert all(chunk.text.endswith("long.") for chunk in chunks)
+    assert chunks[0].text.startswith("# A\n\nSentence number 0")
+    assert {(chunk.first_line, chunk.last_line) for chunk in chunks[1:]} == {(3, 3)}
+
+
+@pytest.mark.parametrize("text", ["x" * 50_000, "猫" * 3_000, "ab " * 20_000, "\U0001f600" * 2_000, "a.b," * 5_000])
+def test_hostile_lines_are_cut_in_reasonable_time(text: str, tiny_encoder: EpicEncoder) -> None:
+    document = structure.plain([text])
+    chunks = chunk_document(document, max_tokens=100, overlap=10, count_tokens=tiny_encoder.count_tokens)
+    assert max(tiny_encoder.count_tokens([chunk.embedded for chunk in chunks])) <= 100
+    assert sum(len(chunk.text) for chunk in chunks) >= len(text.replace(" ", ""))
+
+
+@pytest.mark.parametrize(
+    ("title", "clean"),
+    [
+        ("Use `git push` **now**", "Use git push now"),
+        ("See [the docs](http://x) {#anchor}", "See the docs"),
+        ("a > b", "a / b"),
+        ("snake_case and *stars*", "snake_case and stars"),
+        ("<b>Bold</b> ¶", "Bold"),
+        ("x " * 300, ("x " * 100).strip()),
+    ],
+)
+def test_titles_are_cleaned(title: str, clean: str) -> None:
+    assert clean_title(title) == clean

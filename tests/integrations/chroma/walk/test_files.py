@@ -1,0 +1,287 @@
+"""The walk among what file systems have besides files: links, loops, devices, odd names, and what changes meanwhile."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epic_rag_chroma import ChromaIndexer
+from epic_rag_chroma.reading.reader import NotTextError
+from epic_rag_chroma.types import IndexSettings
+from epic_rag_chroma.walk.files import ChangeFilter, FoundFile, Scan, read_file, scan
+from epic_rag_chroma.walk.ignore import NotRegularError, TooLargeError, read_regular
+
+Tree = Callable[[Path, dict[str, str | bytes]], Path]
+FOLLOW = IndexSettings(follow_links=True)
+
+
+def paths(result: Scan) -> list[str]:
+    return [file.path for file in result.files]
+
+
+def reasons(result: Scan) -> dict[str, str]:
+    return {file.path: file.reason for file in result.skipped}
+
+
+@pytest.fixture
+def linked(tmp_path: Path, tree: Tree) -> Path:
+    """A folder with every kind of link, and a folder outside."""
+    root = tree(tmp_path / "root", {"a.md": "x", "sub/b.md": "x", ".hidden/c.md": "x", ".git/d.md": "x"})
+    outside = tree(tmp_path / "outside", {"o.md": "x", "deep/p.md": "x", ".git/q.md": "x", ".gitignore": "deep/r.md\n",
+                                          "deep/r.md": "x"})  # fmt: skip
+    for name, target in {
+        "copy.md": root / "a.md",
+        "hidden.md": root / ".hidden/c.md",
+        "version.md": root / ".git/d.md",
+        "inside": root / "sub",
+        "loop": root,
+        "sub/up": "..",
+        "out.md": outside / "o.md",
+        "outside": outside,
+        "outside-again": outside / "deep",
+        "outside-version": outside / ".git",
+        "broken.md": "nowhere",
+        "self": "self",
+        "null": "/dev/null",
+        "ignored-link": outside / "deep",
+    }.items():
+        (root / name).symlink_to(target)
+    (outside / "back").symlink_to(root)
+    (outside / "loop").symlink_to(outside / "deep")
+    (root / ".gitignore").write_text("ignored-link\n")
+    return root.resolve()
+
+
+def test_links_do_not_leave_the_root(linked: Path) -> None:
+    result = scan(linked, IndexSettings())
+    assert paths(result) == ["a.md", "hidden.md", "sub/b.md"]
+    leaves = "a symbolic link that leaves the indexed folder"
+    assert reasons(result) == {
+        **dict.fromkeys(("out.md", "outside", "outside-again", "outside-version", "null"), leaves),
+        **dict.fromkeys(("broken.md", "self"), "a broken symbolic link"),
+    }
+
+
+def test_links_leave_the_root_when_asked(linked: Path) -> None:
+    result = scan(linked, FOLLOW)
+    # Each file once; no loop is entered, and version control's folders stay closed.
+    assert paths(result) == ["a.md", "hidden.md", "out.md", "outside/deep/p.md", "sub/b.md"]
+    assert reasons(result) == {
+        **dict.fromkeys(("broken.md", "self"), "a broken symbolic link"),
+        "null": "a symbolic link to neither a file nor a folder",
+    }
+    assert all(not file.location.is_symlink() for file in result.files)
+
+
+def test_a_link_to_a_folder_above_the_root(tmp_path: Path, tree: Tree) -> None:
+    root = tree(tmp_path / "top/root", {"a.md": "x"})
+    tree(tmp_path / "top", {"beside.md": "x"})
+    (root / "up").symlink_to(root.parent)
+    assert paths(scan(root.resolve(), FOLLOW)) == ["a.md", "up/beside.md"]
+
+
+def test_a_link_to_another_root_is_found_there(tmp_path: Path, tree: Tree) -> None:
+    one, two = tree(tmp_path / "one", {"a.md": "x"}), tree(tmp_path / "two", {"b.md": "x"})
+    (one / "two").symlink_to(two)
+    (one / "b.md").symlink_to(two / "b.md")
+    for settings in (IndexSettings(), FOLLOW):
+        result = scan(one.resolve(), settings, elsewhere=[one.resolve(), two.resolve()])
+        assert (paths(result), reasons(result)) == (["a.md"], {})
+
+
+def test_the_index_folder_is_not_read_through_a_link(tmp_path: Path, tree: Tree) -> None:
+    root = tree(tmp_path / "root", {"a.md": "x"})
+    mine = tree(tmp_path / "mine", {"x.md": "x"})
+    other = tree(tmp_path / "other", {"index.json": '{"format": "epic-rag-index"}', "y.md": "x"})
+    (root / "mine").symlink_to(mine)
+    (root / "other").symlink_to(other)
+    assert paths(scan(root.resolve(), FOLLOW, index_dir=mine.resolve())) == ["a.md"]
+
+
+def test_what_is_no_file_is_never_opened(tmp_path: Path, indexer: ChromaIndexer, docs: Path) -> None:
+    os.mkfifo(docs / "pipe.md")
+    os.mkfifo(docs / "index.json")
+    os.mkfifo(docs / "src/.gitignore")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(docs / "socket.md"))
+        report = indexer.index([docs])
+    assert report.added == 3
+    assert {file.path: file.reason for file in report.skipped} == dict.fromkeys(
+        ("pipe.md", "index.json", "socket.md"), "neither a file nor a folder"
+    )
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "/dev/tty"])
+def test_a_device_as_a_root(indexer: ChromaIndexer, device: str) -> None:
+    if not os.path.exists(device):
+        pytest.skip("there is no such device")
+    report = indexer.index([device])
+    assert [file.reason for file in report.skipped] == ["neither a file nor a folder"]
+
+
+ODD = (
+    "new\nline.md", "tab\t.md", "bell\x07.md", "\x1b[31mred.md", " space .md", "-rf.md", "a*b?.md", "'quoted\".md",
+    "back\\slash.md", "\u202egnp.md", "é.md", "e\u0301.md", "世界.md", "🙂.md", "UPPER.md", "upper.md", "x" * 252 + ".md",
+)  # fmt: skip
+
+
+def test_odd_names_are_kept_as_they_are(docs: Path, indexer: ChromaIndexer) -> None:
+    for number, name in enumerate(ODD):
+        (docs / name).write_text(f"Text of file number {number}.\n")
+    assert indexer.index([docs]).added == 3 + len(ODD)
+    again = indexer.index([docs])
+    assert (again.unchanged, again.skipped) == (3 + len(ODD), ())
+    found = {hit.path for hit in indexer.query("Text of file", k=200)}
+    assert set(ODD) <= found
+
+
+def test_names_that_are_no_utf8_and_folders_with_such(tmp_path: Path) -> None:
+    top = os.fsencode(tmp_path)
+    os.mkdir(os.path.join(top, b"d\xff"))
+    for name in (b"d\xff/a.md", b"f\xfe.md", b"ok.md"):
+        with open(os.path.join(top, name), "wb") as file:
+            file.write(b"x")
+    result = scan(tmp_path.resolve(), IndexSettings())
+    assert paths(result) == ["ok.md"]
+    assert reasons(result) == dict.fromkeys(("d\\xff", "f\\xfe.md"), "its name is not valid UTF-8")
+
+
+def test_paths_longer_than_the_system_takes(tmp_path: Path) -> None:
+    (tmp_path / "ok.md").write_text("x")
+    handle = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(25):  # 25 * 201 characters, and 4,096 are allowed
+        os.mkdir("d" * 200, dir_fd=handle)
+        inner = os.open("d" * 200, os.O_RDONLY, dir_fd=handle)
+        os.close(handle)
+        handle = inner
+    os.close(handle)
+    result = scan(tmp_path.resolve(), IndexSettings())
+    assert paths(result) == ["ok.md"]
+    assert list(reasons(result).values()) == ["cannot be listed: File name too long"]
+
+
+def test_hard_links_are_files(docs: Path, indexer: ChromaIndexer) -> None:
+    os.link(docs / "notes.txt", docs / "again.txt")
+    report = indexer.index([docs])
+    assert report.added == 4
+
+
+@pytest.fixture
+def as_anybody() -> Iterator[None]:
+    """Root may read everything; here it is somebody else for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_permissions(tmp_path: Path, tree: Tree, request: pytest.FixtureRequest) -> None:
+    tree(tmp_path, {"a.md": "x", "closed/b.md": "x", "unlisted/c.md": "x", "secret.md": "x"})
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o755)
+        if folder.name.startswith("pytest-of"):
+            break
+    (tmp_path / "closed").chmod(0o000)
+    (tmp_path / "unlisted").chmod(0o311)
+    (tmp_path / "secret.md").chmod(0o000)
+    request.getfixturevalue("as_anybody")
+    if os.geteuid() == tmp_path.stat().st_uid:
+        os.chmod(tmp_path / "unlisted", 0o100)
+    result = scan(tmp_path.resolve(), IndexSettings())
+    assert paths(result) == ["a.md", "secret.md"]
+    assert reasons(result) == dict.fromkeys(("closed", "unlisted"), "cannot be listed: Permission denied")
+    # What cannot be seen is not gone.
+    assert sorted(result.unreadable) == ["closed/", "unlisted/"]
+    with pytest.raises(PermissionError):
+        read_file(FoundFile("secret.md", tmp_path.resolve() / "secret.md"))
+
+
+def test_a_file_becomes_a_link_after_the_walk(docs: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    file = next(file for file in scan(docs.resolve(), IndexSettings()).files if file.path == "notes.txt")
+    file.location.unlink()
+    file.location.symlink_to(tmp_path / "secret")
+    with pytest.raises(NotTextError, match="neither a file nor a folder"):
+        read_file(file)
+    file.location.unlink()
+    os.mkfifo(file.location)
+    with pytest.raises(NotTextError, match="neither a file nor a folder"):
+        read_file(file)
+
+
+def test_files_that_vanish_and_grow_while_the_run_goes_on(
+    docs: Path, indexer: ChromaIndexer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("epic_rag_chroma.walk.files.byte_limit", lambda name: 4096)
+    (docs / "zz-vanishes.md").write_text("x\n")
+    (docs / "zz-grows.md").write_text("x\n")
+    (docs / "zz-folder/a.md").parent.mkdir()
+    (docs / "zz-folder/a.md").write_text("x\n")
+
+    def meanwhile(event: Any) -> None:
+        if event.path == "guide.md":
+            (docs / "zz-vanishes.md").unlink(missing_ok=True)
+            (docs / "zz-grows.md").write_text("word " * 4096)
+            (docs / "zz-folder/a.md").unlink(missing_ok=True)
+
+    report = indexer.index([docs], progress=meanwhile)
+    assert report.added == 3
+    assert {file.path: file.reason for file in report.skipped} == {"zz-grows.md": "larger than 0 MiB"}
+    assert indexer.index([docs]).unchanged == 3
+
+
+def test_a_file_that_says_it_is_empty(tmp_path: Path) -> None:
+    """As those in /proc do; no more than the limit is read of it."""
+    data, info = read_regular("/proc/self/status", 2**20)
+    assert (info.st_size, data.startswith(b"Name:")) == (0, True)
+    with pytest.raises(TooLargeError):
+        read_regular("/proc/self/status", 10)
+    assert len(read_regular("/proc/self/status", 10, whole=False)[0]) == 10
+    with pytest.raises(NotRegularError):
+        read_regular(tmp_path, 10)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("a.md", True),
+        ("new/folder/a.md", True),
+        (".gitignore", True),
+        ("sub/.epicignore", True),
+        ("sub", True),
+        ("gone.md", True),
+        ("gone.png", True),  # it may have been a folder
+        (".hidden/a.md", False),
+        (".git/index", False),
+        ("photo.png", False),
+        ("x.log", False),
+        ("build/a.md", False),
+        ("build", False),
+        ("node_modules/a.md", False),
+        ("a.md~", False),
+        (".a.md.swp", False),
+        ("4913", False),
+        ("#a.md#", False),
+        ("~$a.docx", False),
+        ("idx/chroma/x", False),
+        ("other-index/a.md", False),
+        ("../outside.md", False),
+        ("", True),
+    ],
+)
+def test_which_changes_count(tmp_path: Path, tree: Tree, path: str, expected: bool) -> None:
+    root = tree(tmp_path / "root", {".gitignore": "*.log\nbuild/\n", "a.md": "x", "sub/b.md": "x", "photo.png": b"\x89",
+                                    "other-index/index.json": '{"format": "epic-rag-index"}', "build/a.md": "x"})  # fmt: skip
+    root = root.resolve()
+    counts = ChangeFilter([root], IndexSettings(), root / "idx")
+    assert counts(os.path.normpath(root / path)) is expected

@@ -1,0 +1,117 @@
+"""Ignore files, compared with what git itself says of the same tree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from epic_rag_chroma.types import IndexSettings
+from epic_rag_chroma.walk.files import ChangeFilter, scan
+
+GIT = shutil.which("git")
+FOLDERS = ("", "a/", "b/", "a/b/", "a/c/", "b/a/", "a/b/c/")
+NAMES = ("a", "b", "c.md", "d.txt", "e f.md", "[x].md", "#h", "!n", "ab.md", "xy ")
+TREE = tuple(folder + name + suffix for folder in FOLDERS for name in NAMES for suffix in ("", "1"))
+
+# Pieces that meet the names above, and the syntax that goes wrong most easily.
+_PIECE = st.sampled_from(
+    ["a", "b", "c", "ab", "*", "**", "?", "*.md", "*.txt", "[ab]", "[!a]", "[a-c]*", "c.md", "e f.md", "\\#h1", "#h",
+     "\\!n1", "!n", "a1", "b1", "*1", "\\[x\\].md", "[x].md", "xy ", "xy\\ ", ".", "..", "",
+     "[]a]", "[^a]", "[a", "[[:alpha:]]", "[[:alpha]", "[[:what:]]", "[a-", "[z-a]", "[--b]", "[\\]a]", "[!]a]*",
+     "a**", "**b", "***", "\\a", "a\\", "?1", "[a/b]"]
+)  # fmt: skip
+_PATTERN = st.builds(
+    lambda negated, start, pieces, end, blank: negated + start + "/".join(pieces) + end + blank,
+    st.sampled_from(["", "", "", "!"]),
+    st.sampled_from(["", "", "/", "**/"]),
+    st.lists(_PIECE, min_size=1, max_size=3),
+    st.sampled_from(["", "", "/", "/**", "/*"]),
+    st.sampled_from(["", "", " ", "\r"]),
+)
+_FILES = st.dictionaries(
+    st.sampled_from(["", "a/", "a/b/", "b/"]), st.lists(_PATTERN, min_size=1, max_size=5), min_size=1, max_size=3
+)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with the tree; no test removes anything but ignore files."""
+    folder = tmp_path_factory.mktemp("repository").resolve()
+    for name in TREE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        # Where a folder has the name, it holds files itself.
+        if not (folder / name).is_dir() and f"{name}/" not in FOLDERS:
+            (folder / name).write_text("x")
+    subprocess.run([str(GIT), "init", "-q", str(folder)], check=True, env=environment())
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """No settings of the person who runs the tests."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return {**kept, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+
+
+def listed_by_git(folder: Path) -> set[str]:
+    done = subprocess.run(
+        [str(GIT), "ls-files", "-z", "--others", "--exclude-per-directory=.gitignore"],
+        cwd=folder, env=environment(), capture_output=True, check=True,
+    )  # fmt: skip
+    return {name.decode() for name in done.stdout.split(b"\0") if name and not name.endswith(b".gitignore")}
+
+
+@pytest.mark.skipif(GIT is None, reason="git is not installed")
+@settings(
+    max_examples=3000 if os.environ.get("EPIC_RAG_SOAK") == "1" else 100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(files=_FILES)
+@example(files={"": ["*", "!*/", "!*.md"]})
+@example(files={"": ["a/*", "!a/b"], "a/": ["b/c"]})
+@example(files={"": ["/a"], "a/": ["!b"]})
+@example(files={"": ["b", "a**/a"]})
+@example(files={"": ["a", "/**", "!a"]})
+@example(files={"": ["a/**/c.md", "**/b/", "!b/a/"]})
+@example(files={"": ["*.md\r", "xy\\ ", "\\!n", "#h"]})
+def test_files_are_those_of_git(repository: Path, files: dict[str, list[str]]) -> None:
+    written = [repository / folder / ".gitignore" for folder in files]
+    try:
+        for path, patterns in zip(written, files.values(), strict=True):
+            path.write_bytes("\n".join(patterns).encode() + b"\n")
+        found = {file.path for file in scan(repository, IndexSettings()).files}
+        assert found == listed_by_git(repository)
+        # One path at a time it is the same.
+        counts = ChangeFilter([repository], IndexSettings(), repository / ".epic-rag")
+        assert {name for name in TREE if (repository / name).is_file() and counts(str(repository / name))} == found
+    finally:
+        for path in written:
+            path.unlink()
+
+
+def test_an_ignore_file_is_no_way_out(tmp_path: Path) -> None:
+    """A link is not followed, a FIFO is not waited for, and neither stops the walk."""
+    (tmp_path / "elsewhere").write_text("*.md\n")
+    root = tmp_path / "root"
+    for name in ("a", "b", "c"):
+        (root / name).mkdir(parents=True)
+        (root / name / "x.md").write_text("x")
+    (root / "a/.gitignore").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(root / "b/.gitignore")
+    (root / "c/.gitignore").mkdir()
+    assert [file.path for file in scan(root.resolve(), IndexSettings()).files] == ["a/x.md", "b/x.md", "c/x.md"]
+
+
+def test_bytes_that_are_no_text_are_bytes(tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_bytes(b"\xef\xbb\xbfa.md\nb\xff.md\nc.md\x0bd\n")
+    for name in (b"a.md", b"b\xff.md", b"c.md", b"d"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(b"x")
+    result = scan(tmp_path.resolve(), IndexSettings())
+    assert ([file.path for file in result.files], result.skipped) == (["c.md", "d"], [])
