@@ -12,20 +12,16 @@ if TYPE_CHECKING:
     from epic_rag.errors import (
         BankError,
         CheckpointError,
-        ChromaServerError,
         ConfigError,
         DataError,
         EpicError,
         FingerprintError,
-        IndexLockedError,
-        IndexMismatchError,
-        IndexNotFoundError,
-        IndexStateError,
         MissingExtraError,
         PromptError,
         TaskError,
         TrainingError,
     )
+    from epic_rag.query_prompt import QueryPrompt
     from epic_rag.tasks import Task, get_task, list_tasks
 
 __version__ = "0.1.0"
@@ -36,6 +32,7 @@ _HOMES = {
     "Demonstration": "epic_rag.demonstrations",
     "DemonstrationBank": "epic_rag.demonstrations",
     "EpicEncoder": "epic_rag.encoder",
+    "QueryPrompt": "epic_rag.query_prompt",
     "Task": "epic_rag.tasks",
     "get_task": "epic_rag.tasks",
     "list_checkpoints": "epic_rag.checkpoints",
@@ -46,7 +43,6 @@ __all__ = [
     "BankError",
     "CheckpointError",
     "CheckpointInfo",
-    "ChromaServerError",
     "ConfigError",
     "DataError",
     "Demonstration",
@@ -54,12 +50,9 @@ __all__ = [
     "EpicEncoder",
     "EpicError",
     "FingerprintError",
-    "IndexLockedError",
-    "IndexMismatchError",
-    "IndexNotFoundError",
-    "IndexStateError",
     "MissingExtraError",
     "PromptError",
+    "QueryPrompt",
     "Task",
     "TaskError",
     "TrainingError",

@@ -9,12 +9,7 @@
     ├── ConfigError            a setting with a value that cannot work
     ├── FingerprintError       stored vectors were made by another checkpoint
     ├── MissingExtraError      an optional package is not installed
-    ├── TrainingError          training cannot start, or went wrong (NaN loss, broken resume)
-    ├── ChromaServerError      a Chroma server cannot be reached, or refuses
-    └── IndexStateError        an index folder is not in the state that the call needs
-        ├── IndexNotFoundError     there is no index
-        ├── IndexLockedError       another process writes to it
-        └── IndexMismatchError     it was built with another model or other settings
+    └── TrainingError          training cannot start, or went wrong (NaN loss, broken resume)
 
 A message is one line: the facts on both sides and the command to run next. Code that calls epic-rag catches
 `EpicError`; the command line prints it and exits with status 1.
@@ -25,15 +20,10 @@ from __future__ import annotations
 __all__ = [
     "BankError",
     "CheckpointError",
-    "ChromaServerError",
     "ConfigError",
     "DataError",
     "EpicError",
     "FingerprintError",
-    "IndexLockedError",
-    "IndexMismatchError",
-    "IndexNotFoundError",
-    "IndexStateError",
     "MissingExtraError",
     "PromptError",
     "TaskError",
@@ -95,35 +85,6 @@ class MissingExtraError(EpicError):
 
 class TrainingError(EpicError):
     """Training cannot start, or went wrong in a way that going on would hide."""
-
-
-class ChromaServerError(EpicError):
-    """A Chroma server cannot be reached, or refuses what is asked of it.
-
-    Args:
-        message: The two facts and what to do next.
-        status: The HTTP status that it answered; None if it did not answer.
-    """
-
-    def __init__(self, message: str, status: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class IndexStateError(EpicError):
-    """An index folder is not in the state that the call needs."""
-
-
-class IndexNotFoundError(IndexStateError):
-    """There is no index at the given place."""
-
-
-class IndexLockedError(IndexStateError):
-    """Another process is writing to the index."""
-
-
-class IndexMismatchError(IndexStateError):
-    """The index was built with another model or other settings than the call asks for."""
 
 
 def reason_of(error: BaseException) -> str:

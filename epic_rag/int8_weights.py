@@ -21,7 +21,15 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from epic_rag.errors import CheckpointError
 
-__all__ = ["INT8_ROWS", "dequantise", "load_int8_model", "quantise", "quantise_rows", "remove_weights", "write_int8_model"]
+__all__ = [
+    "INT8_ROWS",
+    "dequantise",
+    "load_int8_model",
+    "quantise",
+    "quantise_rows",
+    "remove_weights",
+    "write_int8_model",
+]
 
 INT8_ROWS = "int8-rows"
 

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from rich.cells import get_character_cell_size
 
-from epic_rag.errors import IndexNotFoundError
+from epic_rag_chroma.errors import IndexNotFoundError
 from epic_rag_chroma.store.tokenizer import RUN, STOP_WORDS, UNSPACED_RUN, query_terms
 from epic_rag_cli.options import INDEX_FOLDER, MAX_SKIPPED_SHOWN
 from epic_rag_cli.terminal import Verbosity, message, plural, printable, terminal_width, verbosity

@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from epic_rag_chroma.embedding_function import EpicEmbeddingFunction
+    from epic_rag_chroma.errors import (
+        ChromaServerError,
+        IndexLockedError,
+        IndexMismatchError,
+        IndexNotFoundError,
+        IndexStateError,
+    )
     from epic_rag_chroma.indexer import ChromaIndexer
     from epic_rag_chroma.store.server import ChromaServer
     from epic_rag_chroma.types import (
@@ -32,19 +39,33 @@ __all__ = [
     "SEARCH_MODES",
     "ChromaIndexer",
     "ChromaServer",
+    "ChromaServerError",
     "EpicEmbeddingFunction",
     "Hit",
+    "IndexLockedError",
+    "IndexMismatchError",
+    "IndexNotFoundError",
     "IndexPlan",
     "IndexProgress",
     "IndexReport",
     "IndexSettings",
+    "IndexStateError",
     "IndexStatus",
     "SearchFilters",
     "SearchMode",
     "SkippedFile",
 ]
 
-_MODULES = {"ChromaIndexer": "indexer", "ChromaServer": "store.server", "EpicEmbeddingFunction": "embedding_function"}
+_MODULES = {
+    "ChromaIndexer": "indexer",
+    "ChromaServer": "store.server",
+    "EpicEmbeddingFunction": "embedding_function",
+    "ChromaServerError": "errors",
+    "IndexLockedError": "errors",
+    "IndexMismatchError": "errors",
+    "IndexNotFoundError": "errors",
+    "IndexStateError": "errors",
+}
 
 
 def __getattr__(name: str) -> Any:

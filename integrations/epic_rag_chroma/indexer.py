@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from epic_rag.errors import ChromaServerError, IndexNotFoundError, IndexStateError
+from epic_rag_chroma.errors import ChromaServerError, IndexNotFoundError, IndexStateError
 from epic_rag_chroma.indexing.run import check_model, check_place
 from epic_rag_chroma.reading.file_types import kind_of
 from epic_rag_chroma.search.searcher import IndexView, Searcher, Wanted

@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 
 from epic_rag import EpicEncoder
-from epic_rag.errors import ChromaServerError
 from epic_rag_chroma import ChromaIndexer
+from epic_rag_chroma.errors import ChromaServerError
 from epic_rag_chroma.indexing import sync
 from epic_rag_chroma.store.collection import ChunkStore
 from epic_rag_chroma.store.state import IndexState

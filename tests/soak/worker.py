@@ -96,8 +96,8 @@ def do_find(folder: Path, texts: list[str], modes: Sequence[str] = ("dense", "ke
 
 def do_keep_indexing(folder: Path, *, until: float, pause: float, rebuild_every: int) -> dict[str, int]:
     """Index again and again, in one process; every so often, make the index anew."""
-    from epic_rag.errors import IndexLockedError
     from epic_rag_chroma import ChromaIndexer
+    from epic_rag_chroma.errors import IndexLockedError
 
     runs = turned_away = 0
     with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder(pause)) as indexer:

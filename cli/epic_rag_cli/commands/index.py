@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from epic_rag.errors import DataError, EpicError, IndexNotFoundError, IndexStateError
+from epic_rag.errors import DataError, EpicError
+from epic_rag_chroma.errors import IndexNotFoundError, IndexStateError
 from epic_rag_cli import results as reports
 from epic_rag_cli.options import DEFAULT_DTYPE, Chroma, Device, Dtype, Json, Model
 from epic_rag_cli.results import display_path, find_index, index_dir_for

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
-from epic_rag.errors import ChromaServerError, ConfigError, IndexMismatchError, IndexStateError
+from epic_rag.errors import ConfigError
+from epic_rag_chroma.errors import ChromaServerError, IndexMismatchError, IndexStateError
 from epic_rag_chroma.indexing import sync as looking
 from epic_rag_chroma.indexing.sync import Sync
 from epic_rag_chroma.indexing.writer import IndexWriter, chroma_errors, recover

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from epic_rag.errors import ChromaServerError, EpicError, IndexStateError
+from epic_rag.errors import EpicError
+from epic_rag_chroma.errors import ChromaServerError, IndexStateError
 from epic_rag_chroma.store.collection import Running, delete_other_graphs
 from epic_rag_chroma.store.database import KeywordIndex, Record, RecordStore
 from epic_rag_chroma.store.paths import DocumentKey

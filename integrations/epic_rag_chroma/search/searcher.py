@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from epic_rag.errors import ConfigError, IndexStateError
+from epic_rag.errors import ConfigError
 from epic_rag_chroma.chunking import HEADING_SEPARATOR
+from epic_rag_chroma.errors import IndexStateError
 from epic_rag_chroma.search.deduplicate import Passage, distinct
 from epic_rag_chroma.search.filters import Filter
 from epic_rag_chroma.search.fusion import POOL, fuse

@@ -34,8 +34,9 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from epic_rag.errors import ChromaServerError, EpicError, IndexLockedError, IndexStateError
+from epic_rag.errors import EpicError
 from epic_rag_chroma.embedding_function import EpicEmbeddingFunction
+from epic_rag_chroma.errors import ChromaServerError, IndexLockedError, IndexStateError
 from epic_rag_chroma.store.database import Record
 from epic_rag_chroma.store.paths import CHROMA_FOLDER, CHROMA_LOCK_FILE, RUNNING_FILE, write_atomically
 from epic_rag_chroma.store.server import (

@@ -22,7 +22,7 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
-from epic_rag.errors import IndexStateError
+from epic_rag_chroma.errors import IndexStateError
 from epic_rag_chroma.store.tokenizer import TERMS_VERSION, document_terms, query_terms
 
 __all__ = [

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from epic_rag.errors import ConfigError, IndexLockedError, IndexStateError
+from epic_rag.errors import ConfigError
+from epic_rag_chroma.errors import IndexLockedError, IndexStateError
 from epic_rag_chroma.store.paths import CHROMA_FOLDER, CHROMA_LOCK_FILE, INDEX_FILE, MANIFEST_FILE, RUNNING_FILE
 
 __all__ = [

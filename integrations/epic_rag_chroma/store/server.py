@@ -32,7 +32,8 @@ from chromadb.api import ServerAPI
 from chromadb.api.models.Collection import Collection
 from chromadb.config import Settings, System
 
-from epic_rag.errors import ChromaServerError, ConfigError, IndexStateError
+from epic_rag.errors import ConfigError
+from epic_rag_chroma.errors import ChromaServerError, IndexStateError
 from epic_rag_chroma.store.paths import CHROMA_FOLDER, write_atomically
 
 if TYPE_CHECKING:

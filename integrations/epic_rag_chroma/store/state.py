@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from epic_rag.errors import EpicError, IndexMismatchError, IndexStateError
+from epic_rag.errors import EpicError
+from epic_rag_chroma.errors import IndexMismatchError, IndexStateError
 from epic_rag_chroma.store.paths import INDEX_FILE, MANIFEST_FILE, DocumentKey, FileStamp, write_atomically
 from epic_rag_chroma.store.server import Place, ServerPlace
 from epic_rag_chroma.types import IndexSettings

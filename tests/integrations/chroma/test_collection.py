@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 from chromadb.config import Settings
 
-from epic_rag.errors import IndexStateError
+from epic_rag_chroma.errors import IndexStateError
 from epic_rag_chroma.store import collection as store_module
 from epic_rag_chroma.store.collection import COLLECTION, ChunkStore
 

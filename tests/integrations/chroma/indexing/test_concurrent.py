@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from epic_rag import EpicEncoder
-from epic_rag.errors import ConfigError, IndexLockedError
+from epic_rag.errors import ConfigError
 from epic_rag_chroma import ChromaIndexer, IndexProgress
+from epic_rag_chroma.errors import IndexLockedError
 from epic_rag_chroma.store.collection import Running, chroma_lock, holds_chroma, torn_collections
 from epic_rag_chroma.store.database import ExactRows, RecordStore
 

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epic_rag import EpicEncoder
-from epic_rag.errors import IndexLockedError
 from epic_rag_chroma import ChromaIndexer
+from epic_rag_chroma.errors import IndexLockedError
 from epic_rag_chroma.indexing import sync
 from epic_rag_chroma.store import state as manifest_module
 from epic_rag_chroma.store.collection import ChunkStore

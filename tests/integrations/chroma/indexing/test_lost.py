@@ -14,8 +14,8 @@ import chromadb
 import pytest
 
 from epic_rag import EpicEncoder
-from epic_rag.errors import IndexStateError
 from epic_rag_chroma import ChromaIndexer
+from epic_rag_chroma.errors import IndexStateError
 from tests.integrations.chroma.indexing.test_crash import assert_same, run, start, texts_found, write
 
 Rows = dict[str, tuple[str, dict[str, Any], list[float]]]

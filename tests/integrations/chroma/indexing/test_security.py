@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from epic_rag import EpicEncoder
-from epic_rag.errors import IndexMismatchError, IndexStateError
 from epic_rag_chroma import ChromaIndexer
+from epic_rag_chroma.errors import IndexMismatchError, IndexStateError
 from epic_rag_chroma.store import layout as folder_module
 from epic_rag_chroma.store.layout import TRUSTED_VARIABLE, check_owner, lies_inside
 

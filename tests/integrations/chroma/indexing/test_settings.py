@@ -14,14 +14,9 @@ import numpy as np
 import pytest
 
 from epic_rag import EpicEncoder
-from epic_rag.errors import (
-    ConfigError,
-    DataError,
-    IndexMismatchError,
-    IndexNotFoundError,
-    IndexStateError,
-)
+from epic_rag.errors import ConfigError, DataError
 from epic_rag_chroma import ChromaIndexer, IndexProgress, IndexReport, IndexSettings
+from epic_rag_chroma.errors import IndexMismatchError, IndexNotFoundError, IndexStateError
 
 Rows = Callable[[Path], dict[str, tuple[str, dict[str, Any], list[float]]]]
 Tree = Callable[[Path, dict[str, str | bytes]], Path]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import trustme
 
-from epic_rag.errors import ChromaServerError, ConfigError
+from epic_rag.errors import ConfigError
 from epic_rag_chroma import ChromaServer
+from epic_rag_chroma.errors import ChromaServerError
 from epic_rag_chroma.store import server as client
 from epic_rag_chroma.store import server as session
 from epic_rag_chroma.store.server import ServerClient, ServerPlace, asked_server, new_place, request_headers

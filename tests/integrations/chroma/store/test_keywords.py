@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epic_rag.errors import IndexStateError
+from epic_rag_chroma.errors import IndexStateError
 from epic_rag_chroma.store import database as keywords
 from epic_rag_chroma.store.database import KeywordIndex, KeywordsUnavailableError
 

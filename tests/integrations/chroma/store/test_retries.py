@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from epic_rag.errors import ChromaServerError
 from epic_rag_chroma import ChromaServer
+from epic_rag_chroma.errors import ChromaServerError
 from epic_rag_chroma.store import server as client
 from epic_rag_chroma.store import server as session
 from epic_rag_chroma.store.collection import ChunkStore

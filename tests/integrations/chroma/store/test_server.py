@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from epic_rag import EpicEncoder
-from epic_rag.errors import ChromaServerError, IndexMismatchError, IndexStateError
 from epic_rag_chroma import ChromaIndexer, ChromaServer
+from epic_rag_chroma.errors import ChromaServerError, IndexMismatchError, IndexStateError
 from epic_rag_chroma.store.state import IndexState
 from tests.helpers.servers import HOST, Answer, ChromaProcess, Front, free_port, plain_client
 

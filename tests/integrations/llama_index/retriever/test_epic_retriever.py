@@ -13,8 +13,9 @@ from llama_index.core.schema import MetadataMode, NodeRelationship, NodeWithScor
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 
 from epic_rag import DemonstrationBank, EpicEncoder
-from epic_rag.errors import ConfigError, IndexMismatchError, IndexNotFoundError, PromptError
+from epic_rag.errors import ConfigError, PromptError
 from epic_rag_chroma import SearchFilters
+from epic_rag_chroma.errors import IndexMismatchError, IndexNotFoundError
 from llama_index.retrievers.epic import EpicRetriever
 
 Nearest = Callable[[Sequence[str]], list[str]]

@@ -1,0 +1,50 @@
+"""Errors of an index and of Chroma servers.
+
+EpicError
+├── ChromaServerError      a Chroma server cannot be reached, or refuses a request
+└── IndexStateError        an index folder is not in the state that the call needs
+├── IndexNotFoundError     there is no index
+├── IndexLockedError       another process is writing to it
+└── IndexMismatchError     it was built with another model or other settings
+"""
+
+from __future__ import annotations
+
+from epic_rag.errors import EpicError
+
+__all__ = [
+    "ChromaServerError",
+    "IndexLockedError",
+    "IndexMismatchError",
+    "IndexNotFoundError",
+    "IndexStateError",
+]
+
+
+class ChromaServerError(EpicError):
+    """A Chroma server cannot be reached, or refuses what is asked of it.
+
+    Args:
+        message: The two facts and what to do next.
+        status: The HTTP status that it answered; None if it did not answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class IndexStateError(EpicError):
+    """An index folder is not in the state that the call needs."""
+
+
+class IndexNotFoundError(IndexStateError):
+    """There is no index at the given place."""
+
+
+class IndexLockedError(IndexStateError):
+    """Another process is writing to the index."""
+
+
+class IndexMismatchError(IndexStateError):
+    """The index was built with another model or other settings than the call asks for."""
