@@ -472,7 +472,7 @@ class Indexing:
         settings = settings or (old.settings if old is not None else IndexSettings())
         every = roots.merge(paths, () if old is None else old.roots, self.index_dir)
         found = scan_roots(every, manifest.entries, settings, self.index_dir)
-        known = {root for root, _ in manifest.entries} - found.absent
+        known = {root for root, _ in manifest.entries} - found.missing
         with IsolatedReader() as reader:
             return looking.plan(manifest, known, found.scans, found.skipped, reader)
 
@@ -557,7 +557,7 @@ class Indexing:
         run.progress(IndexProgress("scanning", 0, len(state.roots), None))
         found = scan_roots(state.roots, run.manifest.entries, state.settings, self.index_dir)
         run.skipped += found.skipped
-        known = {root for root, _ in run.manifest.entries} - found.absent
+        known = {root for root, _ in run.manifest.entries} - found.missing
         try:
             run.files(known, found.scans)
             run.forget(known, found.scans)

@@ -9,13 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pathspec import GitIgnoreSpec
-
 from epic_rag.errors import ConfigError
 from epic_rag_chroma.search.conditions import NUMERIC_KEYS, Comparison, Condition, Operator, fields_of
 from epic_rag_chroma.store import paths as roots
 from epic_rag_chroma.store.state import Manifest
 from epic_rag_chroma.types import SearchFilters
+from epic_rag_chroma.walk.ignore import IgnorePatterns, PatternError, compile_patterns
 
 __all__ = ["Filter", "parse_filters", "parse_where"]
 
@@ -87,14 +86,11 @@ def _moment(text: str) -> datetime:
         ) from None
 
 
-def _patterns(paths: Sequence[str]) -> GitIgnoreSpec:
-    for pattern in paths:
-        try:
-            if all(each.include is None for each in GitIgnoreSpec.from_lines([pattern]).patterns):
-                raise ValueError("an empty line or a comment")
-        except ValueError:
-            raise ConfigError(f'"{pattern}" is no path pattern; write one like "guide/**" or "*.md"') from None
-    return GitIgnoreSpec.from_lines(paths)
+def _patterns(paths: Sequence[str]) -> IgnorePatterns:
+    try:
+        return compile_patterns(paths, "--path")
+    except PatternError as error:
+        raise ConfigError(f'"{error}" is no path pattern; write one like "guide/**" or "*.md"') from None
 
 
 class Filter:
@@ -117,7 +113,7 @@ class Filter:
         self._asks_for_file = any(_keys(condition) & {"file_name", "file_path"} for condition in conditions)
         self._index_dir = index_dir
         patterns = _patterns(filters.paths)
-        self._path_matches = lru_cache(_PATHS_REMEMBERED)(patterns.match_file) if filters.paths else None
+        self._path_matches = lru_cache(_PATHS_REMEMBERED)(patterns.selects) if filters.paths else None
         self._since_ns: int | None = None
         if filters.since is not None:
             if filters.since.tzinfo is None:

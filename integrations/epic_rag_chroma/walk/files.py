@@ -1,61 +1,36 @@
-"""Which changes of the file system can change an index: the walk's rules, asked about one path at a time."""
+"""Walk the indexed folders and collect the files to index.
+
+Precedence of the rules: version control's own folders are never read; an .epicignore takes precedence over a .gitignore,
+a deeper file over a higher one; hidden names are skipped unless an .epicignore re-includes them (`!name`); then the
+settings `exclude` and `include` decide, or the built-in excludes for files that nobody searches (lock files, minified
+code, backup files).
+
+The walk opens nothing but ignore files: entries are judged by their name and stat result. Symbolic links are followed
+last, when every file with a name of its own inside the root is known, so that no file is indexed twice and no loop is
+entered. `scan` walks one root, `scan_roots` all roots of an index; `read_file` reads a file that a walk found.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from pathspec import GitIgnoreSpec
-
-from epic_rag_chroma.reading.reader import NotTextError, byte_limit, is_binary_name
+from epic_rag_chroma.reading.document import NotTextError
+from epic_rag_chroma.reading.file_types import byte_limit, is_binary_name
 from epic_rag_chroma.store.paths import INDEX_FILE, DocumentKey, FileStamp, relative, where
 from epic_rag_chroma.types import IndexSettings, SkippedFile
-from epic_rag_chroma.walk.ignore import (
-    EPIC_IGNORE,
-    GIT_IGNORE,
-    GitPatterns,
-    NotRegularError,
-    Rules,
-    TooLargeError,
-    read_regular,
-)
+from epic_rag_chroma.walk.ignore import EPIC_IGNORE, GIT_IGNORE, IgnorePatterns, IgnoreRules
+from epic_rag_chroma.walk.safe_read import NotRegularError, TooLargeError, read_regular
 
-__all__ = [
-    "ChangeFilter",
-    "FoundFile",
-    "NamePatterns",
-    "Scan",
-    "ScannedRoots",
-    "display_name",
-    "is_index_folder",
-    "is_version_control",
-    "read_file",
-    "scan",
-    "scan_roots",
-]
-
-
-# --- from files
-# Which files an index is made of: the walk through a folder, and the rules that leave files out.
-#
-# In order of strength: version control's own folders are never read; `.epicignore` decides before `.gitignore`, a deeper
-# file before a higher one; names that begin with a dot are left out unless an `.epicignore` says `!name`; then the
-# patterns `exclude`, `include` and the built-in ones for files that nobody searches (lock files, minified code, what
-# editors leave behind).
-#
-# Nothing is opened here but ignore files: a name is judged by what the file system says of it. Links are looked at last,
-# when every file that has a name of its own inside is known, so that none is read twice and no loop is entered.
-
-logger = logging.getLogger(__name__)
+__all__ = ["ChangeFilter", "FoundFile", "Scan", "ScannedRoots", "display_name", "read_file", "scan", "scan_roots"]
 
 _INDEX_MARK = b"epic-rag-index"
-_MARK_WITHIN = 400
-_VCS = frozenset({".git", ".hg", ".svn", ".bzr", ".jj", "_darcs", "CVS"})
-_DEFAULT_EXCLUDE = GitPatterns(
+_INDEX_MARK_WITHIN = 400
+_VERSION_CONTROL = frozenset({".git", ".hg", ".svn", ".bzr", ".jj", "_darcs", "CVS"})
+_DEFAULT_EXCLUDE = IgnorePatterns(
     [
         *("node_modules/", "__pycache__/", "*.min.js", "*.min.css", "*.js.map", "*.css.map"),
         *("*.lock", "package-lock.json"),
@@ -67,7 +42,7 @@ _DEFAULT_EXCLUDE = GitPatterns(
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
-    """A file to index: its path relative to the root, with slashes, and where it is (no link, any more)."""
+    """A file to index: its path relative to the root, with slashes, and its location with links resolved."""
 
     path: str
     location: Path
@@ -75,7 +50,7 @@ class FoundFile:
 
 @dataclass
 class Scan:
-    """What a walk found. Paths are relative to the root; a folder in `unreadable` hides what may lie below it."""
+    """Result of a walk, with paths relative to the root; the files below `unreadable` folders are unknown."""
 
     files: list[FoundFile] = field(default_factory=list)
     skipped: list[SkippedFile] = field(default_factory=list)
@@ -83,15 +58,15 @@ class Scan:
 
 
 def display_name(path: str) -> str:
-    """A path that can be printed and stored, whatever bytes the file system has in it."""
+    """Return a path that can be printed and stored, with undecodable bytes escaped."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def read_file(file: FoundFile) -> tuple[bytes, FileStamp]:
-    """Read a file that a walk found, whatever has become of it since.
+    """Read a file that a walk found, which may have been replaced since.
 
     Raises:
-        NotTextError: If it is larger than its kind may be, or no regular file any more.
+        NotTextError: If it is larger than its file type allows, or no longer a regular file.
         OSError: If it cannot be read.
     """
     limit = byte_limit(file.path)
@@ -104,113 +79,95 @@ def read_file(file: FoundFile) -> tuple[bytes, FileStamp]:
     return data, FileStamp.of(info)
 
 
-class NamePatterns:
-    """What the settings say of names: `exclude`, `include`, and the built-in patterns where `include` says nothing.
+def scan(root: Path, settings: IndexSettings, *, index_dir: Path | None = None, elsewhere: Sequence[Path] = ()) -> Scan:
+    """Find the files below a root, sorted by path.
 
-    Like the walk, it is asked about every folder above a file before it is asked about the file.
+    Args:
+        root: A folder or a file, resolved. A file was named by the user, so no rule excludes it.
+        settings: Its patterns apply after the ignore files; `follow_links` lets links leave the root.
+        index_dir: The index folder, which is not read; other index folders are recognised by their content.
+        elsewhere: Other roots of the index; links into them are skipped, because their files are found there.
+    """
+    result = Scan()
+    if not root.is_dir():
+        result.files.append(FoundFile(root.name, root))
+        return result
+    _Walk(root, settings, index_dir, elsewhere, result).run()
+    result.files.sort(key=lambda file: file.path)
+    result.skipped.sort(key=lambda file: file.path)
+    return result
+
+
+class _NamePatterns:
+    """The settings' `exclude` and `include`, and the built-in excludes where there is no `include`.
+
+    As in the walk, each folder above a file is checked before the file.
     """
 
     def __init__(self, settings: IndexSettings) -> None:
-        self._include = _taken_in(settings.include) if settings.include else None
-        self._exclude = GitPatterns(settings.exclude, "exclude") if settings.exclude else None
+        self._include = IgnorePatterns(settings.include, "include") if settings.include else None
+        self._exclude = IgnorePatterns(settings.exclude, "exclude") if settings.exclude else None
 
-    def exclude(self, path: str, is_folder: bool) -> bool:
-        """Whether they leave out a path, which is relative to the root."""
+    def excludes(self, path: str, is_folder: bool) -> bool:
+        """Return whether a path relative to the root is excluded."""
         if self._exclude is not None and self._exclude.decide(path, is_folder):
             return True
         if self._include is not None and not is_folder:
-            return not self._include.match_file(path)
+            return not self._include.selects(path)
         return bool(_DEFAULT_EXCLUDE.decide(path, is_folder))
 
 
-def _taken_in(lines: Sequence[str]) -> GitIgnoreSpec:
-    """Patterns of files, and of folders with all that is in them."""
-    good = []
-    for line in lines:
-        try:
-            GitIgnoreSpec.from_lines([line])
-        except ValueError:
-            logger.warning("include: %r is no valid pattern; it does not count", line)
-        else:
-            good.append(line)
-    return GitIgnoreSpec.from_lines(good)
-
-
-def is_version_control(name: str) -> bool:
-    """Whether a folder belongs to git or one of its like."""
-    return name in _VCS
-
-
-def is_index_folder(folder: str) -> bool:
-    """Whether a folder is an index of ours (under any name) or a Chroma folder; neither holds documents."""
+def _is_index_folder(folder: str) -> bool:
+    """Return whether a folder is an index (under any name) or a Chroma folder, neither of which holds documents."""
     if os.path.lexists(os.path.join(folder, "chroma.sqlite3")):
         return True
     try:
-        return _INDEX_MARK in read_regular(os.path.join(folder, INDEX_FILE), _MARK_WITHIN, whole=False)[0]
+        return _INDEX_MARK in read_regular(os.path.join(folder, INDEX_FILE), _INDEX_MARK_WITHIN, whole=False)[0]
     except OSError:
         return False
 
 
-def scan(root: Path, settings: IndexSettings, *, index_dir: Path | None = None, elsewhere: Sequence[Path] = ()) -> Scan:
-    """Find the files below a root, in order of their paths.
-
-    Args:
-        root: A folder or a file, resolved. A file is named on purpose, so no rule leaves it out.
-        settings: Its patterns decide with the ignore files; `follow_links` lets links leave the root.
-        index_dir: An index folder that must not be read; others are known by their content.
-        elsewhere: Other roots of the index: what links lead to there is found there.
-    """
-    found = Scan()
-    if not root.is_dir():
-        found.files.append(FoundFile(root.name, root))
-        return found
-    _Walk(root, settings, index_dir, elsewhere, found).run()
-    found.files.sort(key=lambda file: file.path)
-    found.skipped.sort(key=lambda file: file.path)
-    return found
-
-
 @dataclass(frozen=True)
 class _Link:
-    """A link to look at when the walk is over: its path, where it is, and the rules that hold there."""
+    """A symbolic link to follow after the walk: its path, its location, and the rules of its folder."""
 
     path: str
     location: str
-    rules: Rules
+    rules: IgnoreRules
 
 
 class _Walk:
     def __init__(
-        self, root: Path, settings: IndexSettings, index_dir: Path | None, elsewhere: Sequence[Path], found: Scan
+        self, root: Path, settings: IndexSettings, index_dir: Path | None, elsewhere: Sequence[Path], result: Scan
     ) -> None:
         self._root = root
         self._index_dir = str(index_dir) if index_dir is not None else None
         self._elsewhere = [other for other in elsewhere if other != root]
-        self._leave = settings.follow_links
-        self._patterns = NamePatterns(settings)
-        self._found = found
+        self._follow_links = settings.follow_links
+        self._patterns = _NamePatterns(settings)
+        self._result = result
         self._links: list[_Link] = []
-        self._folders: set[tuple[int, int]] = set()
+        self._visited: set[tuple[int, int]] = set()
 
     def run(self) -> None:
-        self._walk(str(self._root), "", Rules.above(self._root))
+        self._walk(str(self._root), "", IgnoreRules.above_root(self._root))
         if not self._links:
             return
-        known = {str(file.location) for file in self._found.files}
+        known = {str(file.location) for file in self._result.files}
         while self._links:
             links, self._links = sorted(self._links, key=lambda link: link.path), []
             for link in links:
-                start = len(self._found.files)
+                start = len(self._result.files)
                 try:
                     self._follow(link)
-                except (OSError, RuntimeError):  # Python 3.12 and older say RuntimeError of a loop
+                except (OSError, RuntimeError):  # before Python 3.13, resolving a loop raises RuntimeError
                     self._skip(link.path, "a broken symbolic link")
-                # A file that is reached in two ways counts under the name that it was reached by first.
-                new = [file for file in self._found.files[start:] if str(file.location) not in known]
-                self._found.files[start:] = new
+                # A file that is reachable in two ways is indexed under the name that was found first.
+                new = [file for file in self._result.files[start:] if str(file.location) not in known]
+                self._result.files[start:] = new
                 known.update(str(file.location) for file in new)
 
-    def _walk(self, top: str, prefix: str, rules: Rules) -> None:
+    def _walk(self, top: str, prefix: str, rules: IgnoreRules) -> None:
         stack = [(top, prefix, rules)]
         while stack:
             folder, prefix, rules = stack.pop()
@@ -220,27 +177,27 @@ class _Walk:
                     listed = sorted(entries, key=lambda entry: entry.name)
             except OSError as error:
                 self._skip(prefix.rstrip("/") or ".", f"cannot be listed: {error.strerror}")
-                self._found.unreadable.append(prefix)
+                self._result.unreadable.append(prefix)
                 continue
-            if (info.st_dev, info.st_ino) in self._folders:
+            if (info.st_dev, info.st_ino) in self._visited:
                 continue
-            self._folders.add((info.st_dev, info.st_ino))
+            self._visited.add((info.st_dev, info.st_ino))
             names = {entry.name for entry in listed}
-            if prefix and not names.isdisjoint((INDEX_FILE, "chroma.sqlite3")) and is_index_folder(folder):
+            if prefix and not names.isdisjoint((INDEX_FILE, "chroma.sqlite3")) and _is_index_folder(folder):
                 continue
-            rules = rules.entered(folder, prefix, names)
+            rules = rules.enter(folder, prefix, names)
             for entry in listed:
-                if self._keep(entry, prefix, rules):
+                if self._visit(entry, prefix, rules):
                     stack.append((entry.path, f"{prefix}{entry.name}/", rules))
 
-    def _keep(self, entry: os.DirEntry[str], prefix: str, rules: Rules) -> bool:
-        """Note a file; whether the entry is a folder to walk into."""
+    def _visit(self, entry: os.DirEntry[str], prefix: str, rules: IgnoreRules) -> bool:
+        """Record a file or link; return True for a folder to walk into."""
         path = prefix + entry.name
         try:
             is_folder = entry.is_dir(follow_symlinks=False)
-            if entry.name in _VCS or entry.path == self._index_dir:
+            if entry.name in _VERSION_CONTROL or entry.path == self._index_dir:
                 return False
-            if rules.ignores(path, entry.name, is_folder) or self._patterns.exclude(path, is_folder):
+            if self._excludes(path, is_folder, rules):
                 return False
             if display_name(path) != path:
                 self._skip(display_name(path), "its name is not valid UTF-8")
@@ -253,35 +210,91 @@ class _Walk:
             elif is_binary_name(entry.name):
                 self._skip(path, "not text")
             else:
-                self._found.files.append(FoundFile(path, Path(entry.path)))
+                self._result.files.append(FoundFile(path, Path(entry.path)))
         except OSError as error:
             self._skip(display_name(path), f"cannot be read: {error.strerror}")
-            self._found.unreadable.append(path)
+            self._result.unreadable.append(path)
         return False
 
     def _follow(self, link: _Link) -> None:
-        """Take in what a link leads to, unless it is found under its own name or lies outside and must not be read."""
+        """Add the target of a link, unless it has a name of its own in a root or may not be read."""
         target = Path(link.location).resolve(strict=True)
         info = target.stat()
         if any(target.is_relative_to(other) for other in self._elsewhere):
             return
         inside = target.is_relative_to(self._root)
-        if not inside and not self._leave:
+        if not inside and not self._follow_links:
             self._skip(link.path, "a symbolic link that leaves the indexed folder")
-        elif _VCS.intersection(target.parts[len(self._root.parts) :] if inside else target.parts):
+        elif _VERSION_CONTROL.intersection(target.parts[len(self._root.parts) :] if inside else target.parts):
             return
         elif stat.S_ISDIR(info.st_mode):
-            name = link.path.rpartition("/")[2]
-            ignored = link.rules.ignores(link.path, name, True) or self._patterns.exclude(link.path, True)
-            if self._leave and not ignored and str(target) != self._index_dir and not is_index_folder(str(target)):
+            is_index = str(target) == self._index_dir or _is_index_folder(str(target))
+            if self._follow_links and not is_index and not self._excludes(link.path, True, link.rules):
                 self._walk(str(target), f"{link.path}/", link.rules)
         elif not stat.S_ISREG(info.st_mode):
             self._skip(link.path, "a symbolic link to neither a file nor a folder")
         elif not is_binary_name(target.name):
-            self._found.files.append(FoundFile(link.path, target))
+            self._result.files.append(FoundFile(link.path, target))
+
+    def _excludes(self, path: str, is_folder: bool, rules: IgnoreRules) -> bool:
+        name = path.rpartition("/")[2]
+        return rules.ignores(path, name, is_folder) or self._patterns.excludes(path, is_folder)
 
     def _skip(self, path: str, reason: str) -> None:
-        self._found.skipped.append(SkippedFile(path, reason))
+        self._result.skipped.append(SkippedFile(path, reason))
+
+
+@dataclass
+class ScannedRoots:
+    """Result of walking all roots of an index.
+
+    Args:
+        scans: By the folder that paths are relative to: the root, or the parent folder of a root that is a file.
+        roots: The roots, without files that were deleted.
+        missing: Folders that do not exist now (an unmounted drive, perhaps); their chunks stay in the index.
+        skipped: One entry for each missing folder.
+    """
+
+    scans: dict[str, Scan] = field(default_factory=dict)
+    roots: list[str] = field(default_factory=list)
+    missing: set[str] = field(default_factory=set)
+    skipped: list[SkippedFile] = field(default_factory=list)
+
+
+def scan_roots(
+    roots: Iterable[str], indexed: Iterable[DocumentKey], settings: IndexSettings, index_dir: Path
+) -> ScannedRoots:
+    """Walk all roots of an index.
+
+    Args:
+        roots: Relative to the index folder.
+        indexed: The files that are in the index.
+        settings: The index's settings.
+        index_dir: The index folder.
+    """
+    result = ScannedRoots()
+    indexed_files = set(indexed)
+    roots = list(roots)
+    locations = [where(root, index_dir) for root in roots]
+    for root, location in zip(roots, locations, strict=True):
+        folder = str(PurePosixPath(root).parent) if root != ".." else ""
+        if location.exists():
+            base = root if location.is_dir() else relative(location.parent, index_dir)
+            found = scan(location, settings, index_dir=index_dir, elsewhere=locations)
+        elif location.parent.is_dir() and (folder, location.name) in indexed_files:
+            result.scans.setdefault(folder, Scan())  # a file that was deleted
+            continue
+        else:
+            result.roots.append(root)
+            result.missing.add(root)
+            result.skipped.append(SkippedFile(str(location), "the folder is gone; what was indexed of it stays"))
+            continue
+        result.roots.append(root)
+        merged = result.scans.setdefault(base, Scan())
+        merged.files += found.files
+        merged.skipped += found.skipped
+        merged.unreadable += found.unreadable
+    return result
 
 
 # What vim writes to see whether it may write.
@@ -302,9 +315,9 @@ class ChangeFilter:
 
     def __init__(self, roots: Sequence[Path], settings: IndexSettings, index_dir: Path) -> None:
         self._roots = [(str(root), root.is_dir()) for root in roots]
-        self._patterns = NamePatterns(settings)
+        self._patterns = _NamePatterns(settings)
         self._index_dir = str(index_dir)
-        self._rules: dict[str, Rules | None] = {}
+        self._rules: dict[str, IgnoreRules | None] = {}
 
     def refresh(self) -> None:
         """Forget the ignore files that were read; they may have changed."""
@@ -321,7 +334,7 @@ class ChangeFilter:
         return False
 
     def _counts(self, root: str, path: str) -> bool:
-        rules = self._inside(root, "", Rules.above(Path(root)))
+        rules = self._inside(root, "", IgnoreRules.above_root(Path(root)))
         folder = ""
         *parents, name = path.split("/")
         for parent in parents:
@@ -340,23 +353,23 @@ class ChangeFilter:
         as_file = not self._left_out(rules, path, name, False) and not is_binary_name(name)
         return as_file or (gone and not self._left_out(rules, path, name, True))
 
-    def _left_out(self, rules: Rules, path: str, name: str, is_folder: bool) -> bool:
+    def _left_out(self, rules: IgnoreRules, path: str, name: str, is_folder: bool) -> bool:
         return (
-            is_version_control(name)
+            name in _VERSION_CONTROL
             or display_name(path) != path
             or rules.ignores(path, name, is_folder)
-            or self._patterns.exclude(path, is_folder)
+            or self._patterns.excludes(path, is_folder)
         )
 
-    def _inside(self, root: str, prefix: str, rules: Rules) -> Rules | None:
+    def _inside(self, root: str, prefix: str, rules: IgnoreRules) -> IgnoreRules | None:
         """The rules in a folder; None if nothing in it counts."""
         folder = os.path.join(root, prefix)
         if folder not in self._rules:
-            if prefix and is_index_folder(folder):
+            if prefix and _is_index_folder(folder):
                 self._rules[folder] = None
             else:
                 names = [name for name in (GIT_IGNORE, EPIC_IGNORE) if os.path.lexists(os.path.join(folder, name))]
-                self._rules[folder] = rules.entered(folder, prefix, names)
+                self._rules[folder] = rules.enter(folder, prefix, names)
         return self._rules[folder]
 
 
@@ -366,57 +379,3 @@ def _below(location: str, folder: str) -> str | None:
         return ""
     start = folder.rstrip(os.sep) + os.sep
     return location[len(start) :].replace(os.sep, "/") if location.startswith(start) else None
-
-
-@dataclass
-class ScannedRoots:
-    """What there is below all roots.
-
-    Args:
-        scans: By the folder that paths are relative to: the root, or the folder of a root that is a file.
-        roots: The roots, without files that are gone.
-        absent: Folders whose content cannot be known now (an unmounted drive, perhaps), which is not to be gone.
-        skipped: A note for each of those.
-    """
-
-    scans: dict[str, Scan] = field(default_factory=dict)
-    roots: list[str] = field(default_factory=list)
-    absent: set[str] = field(default_factory=set)
-    skipped: list[SkippedFile] = field(default_factory=list)
-
-
-def scan_roots(
-    roots: Iterable[str], known: Iterable[DocumentKey], settings: IndexSettings, index_dir: Path
-) -> ScannedRoots:
-    """Walk through all roots.
-
-    Args:
-        roots: As kept.
-        known: The files that are in the index.
-        settings: Which files count.
-        index_dir: The index folder.
-    """
-    result = ScannedRoots()
-    known_files = set(known)
-    roots = list(roots)
-    places = [where(root, index_dir) for root in roots]
-    for root in roots:
-        path = where(root, index_dir)
-        folder = str(PurePosixPath(root).parent) if root != ".." else ""
-        if path.exists():
-            base = root if path.is_dir() else relative(path.parent, index_dir)
-            found = scan(path, settings, index_dir=index_dir, elsewhere=places)
-        elif path.parent.is_dir() and (folder, path.name) in known_files:
-            result.scans.setdefault(folder, Scan())  # a file that is gone
-            continue
-        else:
-            result.roots.append(root)
-            result.absent.add(root)
-            result.skipped.append(SkippedFile(str(path), "the folder is gone; what was indexed of it stays"))
-            continue
-        result.roots.append(root)
-        together = result.scans.setdefault(base, Scan())
-        together.files += found.files
-        together.skipped += found.skipped
-        together.unreadable += found.unreadable
-    return result

@@ -1,93 +1,38 @@
-"""Ignore files: which entries of a folder `.gitignore` and `.epicignore` leave out, as git reads them."""
+"""Ignore patterns with git's semantics, and the stack of .gitignore and .epicignore files that apply to a folder.
+
+`IgnorePatterns` implements the rules of git's dir.c and wildmatch.c for one list of patterns. It is the only matcher of
+the package: the walk, `include` and `exclude` settings and `--path` filters all use it. Two questions can be put to it:
+
+* `decide(path, is_folder)` matches one entry and never what lies below it. A walk decides every folder on its way down,
+  so after `*` and `!*/` (allow-listing) folders are entered, and after `*.md` and `!docs/` a Markdown file in docs is
+  still ignored, as in git.
+* `selects(path)` matches a file by itself or by a folder above it, for lists of what is wanted: `guide` selects all of
+  guide/.
+
+`IgnoreRules` holds the ignore files of a folder and of all folders above it. An .epicignore takes precedence over any
+.gitignore, a deeper file over a higher one, a later line over an earlier one. The tests compare the result with
+`git ls-files` on generated pattern lists.
+"""
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import os
 import re
-import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["EPIC_IGNORE", "GIT_IGNORE", "GitPatterns", "NotRegularError", "Rules", "TooLargeError", "read_regular"]
+from epic_rag_chroma.walk.safe_read import read_regular
 
-
-# --- from regular
-# Reading a file that may be anything by now: only a regular one, only as much as is allowed, and never a link.
-
-# Not following a link closes the gap between the walk, which looks at a name, and the reading, which opens it.
-# O_NONBLOCK: opening a FIFO would otherwise wait for somebody to write to it. Windows has neither.
-_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_PIECE = 2**20
-
-
-class NotRegularError(OSError):
-    """What should be a regular file is something else: a link, a folder, a FIFO, a socket or a device."""
-
-
-class TooLargeError(OSError):
-    """A file with more bytes than are allowed."""
-
-
-def read_regular(path: str | os.PathLike[str], limit: int, *, whole: bool = True) -> tuple[bytes, os.stat_result]:
-    """Read a regular file.
-
-    Args:
-        path: The file; its last name may not be a link.
-        limit: The most bytes that are read.
-        whole: Whether more bytes are an error; otherwise the first ones will do.
-
-    Returns:
-        The bytes, and what the file system said of the file before they were read.
-
-    Raises:
-        NotRegularError: If it is no regular file.
-        TooLargeError: If it has more bytes and was to be read whole.
-        OSError: If it cannot be opened or read.
-    """
-    if not _FLAGS & getattr(os, "O_NONBLOCK", 0) and not stat.S_ISREG(os.lstat(path).st_mode):
-        raise _other(path)
-    try:
-        handle = os.open(path, _FLAGS)
-    except OSError as error:
-        # A link; a socket, or a device without a driver.
-        if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise _other(path) from error
-        raise
-    try:
-        info = os.fstat(handle)
-        if not stat.S_ISREG(info.st_mode):
-            raise _other(path)
-        if whole and info.st_size > limit:
-            raise TooLargeError(errno.EFBIG, f"larger than {limit} bytes", os.fspath(path))
-        pieces = []
-        left = limit + 1 if whole else limit
-        # In pieces: a file may say less than it has (it grows, or is one of /proc's), and never gets more than allowed.
-        while left > 0 and (piece := os.read(handle, min(left, max(_PIECE, info.st_size + 1)))):
-            pieces.append(piece)
-            left -= len(piece)
-    finally:
-        os.close(handle)
-    if whole and not left:
-        raise TooLargeError(errno.EFBIG, f"larger than {limit} bytes", os.fspath(path))
-    return b"".join(pieces), info
-
-
-def _other(path: str | os.PathLike[str]) -> NotRegularError:
-    return NotRegularError(errno.EINVAL, "neither a file nor a folder", os.fspath(path))
-
-
-# --- from gitpatterns
-# Patterns of ignore files, matched as git matches them: one entry at a time, never what lies below it.
-#
-# pathspec, which knows the syntax, asks whether a path or a folder above it matches. A walk that asks about every folder
-# on its way needs the other question: after `*` and `!*/`, the usual way to name what is wanted, it must enter folders,
-# and after `*.md` and `!docs/`, what is in docs is still ignored. The rules are those of git's dir.c and wildmatch.c.
+__all__ = ["EPIC_IGNORE", "GIT_IGNORE", "IgnorePatterns", "IgnoreRules", "PatternError", "compile_patterns"]
 
 logger = logging.getLogger(__name__)
+
+GIT_IGNORE = ".gitignore"
+EPIC_IGNORE = ".epicignore"
+_MAX_IGNORE_FILE_BYTES = 2**20
 
 _CLASSES = {
     "alnum": "0-9A-Za-z",
@@ -105,25 +50,34 @@ _CLASSES = {
 }
 
 
-class _NeverMatchesError(ValueError):
-    """A pattern that git reads and that matches nothing."""
+class PatternError(ValueError):
+    """A pattern that git accepts and that can never match; an empty line or a comment for `compile_patterns`."""
 
 
 @dataclass(frozen=True)
 class _Pattern:
-    """A line: whether it takes back in, whether it is for folders only, and the expression for a whole path."""
+    """One line: its sign, whether it matches folders only, and the regular expression for a whole path."""
 
     negated: bool
-    folders: bool
+    folders_only: bool
     expression: str
 
 
-class GitPatterns:
-    """The patterns of one ignore file.
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive patterns of the same sign, merged into one expression for files (None: none of them) and folders."""
+
+    ignored: bool
+    files: re.Pattern[str] | None
+    folders: re.Pattern[str]
+
+
+class IgnorePatterns:
+    """A list of ignore patterns.
 
     Args:
-        lines: The lines, without their ends.
-        origin: Where they come from, for the warning about one that matches nothing.
+        lines: The patterns in .gitignore's syntax, without line ends.
+        origin: Where they come from, for the warning about a pattern that cannot match.
     """
 
     def __init__(self, lines: Iterable[str], origin: str) -> None:
@@ -131,80 +85,105 @@ class GitPatterns:
         for line in lines:
             try:
                 pattern = _parse(line)
-            except _NeverMatchesError:
-                logger.warning("%s: %r is no valid pattern; it does not count", origin, line)
+            except PatternError:
+                logger.warning("%s: pattern %r can never match and is ignored", origin, line)
             else:
                 if pattern is not None:
                     patterns.append(pattern)
-        self._of_folders = _runs(patterns)
-        self._of_files = _runs([pattern for pattern in patterns if not pattern.folders])
+        # The last match wins, so the runs are tried from the end.
+        self._runs = []
+        for negated, group in itertools.groupby(reversed(patterns), key=lambda pattern: pattern.negated):
+            run = list(group)
+            for_files = [pattern for pattern in run if not pattern.folders_only]
+            self._runs.append(_Run(not negated, _union(for_files) if for_files else None, _union(run)))
 
     def decide(self, path: str, is_folder: bool) -> bool | None:
-        """Whether an entry is ignored; None if no pattern says anything.
+        """Return True if an entry is ignored, False if it is re-included, None if no pattern matches it.
 
         Args:
-            path: Relative to the file's folder, with slashes.
-            is_folder: Whether it is a folder.
+            path: Relative to the folder of the patterns, with slashes.
+            is_folder: Whether the entry is a folder.
         """
-        for ignored, expression in self._of_folders if is_folder else self._of_files:
-            if expression.fullmatch(path):
-                return ignored
+        for run in self._runs:
+            expression = run.folders if is_folder else run.files
+            if expression is not None and expression.fullmatch(path):
+                return run.ignored
         return None
 
+    def selects(self, path: str) -> bool:
+        """Return whether the last pattern that matches a file, or a folder above it, is not negated."""
+        parents = [path[: match.start()] for match in re.finditer("/", path)]
+        for run in self._runs:
+            if (run.files is not None and run.files.fullmatch(path)) or any(map(run.folders.fullmatch, parents)):
+                return run.ignored
+        return False
 
-def _runs(patterns: list[_Pattern]) -> list[tuple[bool, re.Pattern[str]]]:
-    """What to ask in turn: the last pattern that matches decides, so neighbours that say the same are one question."""
-    runs = itertools.groupby(reversed(patterns), key=lambda pattern: pattern.negated)
-    return [
-        (not negated, re.compile("|".join(f"(?:{pattern.expression})" for pattern in run), re.DOTALL))
-        for negated, run in runs
-    ]
+
+def compile_patterns(lines: Sequence[str], origin: str) -> IgnorePatterns:
+    """Compile patterns that a user typed, none of which may be empty, a comment or without any possible match.
+
+    Raises:
+        PatternError: For the first such pattern, which is the error's only argument.
+    """
+    for line in lines:
+        try:
+            pattern = _parse(line)
+        except PatternError as error:
+            raise PatternError(line) from error
+        if pattern is None:
+            raise PatternError(line)
+    return IgnorePatterns(lines, origin)
+
+
+def _union(patterns: Iterable[_Pattern]) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{pattern.expression})" for pattern in patterns), re.DOTALL)
 
 
 def _parse(line: str) -> _Pattern | None:
-    text = _trimmed(line)
+    """Parse a line; None for an empty one or a comment."""
+    text = _without_trailing_spaces(line)
     if not text or text.startswith("#"):
         return None
     negated = text.startswith("!")
     text = text[negated:]
-    folders = text.endswith("/")
-    text = text[: len(text) - folders]
+    folders_only = text.endswith("/")
+    text = text[: len(text) - folders_only]
     if not text:
-        raise _NeverMatchesError
+        raise PatternError
     if "/" not in text:
-        return _Pattern(negated, folders, "(?:.*/)?" + _translate(text, whole_path=False))
-    return _Pattern(negated, folders, _translate(text.removeprefix("/"), whole_path=True))
+        return _Pattern(negated, folders_only, "(?:.*/)?" + _translate(text, whole_path=False))
+    return _Pattern(negated, folders_only, _translate(text.removeprefix("/"), whole_path=True))
 
 
-def _trimmed(line: str) -> str:
-    """The line without spaces at its end that no backslash keeps."""
-    kept = 0
+def _without_trailing_spaces(line: str) -> str:
+    """Strip trailing spaces except escaped ones."""
+    end = 0
     position = 0
     while position < len(line):
         if line[position] == "\\":
             position += 1
             if position == len(line):
                 return line
-            kept = position + 1
+            end = position + 1
         elif line[position] != " ":
-            kept = position + 1
+            end = position + 1
         position += 1
-    return line[:kept]
+    return line[:end]
 
 
 def _translate(glob: str, *, whole_path: bool) -> str:
-    """A regular expression for what a glob matches; in a whole path, `**` between slashes goes over slashes."""
+    """Translate a glob into a regular expression; in a whole path, `**` between slashes matches any folders."""
     parts = []
     position = 0
-    # git compares what stands before the first special character by itself, and takes the rest for a glob of its own.
-    beginnings = {0, next((place for place, character in enumerate(glob) if character in "*?[\\"), 0)}
+    # git compares the literal prefix (up to the first special character) separately, and matches the rest as a glob.
+    starts = {0, next((place for place, character in enumerate(glob) if character in "*?[\\"), 0)}
     while position < len(glob):
         character = glob[position]
         if character == "*":
             end = position
             while end < len(glob) and glob[end] == "*":
                 end += 1
-            bounded = position in beginnings or glob[position - 1] == "/"
+            bounded = position in starts or glob[position - 1] == "/"
             bounded = whole_path and bounded and (end == len(glob) or glob[end] == "/")
             if end - position < 2 or not bounded:
                 parts.append("[^/]*")
@@ -218,106 +197,96 @@ def _translate(glob: str, *, whole_path: bool) -> str:
             parts.append("[^/]")
             position += 1
         elif character == "[":
-            text, position = _set(glob, position)
+            text, position = _translate_set(glob, position)
             parts.append(text)
         else:
-            if character == "\\":
-                position += 1
-                if position == len(glob):
-                    raise _NeverMatchesError
-            parts.append(re.escape(glob[position]))
-            position += 1
+            character, position = _literal(glob, position)
+            parts.append(re.escape(character))
     return "".join(parts)
 
 
-def _set(glob: str, position: int) -> tuple[str, int]:
-    """The expression of a set that begins at `position`, and where it ends."""
+def _translate_set(glob: str, position: int) -> tuple[str, int]:
+    """Translate the character set that begins at `position`; return it and the position after it."""
     position += 1
     negated = glob[position : position + 1] in ("!", "^")
     position += negated
     items: list[str] = []
-    before = ""  # the character that a range may begin with
+    before = ""  # the character that may begin a range
     first = True
     while True:
         character = glob[position : position + 1]
         if not character:
-            raise _NeverMatchesError
+            raise PatternError
         if character == "]" and not first:
             break
         first = False
         if character == "[" and glob[position + 1 : position + 2] == ":":
             end = glob.find("]", position + 2)
             if end < 0:
-                raise _NeverMatchesError
+                raise PatternError
             name = glob[position + 2 : end]
             if name.endswith(":"):
                 if name[:-1] not in _CLASSES:
-                    raise _NeverMatchesError
+                    raise PatternError
                 items.append(_CLASSES[name[:-1]])
                 before = ""
                 position = end + 1
                 continue
         following = glob[position + 1 : position + 2]
         if character == "-" and before and following and following != "]":
-            position += 1
-            last, position = _member(glob, position)
+            last, position = _literal(glob, position + 1)
             if before <= last:
                 items.append(f"{re.escape(before)}-{re.escape(last)}")
             before = ""
             continue
-        before, position = _member(glob, position)
+        before, position = _literal(glob, position)
         items.append(re.escape(before))
     if not items and not negated:
-        raise _NeverMatchesError
+        raise PatternError
     inner = "".join(items)
     return f"(?!/)[{'^' if negated else ''}{inner}]" if inner else "[^/]", position + 1
 
 
-def _member(glob: str, position: int) -> tuple[str, int]:
-    """A character of a set, and what comes after it; a backslash takes the next one as it is."""
+def _literal(glob: str, position: int) -> tuple[str, int]:
+    """Return a character, unescaped, and the position after it."""
     if glob[position] == "\\":
         position += 1
         if position == len(glob):
-            raise _NeverMatchesError
+            raise PatternError
     return glob[position], position + 1
 
 
-GIT_IGNORE = ".gitignore"
-EPIC_IGNORE = ".epicignore"
-_MOST_BYTES = 2**20
-
-
 @dataclass(frozen=True)
-class _Layer:
-    """The patterns of one ignore file, and what makes a path relative to its folder of one relative to the root.
+class _IgnoreFile:
+    """One ignore file; `skip` and `prefix` make a path relative to its folder of a path relative to the root.
 
     Args:
         patterns: The patterns.
-        cut: How many characters of the path to leave out, for a file below the root.
-        above: What to put before the path, for a file above the root.
+        skip: Leading characters of the path to drop, for a file below the root.
+        prefix: Folders to put before the path, for a file above the root.
     """
 
-    patterns: GitPatterns
-    cut: int = 0
-    above: str = ""
+    patterns: IgnorePatterns
+    skip: int = 0
+    prefix: str = ""
 
     def decide(self, path: str, is_folder: bool) -> bool | None:
-        """Whether the file ignores an entry; None if it does not say."""
-        return self.patterns.decide(self.above + path[self.cut :], is_folder)
+        """Return `IgnorePatterns.decide` for a path relative to the root."""
+        return self.patterns.decide(self.prefix + path[self.skip :], is_folder)
 
 
 @dataclass(frozen=True)
-class Rules:
-    """The ignore files that hold for a folder, outermost first; all paths are relative to the root, with slashes."""
+class IgnoreRules:
+    """The ignore files that apply inside a folder, outermost first; paths are relative to the root, with slashes."""
 
-    git: tuple[_Layer, ...] = ()
-    epic: tuple[_Layer, ...] = ()
+    git: tuple[_IgnoreFile, ...] = ()
+    epic: tuple[_IgnoreFile, ...] = ()
 
     @classmethod
-    def above(cls, root: Path) -> Rules:
-        """The rules that lie between the top of the repository that a root is in, and the root itself.
+    def above_root(cls, root: Path) -> IgnoreRules:
+        """Collect the ignore files between the top of the repository that contains the root and the root itself.
 
-        There are none if they ignore the root, which was asked for by name: then only the rules inside it hold.
+        If they ignore the root, none of them applies: the user named the root, so only the rules inside it count.
         """
         folders: list[Path] = []
         for folder in (root, *root.parents):
@@ -330,65 +299,64 @@ class Rules:
         rules = cls()
         for folder in reversed(folders):
             names = [name for name in (GIT_IGNORE, EPIC_IGNORE) if (folder / name).is_file()]
-            rules = rules._with(str(folder), names, above="/".join(root.relative_to(folder).parts) + "/")
-            child = root.relative_to(folder).parts[0]
-            beneath = root.relative_to(folder / child)
-            if rules._ignored_above("" if beneath == Path() else f"{beneath.as_posix()}/"):
+            relative = root.relative_to(folder)
+            rules = rules._with(str(folder), names, prefix=relative.as_posix() + "/")
+            rest = root.relative_to(folder / relative.parts[0])
+            if rules._ignores_ancestor("" if rest == Path() else f"{rest.as_posix()}/"):
                 return cls()
         return rules
 
-    def entered(self, folder: str, prefix: str, names: Collection[str]) -> Rules:
-        """The rules inside a folder.
+    def enter(self, folder: str, prefix: str, names: Collection[str]) -> IgnoreRules:
+        """Return the rules inside a folder.
 
         Args:
-            folder: Where it is.
+            folder: Its location.
             prefix: Its path with a slash at the end; "" for the root.
             names: The names in it.
         """
-        return self._with(folder, names, cut=len(prefix))
+        return self._with(folder, names, skip=len(prefix))
 
     def ignores(self, path: str, name: str, is_folder: bool) -> bool:
-        """Whether an entry is left out; names that begin with a dot are, unless an `.epicignore` takes them in."""
-        said = _decide(self.epic, path, is_folder)
-        if said is None:
-            said = True if name.startswith(".") else _decide(self.git, path, is_folder)
-        return bool(said)
+        """Return whether an entry is ignored; hidden names are, unless an .epicignore re-includes them."""
+        decision = _last_decision(self.epic, path, is_folder)
+        if decision is None:
+            decision = True if name.startswith(".") else _last_decision(self.git, path, is_folder)
+        return bool(decision)
 
-    def _ignored_above(self, beneath: str) -> bool:
-        """Whether a folder above the root is ignored: the one from which the root is `beneath`."""
+    def _ignores_ancestor(self, rest: str) -> bool:
+        """Return whether the folder above the root is ignored from which the root is `rest`."""
 
-        def shortened(layers: tuple[_Layer, ...]) -> tuple[_Layer, ...]:
+        def of_ancestor(files: tuple[_IgnoreFile, ...]) -> tuple[_IgnoreFile, ...]:
             return tuple(
-                replace(layer, above=layer.above[: len(layer.above) - len(beneath)].rstrip("/")) for layer in layers
+                replace(file, prefix=file.prefix[: len(file.prefix) - len(rest)].rstrip("/")) for file in files
             )
 
-        said = _decide(shortened(self.epic), "", True)
-        return bool(_decide(shortened(self.git), "", True) if said is None else said)
+        decision = _last_decision(of_ancestor(self.epic), "", True)
+        return bool(_last_decision(of_ancestor(self.git), "", True) if decision is None else decision)
 
-    def _with(self, folder: str, names: Collection[str], *, cut: int = 0, above: str = "") -> Rules:
+    def _with(self, folder: str, names: Collection[str], *, skip: int = 0, prefix: str = "") -> IgnoreRules:
         git, epic = self.git, self.epic
         if GIT_IGNORE in names:
-            git = (*git, _Layer(_read(os.path.join(folder, GIT_IGNORE)), cut, above))
+            git = (*git, _IgnoreFile(_read_ignore_file(os.path.join(folder, GIT_IGNORE)), skip, prefix))
         if EPIC_IGNORE in names:
-            epic = (*epic, _Layer(_read(os.path.join(folder, EPIC_IGNORE)), cut, above))
-        return self if git is self.git and epic is self.epic else Rules(git, epic)
+            epic = (*epic, _IgnoreFile(_read_ignore_file(os.path.join(folder, EPIC_IGNORE)), skip, prefix))
+        return self if git is self.git and epic is self.epic else IgnoreRules(git, epic)
 
 
-def _decide(layers: tuple[_Layer, ...], path: str, is_folder: bool) -> bool | None:
-    for layer in reversed(layers):
-        said = layer.decide(path, is_folder)
-        if said is not None:
-            return said
+def _last_decision(files: tuple[_IgnoreFile, ...], path: str, is_folder: bool) -> bool | None:
+    for file in reversed(files):
+        decision = file.decide(path, is_folder)
+        if decision is not None:
+            return decision
     return None
 
 
-def _read(file: str) -> GitPatterns:
+def _read_ignore_file(path: str) -> IgnorePatterns:
     try:
-        # git does not follow a link here either.
-        data, _ = read_regular(file, _MOST_BYTES)
+        data, _ = read_regular(path, _MAX_IGNORE_FILE_BYTES)  # git does not follow links here either
     except OSError as error:
-        logger.warning("cannot read %s (%s); its patterns do not count", file, error.strerror)
-        return GitPatterns([], file)
-    # As git has it: lines end with a line feed, before which one carriage return does not count; bytes are bytes.
+        logger.warning("cannot read %s (%s); its patterns are ignored", path, error.strerror)
+        return IgnorePatterns([], path)
+    # As in git: lines end with a line feed, one carriage return before it is dropped, undecodable bytes are kept.
     lines = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape").split("\n")
-    return GitPatterns([line.removesuffix("\r") for line in lines], file)
+    return IgnorePatterns([line.removesuffix("\r") for line in lines], path)

@@ -14,7 +14,7 @@ from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.reading.reader import NotTextError
 from epic_rag_chroma.types import IndexSettings
 from epic_rag_chroma.walk.files import ChangeFilter, FoundFile, Scan, read_file, scan
-from epic_rag_chroma.walk.ignore import NotRegularError, TooLargeError, read_regular
+from epic_rag_chroma.walk.safe_read import NotRegularError, TooLargeError, read_regular
 
 Tree = Callable[[Path, dict[str, str | bytes]], Path]
 FOLLOW = IndexSettings(follow_links=True)

@@ -1,4 +1,4 @@
-"""Ignore files, compared with what git itself says of the same tree."""
+"""Ignore patterns and ignore files, compared with git on the same tree."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from epic_rag_chroma.types import IndexSettings
 from epic_rag_chroma.walk.files import ChangeFilter, scan
+from epic_rag_chroma.walk.ignore import IgnorePatterns, PatternError, compile_patterns
 
 GIT = shutil.which("git")
 FOLDERS = ("", "a/", "b/", "a/b/", "a/c/", "b/a/", "a/b/c/")
@@ -93,6 +94,34 @@ def test_files_are_those_of_git(repository: Path, files: dict[str, list[str]]) -
     finally:
         for path in written:
             path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("patterns", "selected"),
+    [
+        (["guide"], ["guide/a.md", "guide/deep/b.py"]),
+        (["guide/**", "*.py"], ["guide/a.md", "guide/deep/b.py", "src/c.py"]),
+        (["/c.py"], []),
+        (["*.md/"], []),
+        (["*", "!*.py"], ["guide/a.md"]),
+        (["*", "!src/"], ["guide/a.md", "guide/deep/b.py"]),
+        (["!*", "src/"], ["src/c.py"]),
+        ([], []),
+    ],
+)
+def test_selection(patterns: list[str], selected: list[str]) -> None:
+    compiled = compile_patterns(patterns, "test")
+    assert [path for path in ("guide/a.md", "guide/deep/b.py", "src/c.py") if compiled.selects(path)] == selected
+
+
+@pytest.mark.parametrize("pattern", ["", "  ", "# comment", "!", "/", "[a", "a\\"])
+def test_patterns_that_never_match(pattern: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(PatternError) as raised:
+        compile_patterns(["*.md", pattern], "test")
+    assert raised.value.args == (pattern,)
+    assert not IgnorePatterns([pattern], "here").selects("a")
+    is_comment = not pattern.strip() or pattern.startswith("#")
+    assert caplog.messages == ([] if is_comment else [f"here: pattern {pattern!r} can never match and is ignored"])
 
 
 def test_an_ignore_file_is_no_way_out(tmp_path: Path) -> None:
