@@ -39,9 +39,9 @@ from epic_rag.evaluation.datasets import (
     set_kind,
 )
 from epic_rag.evaluation.embedding import EmbeddingStore
-from epic_rag.evaluation.metrics import ndcg_of_scores
 from epic_rag.evaluation.report import markdown_table
 from epic_rag.evaluation.runner import plan_prompts
+from epic_rag.metrics import ndcg_of_scores
 from epic_rag_chroma.search.deduplicate import Passage
 from epic_rag_chroma.search.fusion import POOL, RANK_CONSTANT, fuse
 from epic_rag_chroma.store.database import KeywordIndex

@@ -45,9 +45,9 @@ from epic_rag.evaluation.heldout import (
     score_heldout,
     with_components,
 )
-from epic_rag.evaluation.metrics import mean_and_error
 from epic_rag.evaluation.plots import plot_ablation, require_matplotlib
 from epic_rag.evaluation.report import difference, markdown_table, percent, pool_comparisons, versions
+from epic_rag.metrics import mean_and_error
 from epic_rag.prompt import STRATEGIES, Strategy
 from epic_rag.training import Trainer, latest_checkpoint
 from epic_rag.training.config import TrainingConfig, change_setting, recipe_values, yaml_module
@@ -90,7 +90,7 @@ __all__ = [
 #     arms/NAME/arm.json      what it was trained and scored with, and what came of it
 #     arms/NAME/final/        its checkpoint
 #
-# An arm that is done is not trained again as long as its settings and its data are the same. While it trains, the folder
+# An arm that is done is not trained again as long as its settings and its data are the same. While it trains, the
 # holds one checkpoint to go on from; with the optimiser's state, three times the size of the model. It is deleted when
 # the arm is scored.
 

@@ -25,7 +25,7 @@ from epic_rag.errors import ConfigError, DataError
 from epic_rag.evaluation.bm25 import Bm25Index
 from epic_rag.evaluation.datasets import content_revision, normalised, read_jsonl, read_mapping
 from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt, Vectors
-from epic_rag.evaluation.metrics import mean_and_error, ndcg_at_k, ndcg_of_scores
+from epic_rag.metrics import mean_and_error, ndcg_at_k, ndcg_of_scores
 from epic_rag.task_vector import QueryStrategy
 
 __all__ = [

@@ -6,37 +6,18 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from epic_rag.demonstrations import DemonstrationBank
+from epic_rag.metrics import ndcg_at_k
 from epic_rag.prompt import Strategy
 
 if TYPE_CHECKING:
     from epic_rag.encoder import EpicEncoder
     from epic_rag.training.data import Pair, PairDataset
 
-__all__ = ["evaluate_held_out", "ndcg_at_10"]
+__all__ = ["evaluate_held_out"]
 
 
 _DISTRACTORS = 300
-
-
-def ndcg_at_10(scores: npt.NDArray[np.float32], relevant: npt.NDArray[np.bool_]) -> float:
-    """Mean nDCG@10 with binary relevance (Järvelin and Kekäläinen 2002).
-
-    Args:
-        scores: (queries, documents).
-        relevant: (queries, documents); every query has at least one.
-
-    Returns:
-        Mean over queries, 0 to 1.
-    """
-    top = np.argsort(-scores, axis=1, kind="stable")[:, :10]
-    discounts = 1.0 / np.log2(np.arange(2, 12))
-    gains = np.take_along_axis(relevant, top, axis=1) * discounts[: top.shape[1]]
-    ideal = np.array([discounts[: min(10, count)].sum() for count in relevant.sum(axis=1)])
-    return float((gains.sum(axis=1) / ideal).mean())
 
 
 def evaluate_held_out(
@@ -74,9 +55,8 @@ def evaluate_held_out(
     groups: dict[str, set[str]] = {}
     for row in [*rows, *spare]:
         groups.setdefault(row.group if row.group is not None else row.positive, set()).add(row.positive)
-    relevant = np.array(
-        [[text in groups[row.group if row.group is not None else row.positive] for text in texts] for row in rows]
-    )
+    row_of = {text: number for number, text in enumerate(texts)}
+    relevant = [[row_of[text] for text in groups[row.group if row.group is not None else row.positive]] for row in rows]
     documents = (
         encoder.encode_query(texts, instruction=dataset.instruction or "")
         if dataset.symmetric
@@ -87,5 +67,5 @@ def evaluate_held_out(
         queries = encoder.encode_query(
             [row.query for row in rows], bank=bank, num_demonstrations=min(k, len(bank)), strategy=strategy
         )
-        scores[f"k={k}"] = round(100 * ndcg_at_10(queries @ documents.T, relevant), 2)
+        scores[f"k={k}"] = round(100 * float(ndcg_at_k(queries, documents, relevant).mean()), 2)
     return scores

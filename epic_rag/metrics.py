@@ -1,4 +1,4 @@
-"""nDCG by brute force: every query against every document, no index in between."""
+"""nDCG of exact rankings, and means with standard errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def ndcg_at_k(
     k: int = 10,
     excluded: Sequence[Sequence[int]] | None = None,
 ) -> npt.NDArray[np.float64]:
-    """Score each query's ranking by cosine.
+    """Score each query's ranking of all documents by cosine.
 
     The gain of a document is its grade, its discount log2(rank + 1), and the sum is divided by that of the
     best possible ranking: the same as trec_eval's ndcg_cut.
@@ -33,15 +33,13 @@ def ndcg_at_k(
     Returns:
         (n,) float64 between 0 and 1; 0 for a query without relevant documents.
     """
-    return ndcg_of_scores(_similarities(queries, documents), relevant, k=k, excluded=excluded)
 
+    def scores() -> Iterator[npt.NDArray[np.float32]]:
+        # Blocks of 256 queries bound the memory of the similarity matrix.
+        for start in range(0, len(queries), 256):
+            yield from queries[start : start + 256] @ documents.T
 
-def _similarities(
-    queries: npt.NDArray[np.float32], documents: npt.NDArray[np.float32]
-) -> Iterator[npt.NDArray[np.float32]]:
-    # 256 queries at a time, so that the matrix of similarities stays small for any number of queries.
-    for start in range(0, len(queries), 256):
-        yield from queries[start : start + 256] @ documents.T
+    return ndcg_of_scores(scores(), relevant, k=k, excluded=excluded)
 
 
 def ndcg_of_scores(
@@ -51,7 +49,7 @@ def ndcg_of_scores(
     k: int = 10,
     excluded: Sequence[Sequence[int]] | None = None,
 ) -> npt.NDArray[np.float64]:
-    """Score rankings that are given by a score for each document.
+    """Score rankings that are given by a score for each document; ties keep the order of the documents.
 
     Args:
         scores: For each query (m,) float32; a document with -inf is not found. The arrays are written to.
@@ -68,33 +66,22 @@ def ndcg_of_scores(
         if excluded is not None:
             row[list(excluded[index])] = -np.inf
         grades = dict(rows) if isinstance(rows, Mapping) else dict.fromkeys(rows, 1)
-        found[index] = _ndcg(_best(row, k), grades, discounts)
+        ideal = sorted((grade for grade in grades.values() if grade > 0), reverse=True)[:k]
+        if ideal:
+            gains = [max(grades.get(int(document), 0), 0) for document in _best_rows(row, k)]
+            found[index] = float(gains @ discounts[: len(gains)]) / float(ideal @ discounts[: len(ideal)])
     return found
 
 
-def _best(similarities: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.intp]:
-    """Rows of the k highest similarities, best first, equal ones in the order of the rows."""
-    if len(similarities) > k:
+def _best_rows(scores: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.intp]:
+    """Return the rows of the k highest finite scores, best first, equal ones in the order of the rows."""
+    candidates = np.arange(len(scores))
+    if len(scores) > k:
         # Everything that ties with the k-th stays in, so that the stable sort decides and not the partition.
-        threshold = np.partition(similarities, len(similarities) - k)[len(similarities) - k]
-        candidates = np.flatnonzero(similarities >= threshold)
-    else:
-        candidates = np.arange(len(similarities))
-    order = np.argsort(-similarities[candidates], kind="stable")[:k]
-    best = candidates[order]
-    return best[np.isfinite(similarities[best])]
-
-
-def _ndcg(
-    ranking: Sequence[int] | npt.NDArray[np.intp],
-    grades: Mapping[int, int],
-    discounts: npt.NDArray[np.float64],
-) -> float:
-    ideal = sorted((grade for grade in grades.values() if grade > 0), reverse=True)[: len(discounts)]
-    if not ideal:
-        return 0.0
-    gains = [max(grades.get(int(document), 0), 0) for document in ranking]
-    return float(gains @ discounts[: len(gains)]) / float(ideal @ discounts[: len(ideal)])
+        threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
+        candidates = np.flatnonzero(scores >= threshold)
+    best = candidates[np.argsort(-scores[candidates], kind="stable")[:k]]
+    return best[np.isfinite(scores[best])]
 
 
 def mean_and_error(values: npt.NDArray[np.float64]) -> tuple[float, float]:

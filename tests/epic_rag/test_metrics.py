@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from epic_rag.evaluation.metrics import mean_and_error, ndcg_at_k, ndcg_of_scores
+from epic_rag.metrics import mean_and_error, ndcg_at_k, ndcg_of_scores
 
 
 def _rows(*angles: float) -> np.ndarray:
@@ -19,6 +19,29 @@ def test_ndcg_by_hand() -> None:
     scores = ndcg_at_k(queries, documents, [[1], {0: 2, 2: 1}, []])
     second = (1 + 2 / math.log2(4)) / (2 + 1 / math.log2(3))
     assert scores == pytest.approx([1 / math.log2(3), second, 0.0])
+
+
+def gain(*ranks: int) -> float:
+    """Discounted gain of relevant documents at these ranks, from 1."""
+    return sum(1 / math.log2(rank + 1) for rank in ranks)
+
+
+@pytest.mark.parametrize(
+    ("scores", "relevant", "expected"),
+    [
+        ([[3, 2, 1]], [[1, 0, 0]], 1.0),
+        ([[3, 2, 1]], [[0, 1, 0]], gain(2)),
+        ([[3, 2, 1]], [[0, 0, 1]], 0.5),
+        ([[3, 2, 1]], [[0, 1, 1]], gain(2, 3) / gain(1, 2)),
+        ([[3, 2, 1], [1, 2, 3]], [[1, 0, 0], [1, 0, 0]], 0.75),
+        ([list(range(12, 0, -1))], [[0] * 10 + [1, 0]], 0.0),
+        ([list(range(12, 0, -1))], [[1] * 12], 1.0),
+        ([[1, 1, 1]], [[0, 1, 0]], gain(2)),  # ties in the order of the documents
+    ],
+)
+def test_binary_relevance(scores: list[list[int]], relevant: list[list[int]], expected: float) -> None:
+    rows = [np.flatnonzero(row).tolist() for row in relevant]
+    assert ndcg_of_scores(np.array(scores, dtype=np.float32), rows).mean() == pytest.approx(expected)
 
 
 def test_only_the_first_k_ranks_count() -> None:
