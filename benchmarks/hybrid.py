@@ -158,7 +158,7 @@ def fused(item: Ranked, *, constant: int = RANK_CONSTANT, depth: int = POOL) -> 
     found = []
     for one, other in zip(item.dense, item.keyword, strict=True):
         names = [[f"{number:08}" for number in ranking[:depth]] for ranking in (one, other)]
-        found.append([int(each) for each in fuse(*names, constant=constant)])
+        found.append([int(each) for each, _ in fuse(*names, constant=constant)])
     return found
 
 

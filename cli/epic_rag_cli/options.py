@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 import typer
 
 from epic_rag.tasks import DEFAULT_TASK
-from epic_rag_chroma.types import DEFAULT_MODE
+from epic_rag_chroma import DEFAULT_MODE
 
 __all__ = [
     "DEFAULT_DTYPE",
@@ -94,7 +94,7 @@ def complete_tasks(incomplete: str) -> list[str]:
 
 def complete_modes(incomplete: str) -> list[str]:
     """Return the ways to search."""
-    from epic_rag_chroma.types import SEARCH_MODES
+    from epic_rag_chroma import SEARCH_MODES
 
     return _starting(list(SEARCH_MODES), incomplete)
 

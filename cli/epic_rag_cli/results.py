@@ -6,12 +6,9 @@ import dataclasses
 import os
 import re
 import socket
-import sqlite3
-import unicodedata
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +16,7 @@ from urllib.parse import quote
 
 from rich.cells import get_character_cell_size
 
-from epic_rag_chroma.errors import IndexNotFoundError
-from epic_rag_chroma.store.tokenizer import RUN, STOP_WORDS, UNSPACED_RUN, query_terms
+from epic_rag_chroma import IndexNotFoundError, QueryWords
 from epic_rag_cli.options import INDEX_FOLDER, MAX_SKIPPED_SHOWN
 from epic_rag_cli.terminal import Verbosity, message, plural, printable, terminal_width, verbosity
 
@@ -28,10 +24,9 @@ if TYPE_CHECKING:
     from rich.style import Style
     from rich.text import Text
 
-    from epic_rag_chroma import Hit, IndexPlan, IndexReport, SearchMode, SkippedFile
+    from epic_rag_chroma import Hit, IndexPlan, IndexReport, SearchMode, SkippedFile, Span
 
 __all__ = [
-    "QueryWords",
     "Snippet",
     "display_path",
     "file_of",
@@ -89,100 +84,6 @@ def display_path(path: str | os.PathLike[str]) -> str:
     absolute = os.path.abspath(path)
     relative = os.path.relpath(absolute)
     return absolute if relative.startswith("..") else relative
-
-
-# --- from highlight
-# Which words of a text are words of the query, as keyword search sees it: by stem, without case and accents.
-
-# The tokenizer of the keyword index (epic_rag_chroma.store.database), so that what it found is what is shown.
-_TOKENIZER = "porter unicode61 remove_diacritics 2"
-_CAMEL = re.compile(r"[A-Z]+(?![^\W\dA-Z_])|[A-Z]?[^\W\dA-Z_]+|\d+")
-_SHORTEST_PART = 2
-
-Span = tuple[int, int]
-
-
-class QueryWords:
-    """The words of a query, to be found in texts.
-
-    Args:
-        query: What was asked for.
-    """
-
-    def __init__(self, query: str) -> None:
-        terms = query_terms(query)
-        if all(term in STOP_WORDS for term in terms):
-            terms = []  # "what is it": in nearly every sentence, so it tells nothing
-        # Of scripts without spaces, any part of a run can match; of others, words do.
-        self._sequences = {term for term in terms if UNSPACED_RUN.fullmatch(term)}
-        self._stem_of: dict[str, str] = {}
-        self._learn(terms)
-        self._stems = {self._stem_of[term] for term in terms if term not in self._sequences}
-
-    def __bool__(self) -> bool:
-        return bool(self._stems or self._sequences)
-
-    def find(self, text: str) -> list[tuple[Span, str]]:
-        """Return where words of the query are in `text`, in order, each with the stem or the pair that it matches."""
-        if not self:
-            return []
-        places = [(match.span(), match[0]) for match in RUN.finditer(text)]
-        words = [(span, word) for span, word in places if not UNSPACED_RUN.match(word)]
-        parts = {word: _parts(word) for _, word in words}
-        self._learn(_folded(each) for _, word in words for each in (word, *(part for _, part in parts[word])))
-        found: list[tuple[Span, str]] = []
-        for span, word in places:
-            if UNSPACED_RUN.match(word):
-                found += self._in_run(span[0], word)
-                continue
-            stem = self._stem_of[_folded(word)]
-            if stem in self._stems:
-                found.append((span, stem))
-                continue
-            for (start, end), part in parts[word]:
-                stem = self._stem_of[_folded(part)]
-                if stem in self._stems:
-                    found.append(((span[0] + start, span[0] + end), stem))
-        return found
-
-    def _in_run(self, start: int, run: str) -> list[tuple[Span, str]]:
-        lengths = sorted({len(sequence) for sequence in self._sequences}, reverse=True)
-        return [
-            ((start + place, start + place + length), run[place : place + length])
-            for place in range(len(run))
-            for length in lengths
-            if run[place : place + length] in self._sequences
-        ]
-
-    def _learn(self, words: Iterable[str]) -> None:
-        new = sorted(set(words) - self._stem_of.keys())
-        if new:
-            self._stem_of.update(zip(new, _stems(new), strict=True))
-
-
-def _folded(word: str) -> str:
-    return unicodedata.normalize("NFKC", word).casefold()
-
-
-def _parts(word: str) -> list[tuple[Span, str]]:
-    found = [(match.span(), match[0]) for match in _CAMEL.finditer(word)]
-    return [(span, part) for span, part in found if len(part) >= _SHORTEST_PART] if len(found) > 1 else []
-
-
-def _stems(words: list[str]) -> list[str]:
-    """Return what SQLite's tokenizer makes of each word: the index's own matching, without another stemmer."""
-    try:
-        with closing(sqlite3.connect(":memory:")) as database:
-            database.execute(f"CREATE VIRTUAL TABLE words USING fts5 (word, tokenize = '{_TOKENIZER}')")
-            database.execute("CREATE VIRTUAL TABLE stems USING fts5vocab (words, instance)")
-            encoded = [(row, word.encode("utf-8", "replace").decode()) for row, word in enumerate(words)]
-            database.executemany("INSERT INTO words (rowid, word) VALUES (?, ?)", encoded)
-            stems: dict[int, str] = {}
-            for row, stem in database.execute('SELECT doc, term FROM stems ORDER BY doc, "offset"'):
-                stems[row] = stems.get(row, "") + stem
-    except sqlite3.OperationalError:  # a SQLite without full-text search, which keyword search says plainly
-        return words
-    return [stems.get(row, word) for row, word in enumerate(words)]
 
 
 # --- from snippets
@@ -454,9 +355,9 @@ def file_uri(path: str) -> str:
 def _scores(hit: Hit, mode: SearchMode) -> str:
     """Return the numbers that a hit is ranked by, each with its name."""
     if mode == "keyword":
-        shown = f"bm25 {hit.score:.2f}"
+        shown = f"bm25 {hit.bm25 or hit.score:.2f}"
     else:
-        shown = f"cosine {hit.score:.3f}"
+        shown = f"cosine {hit.score if hit.cosine is None else hit.cosine:.3f}"
         if mode == "hybrid" and hit.bm25 is not None:
             shown += f", bm25 {hit.bm25:.2f}"
     return shown if hit.rerank_score is None else f"rerank {hit.rerank_score:.3f}, {shown}"

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from epic_rag_chroma.chunking import HEADING_SEPARATOR
     from epic_rag_chroma.embedding_function import EpicEmbeddingFunction
     from epic_rag_chroma.errors import (
         ChromaServerError,
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
         IndexStateError,
     )
     from epic_rag_chroma.indexer import ChromaIndexer
+    from epic_rag_chroma.search.conditions import KNOWN_KEYS, Combination, Comparison, Condition
+    from epic_rag_chroma.search.filters import parse_filters
+    from epic_rag_chroma.search.highlight import QueryWords, Span
+    from epic_rag_chroma.search.request import SearchRequest, SearchSettings
+    from epic_rag_chroma.search.reranking import Reranker
+    from epic_rag_chroma.search.searcher import Embedded
+    from epic_rag_chroma.store.database import KeywordsUnavailableError
     from epic_rag_chroma.store.server import ChromaServer
     from epic_rag_chroma.types import (
         DEFAULT_MODE,
@@ -33,13 +41,21 @@ if TYPE_CHECKING:
         SearchMode,
         SkippedFile,
     )
+    from epic_rag_chroma.walk.files import ChangeFilter
 
 __all__ = [
     "DEFAULT_MODE",
+    "HEADING_SEPARATOR",
+    "KNOWN_KEYS",
     "SEARCH_MODES",
+    "ChangeFilter",
     "ChromaIndexer",
     "ChromaServer",
     "ChromaServerError",
+    "Combination",
+    "Comparison",
+    "Condition",
+    "Embedded",
     "EpicEmbeddingFunction",
     "Hit",
     "IndexLockedError",
@@ -51,27 +67,53 @@ __all__ = [
     "IndexSettings",
     "IndexStateError",
     "IndexStatus",
+    "KeywordsUnavailableError",
+    "QueryWords",
+    "Reranker",
     "SearchFilters",
     "SearchMode",
+    "SearchRequest",
+    "SearchSettings",
     "SkippedFile",
+    "Span",
+    "parse_filters",
 ]
 
-_MODULES = {
-    "ChromaIndexer": "indexer",
-    "ChromaServer": "store.server",
-    "EpicEmbeddingFunction": "embedding_function",
-    "ChromaServerError": "errors",
-    "IndexLockedError": "errors",
-    "IndexMismatchError": "errors",
-    "IndexNotFoundError": "errors",
-    "IndexStateError": "errors",
+_NAMES = {
+    "chunking": ("HEADING_SEPARATOR",),
+    "embedding_function": ("EpicEmbeddingFunction",),
+    "errors": ("ChromaServerError", "IndexLockedError", "IndexMismatchError", "IndexNotFoundError", "IndexStateError"),
+    "indexer": ("ChromaIndexer",),
+    "search.conditions": ("KNOWN_KEYS", "Combination", "Comparison", "Condition"),
+    "search.filters": ("parse_filters",),
+    "search.highlight": ("QueryWords", "Span"),
+    "search.request": ("SearchRequest", "SearchSettings"),
+    "search.reranking": ("Reranker",),
+    "search.searcher": ("Embedded",),
+    "store.database": ("KeywordsUnavailableError",),
+    "store.server": ("ChromaServer",),
+    "types": (
+        "DEFAULT_MODE",
+        "SEARCH_MODES",
+        "Hit",
+        "IndexPlan",
+        "IndexProgress",
+        "IndexReport",
+        "IndexSettings",
+        "IndexStatus",
+        "SearchFilters",
+        "SearchMode",
+        "SkippedFile",
+    ),
+    "walk.files": ("ChangeFilter",),
 }
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'types')}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

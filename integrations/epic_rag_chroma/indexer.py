@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from epic_rag.errors import ConfigError
 from epic_rag_chroma.errors import ChromaServerError, IndexNotFoundError, IndexStateError
 from epic_rag_chroma.indexing.run import check_model, check_place
 from epic_rag_chroma.reading.file_types import kind_of
-from epic_rag_chroma.search.searcher import IndexView, Searcher, Wanted
+from epic_rag_chroma.search.request import SearchRequest
+from epic_rag_chroma.search.searcher import IndexView, Searcher
 from epic_rag_chroma.store import paths as roots
 from epic_rag_chroma.store.collection import chroma_lock, run_state
 from epic_rag_chroma.store.layout import check_owner, delete_index, folder_size, remove_empty, write_lock
@@ -26,18 +28,17 @@ from epic_rag_chroma.types import (
     IndexReport,
     IndexSettings,
     IndexStatus,
-    SearchFilters,
-    SearchMode,
 )
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from typing_extensions import Unpack
 
-    from epic_rag import DemonstrationBank, EpicEncoder
-    from epic_rag.task_vector import QueryStrategy
+    from epic_rag import EpicEncoder
+    from epic_rag.query_prompt import QueryPrompt
     from epic_rag_chroma.indexing.run import Indexing
-    from epic_rag_chroma.search.reranking import Reranker
+    from epic_rag_chroma.search.request import SearchSettings
     from epic_rag_chroma.search.searcher import Embedded, Encode
 
 __all__ = ["ChromaIndexer"]
@@ -154,120 +155,75 @@ class ChromaIndexer:
     def query(
         self,
         text: str,
+        request: SearchRequest | None = None,
         *,
-        k: int = 5,
-        task: str | None = None,
-        bank: DemonstrationBank | str | os.PathLike[str] | None = None,
-        instruction: str | None = None,
-        num_demonstrations: int | None = None,
-        strategy: QueryStrategy | None = None,
-        mode: SearchMode | None = None,
-        filters: SearchFilters | None = None,
-        collapse: bool = True,
-        reranker: str | os.PathLike[str] | Reranker | None = None,
         embedded: Embedded | None = None,
+        **settings: Unpack[SearchSettings],
     ) -> list[Hit]:
         """Find the chunks that answer a query.
 
         Args:
             text: The query.
-            k: The most hits.
-            task: See `EpicEncoder.encode_query`, as for the next four. Keyword mode has no use for them.
-            bank: A bank, its folder or its name.
-            instruction: Overrides the task's or the bank's.
-            num_demonstrations: How many demonstrations to show.
-            strategy: How they reach the query; None for the checkpoint's own.
-            mode: "dense" ranks by cosine, "keyword" by BM25 and without a model, "hybrid" by both; None for the
-                default.
-            filters: What hits must satisfy; see `parse_filters`.
-            collapse: Fold near-duplicates into the best of them, so that there are k different passages.
-            reranker: A cross-encoder (a folder, or a name on the hub), or a function from a query and passages to
-                their scores; it puts the best hits in order.
-            embedded: What stands for the query among the vectors: other texts, such as answers that a model imagines,
-                whose vectors are averaged, or a vector (dim,); None for the query itself. Words always come from it.
+            request: Settings of the search. Alternatively, give its fields, and those of its prompt, as keyword
+                arguments: `query(text, k=3, bank="docs")`.
+            embedded: Replaces the query among the vectors: other texts, such as answers imagined by a language model,
+                whose vectors are averaged, or a vector (dim,). Keywords are always taken from `text`.
+            **settings: See `SearchRequest` and `QueryPrompt`.
 
         Returns:
             Hits, best first; none for an empty index.
 
         Raises:
-            ConfigError: If `k` is less than 1, or the mode, a filter or `embedded` makes no sense.
+            ConfigError: If a setting or a filter is invalid, or `embedded` has another dimension than the index.
+            PromptError: If the prompt's settings do not fit together.
             CheckpointError: If the reranker cannot be loaded.
             IndexNotFoundError: If there is no index.
             IndexMismatchError: If the encoder is not the one that the index was built with.
-            KeywordsUnavailableError: If keyword mode is asked, and the words are missing or broken.
+            KeywordsUnavailableError: In keyword mode, if the keyword index is missing or broken.
         """
-        wanted = Wanted(k, mode, filters, collapse, reranker)
-        state = self._state()
-        encode = self._encoding(state, task, bank, instruction, num_demonstrations, strategy)
-        if embedded is not None:
-            from epic_rag_chroma.search.searcher import instead_of
-
-            encode = instead_of(encode, embedded, state.dimension)
-        return self._searcher.search([text], wanted, encode)[0]
+        return self.query_many([text], request, embedded=None if embedded is None else [embedded], **settings)[0]
 
     def query_many(
         self,
         texts: Sequence[str],
+        request: SearchRequest | None = None,
         *,
-        k: int = 5,
-        task: str | None = None,
-        bank: DemonstrationBank | str | os.PathLike[str] | None = None,
-        instruction: str | None = None,
-        num_demonstrations: int | None = None,
-        strategy: QueryStrategy | None = None,
-        mode: SearchMode | None = None,
-        filters: SearchFilters | None = None,
-        collapse: bool = True,
-        reranker: str | os.PathLike[str] | Reranker | None = None,
+        embedded: Sequence[Embedded | None] | None = None,
+        **settings: Unpack[SearchSettings],
     ) -> list[list[Hit]]:
-        """Find the chunks that answer each of some queries; the model reads all of them at once.
+        """Find the chunks that answer each query; the model encodes all queries in one call.
 
         Args:
-            texts: The queries.
-            k: See `query`, as for the others.
-            task: A task.
-            bank: A bank.
-            instruction: An instruction.
-            num_demonstrations: How many demonstrations to show.
-            strategy: How they reach the queries.
-            mode: How to search.
-            filters: What hits must satisfy.
-            collapse: Whether to fold near-duplicates.
-            reranker: What puts the best hits in order.
+            texts: Queries.
+            request: See `query`.
+            embedded: One entry for each query; see `query`. None for the query itself.
+            **settings: See `query`.
 
         Returns:
-            For each query its hits.
+            The hits of each query.
 
         Raises:
-            EpicError: As `query`.
+            EpicError: See `query`.
         """
-        wanted = Wanted(k, mode, filters, collapse, reranker)
-        encode = self._encoding(self._state(), task, bank, instruction, num_demonstrations, strategy)
-        return self._searcher.search(texts, wanted, encode)
+        request = SearchRequest.of(request, settings)
+        state = self._state()
+        encode = self._encoding(state, request.prompt)
+        if embedded is not None:
+            if len(embedded) != len(texts):
+                raise ConfigError(f"embedded has {len(embedded)} entries for {len(texts)} queries. Give one for each.")
+            from epic_rag_chroma.search.searcher import instead_of
 
-    def _encoding(
-        self,
-        state: IndexState,
-        task: str | None,
-        bank: DemonstrationBank | str | os.PathLike[str] | None,
-        instruction: str | None,
-        num_demonstrations: int | None,
-        strategy: QueryStrategy | None,
-    ) -> Encode:
+            encode = instead_of(encode, embedded, state.dimension)
+        return self._searcher.search(texts, request, encode)
+
+    def _encoding(self, state: IndexState, prompt: QueryPrompt) -> Encode:
         """Turns queries into vectors (n, dim); the model is loaded, and compared with the index's, when it is used."""
 
         def encode(queries: Sequence[str]) -> npt.NDArray[np.float32]:
             encoder = self._load(state)
             check_model(self._index_dir, state, encoder, [])
             with self._encoder_lock:
-                return encoder.encode_query(
-                    queries,
-                    task=task,
-                    bank=bank,
-                    instruction=instruction,
-                    num_demonstrations=num_demonstrations,
-                    strategy=strategy,
-                )
+                return encoder.encode_query(queries, **vars(prompt))
 
         return encode
 

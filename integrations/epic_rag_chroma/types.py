@@ -159,7 +159,8 @@ class Hit:
 
     Args:
         rank: 1 for the best.
-        score: Cosine of query and chunk; in keyword mode, which makes no vectors, the BM25 score.
+        score: The score that hits are ordered by: the reranker's if there is one; else the cosine in dense mode, BM25
+            in keyword mode, the sum of reciprocal ranks in hybrid mode.
         path: The file, relative to the folder that was indexed.
         first_line: First line of the text in the file, from 1; None for formats without lines (PDF, Office, EPUB).
         last_line: Last line, inclusive; None where `first_line` is.
@@ -167,6 +168,7 @@ class Hit:
         heading_path: Headings above the text, outermost first.
         text: The exact text of those lines.
         id: The chunk's id in the collection.
+        document_id: The id of its file in the index.
         root: Absolute path of the folder that was indexed, where it is now: `root` + `path` is the file.
         kind: The file's format ("markdown", "pdf", "code", ...).
         lang: The programming language of source code ("python", ...); "" for everything else.
@@ -185,6 +187,7 @@ class Hit:
     heading_path: tuple[str, ...]
     text: str
     id: str
+    document_id: str = ""
     root: str = ""
     kind: str = ""
     lang: str = ""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from epic_rag.errors import DataError, EpicError
-from epic_rag_chroma.errors import IndexNotFoundError, IndexStateError
+from epic_rag_chroma import IndexNotFoundError, IndexStateError
 from epic_rag_cli import results as reports
 from epic_rag_cli.options import DEFAULT_DTYPE, Chroma, Device, Dtype, Json, Model
 from epic_rag_cli.results import display_path, find_index, index_dir_for
@@ -34,8 +34,7 @@ from epic_rag_cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from epic_rag_chroma import ChromaIndexer, IndexReport, IndexSettings, IndexStatus, SkippedFile
-    from epic_rag_chroma.walk.files import ChangeFilter
+    from epic_rag_chroma import ChangeFilter, ChromaIndexer, IndexReport, IndexSettings, IndexStatus, SkippedFile
 
 __all__ = ["Watch", "index"]
 
@@ -183,8 +182,7 @@ class Watch:
         return [*known, *new]
 
     def _filter(self) -> ChangeFilter:
-        from epic_rag_chroma import IndexSettings
-        from epic_rag_chroma.walk.files import ChangeFilter
+        from epic_rag_chroma import ChangeFilter, IndexSettings
 
         state = self._status()
         return ChangeFilter(self._roots(), IndexSettings() if state is None else state.settings, self._folder)

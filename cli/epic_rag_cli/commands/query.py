@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, get_args
 import typer
 
 from epic_rag.errors import BankError, ConfigError, DataError, EpicError
-from epic_rag_chroma.types import SEARCH_MODES
+from epic_rag_chroma import SEARCH_MODES
 from epic_rag_cli.options import (
     DEFAULT_DTYPE,
     DEFAULT_HITS,
@@ -400,7 +400,7 @@ class Asked:
         """
         filters = None
         if self.is_filtered:
-            from epic_rag_chroma.search.filters import parse_filters
+            from epic_rag_chroma import parse_filters
 
             filters = parse_filters(self.where, self.paths, self.since)
         return {
@@ -409,7 +409,7 @@ class Asked:
             "bank": self.bank,
             "num_demonstrations": self.num_demonstrations,
             "strategy": self.strategy,
-            "mode": self.mode,
+            "mode": self.by,
             "filters": filters,
             "collapse": not self.show_all,
             "reranker": self.rerank,

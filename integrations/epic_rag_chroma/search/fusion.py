@@ -1,6 +1,6 @@
 """Reciprocal rank fusion: one ranking from several (Cormack, Clarke and Büttcher 2009).
 
-A text's score is the sum of 1 / (60 + rank) over the rankings that have it. Only ranks count, so that a cosine and a
+A text's score is the sum of 1 / (5 + rank) over the rankings that have it. Only ranks count, so that a cosine and a
 BM25 score, whose scales have nothing in common, need not be compared.
 """
 
@@ -16,7 +16,7 @@ RANK_CONSTANT = 5
 POOL = 100
 
 
-def fuse(*rankings: Sequence[str], constant: int = RANK_CONSTANT) -> list[str]:
+def fuse(*rankings: Sequence[str], constant: int = RANK_CONSTANT) -> list[tuple[str, float]]:
     """Fuse rankings of ids.
 
     Args:
@@ -24,10 +24,10 @@ def fuse(*rankings: Sequence[str], constant: int = RANK_CONSTANT) -> list[str]:
         constant: What is added to a rank, from 1; the larger, the less the first ranks stand out.
 
     Returns:
-        All ids, best first; equal ones in alphabetical order.
+        All ids with their scores, best first; equal ones in alphabetical order.
     """
     scores: dict[str, float] = {}
     for ranking in rankings:
         for rank, each in enumerate(ranking, start=1):
             scores[each] = scores.get(each, 0.0) + 1.0 / (constant + rank)
-    return sorted(scores, key=lambda each: (-scores[each], each))
+    return sorted(scores.items(), key=lambda item: (-item[1], item[0]))

@@ -25,6 +25,7 @@ from epic_rag_chroma.errors import IndexStateError
 from epic_rag_chroma.search.deduplicate import Passage, distinct
 from epic_rag_chroma.search.filters import Filter
 from epic_rag_chroma.search.fusion import POOL, fuse
+from epic_rag_chroma.search.request import SearchRequest
 from epic_rag_chroma.search.reranking import RERANK_POOL, Reranker, load_reranker, scores
 from epic_rag_chroma.store import paths as roots
 from epic_rag_chroma.store.collection import graph_fits, holds_chroma
@@ -36,7 +37,7 @@ from epic_rag_chroma.store.database import (
     RecordsUnavailableError,
 )
 from epic_rag_chroma.store.layout import lies_inside, versions
-from epic_rag_chroma.types import DEFAULT_MODE, SEARCH_MODES, Hit, SearchFilters, SearchMode
+from epic_rag_chroma.types import Hit, SearchMode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +56,6 @@ __all__ = [
     "Ranking",
     "Rows",
     "Searcher",
-    "Wanted",
     "instead_of",
 ]
 
@@ -74,7 +74,7 @@ Ranking = list[tuple[str, float]]
 
 # Where the filters leave no more chunks than that, every one is looked at: a graph search is quicker and misses some.
 _LOOK_AT_ALL = 10_000
-# How much more of a ranking is read at first than is wanted.
+# How much more of a ranking is read at first than is request.
 _GENEROUS = 4
 
 
@@ -108,6 +108,7 @@ class Candidate:
         id: Its id.
         text: Its text.
         metadata: Its metadata.
+        score: The score that it is ranked by.
         cosine: Cosine with the query; None if it was not computed.
         bm25: BM25 score; None where no word of the query occurs in it.
         rerank_score: What the reranker gave.
@@ -117,15 +118,11 @@ class Candidate:
     id: str
     text: str
     metadata: Mapping[str, Any]
+    score: float
     cosine: float | None = None
     bm25: float | None = None
     rerank_score: float | None = None
     duplicates: list[str] = field(default_factory=list)
-
-    @property
-    def score(self) -> float:
-        """The cosine, or the BM25 score where there is none."""
-        return self.cosine if self.cosine is not None else self.bm25 or 0.0
 
 
 class Candidates:
@@ -358,32 +355,47 @@ Encode: TypeAlias = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 Embedded: TypeAlias = "Sequence[str] | npt.NDArray[np.float32]"
 
 
-def instead_of(encode: Encode, embedded: Embedded, dimension: int) -> Encode:
-    """A function that gives one query the vector of what stands for it.
+def instead_of(encode: Encode, embedded: Sequence[Embedded | None], dimension: int) -> Encode:
+    """Return a function that encodes queries, some of them by what replaces them.
 
     Args:
         encode: Turns queries into unit vectors (n, dim).
-        embedded: Texts, at least one, whose vectors are averaged; or a vector (dim,) of any length.
+        embedded: For each query texts, at least one, whose vectors are averaged; or a vector (dim,) of any length; or
+            None for the query itself.
         dimension: The dimension of the index.
 
     Raises:
         ConfigError: If there is no text, or the vector has another dimension or no direction.
     """
-    if isinstance(embedded, str):
-        embedded = [embedded]
-    if isinstance(embedded, np.ndarray):
-        if embedded.shape != (dimension,):
-            shown = f"{embedded.size} numbers" if embedded.ndim == 1 else f"the shape {embedded.shape}"
-            raise ConfigError(
-                f"the query's vector has {shown}, the vectors of the index have {dimension}; embed the query with the "
-                "model of the index, or give its text"
-            )
-        given = _unit(embedded)
-        return lambda _: given[None, :]
-    texts = list(embedded)
-    if not texts:
-        raise ConfigError("there is no text to embed for the query; give at least one")
-    return lambda _: _unit(encode(texts).mean(axis=0))[None, :]
+    replaced = [[each] if isinstance(each, str) else each for each in embedded]
+    given: dict[int, npt.NDArray[np.float32]] = {}
+    for place, each in enumerate(replaced):
+        if isinstance(each, np.ndarray):
+            if each.shape != (dimension,):
+                shown = f"{each.size} numbers" if each.ndim == 1 else f"the shape {each.shape}"
+                raise ConfigError(
+                    f"the query's vector has {shown}, the vectors of the index have {dimension}; embed the query with "
+                    "the model of the index, or give its text"
+                )
+            given[place] = _unit(each)
+        elif each is not None and not list(each):
+            raise ConfigError("there is no text to embed for the query; give at least one")
+
+    def encode_replaced(queries: Sequence[str]) -> npt.NDArray[np.float32]:
+        texts = {
+            place: [query] if each is None else list(each)
+            for place, (query, each) in enumerate(zip(queries, replaced, strict=True))
+            if place not in given
+        }
+        flat = [text for several in texts.values() for text in several]
+        encoded = encode(flat) if flat else np.empty((0, dimension), np.float32)
+        vectors, start = dict(given), 0
+        for place, several in texts.items():
+            vectors[place] = _unit(encoded[start : start + len(several)].mean(axis=0))
+            start += len(several)
+        return np.stack([vectors[place] for place in range(len(queries))])
+
+    return encode_replaced
 
 
 def _unit(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -395,39 +407,6 @@ def _unit(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 # How many passages are looked at for near-duplicates of the hits, at least.
 _LOOKED_AT = 20
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a caller wants of a search.
-
-    Args:
-        k: The most hits.
-        mode: How the index is searched; None for the default.
-        filters: What hits must satisfy.
-        collapse: Whether near-duplicates are folded into the best of them.
-        reranker: What orders the best hits anew.
-
-    Raises:
-        ConfigError: If `k` is less than 1 or the mode is unknown.
-    """
-
-    k: int = 5
-    mode: SearchMode | None = None
-    filters: SearchFilters | None = None
-    collapse: bool = True
-    reranker: str | os.PathLike[str] | Reranker | None = None
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ConfigError(f"k is {self.k}; it must be at least 1")
-        if self.mode is not None and self.mode not in SEARCH_MODES:
-            raise ConfigError(f"unknown mode {self.mode!r}; known modes are {', '.join(SEARCH_MODES)}")
-
-    @property
-    def by(self) -> SearchMode:
-        """The mode."""
-        return self.mode or DEFAULT_MODE
 
 
 class Searcher:
@@ -448,13 +427,13 @@ class Searcher:
         self._allowed: dict[tuple[Rows, int, str], frozenset[str]] = {}
 
     def search(
-        self, texts: Sequence[str], wanted: Wanted, encode: Callable[[Sequence[str]], npt.NDArray[np.float32]]
+        self, texts: Sequence[str], request: SearchRequest, encode: Callable[[Sequence[str]], npt.NDArray[np.float32]]
     ) -> list[list[Hit]]:
         """Search for some queries.
 
         Args:
             texts: The queries.
-            wanted: What is wanted.
+            wanted: What is request.
             encode: Turns queries into vectors (n, dim); not called in keyword mode.
 
         Returns:
@@ -465,13 +444,13 @@ class Searcher:
             CheckpointError: If the reranker cannot be loaded.
             KeywordsUnavailableError: If keyword mode is asked and there are no words.
         """
-        passes = Filter(wanted.filters, self._index_dir) if wanted.filters else None
-        reranker = None if wanted.reranker is None else self._reranker(wanted.reranker)
-        vectors = None if wanted.by == "keyword" or not texts else encode(texts)
+        passes = Filter(request.filters, self._index_dir) if request.filters else None
+        reranker = None if request.reranker is None else self._reranker(request.reranker)
+        vectors = None if request.mode == "keyword" or not texts else encode(texts)
         with self._lock:
             nothing: list[list[Candidate]] = [[] for _ in texts]
             found = self._view.ask(
-                lambda rows: self._found(texts, vectors, wanted, passes, rows, reranker),
+                lambda rows: self._found(texts, vectors, request, passes, rows, reranker),
                 nothing,
                 by_vectors=vectors is not None,
             )
@@ -491,37 +470,37 @@ class Searcher:
         self,
         texts: Sequence[str],
         vectors: npt.NDArray[np.float32] | None,
-        wanted: Wanted,
+        request: SearchRequest,
         passes: Filter | None,
         rows: Rows,
         reranker: Reranker | None,
     ) -> list[list[Candidate]]:
-        mode = wanted.by
+        mode = request.mode
         if mode == "hybrid":
             try:
-                return self._found_by(mode, texts, vectors, wanted, passes, rows, reranker)
+                return self._found_by(mode, texts, vectors, request, passes, rows, reranker)
             except KeywordsUnavailableError as error:  # when the words are opened, or when the damage is met
                 logger.warning("%s; searched by vectors alone", error)
                 mode = "dense"
-        return self._found_by(mode, texts, vectors, wanted, passes, rows, reranker)
+        return self._found_by(mode, texts, vectors, request, passes, rows, reranker)
 
     def _found_by(
         self,
         mode: SearchMode,
         texts: Sequence[str],
         vectors: npt.NDArray[np.float32] | None,
-        wanted: Wanted,
+        request: SearchRequest,
         passes: Filter | None,
         rows: Rows,
         reranker: Reranker | None,
     ) -> list[list[Candidate]]:
         words = None if mode == "dense" else self._view.words()
-        key = (rows, rows.version(), repr(wanted.filters))
+        key = (rows, rows.version(), repr(request.filters))
         candidates = Candidates(rows, words, passes, self._allowed.get(key))
         found = []
         for place, text in enumerate(texts):
             query = _Query(candidates, mode, text, None if vectors is None else vectors[place])
-            found.append(query.best(wanted.k, wanted.collapse, reranker))
+            found.append(query.best(request.k, request.collapse, reranker))
         if candidates.allowed is not None:
             self._allowed = {key: candidates.allowed}
         return found
@@ -539,6 +518,7 @@ class Searcher:
             heading_path=_headings(metadata),
             text=found.text,
             id=found.id,
+            document_id=str(metadata.get("doc_id", "")),
             root=str(roots.where(str(metadata.get("root", "")), self._index_dir)),
             kind=str(metadata.get("kind", "")),
             lang=str(metadata.get("lang", "")),
@@ -569,8 +549,8 @@ class _Query:
         if reranker is not None:
             passages = ["\n".join((*_headings(each.metadata)[-1:], each.text)) for each in found]
             for each, score in zip(found, scores(reranker, self._text, passages), strict=True):
-                each.rerank_score = score
-            found.sort(key=lambda each: -(each.rerank_score or 0.0))
+                each.score = each.rerank_score = score
+            found.sort(key=lambda each: -each.score)
         found = found[:k]
         self._complete(found)
         return found
@@ -602,8 +582,8 @@ class _Query:
                 return kept
             depth *= 4
 
-    def _ranking(self, depth: int) -> list[str]:
-        """Ids, best first, at least `depth` of them if there are; notes the scores that it comes by."""
+    def _ranking(self, depth: int) -> Ranking:
+        """Ids with scores, at least `depth` of them if there are; notes the cosines and BM25 scores."""
         rankings: list[Ranking] = []
         if self._vector is not None and self._mode != "keyword":
             rankings.append(self._candidates.dense(self._vector, depth))
@@ -611,17 +591,19 @@ class _Query:
         if self._mode != "dense":
             rankings.append(self._candidates.keyword(self._text, depth))
             self._bm25.update(rankings[-1])
-        return fuse(*([each for each, _ in ranking] for ranking in rankings))
+        return rankings[0] if len(rankings) == 1 else fuse(*([each for each, _ in ranking] for ranking in rankings))
 
-    def _rows(self, ids: Sequence[str]) -> Iterator[Candidate]:
-        rows = self._candidates.get(ids)
-        for each in ids:
+    def _rows(self, ranking: Ranking) -> Iterator[Candidate]:
+        rows = self._candidates.get([each for each, _ in ranking])
+        for each, score in ranking:
             if each in rows:  # or it was deleted a moment ago
                 cosine = self._cosines.get(each)
                 if cosine is None and self._vector is not None:
                     cosine = float(rows[each].vector @ self._vector)
                 bounded = None if cosine is None else max(-1.0, min(1.0, cosine))
-                yield Candidate(each, rows[each].text, rows[each].metadata, bounded, self._bm25.get(each))
+                text, metadata = rows[each].text, rows[each].metadata
+                ranked_by = score if self._mode != "dense" or bounded is None else bounded
+                yield Candidate(each, text, metadata, ranked_by, bounded, self._bm25.get(each))
 
     def _complete(self, found: Sequence[Candidate]) -> None:
         """Add the BM25 scores of what only the vectors found."""

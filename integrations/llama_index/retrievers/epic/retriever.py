@@ -31,21 +31,25 @@ from llama_index.core.settings import Settings
 from llama_index.core.vector_stores.types import FilterCondition, MetadataFilter, MetadataFilters
 
 from epic_rag.errors import ConfigError
-from epic_rag_chroma.chunking import HEADING_SEPARATOR
-from epic_rag_chroma.indexer import ChromaIndexer
-from epic_rag_chroma.indexing.sync import document_id
-from epic_rag_chroma.search.conditions import Combination, Comparison, Condition
-from epic_rag_chroma.store import paths as roots
-from epic_rag_chroma.types import SEARCH_MODES, Hit, SearchFilters, SearchMode
+from epic_rag_chroma import (
+    DEFAULT_MODE,
+    HEADING_SEPARATOR,
+    SEARCH_MODES,
+    ChromaIndexer,
+    Combination,
+    Comparison,
+    Condition,
+    Hit,
+    SearchFilters,
+    SearchMode,
+)
 
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
 
     from epic_rag import DemonstrationBank, EpicEncoder
     from epic_rag.task_vector import QueryStrategy
-    from epic_rag_chroma.search.reranking import Reranker
-    from epic_rag_chroma.search.searcher import Embedded
-    from epic_rag_chroma.store.server import ChromaServer
+    from epic_rag_chroma import ChromaServer, Embedded, Reranker
 
 __all__ = ["EpicRetriever", "to_nodes", "to_search_filters"]
 
@@ -62,7 +66,7 @@ def to_search_filters(filters: MetadataFilters) -> SearchFilters:
 
     Args:
         filters: Conditions on the metadata of nodes: the keys that EpicRetriever's nodes have, and the others in
-            `epic_rag_chroma.search.conditions.KNOWN_KEYS`.
+            `epic_rag_chroma.KNOWN_KEYS`.
 
     Raises:
         ConfigError: If a filter has no meaning; it is named.
@@ -100,7 +104,7 @@ _FOR_LLM = ("path", "first_line", "last_line", "page", "heading_path")
 _FOR_EMBEDDING = ("heading_path",)
 
 
-def to_nodes(hits: Sequence[Hit], index_dir: Path) -> list[NodeWithScore]:
+def to_nodes(hits: Sequence[Hit]) -> list[NodeWithScore]:
     """Nodes with scores, in the order of the hits.
 
     A node holds nothing that depends on the query (no cosine, no rank, no list of duplicates): LlamaIndex recognises
@@ -108,27 +112,11 @@ def to_nodes(hits: Sequence[Hit], index_dir: Path) -> list[NodeWithScore]:
 
     Args:
         hits: Hits, best first.
-        index_dir: The index folder that they come from.
     """
-    return [
-        NodeWithScore(node=_node(hit, index_dir), score=score) for hit, score in zip(hits, _falling(hits), strict=True)
-    ]
+    return [NodeWithScore(node=_node(hit), score=hit.score) for hit in hits]
 
 
-def _falling(hits: Sequence[Hit]) -> list[float]:
-    """Scores that never rise with the rank: each is the highest from there on.
-
-    LlamaIndex's fusion, reordering and merging sort by score, and would undo a hybrid ranking that a mere cosine
-    contradicts. Where all hits were reranked, that is what they are ranked by.
-    """
-    reranked = [hit.rerank_score for hit in hits if hit.rerank_score is not None]
-    scores = reranked if len(reranked) == len(hits) else [hit.score for hit in hits]
-    for place in range(len(scores) - 2, -1, -1):
-        scores[place] = max(scores[place], scores[place + 1])
-    return scores
-
-
-def _node(hit: Hit, index_dir: Path) -> TextNode:
+def _node(hit: Hit) -> TextNode:
     root = Path(hit.root)
     values: dict[str, Any] = {
         "path": hit.path,
@@ -150,9 +138,7 @@ def _node(hit: Hit, index_dir: Path) -> TextNode:
         excluded_llm_metadata_keys=[key for key in metadata if key not in _FOR_LLM],
         excluded_embed_metadata_keys=[key for key in metadata if key not in _FOR_EMBEDDING],
         relationships={
-            NodeRelationship.SOURCE: RelatedNodeInfo(
-                node_id=document_id((roots.relative(root, index_dir), hit.path)), node_type=ObjectType.DOCUMENT
-            )
+            NodeRelationship.SOURCE: RelatedNodeInfo(node_id=hit.document_id, node_type=ObjectType.DOCUMENT)
         },
     )
 
@@ -209,8 +195,7 @@ class EpicRetriever(BaseRetriever):
     model headings alone. The same chunk is the same node for every query.
 
     Scores never rise from one node to the next, as LlamaIndex sorts by them in many places: in dense mode a score is
-    the cosine, in keyword mode BM25, with a reranker what that gave. In hybrid mode it is the cosine, or that of a node
-    further down if words of the query lifted this one above a node with a higher cosine.
+    the cosine, in keyword mode BM25, in hybrid mode the sum of reciprocal ranks, with a reranker what that gave.
 
     The encoder is loaded, and the index opened, by the first query. Everything may be called from several threads; the
     async methods use a thread of their own.
@@ -349,7 +334,7 @@ class EpicRetriever(BaseRetriever):
     # -- nodes --------------------------------------------------------------------------------------------
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return to_nodes(self._hits(query_bundle), self._index_dir)
+        return to_nodes(self._hits(query_bundle))
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         # As asyncio.to_thread does it: what is logged there belongs to this task's context.
@@ -370,7 +355,7 @@ class EpicRetriever(BaseRetriever):
             instruction=asked.instruction,
             num_demonstrations=asked.num_demonstrations,
             strategy=asked.strategy,
-            mode=asked.mode,
+            mode=asked.mode or DEFAULT_MODE,
             filters=asked.filters,
             collapse=asked.collapse,
             reranker=asked.reranker,

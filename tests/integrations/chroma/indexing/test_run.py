@@ -51,7 +51,7 @@ def test_scores_are_cosines(indexer: ChromaIndexer, docs: Path, tiny_encoder: Ep
     for query in ("cats", text):
         expected = tiny_encoder.similarity(tiny_encoder.encode_query(query), tiny_encoder.encode_document([text]))[0, 0]
         hit = next(hit for hit in indexer.query(query, k=10) if hit.path == "notes.txt")
-        assert hit.score == pytest.approx(float(expected), abs=1e-4)
+        assert hit.cosine == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_a_query_takes_a_task_a_bank_and_demonstrations(indexer: ChromaIndexer, docs: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_query_takes_a_task_a_bank_and_demonstrations(indexer: ChromaIndexer, 
     indexer.index([docs])
     bank = DemonstrationBank([("where do cats sleep", "Cats sleep in the sun.")], instruction="Find it")
     scores = [
-        [hit.score for hit in indexer.query("cats", **arguments)]
+        [hit.cosine for hit in indexer.query("cats", **arguments)]
         for arguments in ({}, {"task": "docs"}, {"bank": bank}, {"bank": bank, "num_demonstrations": 0}, {"k": 4})
     ]
     assert len({tuple(each) for each in scores}) == 4

@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epic_rag_chroma.search.fusion import RANK_CONSTANT, fuse
-
-RANKINGS = st.lists(st.lists(st.sampled_from("abcdefghij"), unique=True), max_size=3)
+from epic_rag_chroma.search.fusion import fuse
 
 
 @pytest.mark.parametrize(
-    ("rankings", "fused"),
+    ("rankings", "expected"),
     [
         ([], []),
-        ([["a", "b"], []], ["a", "b"]),
-        ([["a", "b", "c"], ["b", "a", "d"]], ["a", "b", "c", "d"]),  # ties by id
-        ([["x", "b"], ["b", "y"]], ["b", "x", "y"]),
-        ([["a", "b", "c", "d"], ["d"]], ["d", "a", "b", "c"]),
+        ([["a", "b"], []], [("a", 1 / 6), ("b", 1 / 7)]),
+        (  # equal scores in alphabetical order
+            [["a", "b", "c"], ["b", "a", "d"]],
+            [("a", 1 / 6 + 1 / 7), ("b", 1 / 6 + 1 / 7), ("c", 1 / 8), ("d", 1 / 8)],
+        ),
+        ([["x", "b"], ["b", "y"]], [("b", 1 / 6 + 1 / 7), ("x", 1 / 6), ("y", 1 / 7)]),
+        (  # twice at rank 6 (2/11) is better than once at rank 1 (1/6); with the usual constant of 60 as well
+            [list("abcdez"), list("fghijz")],
+            [("z", 2 / 11), *((each, 1 / (6 + rank)) for rank, pair in enumerate(["af", "bg", "ch", "di", "ej"]) for each in pair)],
+        ),
+        (  # twice at rank 8 (2/13) is not; with a constant of 60 it would be
+            [list("abcdeklz"), list("fghijmnz")],
+            [
+                ("a", 1 / 6),
+                ("f", 1 / 6),
+                ("z", 2 / 13),
+                *((each, 1 / (7 + rank)) for rank, pair in enumerate(["bg", "ch", "di", "ej", "km", "ln"]) for each in pair),
+            ],
+        ),
     ],
-)
-def test_fuse(rankings: list[list[str]], fused: list[str]) -> None:
-    assert fuse(*rankings) == fused
-
-
-@given(RANKINGS)
-def test_the_order_is_that_of_the_sums_of_reciprocal_ranks(rankings: list[list[str]]) -> None:
-    every = {each for ranking in rankings for each in ranking}
-    scores = {
-        each: sum(1 / (RANK_CONSTANT + 1 + ranking.index(each)) for ranking in rankings if each in ranking)
-        for each in every
-    }
+)  # fmt: skip
+def test_scores(rankings: list[list[str]], expected: list[tuple[str, float]]) -> None:
     fused = fuse(*rankings)
-    assert set(fused) == every
-    assert len(fused) == len(every)
-    for better, worse in itertools.pairwise(fused):
-        assert scores[better] > scores[worse] or (scores[better] == pytest.approx(scores[worse]))
+
+    assert [each for each, _ in fused] == [each for each, _ in expected]
+    assert [score for _, score in fused] == pytest.approx([score for _, score in expected], abs=1e-9)
 
 
-@given(st.lists(st.text(), unique=True))
-def test_one_ranking_stays_as_it_is(ranking: list[str]) -> None:
-    assert fuse(ranking) == ranking
-    assert fuse(ranking, ranking) == ranking
+@given(st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), max_size=4), st.integers(0, 100))
+def test_all_ids_with_falling_scores(rankings: list[list[str]], constant: int) -> None:
+    fused = fuse(*rankings, constant=constant)
+
+    assert {each for each, _ in fused} == {each for ranking in rankings for each in ranking}
+    assert fused == sorted(fused, key=lambda item: (-item[1], item[0]))

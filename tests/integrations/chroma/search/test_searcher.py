@@ -13,10 +13,10 @@ import pytest
 
 from epic_rag import EpicEncoder
 from epic_rag.errors import CheckpointError, ConfigError
-from epic_rag_chroma import ChromaIndexer, Hit, SearchFilters
+from epic_rag.query_prompt import QueryPrompt
+from epic_rag_chroma import ChromaIndexer, Hit, SearchFilters, SearchRequest, parse_filters
 from epic_rag_chroma.search import reranking
 from epic_rag_chroma.search import searcher as candidates
-from epic_rag_chroma.search.filters import parse_filters
 from epic_rag_chroma.search.fusion import fuse
 from epic_rag_chroma.store.database import KeywordIndex, KeywordsUnavailableError
 from tests.helpers.model_files import save_cross_encoder
@@ -106,10 +106,12 @@ def test_hybrid_fuses_both_rankings(index: ChromaIndexer, truth: dict[str, tuple
     expected = words_of(index)
     dense = ids(index.query(QUERY, k=100, mode="dense", collapse=False))
     hits = index.query(QUERY, k=30, mode="hybrid", collapse=False)
-    assert ids(hits) == fuse(dense, list(expected)[:100])[:30]
+    fused = fuse(dense, list(expected)[:100])[:30]
+    assert [(hit.id, hit.score) for hit in hits] == fused
     assert hits == index.query(QUERY, k=30, collapse=False)  # the default
     for hit in hits:
-        assert hit.score == hit.cosine == pytest.approx(truth[hit.id][2], abs=1e-5)
+        assert hit.cosine == pytest.approx(truth[hit.id][2], abs=1e-5)
+        assert hit.document_id == truth[hit.id][1]["doc_id"]
         assert hit.bm25 == expected.get(hit.id)
 
 
@@ -194,9 +196,15 @@ def test_unknown_filters_are_refused_before_a_model_is_loaded(index: ChromaIndex
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"k": 0}, "k is 0; it must be at least 1"), ({"mode": "sparse"}, "unknown mode 'sparse'; known modes are dense")],
+    [
+        ({"k": 0}, r"k is 0\. Use 1 or more"),
+        ({"mode": "sparse"}, r"Unknown mode 'sparse'\. Choose one of dense"),
+        ({"colour": 1}, r"Unknown setting colour\. Known are "),
+        ({"prompt": QueryPrompt(), "task": "qa"}, "Both a prompt and task are given"),
+        ({"request": SearchRequest(), "k": 3}, "Both a request and k are given"),
+    ],
 )
-def test_wishes_that_make_no_sense(index: ChromaIndexer, options: dict[str, Any], message: str) -> None:
+def test_invalid_settings(index: ChromaIndexer, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         index.query(QUERY, **options)
 
@@ -222,6 +230,46 @@ def test_many_queries_are_embedded_in_one_call(
     assert index.query_many([]) == []
     assert index.query_many(["zebra", ""], mode="keyword") == [[], []]
     assert len(calls) == 1
+
+
+def test_a_request_is_the_same_as_its_settings(index: ChromaIndexer) -> None:
+    prompt = QueryPrompt(instruction="Find cats")
+    request = SearchRequest(prompt, k=3, mode="dense", filters=parse_filters(["kind=markdown"], [], None))
+    expected = index.query(QUERY, request)
+    assert index.query(QUERY, k=3, mode="dense", filters=request.filters, instruction="Find cats") == expected
+    assert index.query(QUERY, k=3, mode="dense", filters=request.filters, prompt=prompt) == expected
+    assert index.query(QUERY, request.with_settings(instruction=None)) != expected
+
+
+def test_embedded_replaces_the_query_among_the_vectors(index: ChromaIndexer, tiny_encoder: EpicEncoder) -> None:
+    settings: dict[str, Any] = {"k": 5, "mode": "dense", "collapse": False}
+    vectors = tiny_encoder.encode_query(["bees work", "stones lie"])
+    alone, averaged = index.query("bees work", **settings), index.query("", embedded=vectors.mean(axis=0), **settings)
+
+    found = index.query_many(
+        ["bees work", "x", "y", "z"],
+        embedded=[None, "bees work", ["bees work", "stones lie"], 3 * vectors[0]],
+        **settings,
+    )
+
+    assert [ids(hits) for hits in found] == [ids(alone), ids(alone), ids(averaged), ids(alone)]
+    keyword = index.query("fish", embedded="cats", mode="keyword")
+    assert ids(keyword) == ids(index.query("fish", mode="keyword"))  # keywords come from the text
+
+
+@pytest.mark.parametrize(
+    ("embedded", "message"),
+    [
+        ([[]], "no text to embed"),
+        ([np.ones(3, np.float32)], "vector has 3 numbers"),
+        ([np.ones((2, 2), np.float32)], "vector has the shape"),
+        ([np.zeros(32, np.float32)], "has length 0"),
+        ([], "embedded has 0 entries for 1 queries"),
+    ],
+)
+def test_embedded_is_checked(index: ChromaIndexer, embedded: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        index.query_many([QUERY], embedded=embedded)
 
 
 PASSAGE = "To undo the last commit and keep its changes, reset softly to the one before it.\n"
@@ -281,7 +329,7 @@ def test_a_function_can_rerank(index: ChromaIndexer) -> None:
     assert given == sorted(given, reverse=True)
     pool = index.query(QUERY, k=reranking.RERANK_POOL)
     assert set(ids(hits)) <= set(ids(pool))
-    assert all(hit.score == hit.cosine for hit in hits)
+    assert [hit.score for hit in hits] == given
     equal = index.query(QUERY, k=5, reranker=lambda query, passages: [0.0] * len(passages))
     assert ids(equal) == ids(pool)[:5]  # ties keep their order
 
