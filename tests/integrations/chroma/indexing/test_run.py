@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from epic_rag import EpicEncoder, PromptError
-from epic_rag.task_vector import QUERY_STRATEGIES
+from epic_rag.query_prompt import QUERY_STRATEGIES
 from epic_rag_chroma import ChromaIndexer, IndexReport
 from epic_rag_chroma.indexing import sync as looking
 from epic_rag_chroma.store import state as manifest
@@ -67,16 +67,15 @@ def test_a_query_takes_a_task_a_bank_and_demonstrations(indexer: ChromaIndexer, 
     assert scores[0] == scores[4]
     by_strategy = {
         strategy: [
-            [hit.score for hit in indexer.query("cats", bank=bank, strategy=strategy)],
-            [hit.score for hit in indexer.query_many(["cats"], bank=bank, strategy=strategy)[0]],
+            [hit.cosine for hit in indexer.query("cats", bank=bank, strategy=strategy)],
+            [hit.cosine for hit in indexer.query_many(["cats"], bank=bank, strategy=strategy)[0]],
         ]
         for strategy in QUERY_STRATEGIES
     }
-    assert by_strategy["none"] == [scores[3], scores[3]]
     assert by_strategy["epic"] == [scores[2], scores[2]]  # a checkpoint's own unless it says otherwise
-    assert len({tuple(one) for one, _ in by_strategy.values()}) == 4
+    assert len({tuple(one) for one, _ in by_strategy.values()}) == 3
     assert all(one == many for one, many in by_strategy.values())
-    with pytest.raises(PromptError, match="strategy is 'best', known are epic"):
+    with pytest.raises(PromptError, match="Unknown strategy 'best'"):
         indexer.query("cats", bank=bank, strategy=cast("Any", "best"))
 
 
