@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from llama_index.core import Document, StorageContext, VectorStoreIndex, load_index_from_storage
-from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
 from pydantic import ValidationError
 
@@ -28,6 +27,8 @@ from epic_rag import (
     TaskError,
     checkpoints,
 )
+from epic_rag.query_prompt import QUERY_STRATEGIES
+from epic_rag.tasks import get_task
 from llama_index.embeddings.epic import EpicEmbedding
 
 TEXTS = ["To install the package, run pip.", "A brown fox.", "def encode(texts): return texts", "x" * 300]
@@ -47,15 +48,14 @@ def bank() -> DemonstrationBank:
     return DemonstrationBank(PAIRS, instruction="Given a question, retrieve passages that answer it")
 
 
-def test_is_a_base_embedding_with_unit_vectors_of_plain_floats(embedding: EpicEmbedding) -> None:
+def test_vectors_are_unit_length_lists_of_floats(embedding: EpicEmbedding) -> None:
     vector = embedding.get_query_embedding("a fox")
-    assert isinstance(embedding, BaseEmbedding)
     assert len(vector) == embedding.encoder.dimension
     assert all(type(value) is float for value in vector)
     assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_queries_and_texts_are_the_encoders_own(embedding: EpicEmbedding, bank: DemonstrationBank) -> None:
+def test_vectors_equal_the_encoders(embedding: EpicEmbedding, bank: DemonstrationBank) -> None:
     encoder = embedding.encoder
     assert np.allclose(embedding.get_text_embedding_batch(TEXTS), encoder.encode_document(TEXTS), atol=1e-6)
     assert np.allclose(embedding.get_text_embedding(TEXTS[0]), encoder.encode_document(TEXTS[0]), atol=1e-6)
@@ -71,7 +71,7 @@ def test_batches_keep_order_and_values(tiny_checkpoint: Path, batch: int) -> Non
     assert embedding.get_text_embedding_batch([]) == []
 
 
-def test_async_gives_what_sync_gives(embedding: EpicEmbedding) -> None:
+def test_async_equals_sync(embedding: EpicEmbedding) -> None:
     async def embed() -> tuple[list[float], list[float], list[list[float]]]:
         return (
             await embedding.aget_query_embedding("a fox"),
@@ -86,12 +86,12 @@ def test_async_gives_what_sync_gives(embedding: EpicEmbedding) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", "\u00e9\u4e2d\U0001f98a", "word " * 5000])
-def test_odd_texts_give_unit_vectors(embedding: EpicEmbedding, text: str) -> None:
+def test_unusual_texts(embedding: EpicEmbedding, text: str) -> None:
     for vector in (embedding.get_query_embedding(text), embedding.get_text_embedding(text)):
         assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_demonstrations_change_queries_and_leave_documents(embedding: EpicEmbedding, bank: DemonstrationBank) -> None:
+def test_demonstrations_change_queries_only(embedding: EpicEmbedding, bank: DemonstrationBank) -> None:
     adapted = embedding.with_bank(bank)
     assert not np.allclose(adapted.get_query_embedding("a fox"), embedding.get_query_embedding("a fox"), atol=1e-3)
     assert adapted.get_text_embedding("a fox") == embedding.get_text_embedding("a fox")
@@ -99,9 +99,7 @@ def test_demonstrations_change_queries_and_leave_documents(embedding: EpicEmbedd
     assert adapted.document_fingerprint == embedding.document_fingerprint == embedding.encoder.fingerprint
 
 
-def test_with_bank_takes_an_object_a_folder_and_none(
-    embedding: EpicEmbedding, bank: DemonstrationBank, tmp_path: Path
-) -> None:
+def test_with_bank_object_folder_none(embedding: EpicEmbedding, bank: DemonstrationBank, tmp_path: Path) -> None:
     bank.build(embedding.encoder).save(tmp_path / "bank")
     from_object = embedding.with_bank(bank)
     from_folder = embedding.with_bank(tmp_path / "bank")
@@ -112,7 +110,7 @@ def test_with_bank_takes_an_object_a_folder_and_none(
     assert from_object.encoder is embedding.encoder
 
 
-def test_num_demonstrations_and_selection_reach_the_encoder(embedding: EpicEmbedding, bank: DemonstrationBank) -> None:
+def test_number_and_selection_reach_the_encoder(embedding: EpicEmbedding, bank: DemonstrationBank) -> None:
     one = embedding.with_bank(bank, num_demonstrations=1)
     expected = embedding.encoder.encode_query("a fox", bank=bank, num_demonstrations=1)
     assert np.allclose(one.get_query_embedding("a fox"), expected, atol=1e-6)
@@ -121,7 +119,27 @@ def test_num_demonstrations_and_selection_reach_the_encoder(embedding: EpicEmbed
     assert np.allclose(nearest.get_query_embedding("settings"), expected, atol=1e-6)
 
 
-def test_a_symmetric_bank_embeds_documents_like_queries(embedding: EpicEmbedding) -> None:
+def test_strategy_reaches_the_encoder(embedding: EpicEmbedding, bank: DemonstrationBank) -> None:
+    for strategy in QUERY_STRATEGIES:
+        adapted = embedding.with_bank(bank, strategy=strategy)
+        expected = embedding.encoder.encode_query("a fox", bank=bank, strategy=strategy)
+        assert np.allclose(adapted.get_query_embedding("a fox"), expected, atol=1e-6)
+        again = EpicEmbedding.from_dict(adapted.to_dict())
+        assert (again.strategy, again.fingerprint) == (strategy, adapted.fingerprint)
+        assert adapted.document_fingerprint == embedding.document_fingerprint
+        assert adapted.for_documents().strategy is None
+        assert adapted.with_bank(bank).strategy is None
+
+
+def test_task_is_an_instruction(embedding: EpicEmbedding, bank: DemonstrationBank) -> None:
+    by_task = embedding.model_copy(update={"task": "docs"})
+    by_words = embedding.model_copy(update={"instruction": get_task("docs").instruction})
+    assert by_task.get_query_embedding("a fox") == by_words.get_query_embedding("a fox")
+    expected = embedding.encoder.encode_query("a fox", task="docs", bank=bank)
+    assert np.allclose(by_task.with_bank(bank).get_query_embedding("a fox"), expected, atol=1e-6)
+
+
+def test_symmetric_bank(embedding: EpicEmbedding) -> None:
     bank = DemonstrationBank(PAIRS, instruction="Retrieve texts with the same meaning", symmetric=True)
     adapted = embedding.with_bank(bank)
     assert adapted.symmetric
@@ -129,7 +147,7 @@ def test_a_symmetric_bank_embeds_documents_like_queries(embedding: EpicEmbedding
     assert adapted.document_fingerprint == adapted.fingerprint
 
 
-def test_a_symmetric_task_embeds_documents_like_queries(tiny_checkpoint: Path) -> None:
+def test_symmetric_task(tiny_checkpoint: Path) -> None:
     embedding = EpicEmbedding(model=str(tiny_checkpoint), task="sts")
     assert np.allclose(embedding.get_text_embedding("a fox"), embedding.get_query_embedding("a fox"), atol=1e-6)
 
@@ -149,7 +167,7 @@ def test_settings_reach_the_encoder(tiny_checkpoint: Path) -> None:
     assert len(embedding.get_query_embedding("a fox")) == 8
 
 
-def test_model_may_be_named_as_other_llama_index_embeddings_name_it(tiny_checkpoint: Path) -> None:
+def test_model_name_is_accepted_for_model(tiny_checkpoint: Path) -> None:
     by_alias = EpicEmbedding(model_name=str(tiny_checkpoint))
     assert by_alias.model == str(tiny_checkpoint)
     assert by_alias.model_name == by_alias.encoder.name
@@ -157,7 +175,7 @@ def test_model_may_be_named_as_other_llama_index_embeddings_name_it(tiny_checkpo
     assert EpicEmbedding(model=str(tiny_checkpoint), model_name="gone").model == str(tiny_checkpoint)
 
 
-def test_the_default_is_the_shipped_checkpoint_by_its_name(
+def test_default_model_is_stored_by_name(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny_checkpoint, tmp_path / checkpoints.DEFAULT_CHECKPOINT)
@@ -168,7 +186,7 @@ def test_the_default_is_the_shipped_checkpoint_by_its_name(
     assert embedding.for_documents().encoder is embedding.encoder
 
 
-def test_paths_dtypes_and_devices_may_be_objects(tiny_checkpoint: Path) -> None:
+def test_objects_for_text_fields(tiny_checkpoint: Path) -> None:
     embedding = EpicEmbedding.from_dict(
         {"model": tiny_checkpoint, "dtype": torch.float32, "device": torch.device("cpu")}
     )
@@ -182,7 +200,7 @@ def fingerprints(embedding: EpicEmbedding) -> tuple[str | None, str]:
     return embedding.fingerprint, embedding.document_fingerprint
 
 
-def test_the_fingerprint_is_stable_and_needs_no_demonstrations(tiny_checkpoint: Path) -> None:
+def test_fingerprint_is_stable(tiny_checkpoint: Path) -> None:
     first, second = (EpicEmbedding(model=str(tiny_checkpoint)) for _ in range(2))
     assert fingerprints(first) == fingerprints(second)
 
@@ -201,7 +219,7 @@ def test_the_fingerprint_is_stable_and_needs_no_demonstrations(tiny_checkpoint: 
         ({"max_document_tokens": 32}, True),
     ],
 )
-def test_everything_that_changes_a_vector_changes_the_fingerprint(
+def test_fingerprint_changes_with_vectors(
     embedding: EpicEmbedding, change: dict[str, object], documents_too: bool
 ) -> None:
     changed = embedding.model_copy(update=change)
@@ -209,7 +227,7 @@ def test_everything_that_changes_a_vector_changes_the_fingerprint(
     assert (changed.document_fingerprint != embedding.document_fingerprint) == documents_too
 
 
-def test_all_single_changes_differ_from_each_other(embedding: EpicEmbedding) -> None:
+def test_fingerprints_are_distinct(embedding: EpicEmbedding) -> None:
     bank = DemonstrationBank(PAIRS)
     variants = [
         {},
@@ -229,14 +247,14 @@ def test_all_single_changes_differ_from_each_other(embedding: EpicEmbedding) -> 
     assert len(set(seen)) == len(variants)
 
 
-def test_precision_is_no_part_of_the_fingerprint(embedding: EpicEmbedding) -> None:
+def test_fingerprint_ignores_dtype(embedding: EpicEmbedding) -> None:
     assert fingerprints(embedding.model_copy(update={"dtype": "bfloat16"})) == fingerprints(embedding)
 
 
-def test_check_documents_compares_what_was_stored(embedding: EpicEmbedding, other_checkpoint: Path) -> None:
+def test_check_documents(embedding: EpicEmbedding, other_checkpoint: Path) -> None:
     embedding.check_documents(embedding.with_bank(DemonstrationBank(PAIRS)).document_fingerprint)
     stored = EpicEmbedding(model=str(other_checkpoint)).document_fingerprint
-    with pytest.raises(FingerprintError, match=rf"under {stored}.*is {embedding.document_fingerprint}; .*embed"):
+    with pytest.raises(FingerprintError, match=rf"under {stored}.*has {embedding.document_fingerprint}\. .*embed"):
         embedding.check_documents(stored)
     with pytest.raises(FingerprintError, match="under None"):
         embedding.check_documents(None)
@@ -258,9 +276,7 @@ def round_trips(embedding: EpicEmbedding) -> list[EpicEmbedding]:
 
 
 @pytest.mark.parametrize("with_bank", [False, True])
-def test_round_trips_keep_fields_and_vectors(
-    embedding: EpicEmbedding, bank: DemonstrationBank, with_bank: bool
-) -> None:
+def test_round_trips(embedding: EpicEmbedding, bank: DemonstrationBank, with_bank: bool) -> None:
     original = embedding.with_bank(bank) if with_bank else embedding
     expected = original.get_query_embedding("a fox")
     for copied in round_trips(original):
@@ -269,36 +285,28 @@ def test_round_trips_keep_fields_and_vectors(
         assert copied.document_fingerprint == original.document_fingerprint
 
 
-def test_to_dict_is_plain_data_with_the_demonstrations_texts(embedding: EpicEmbedding, bank: DemonstrationBank) -> None:
+def test_to_dict_is_plain_data(embedding: EpicEmbedding, bank: DemonstrationBank) -> None:
     data = json.loads(json.dumps(embedding.with_bank(bank).to_dict()))
     assert data["class_name"] == EpicEmbedding.class_name() == "EpicEmbedding"
     assert data["bank"]["demonstrations"] == [{"query": query, "passage": passage} for query, passage in PAIRS]
     assert data["fingerprint"].startswith(embedding.encoder.fingerprint)
     assert {
-        "model",
-        "task",
-        "bank",
-        "num_demonstrations",
-        "max_query_tokens",
-        "max_document_tokens",
+        *("model", "task", "bank", "instruction", "num_demonstrations", "selection", "strategy", "fingerprint"),
+        *("max_query_tokens", "max_document_tokens", "device", "dtype", "truncate_dim", "embed_batch_size"),
     } <= data.keys()
-    assert {"device", "dtype", "truncate_dim", "fingerprint"} <= data.keys()
 
 
-def test_there_is_a_json_schema(embedding: EpicEmbedding) -> None:
+def test_json_schema(embedding: EpicEmbedding) -> None:
     assert "fingerprint" in EpicEmbedding.model_json_schema()["properties"]
 
 
-def test_a_pickle_holds_no_weights_and_leaves_the_original_alone(embedding: EpicEmbedding) -> None:
+def test_pickle_holds_no_weights(embedding: EpicEmbedding) -> None:
     before = dict(embedding.__dict__)
     assert len(pickle.dumps(embedding)) < 5_000
     assert embedding.__dict__ == before
-    assert embedding._engine.loaded
 
 
-def test_what_cannot_be_pickled_stays_with_the_original(
-    embedding: EpicEmbedding, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unpicklable_callback_manager(embedding: EpicEmbedding, caplog: pytest.LogCaptureFixture) -> None:
     handler = LlamaDebugHandler(print_trace_on_end=False)
     handler.connection = threading.Lock()  # type: ignore[attr-defined]
     manager = CallbackManager([handler])
@@ -320,7 +328,7 @@ def test_copies_share_the_weights(embedding: EpicEmbedding, bank: DemonstrationB
         assert copied.encoder is embedding.encoder
 
 
-def test_an_encoder_that_is_loaded_already_is_used(tiny_checkpoint: Path, bank: DemonstrationBank) -> None:
+def test_from_encoder(tiny_checkpoint: Path, bank: DemonstrationBank) -> None:
     encoder = EpicEncoder.from_pretrained(tiny_checkpoint, truncate_dim=16, max_query_tokens=64)
     embedding = EpicEmbedding.from_encoder(encoder, bank=bank)
     assert embedding.encoder is encoder
@@ -329,23 +337,72 @@ def test_an_encoder_that_is_loaded_already_is_used(tiny_checkpoint: Path, bank: 
     assert again.get_query_embedding("a fox") == embedding.get_query_embedding("a fox")
 
 
-def test_an_encoder_that_its_source_does_not_give_is_noticed(tiny_checkpoint: Path) -> None:
+def test_from_encoder_that_its_source_does_not_give(tiny_checkpoint: Path) -> None:
     encoder = EpicEncoder.from_pretrained(tiny_checkpoint, num_layers=1)
     data = EpicEmbedding.from_encoder(encoder).to_dict()
     with pytest.raises(FingerprintError):
         EpicEmbedding.from_dict(data)
 
 
+# Settings that version 0.1.0 stored, and what they are now.
+OLD: list[tuple[dict[str, object], dict[str, object]]] = [
+    ({"task": "docs", "num_demonstrations": 4}, {"task": "docs", "bank": "docs", "num_demonstrations": 4}),
+    ({"task": "sts", "num_demonstrations": 4}, {"task": "sts", "bank": "sts", "num_demonstrations": 4}),
+    ({"bank": "qa", "strategy": "none"}, {"bank": "qa", "num_demonstrations": 0}),
+    ({"bank": "sts", "strategy": "none"}, {"bank": "sts", "num_demonstrations": 0}),
+    (
+        {"bank": "qa", "selection": "nearest-early", "num_demonstrations": 2},
+        {"bank": "qa", "selection": "nearest", "num_demonstrations": 2},
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), OLD)
+def test_stored_settings_of_earlier_versions(
+    embedding: EpicEmbedding, old: dict[str, object], new: dict[str, object]
+) -> None:
+    expected = embedding.model_copy(update=new)
+    stored = {**embedding.to_dict(), **old, "fingerprint": f"{embedding.encoder.fingerprint}-00000000"}
+    if "task" in old:
+        stored["fingerprint"] = expected.fingerprint  # the same as then, see below; a symmetric task compares it
+    pickled = embedding.__getstate__()
+    pickled["__dict__"].update({name: stored[name] for name in (*old, "fingerprint")})
+    pickled["__pydantic_private__"] = {"_bank": None, "_settled": False}
+    unpickled = EpicEmbedding.__new__(EpicEmbedding)
+    unpickled.__setstate__(pickled)
+    for loaded in (EpicEmbedding.from_dict(stored), unpickled):
+        assert loaded.get_query_embedding("a fox") == expected.get_query_embedding("a fox")
+        assert loaded.get_text_embedding("a fox") == expected.get_text_embedding("a fox")
+        assert loaded.to_dict() == expected.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, "2aed44f5"),
+        ({"task": "docs"}, "cbf63554"),
+        ({"task": "docs", "bank": "docs", "num_demonstrations": 4}, "3aac8a1b"),
+        ({"task": "sts", "bank": "sts", "num_demonstrations": 4}, "75ff6032"),
+        ({"bank": "qa", "strategy": "text"}, "5a6a60d5"),
+        ({"instruction": "Find", "bank": "code", "selection": "diverse"}, "1cf0b0c5"),
+    ],
+)
+def test_query_fingerprints_are_those_of_version_0_1(
+    embedding: EpicEmbedding, fields: dict[str, object], expected: str
+) -> None:
+    assert str(embedding.model_copy(update=fields).fingerprint).partition("-")[2] == expected
+
+
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_misspelt_argument_is_refused(tiny_checkpoint: Path) -> None:
+def test_misspelt_argument(tiny_checkpoint: Path) -> None:
     with pytest.raises(ValidationError, match="num_demonstration"):
         EpicEmbedding(model=str(tiny_checkpoint), num_demonstration=4)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(("field", "value"), [("bank", "qa"), ("fingerprint", "x"), ("embeddings_cache", None)])
-def test_fields_behind_the_fingerprint_are_frozen(embedding: EpicEmbedding, field: str, value: object) -> None:
+def test_fields_are_frozen(embedding: EpicEmbedding, field: str, value: object) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         setattr(embedding, field, value)
 
@@ -358,14 +415,17 @@ def test_fields_behind_the_fingerprint_are_frozen(embedding: EpicEmbedding, fiel
         ({"bank": "/no/such/bank"}, BankError, "/no/such/bank"),
         ({"bank": {"queries": []}}, BankError, "queries"),
         ({"bank": DemonstrationBank(PAIRS), "num_demonstrations": 3}, PromptError, "3.*2"),
-        ({"num_demonstrations": 3}, PromptError, "3 demonstrations.*bank="),
+        ({"num_demonstrations": 3}, PromptError, "no bank"),
+        ({"task": "docs", "num_demonstrations": 3}, PromptError, "no bank"),
         ({"num_demonstrations": -1}, ValidationError, "greater than or equal to 0"),
         ({"selection": "best"}, ValidationError, "selection"),
+        ({"selection": "nearest-early"}, ValidationError, "selection"),
         ({"strategy": "best"}, ValidationError, "strategy"),
+        ({"strategy": "none"}, ValidationError, "strategy"),
         ({"embeddings_cache": {}}, TypeError, "BaseKVStore"),
     ],
 )
-def test_mistakes_show_at_construction(
+def test_mistakes_raise_at_construction(
     tiny_checkpoint: Path, change: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -1,18 +1,19 @@
-"""The package beside llama-index-core, the example script, and the code in docs/llama_index.md."""
+"""The namespace packages, the example script, and the code in docs/llama_index.md."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from llama_index.core import Settings
 
 from epic_rag import DemonstrationBank, EpicEncoder
 
@@ -41,11 +42,11 @@ def script() -> ModuleType:
 
 
 def hits(output: str) -> list[tuple[float, str]]:
-    """(cosine, document) of every line with a hit."""
+    """Return (cosine, document) of every line with a hit."""
     return [(float(score), name) for score, name in re.findall(r"^    (-?\d\.\d{3})  (\S+)", output, re.MULTILINE)]
 
 
-def test_the_namespace_package_leaves_llama_index_alone() -> None:
+def test_namespace_packages() -> None:
     import llama_index.core
     import llama_index.vector_stores.chroma
 
@@ -63,37 +64,20 @@ def test_the_namespace_package_leaves_llama_index_alone() -> None:
     assert llama_index.retrievers.epic.__all__ == ["EpicRetriever", "to_search_filters"]
 
 
-def test_the_example_runs_as_a_program(tiny_checkpoint: Path) -> None:
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            str(SCRIPT),
-            "--model",
-            str(tiny_checkpoint),
-            "--question",
-            "E7 again",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tiny_checkpoint,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "integrations", "demos")),
-        },
-        check=False,
-    )
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout.splitlines()[0] == "7 chunks"
-    assert "with 2 demonstrations" in ran.stdout
-    assert len(hits(ran.stdout)) == 6
-
-
-def test_the_example_prints_cosines(
-    script: ModuleType, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+def test_example_as_a_program(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--model", str(tiny_checkpoint), "--question", "E7 again"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert shown.out.splitlines()[0] == "7 chunks"
+    assert "with 2 demonstrations" in shown.out
+    assert len(hits(shown.out)) == 6
+
+
+def test_example_prints_cosines(script: ModuleType, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--model", str(tiny_checkpoint), "--top-k", "7", "--question", "white crust"]) == 0
     found = hits(capsys.readouterr().out)
     encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
@@ -108,7 +92,7 @@ def test_the_example_prints_cosines(
         assert [score for score, _ in shown] == pytest.approx([score for score, _ in expected], abs=1e-3)
 
 
-def test_the_example_replaces_what_changed_in_a_folder(
+def test_example_replaces_changed_documents(
     script: ModuleType, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     notes, pairs = tmp_path / "notes", tmp_path / "pairs.jsonl"
@@ -141,7 +125,7 @@ def test_the_example_replaces_what_changed_in_a_folder(
     assert "Tuesdays" not in changed
 
 
-def test_a_crash_while_embedding_loses_no_document(
+def test_crash_while_embedding_loses_no_document(
     script: ModuleType, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import chromadb
@@ -166,7 +150,7 @@ def test_a_crash_while_embedding_loses_no_document(
     assert collection.get()["documents"] == ["new"]
 
 
-def test_the_example_refuses_a_collection_of_another_model(
+def test_example_refuses_a_collection_of_another_model(
     script: ModuleType,
     tiny_checkpoint: Path,
     other_checkpoint: Path,
@@ -178,19 +162,23 @@ def test_the_example_refuses_a_collection_of_another_model(
     assert script.main(["--model", str(other_checkpoint), "--index-dir", str(tmp_path)]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("error: the stored vectors were made under")
+    assert shown.err.startswith("error: The stored vectors were made under")
     assert shown.err.count("\n") == 1
 
 
-def test_the_code_in_the_page_runs(shipped: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_runs(
+    shipped: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Settings, "_node_parser", None)  # restores the chunk size that the page sets
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 8
-    names: dict[str, object] = {}
+    assert len(blocks) == 9
+    names: dict[str, Any] = {}
     for number, block in enumerate(blocks, start=1):
         exec(compile(block, f"{PAGE.name}, block {number}", "exec"), names)
-    assert [hit.node.ref_doc_id for hit in names["hits"]]  # type: ignore[attr-defined]
-    texts = names["collection"].get()["documents"]  # type: ignore[attr-defined]
-    assert sum("Descale every month with" in text for text in texts) == 1
-    assert len(texts) == 3
-    assert names["found"][0].node.metadata["path"] in ("machine.md", "tap.py")  # type: ignore[index]
+    assert len(names["documents"]) == len(names["nodes"]) == names["collection"].count() == 3
+    assert {hit.node.ref_doc_id for hit in names["hits"]} <= {"error-e7", "descaling", "changes"}
+    assert {hit.node.metadata["path"] for hit in names["found"]} == {"machine.md", "tap.py"}
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3 + 1 + 1
+    assert all(re.search(r"(machine\.md|tap\.py)", line) for line in printed)

@@ -1,8 +1,9 @@
-"""What LlamaIndex 0.14 does to an embedding model, and that EpicEmbedding survives it."""
+"""Traps of LlamaIndex 0.14: each is reproduced here, or would make its test fail."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import pickle
 import shutil
@@ -13,15 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import llama_index.core
 import numpy as np
 import pytest
 from llama_index.core import Document, Settings, VectorStoreIndex
+from llama_index.core.constants import DEFAULT_CHUNK_SIZE
 from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import BaseComponent
 from llama_index.core.storage.kvstore import SimpleKVStore
 
 from epic_rag import DemonstrationBank, EpicEncoder, FingerprintError
+from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from llama_index.embeddings.epic import EpicEmbedding
 
 BANK = DemonstrationBank([("how do I undo this", "To undo a step, press Ctrl+Z.")], instruction="Find the manual page")
@@ -39,9 +43,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, encoder: EpicEncoder) -> dict[s
     calls: dict[str, list[str]] = {"query": [], "document": []}
 
     def watch(role: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(texts: list[str], **options: Any) -> Any:
+        def call(texts: list[str], *prompt: Any, **options: Any) -> Any:
             calls[role].extend(texts)
-            return method(texts, **options)
+            return method(texts, *prompt, **options)
 
         return call
 
@@ -57,7 +61,7 @@ def cached(checkpoint: Path, store: SimpleKVStore, bank: DemonstrationBank | Non
     return EpicEmbedding(model=str(checkpoint), bank=bank, embeddings_cache=store)
 
 
-def test_a_query_never_gets_the_cached_vector_of_a_document(tiny_checkpoint: Path, embedding: EpicEmbedding) -> None:
+def test_cache_keeps_queries_and_documents_apart(tiny_checkpoint: Path, embedding: EpicEmbedding) -> None:
     for ask_first in (True, False):
         both = cached(tiny_checkpoint, SimpleKVStore(), BANK)
         if ask_first:
@@ -69,7 +73,7 @@ def test_a_query_never_gets_the_cached_vector_of_a_document(tiny_checkpoint: Pat
         assert query != text
 
 
-def test_the_cache_is_used_by_all_methods(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_used_by_all_methods(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embedding = cached(tiny_checkpoint, SimpleKVStore())
     calls = count_calls(monkeypatch, embedding.encoder)
     for _ in range(2):
@@ -81,20 +85,18 @@ def test_the_cache_is_used_by_all_methods(tiny_checkpoint: Path, monkeypatch: py
     assert calls == {"query": ["Rome"], "document": [*TEXTS, "Bern"]}
 
 
-def test_a_cache_that_outlives_a_checkpoint_or_a_bank_serves_nothing_stale(
-    tiny_checkpoint: Path, other_checkpoint: Path
-) -> None:
+def test_cache_is_never_stale(tiny_checkpoint: Path, other_checkpoint: Path) -> None:
     store = SimpleKVStore()
     makers = [(tiny_checkpoint, BANK), (tiny_checkpoint, OTHER_BANK), (other_checkpoint, BANK)]
     for checkpoint, bank in makers:
         shared, alone = cached(checkpoint, store, bank), EpicEmbedding(model=str(checkpoint), bank=bank)
         assert shared.get_query_embedding("Paris") == alone.get_query_embedding("Paris")
         assert shared.get_text_embedding("Paris") == alone.get_text_embedding("Paris")
-    # three query vectors, but one document vector a checkpoint: a bank leaves documents alone
+    # three query vectors, but one document vector per checkpoint: a bank does not change documents
     assert len(store.get_all(collection="embeddings")) == 3 + 2
 
 
-def test_the_cache_is_no_setting_and_survives_copies(tiny_checkpoint: Path) -> None:
+def test_cache_is_not_a_setting_and_survives_copies(tiny_checkpoint: Path) -> None:
     embedding = cached(tiny_checkpoint, SimpleKVStore())
     assert embedding.to_dict() == EpicEmbedding(model=str(tiny_checkpoint)).to_dict()
     vector = embedding.get_text_embedding("Paris")
@@ -114,7 +116,7 @@ def ingest(embedding: EpicEmbedding, cache: IngestionCache, texts: list[str] = T
     return [node.embedding or [] for node in nodes]
 
 
-def test_the_pipeline_cache_spares_the_second_run(embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipeline_cache_hits_on_the_second_run(embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, cache = count_calls(monkeypatch, embedding.encoder), IngestionCache()
     first = ingest(embedding, cache)
     assert ingest(EpicEmbedding.from_dict(embedding.to_dict()), cache) == first
@@ -122,7 +124,7 @@ def test_the_pipeline_cache_spares_the_second_run(embedding: EpicEmbedding, monk
     assert calls["document"] == TEXTS
 
 
-def test_another_checkpoint_in_the_same_folder_is_not_served_stale_vectors(
+def test_pipeline_cache_misses_another_checkpoint_in_the_folder(
     tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path
 ) -> None:
     folder, cache = tmp_path / "model", IngestionCache()
@@ -136,10 +138,9 @@ def test_another_checkpoint_in_the_same_folder_is_not_served_stale_vectors(
     assert not np.allclose(after, before, atol=1e-3)
 
 
-def test_another_bank_in_the_same_folder_is_not_served_stale_vectors(
+def test_pipeline_cache_misses_another_symmetric_bank_in_the_folder(
     tiny_checkpoint: Path, embedding: EpicEmbedding, tmp_path: Path
 ) -> None:
-    """In a symmetric task the bank is in the documents' vectors too."""
     cache, seen = IngestionCache(), []
     for pair in (("a", "b"), ("c", "d")):
         bank = DemonstrationBank([pair], instruction="Retrieve texts of the same meaning", symmetric=True)
@@ -150,9 +151,7 @@ def test_another_bank_in_the_same_folder_is_not_served_stale_vectors(
     assert not np.allclose(*seen, atol=1e-3)
 
 
-def test_for_documents_embeds_nothing_again_when_the_bank_changes(
-    embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_for_documents_hits_when_the_bank_changes(embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, cache = count_calls(monkeypatch, embedding.encoder), IngestionCache()
     variants = [
         embedding,
@@ -163,12 +162,12 @@ def test_for_documents_embeds_nothing_again_when_the_bank_changes(
     vectors = [ingest(variant.for_documents(), cache) for variant in variants]
     assert calls["document"] == TEXTS
     assert all(rows == vectors[0] for rows in vectors)
-    # without for_documents() another bank misses the cache: more work, the same vectors
+    # without for_documents() another bank misses the cache: more work for the same vectors
     assert ingest(embedding.with_bank(BANK), cache) == vectors[0]
     assert calls["document"] == TEXTS * 2
 
 
-def test_for_documents_keeps_what_a_symmetric_task_needs(tiny_checkpoint: Path) -> None:
+def test_for_documents_of_a_symmetric_task(tiny_checkpoint: Path) -> None:
     embedding = EpicEmbedding(model=str(tiny_checkpoint), task="sts")
     assert embedding.for_documents().to_dict() == embedding.to_dict()
 
@@ -176,7 +175,7 @@ def test_for_documents_keeps_what_a_symmetric_task_needs(tiny_checkpoint: Path) 
 # -- copies: __setstate__ re-runs __init__(**fields) ------------------------------------------------------------------
 
 
-def test_every_argument_is_a_field_so_that_fields_make_it_again(embedding: EpicEmbedding) -> None:
+def test_fields_make_an_equal_embedding(embedding: EpicEmbedding) -> None:
     adapted = embedding.with_bank(BANK)
     fields = {name: getattr(adapted, name) for name in EpicEmbedding.model_fields}
     assert EpicEmbedding(**fields).to_dict() == adapted.to_dict()
@@ -186,16 +185,13 @@ def test_every_argument_is_a_field_so_that_fields_make_it_again(embedding: EpicE
     assert restored.get_query_embedding("Paris") == adapted.get_query_embedding("Paris")
 
 
-def test_a_copy_loads_at_first_use_and_then_compares_fingerprints(
-    tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_unpickled_copy_loads_at_first_use(tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_checkpoint, folder)
     embedding = EpicEmbedding(model=str(folder))
     sent = pickle.dumps(embedding)
-    assert not pickle.loads(sent)._engine.loaded
     shutil.rmtree(folder)
-    # unpickling itself must not raise: a multiprocessing pool would wait for ever
+    # unpickling must not raise, and so not load: a multiprocessing pool would wait forever
     missing, changed = pickle.loads(sent), pickle.loads(sent)
     with pytest.raises(Exception, match="no checkpoint"):
         missing.get_query_embedding("Paris")
@@ -207,7 +203,7 @@ def test_a_copy_loads_at_first_use_and_then_compares_fingerprints(
         asyncio.run(changed.aget_query_embedding("Paris"))
 
 
-def test_from_dict_names_both_checkpoints_and_the_remedy(tiny_checkpoint: Path, other_checkpoint: Path) -> None:
+def test_from_dict_of_another_checkpoint(tiny_checkpoint: Path, other_checkpoint: Path) -> None:
     tiny, other = (EpicEmbedding(model=str(folder)) for folder in (tiny_checkpoint, other_checkpoint))
     data = {**tiny.to_dict(), "model": str(other_checkpoint)}
     with pytest.raises(FingerprintError) as caught:
@@ -224,7 +220,7 @@ def test_from_dict_names_both_checkpoints_and_the_remedy(tiny_checkpoint: Path, 
     assert EpicEmbedding.from_dict(data, model=str(tiny_checkpoint)).fingerprint == tiny.fingerprint
 
 
-def test_an_edited_bank_is_taken_as_it_is_and_said(
+def test_edited_bank_is_used_and_logged(
     embedding: EpicEmbedding, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     BANK.save(tmp_path)
@@ -236,7 +232,7 @@ def test_an_edited_bank_is_taken_as_it_is_and_said(
     assert data["fingerprint"] in caplog.text
 
 
-def test_an_edited_bank_of_a_symmetric_task_is_refused(embedding: EpicEmbedding, tmp_path: Path) -> None:
+def test_edited_symmetric_bank_is_an_error(embedding: EpicEmbedding, tmp_path: Path) -> None:
     for pair in (("a", "b"), ("c", "d")):
         DemonstrationBank([pair], symmetric=True).save(tmp_path)
         if pair[0] == "a":
@@ -250,13 +246,13 @@ def test_an_edited_bank_of_a_symmetric_task_is_refused(embedding: EpicEmbedding,
 
 @pytest.fixture
 def gate(embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """An encoder that works until the gate is opened, or gives up: who blocks the loop never opens it."""
+    """An encoder that waits until the event loop opens the gate."""
     opened = threading.Event()
 
     def hold(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(texts: list[str], **options: Any) -> Any:
+        def call(texts: list[str], *prompt: Any, **options: Any) -> Any:
             assert opened.wait(timeout=20), "the event loop is blocked"
-            return method(texts, **options)
+            return method(texts, *prompt, **options)
 
         return call
 
@@ -267,7 +263,7 @@ def gate(embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 @pytest.mark.parametrize("method", ["aget_query_embedding", "aget_text_embedding", "aget_text_embedding_batch"])
-def test_the_event_loop_runs_on_while_texts_are_embedded(
+def test_async_methods_do_not_block_the_event_loop(
     embedding: EpicEmbedding, gate: threading.Event, method: str
 ) -> None:
     embedding.embed_batch_size = 2  # more batches than the loop's shared pool has threads
@@ -278,7 +274,7 @@ def test_the_event_loop_runs_on_while_texts_are_embedded(
         for _ in range(20):
             await asyncio.sleep(0.001)
         assert not work.done()
-        # the loop's shared threads are free as well, however many batches wait
+        # the loop's shared thread pool is not filled by waiting batches either
         assert await asyncio.wait_for(asyncio.to_thread(time.monotonic), timeout=10)
         gate.set()
         return await work
@@ -286,7 +282,7 @@ def test_the_event_loop_runs_on_while_texts_are_embedded(
     assert asyncio.run(embed())
 
 
-def test_a_pipeline_may_run_in_the_loop(embedding: EpicEmbedding, gate: threading.Event) -> None:
+def test_async_pipeline_does_not_block_the_event_loop(embedding: EpicEmbedding, gate: threading.Event) -> None:
     async def embed() -> Any:
         pipeline = IngestionPipeline(transformations=[embedding], disable_cache=True)
         work = asyncio.create_task(pipeline.arun(documents=[Document(text=text) for text in TEXTS]))
@@ -298,18 +294,18 @@ def test_a_pipeline_may_run_in_the_loop(embedding: EpicEmbedding, gate: threadin
     assert [node.embedding for node in nodes] == embedding.get_text_embedding_batch(TEXTS)
 
 
-def test_one_text_at_a_time_reaches_the_encoder(embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EpicEncoder is not thread-safe: threads, event loops and copies of the embedding have to take turns."""
+def test_encoder_calls_are_serialised(embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EpicEncoder is not thread-safe: threads, event loops and copies of an embedding share one lock."""
     encoder, inside, most = embedding.encoder, 0, 0
     original = encoder.encode_document
 
-    def encode(texts: list[str], **options: Any) -> Any:
+    def encode(texts: list[str]) -> Any:
         nonlocal inside, most
         inside += 1
         most = max(most, inside)
         time.sleep(0.002)
         inside -= 1
-        return original(texts, **options)
+        return original(texts)
 
     monkeypatch.setattr(encoder, "encode_document", encode)
     others = [embedding, embedding.with_bank(BANK), embedding.model_copy()]
@@ -324,7 +320,7 @@ def test_one_text_at_a_time_reaches_the_encoder(embedding: EpicEmbedding, monkey
 # -- the global embed model gets a callback manager assigned ---------------------------------------------------------
 
 
-def test_settings_take_it_as_the_global_embed_model(embedding: EpicEmbedding) -> None:
+def test_global_embed_model(embedding: EpicEmbedding) -> None:
     previous = Settings._embed_model
     try:
         Settings.embed_model = embedding
@@ -337,18 +333,31 @@ def test_settings_take_it_as_the_global_embed_model(embedding: EpicEmbedding) ->
 # -- num_workers ------------------------------------------------------------------------------------------------------
 
 
-def test_worker_processes_give_the_same_vectors_and_fill_the_cache(
-    embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("multiprocessing.cpu_count", lambda: 2)  # else LlamaIndex warns on a one-core machine
+def test_worker_processes_with_a_splitter(embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multiprocessing.cpu_count", lambda: 2)  # LlamaIndex warns on a machine with one core
+    # Without this a worker fetches tiktoken's file; offline, the pool loses its task and waits forever.
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(llama_index.core.__file__).parent / "_static" / "tiktoken_cache"))
     adapted = embedding.with_bank(BANK)
     documents = [Document(text=text, id_=text) for text in TEXTS]
     expected = adapted.get_text_embedding_batch(TEXTS)
-    pipeline = IngestionPipeline(transformations=[adapted], cache=IngestionCache())
+    pipeline = IngestionPipeline(
+        transformations=[SentenceSplitter(chunk_size=64, chunk_overlap=0), adapted], cache=IngestionCache()
+    )
     nodes = pipeline.run(documents=documents, num_workers=2)
     assert np.allclose([node.embedding for node in nodes], expected, atol=1e-6)
-    # The workers' cache entries came back: one for each half.
+    # The workers' cache entries came back, one for each half.
     calls = count_calls(monkeypatch, adapted.encoder)
     again = [node for half in (documents[:2], documents[2:]) for node in pipeline.run(documents=half)]
     assert np.allclose([node.embedding for node in again], expected, atol=1e-6)
     assert calls["document"] == []
+
+
+# -- the default chunk is longer than what the model reads ------------------------------------------------------------
+
+
+def test_the_page_names_the_default_chunk_and_what_the_model_reads() -> None:
+    root = Path(__file__).parents[3]
+    config = json.loads((root / "epic_rag" / "checkpoints" / DEFAULT_CHECKPOINT / "epic.json").read_text("utf-8"))
+    page = (root / "docs" / "llama_index.md").read_text("utf-8")
+    assert f"{DEFAULT_CHUNK_SIZE:,} tokens" in page
+    assert f"reads {config['max_document_tokens']}" in page
