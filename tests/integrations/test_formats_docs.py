@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from epic_rag_chroma.reading import file_types as kinds
 from epic_rag_chroma.reading.code import LANGUAGES
+from epic_rag_chroma.reading.file_types import kind_of, languages, suffixes_by_kind
 
 PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 
@@ -17,17 +17,16 @@ def test_every_suffix_is_in_a_table_and_every_one_in_a_table_is_read() -> None:
         if "|" in row:
             listed |= set(re.findall(r"`(\.[a-z0-9]+)`", row.split("|")[1]))
     listed |= {f".{number}" for number in range(1, 9)}
-    read = {suffix for suffix, kind in kinds._KIND_OF.items()}
-    assert listed == read
+    assert listed == {suffix for suffixes in suffixes_by_kind().values() for suffix in suffixes}
 
 
 def test_kinds_of_text() -> None:
     for kind, suffixes in re.findall(r"^\| `(\w+)` \| ([^|]*) \|", PAGE, re.M):
         for suffix in re.findall(r"`(\.[a-z0-9]+)`", suffixes):
-            assert kinds.kind_of(f"a{suffix}") == kind
+            assert kind_of(f"a{suffix}") == kind
 
 
 def test_languages() -> None:
     named = PAGE[PAGE.index("the names are") : PAGE.index("Text is UTF-8")]
-    assert set(re.findall(r"`(\w+)`", named)) == set(kinds._LANGUAGES)
+    assert set(re.findall(r"`(\w+)`", named)) == set(languages())
     assert set(re.findall(r"(?<!\()`(\w+)`", named)) == set(LANGUAGES)

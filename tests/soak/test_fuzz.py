@@ -20,8 +20,8 @@ import pytest
 from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.chunking import chunk_document
-from epic_rag_chroma.reading.document import Document, split_lines
-from epic_rag_chroma.reading.reader import BrokenFileError, NotTextError, decode
+from epic_rag_chroma.reading.document import BrokenFileError, Document, NotTextError, split_lines
+from epic_rag_chroma.reading.encoding import decode
 from epic_rag_chroma.reading.worker import IsolatedReader
 from tests.helpers.sample_files import SAMPLES, zipped
 
@@ -129,7 +129,7 @@ def _inside(data: bytes, rng: random.Random) -> bytes:
 def check(name: str, data: bytes, document: Document) -> None:
     """Everything that must hold for a document, whatever it was read from."""
     lines = document.lines
-    assert len(document.breaks) == len(lines)
+    assert len(document.split_costs) == len(lines)
     for line in lines:
         assert "\0" not in line
         assert not {"\n", "\r"}.intersection(line)

@@ -26,9 +26,8 @@ import numpy.typing as npt
 from epic_rag.errors import MissingExtraError
 from epic_rag_chroma.chunking import HEADING_SEPARATOR, Chunk, chunk_document
 from epic_rag_chroma.indexing.writer import IndexWriter
-from epic_rag_chroma.reading.document import Document
+from epic_rag_chroma.reading.document import BrokenFileError, Document, NotTextError
 from epic_rag_chroma.reading.file_types import kind_of, language_of
-from epic_rag_chroma.reading.reader import BrokenFileError, NotTextError
 from epic_rag_chroma.reading.worker import IsolatedReader
 from epic_rag_chroma.store.database import Record
 from epic_rag_chroma.store.paths import DocumentKey, FileStamp

@@ -1,7 +1,7 @@
-"""Source code, cut by its syntax: functions and classes whole where they fit, their names for headings.
+"""Read source code by its syntax: functions and classes are scopes that stay whole where they fit into a chunk.
 
-tree-sitter reads some fifty languages, broken code included. Without it, and for other languages, blank lines and
-indentation decide.
+tree-sitter parses some fifty languages, including code with errors. Without it, and for other languages, code is split
+at blank lines and by indentation. `LANGUAGES` has the tree-sitter queries of definitions.
 """
 
 from __future__ import annotations
@@ -12,20 +12,16 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
-from epic_rag_chroma.reading.document import Break, Document, Scope, clean_title
-from epic_rag_chroma.reading.text import code
+from epic_rag_chroma.reading.document import Document, Scope, SplitCost, clean_title
 
 if TYPE_CHECKING:
     from tree_sitter import Language, Node, Query, Tree
 
-__all__ = ["LANGUAGES", "note_missing_parser", "query_of", "read"]
+__all__ = ["LANGUAGES", "query_of", "read_code", "warn_of_missing_parser"]
 
 
-# --- from grammars
-# What a definition looks like in each language's syntax tree: queries for tree-sitter.
-#
-# A query captures the definition as @def, its name as @name where the tree has one, and as @end the node that it ends
-# with if that is another one. Most languages need no more than the names of node types whose field `name` has the name;
+# Queries for definitions capture the definition as @def, its name as @name where the tree has one, and its last node as
+# @end if that is outside the definition. For most languages a list of node types with a field `name` is enough;
 # `type:child` is a node type whose name is its first child of type `child`.
 
 _JAVASCRIPT = (
@@ -187,7 +183,7 @@ LANGUAGES: dict[str, tuple[str, str, str]] = {
 
 @cache
 def query_of(language: str) -> str:
-    """The query of a language's definitions."""
+    """Return the tree-sitter query for a language's definitions."""
     _, types, further = LANGUAGES[language]
     patterns = []
     for name in types.split():
@@ -199,44 +195,45 @@ def query_of(language: str) -> str:
 logger = logging.getLogger(__name__)
 
 _PACKAGE = "tree_sitter_language_pack"
-# Definitions in definitions deeper than this are not told apart; nobody writes that by hand.
+# Definitions nested deeper than this are ignored.
 _MAX_DEPTH = 8
 _MAX_TITLE = 200
 _MAX_ERRORS = 5000
-# Nodes that hold nothing but a definition and what belongs to it: decorators, `export`, template parameters.
+# Nodes that wrap a definition with its decorators, `export` or template parameters.
 _WRAPPERS = re.compile(
     r"decorated_definition|export_statement|ambient_declaration|template_declaration|type_declaration"
     r"|lexical_declaration|variable_declaration|expression_statement|statement|definition|type_system_definition"
 )
 _BESIDE = re.compile("comment|decorator|parameters|modifier")
-# Nodes before a definition that belong to it.
+# Nodes before a definition that are part of its scope.
 _LEADING = re.compile(r".*comment.*|attribute_item|attribute|annotation|marker_annotation|pragma|haddock")
-# Nodes that have no structure to cut at.
+# Nodes without inner structure.
 _OPAQUE = re.compile(r".*(comment|string|heredoc|template_literal|raw_text|char_literal|pod).*")
 _MODIFIERS = re.compile(r"[\w\s]*")
 # Languages in which a function may be written as several definitions, one for each pattern.
 _BY_CLAUSES = frozenset({"elixir", "erlang", "haskell"})
 _WORD = re.compile(r"[\w.:$@~!?*+/<>=-]+")
+_CLOSING = re.compile(r"^[\s})\]>;,]+$|^\s*(end|fi|done|esac)\b")
 
 
 @cache
-def note_missing_parser() -> None:
-    """Say once if the package that cuts source code by its syntax is not installed."""
+def warn_of_missing_parser() -> None:
+    """Log a warning, once, if the package that parses source code is not installed."""
     if importlib.util.find_spec(_PACKAGE) is None:
         logger.warning(
-            "source code is cut by blank lines and indentation: cutting it by its syntax needs "
-            "tree-sitter-language-pack, which is not installed; run `pip install 'epic-rag[files]'`"
+            "source code is split by blank lines and indentation because tree-sitter-language-pack is not installed. "
+            "Run `pip install 'epic-rag[files]'` to split it by its syntax."
         )
 
 
-def read(lines: list[str], language: str) -> Document:
+def read_code(lines: list[str], language: str) -> Document:
     """Read source code.
 
     Args:
         lines: The file's lines.
-        language: What `kinds.language_of` calls it.
+        language: The language, as `file_types.language_of` returns it.
     """
-    document = code(lines)
+    document = Document(lines, _costs_by_indentation(lines))
     tools = _tools(language)
     if tools is None:
         return document
@@ -245,21 +242,37 @@ def read(lines: list[str], language: str) -> Document:
     tree = Parser(tools[0]).parse("\n".join(lines).encode("utf-8", "replace"))
     if _is_garbage(tree):
         return document
-    opaque, leading = _opaque(tree, tools[2], lines)
+    opaque, leading = _opaque_lines(tree, tools[2], lines)
     scopes = _scopes(tree, tools[1], lines, leading, by_clauses=language in _BY_CLAUSES)
     for first, last in opaque:
         for line in range(first + 1, last + 1):
-            document.breaks[line] = Break.INSIDE
+            document.split_costs[line] = SplitCost.INSIDE
     for scope in scopes:
-        document.breaks[scope.first] = Break.BLOCK
+        document.split_costs[scope.first] = SplitCost.BLOCK
         for line in range(scope.first + 1, min(scope.body, scope.end)):
-            document.breaks[line] = Break.INSIDE
-    return Document(lines, document.breaks, scopes=scopes)
+            document.split_costs[line] = SplitCost.INSIDE
+    return Document(lines, document.split_costs, scopes=scopes)
+
+
+def _costs_by_indentation(lines: list[str]) -> list[SplitCost]:
+    """Return split costs: lowest before unindented lines after a blank line, then at blank lines."""
+    costs = []
+    previous = ""
+    for line in lines:
+        indented = line[:1] in (" ", "\t")
+        if not line.strip() or _CLOSING.match(line):
+            costs.append(SplitCost.INSIDE)
+        elif not previous.strip():
+            costs.append(SplitCost.SENTENCE if indented else SplitCost.BLOCK)
+        else:
+            costs.append(SplitCost.INSIDE if indented else SplitCost.LINE)
+        previous = line
+    return costs
 
 
 @cache
 def _tools(language: str) -> tuple[Language, Query, Query | None] | None:
-    """Grammar, query for definitions, query for comments and strings; None for a language without any."""
+    """Return a language's grammar, query for definitions, and query for comments and strings; None if unsupported."""
     if language not in LANGUAGES:
         return None
     try:
@@ -269,7 +282,9 @@ def _tools(language: str) -> tuple[Language, Query, Query | None] | None:
         return None
     grammar = get_language(cast("Any", LANGUAGES[language][0]))
     kinds = {
-        grammar.node_kind_for_id(number) for number in range(grammar.node_kind_count) if _is_shown(grammar, number)
+        grammar.node_kind_for_id(number)
+        for number in range(grammar.node_kind_count)
+        if grammar.node_kind_is_named(number) and grammar.node_kind_is_visible(number)
     }
     named = sorted(kind for kind in kinds if kind and (_OPAQUE.fullmatch(kind) or _LEADING.fullmatch(kind)))
     return (
@@ -279,20 +294,16 @@ def _tools(language: str) -> tuple[Language, Query, Query | None] | None:
     )
 
 
-def _is_shown(grammar: Language, number: int) -> bool:
-    return grammar.node_kind_is_named(number) and grammar.node_kind_is_visible(number)
-
-
 def _is_garbage(tree: Tree) -> bool:
-    """Whether nothing makes sense; a query over thousands of errors in a row takes the square of their number."""
+    """Return whether there are thousands of errors in a row, for which a query takes quadratic time."""
     root = tree.root_node
     return root.has_error and any(
         node.is_error and node.child_count > _MAX_ERRORS for node in (root, *root.children[:_MAX_ERRORS])
     )
 
 
-def _opaque(tree: Tree, query: Query | None, lines: list[str]) -> tuple[list[tuple[int, int]], set[int]]:
-    """(first, last) line of comments and strings of several lines; lines of what leads up to a definition."""
+def _opaque_lines(tree: Tree, query: Query | None, lines: list[str]) -> tuple[list[tuple[int, int]], set[int]]:
+    """Return (first, last) line of multi-line comments and strings, and the lines that lead up to a definition."""
     from tree_sitter import QueryCursor
 
     if query is None:
@@ -310,7 +321,7 @@ def _opaque(tree: Tree, query: Query | None, lines: list[str]) -> tuple[list[tup
 
 
 def _last_line(node: Node) -> int:
-    """The last line of a node; one that ends with a line end reaches to the start of the next line."""
+    """Return the last line of a node; a node that ends with a line end reaches to the start of the next line."""
     row, column = node.end_point
     return row if column else max(node.start_point[0], row - 1)
 
@@ -329,53 +340,52 @@ def _scopes(tree: Tree, query: Query, lines: list[str], leading: set[int], *, by
         last = _last_line(captures["end"][0]) if "end" in captures else _last_line(outer)
         first = outer.start_point[0]
         body = (name or node).start_point[0] + 1
-        # What stands before the definition on its line belongs to something else, unless it is a word like `pub`.
+        # Code before the definition on its line is not part of it, except for modifiers such as `pub`.
         if not _MODIFIERS.fullmatch(lines[first][: _characters(lines[first], outer.start_point[1])]):
             continue
         while first > 0 and first - 1 in leading:
             first -= 1
         found.setdefault((first, last + 1), Scope(first, last + 1, title, max(body, first + 1)))
-    return _proper(sorted(found.values(), key=lambda scope: (scope.first, -scope.end)), by_clauses)
+    return _nested(sorted(found.values(), key=lambda scope: (scope.first, -scope.end)), by_clauses)
 
 
 def _characters(line: str, column: int) -> int:
-    """A column in bytes as a number of characters."""
+    """Convert a column in bytes to a number of characters."""
     return len(line.encode("utf-8", "replace")[:column].decode("utf-8", "ignore"))
 
 
 def _wrapped(node: Node) -> Node:
-    """The node with the decorators and key words around it."""
-    while node.parent is not None and _WRAPPERS.fullmatch(node.parent.type) and len(_definitions(node.parent)) == 1:
+    """Return the outermost node that adds only decorators and key words to a definition."""
+    while (
+        node.parent is not None
+        and _WRAPPERS.fullmatch(node.parent.type)
+        and sum(not _BESIDE.search(child.type) for child in node.parent.named_children) == 1
+    ):
         node = node.parent
     return node
 
 
-def _definitions(node: Node) -> list[Node]:
-    """Children that are neither comments, decorators nor parameters."""
-    return [child for child in node.named_children if not _BESIDE.search(child.type)]
-
-
 def _title(node: Node, name: Node | None) -> str:
-    """A definition's name as it stands in a path."""
+    """Return the name of a definition as a scope title."""
     if name is None and "function_definition" in node.type:
         name = _declared(node)
     if name is None:
         # A block of configuration: its first line, without the bracket.
-        said = _text(node).split("\n", 1)[0].split("{", 1)[0].replace('"', "")
-        return clean_title(said) if "block" in node.type else ""
+        first_line = _text(node).split("\n", 1)[0].split("{", 1)[0].replace('"', "")
+        return clean_title(first_line) if "block" in node.type else ""
     if node.type == "type_definition" and name.type == "function_declarator":
         return ""
     word = _WORD.search(_text(name).lstrip("('\"`"))
     title = word.group() if word is not None else ""
     receiver = node.child_by_field_name("receiver")
-    if receiver is not None and title:  # a method of Go names the type that it belongs to
+    if receiver is not None and title:  # Go: the type of a method
         types = re.findall(r"\w+", _text(receiver).split("[", 1)[0])
         title = f"{types[-1]}.{title}" if types else title
     return title[:_MAX_TITLE]
 
 
 def _declared(node: Node) -> Node | None:
-    """The name in C's nest of declarators."""
+    """Return the name inside C's nested declarators."""
     name = node.child_by_field_name("declarator")
     while name is not None:
         inner = name.child_by_field_name("declarator")
@@ -389,15 +399,15 @@ def _text(node: Node) -> str:
     return (node.text or b"").decode("utf-8", "replace")
 
 
-def _proper(scopes: list[Scope], by_clauses: bool) -> list[Scope]:
-    """Scopes of more than a line that nest; clauses of one function that follow each other become one."""
+def _nested(scopes: list[Scope], by_clauses: bool) -> list[Scope]:
+    """Drop scopes of one line and those that overlap in part; merge consecutive clauses of one function."""
     around: list[Scope] = []
     kept: list[Scope] = []
     for scope in scopes:
         while around and around[-1].end <= scope.first:
             around.pop()
         if (around and around[-1].end < scope.end) or len(around) >= _MAX_DEPTH:
-            continue  # it begins on the line where another one ends
+            continue  # begins on the line where another one ends
         previous = kept[-1] if kept else None
         if by_clauses and previous is not None and (previous.title, previous.end) == (scope.title, scope.first):
             scope = Scope(previous.first, scope.end, scope.title, previous.body)

@@ -1,6 +1,6 @@
-"""`Document`: the text of a file in lines, with its headings and with where it may be cut.
+"""`Document`: the text of a file in lines, with its headings and the cost of splitting it before each line.
 
-Every reader makes one; the chunker knows nothing else, and so nothing about formats.
+Every reader returns one. It is all that the chunker gets, so the chunker is independent of file formats.
 """
 
 from __future__ import annotations
@@ -10,20 +10,26 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 __all__ = [
-    "Break",
+    "CLOSING_QUOTES",
+    "HEADING_SEPARATOR",
     "BrokenFileError",
     "Document",
     "Heading",
     "NotTextError",
-    "Repeat",
+    "RepeatedHeader",
     "Scope",
+    "SplitCost",
     "clean_title",
-    "line_breaks",
     "split_lines",
+    "text_split_costs",
 ]
 
+# Joins the headings of a path in metadata and in the embedded text.
+HEADING_SEPARATOR = " > "
 
-_SENTENCE_END = re.compile(r"[.!?:;\u3002\uff01\uff1f][\"')\]\u00bb\u201d\u2019*_`]*\s*$")
+# Quotes and brackets that may follow the end of a sentence, for a character class.
+CLOSING_QUOTES = r"\"')\]\u00bb\u201d\u2019"
+_SENTENCE_END = re.compile(rf"[.!?:;\u3002\uff01\uff1f][{CLOSING_QUOTES}*_`]*\s*$")
 _LINK = re.compile(r"!?\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])")
 _TAG = re.compile(r"</?[a-zA-Z][^>]*>")
 _ANCHOR = re.compile(r"\s*\{[#:.][^}]*\}\s*$")
@@ -31,26 +37,26 @@ _MAX_TITLE = 200
 
 
 class NotTextError(Exception):
-    """A file that can be read and holds nothing to index; the message says why."""
+    """A readable file with nothing to index; the message is the reason."""
 
 
 class BrokenFileError(Exception):
-    """A file that ought to hold text and cannot be read; the message says why."""
+    """A file that should hold text and cannot be read; the message is the reason."""
 
 
-class Break(IntEnum):
-    """How much is lost by cutting before a line; the chunker cuts where it is least."""
+class SplitCost(IntEnum):
+    """Cost of splitting before a line; the chunker splits where it is lowest."""
 
-    BLOCK = 0  # between paragraphs, or two definitions of source code
-    ITEM = 1  # between list items, table rows
+    BLOCK = 0  # between paragraphs, or two definitions in source code
+    ITEM = 1  # between list items or table rows
     SENTENCE = 2
     LINE = 3
-    INSIDE = 4  # inside a code block, or what else belongs together
+    INSIDE = 4  # inside a code block or another unit
 
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading: line where its section begins (from 0), level (smaller is higher), title, lines it takes itself."""
+    """A heading: first line of its section (from 0), level (1 is the top), title, number of lines of the heading."""
 
     line: int
     level: int
@@ -60,13 +66,13 @@ class Heading:
 
 @dataclass(frozen=True)
 class Scope:
-    """A part with a name that is kept whole where it fits into a chunk, and may hold others: a class, a function.
+    """A named unit, such as a class or a function: kept whole where it fits into a chunk, and may contain others.
 
     Args:
-        first: Its first line (from 0), comments and decorators that belong to it included.
+        first: Its first line (from 0), including its comments and decorators.
         end: The line after its last.
         title: Its name.
-        body: The line after the one that says the name.
+        body: The line after the one with the name.
     """
 
     first: int
@@ -76,8 +82,8 @@ class Scope:
 
 
 @dataclass(frozen=True)
-class Repeat:
-    """Text that the model reads again with every chunk that begins at lines `first` to `end` - 1: a table's header."""
+class RepeatedHeader:
+    """Text, such as a table's header, that is embedded again with every chunk that begins in `first` to `end` - 1."""
 
     first: int
     end: int
@@ -86,61 +92,61 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Document:
-    """A file's text.
+    """The text of a file.
 
     Args:
-        lines: The text's lines without their ends.
-        breaks: For each line, what a cut before it costs.
+        lines: The lines of the text without their ends.
+        split_costs: For each line, the cost of splitting before it.
         headings: In order of lines.
-        spans: For each line, first and last line of the source it was extracted from (from 1); None when the lines
-            are the file's own.
-        pages: For each line its page (from 1), 0 where a format has neither pages nor lines (a Word document); None for
+        spans: For each line, the first and last line of the source it was extracted from (from 1); None if the lines
+            are the file's.
+        pages: For each line its page (from 1), 0 in a format with neither pages nor lines (a Word document); None for
             formats with lines.
-        scopes: Named parts, an outer one before those in it; they never overlap in part. Documents with headings
-            have none.
-        wholes: (first, end) of lines that stay in one chunk where they fit: a table, a code block, a list item. One may
-            lie in another.
-        repeats: In order of lines; none overlaps another.
-        unread: Lines that the model does not read (a cue's times); they are part of the text all the same.
+        scopes: Named units, an outer one before those inside it, either nested or disjoint. A document with headings
+            has none.
+        keep_together: (first, end) of lines that stay in one chunk where they fit: a table, a code block, a list item.
+            They may be nested.
+        repeated_headers: In order of lines, disjoint.
+        display_only: Lines that are part of the text and not of what is embedded (the times of subtitles).
     """
 
     lines: list[str]
-    breaks: list[Break]
+    split_costs: list[SplitCost]
     headings: list[Heading] = field(default_factory=list)
     spans: list[tuple[int, int]] | None = None
     pages: list[int] | None = None
     scopes: list[Scope] = field(default_factory=list)
-    wholes: list[tuple[int, int]] = field(default_factory=list)
-    repeats: list[Repeat] = field(default_factory=list)
-    unread: frozenset[int] = frozenset()
+    keep_together: list[tuple[int, int]] = field(default_factory=list)
+    repeated_headers: list[RepeatedHeader] = field(default_factory=list)
+    display_only: frozenset[int] = frozenset()
 
 
 def split_lines(text: str) -> list[str]:
-    r"""Split at \n, \r\n and \r, the line ends that `open()` and editors know.
+    r"""Split at \n, \r\n and \r, the line ends that `open()` and editors use.
 
-    `str.splitlines` also splits at form feeds and others, which would shift every line number after them.
+    `str.splitlines` also splits at form feeds and other characters, which would shift all later line numbers.
     """
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def line_breaks(lines: list[str]) -> list[Break]:
-    """What a cut before each line costs in running text: paragraphs, then sentences, then lines."""
-    breaks = []
+def text_split_costs(lines: list[str]) -> list[SplitCost]:
+    """Return the split costs of running text: paragraphs, then sentences, then lines."""
+    costs = []
     previous = ""
     for line in lines:
         if not line.strip() or not previous.strip():
-            # An indented block after a blank line belongs to what it is indented under.
-            breaks.append(Break.ITEM if line[:1] in (" ", "\t") and line.strip() else Break.BLOCK)
+            # An indented block after a blank line belongs to the item above it.
+            costs.append(SplitCost.ITEM if line[:1] in (" ", "\t") and line.strip() else SplitCost.BLOCK)
         else:
-            breaks.append(Break.SENTENCE if _SENTENCE_END.search(previous) else Break.LINE)
+            costs.append(SplitCost.SENTENCE if _SENTENCE_END.search(previous) else SplitCost.LINE)
         previous = line
-    return breaks
+    return costs
 
 
 def clean_title(title: str) -> str:
-    """A heading without its markup, on one line, and free of the " > " that joins the headings of a path."""
+    """Return a heading without markup, on one line, and without the separator of heading paths."""
     title = _LINK.sub(r"\1", _ANCHOR.sub("", title))
     title = _TAG.sub("", title).replace("`", "").replace("**", "").replace("¶", "")
     title = re.sub(r"(?<!\w)[*_](?=\S)|(?<=\S)[*_](?!\w)", "", title)
-    title = " ".join(title.split()).replace(" > ", " / ")
+    title = " ".join(title.split()).replace(HEADING_SEPARATOR, " / ")
     return title[:_MAX_TITLE].strip(" >")

@@ -1,4 +1,4 @@
-"""From bytes to text: marks, UTF-8, what the file says of itself, and detection; in this order."""
+"""Decode bytes: by byte order mark, as UTF-8, by the declared encoding, or by detection, in this order."""
 
 from __future__ import annotations
 
@@ -18,69 +18,70 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _SNIFFED = 8192
-# Controls that text does not have: all but tab, the line ends, form feed, backspace, escape and DOS's end of file.
+# Control characters outside of text: all but backspace, tab, line ends, form feed, DOS's end of file and escape.
 _CONTROLS = bytes(set(range(32)) - {8, 9, 10, 12, 13, 26, 27})
 _ASCII = bytes(range(128))
-# XML's declaration, Python's and Emacs' coding lines, CSS' @charset; what a file says about itself stands at its top.
+# XML's declaration, Python's and Emacs' coding lines, CSS' @charset, all near the top of a file.
 _DECLARED = re.compile(rb"""(?:coding|encoding|charset)\s*[:=]?\s*["']?([A-Za-z][\w.:-]*)""", re.IGNORECASE)
 _DECLARED_WITHIN = 1024
-# What files are written in. charset-normalizer knows forty more (EBCDIC and the like), which short texts resemble too.
+# Encodings of text files. charset-normalizer knows forty more (EBCDIC and the like), which short texts resemble too.
 _CANDIDATES = (
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp874", "koi8_r",
     "cp866", "iso8859_2", "iso8859_5", "iso8859_7", "mac_roman", "cp932", "euc_jp", "gb18030", "big5", "cp949",
 )  # fmt: skip
 _FAMILIES = ("iso8859", "koi8", "cp", "euc", "gb", "shift", "big5", "mac")
-# Fewer letters beyond ASCII say nothing about the encoding; then it is the commonest one.
+# With fewer non-ASCII characters detection is not reliable, and Windows-1252 is assumed.
 _ENOUGH_EVIDENCE = 16
 _DETECTED_WITHIN = 32 * 1024
 _ALIKE = 0.06
 
 
 def is_utf16(data: bytes) -> bool:
-    """Whether a byte order mark says UTF-16 (or 32), in which every other byte may be null."""
+    """Return whether the bytes begin with a byte order mark of UTF-16 or UTF-32."""
     return data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
 
 
 def decode(data: bytes) -> str:
-    """Text from bytes: a byte order mark decides, then UTF-8, then what the file declares, then detection.
+    """Decode a text file.
 
-    A UTF-8 file with a few broken characters stays one, with U+FFFD in their place.
+    A byte order mark takes precedence, then valid UTF-8, then the encoding that the file declares, then detection. In a
+    UTF-8 file with a few broken characters, U+FFFD replaces them.
 
     Raises:
-        NotTextError: If the bytes are no text.
+        NotTextError: If the bytes are not text.
     """
     for mark, encoding in _BOMS:
         if data.startswith(mark):
             try:
-                return _without_nul(data.decode(encoding))
+                return _checked_for_nul(data.decode(encoding))
             except UnicodeDecodeError as error:
                 raise NotTextError(f"not text: begins as {encoding} and is not") from error
     if b"\0" in data:
-        return _wide(data)
+        return _decode_wide(data)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
-        return _legacy(data)
+        return _decode_legacy(data)
     if "\x1b$" in text and text.isascii():  # the 7-bit encoding of Japanese mail
-        text = _decoded(data, "iso2022_jp") or text
+        text = _try_decode(data, "iso2022_jp") or text
     return text
 
 
-def _without_nul(text: str) -> str:
-    if "\0" in text:  # SQLite's full-text index, where Chroma keeps documents, breaks on it
+def _checked_for_nul(text: str) -> str:
+    if "\0" in text:  # breaks SQLite's full-text index, in which Chroma keeps documents
         raise NotTextError("not text: it has null characters")
     return text
 
 
-def _decoded(data: bytes, encoding: str) -> str | None:
+def _try_decode(data: bytes, encoding: str) -> str | None:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError:
         return None
 
 
-def _wide(data: bytes) -> str:
-    """UTF-16 or UTF-32 without a mark, which the places of the null bytes in a text give away."""
+def _decode_wide(data: bytes) -> str:
+    """Decode UTF-16 or UTF-32 without a byte order mark, recognised by the positions of null bytes."""
     sample = data[: _SNIFFED - _SNIFFED % 4]
     shares = [sample[offset::4].count(0) / max(1, len(sample[offset::4])) for offset in range(4)]
     guesses = {
@@ -90,7 +91,7 @@ def _wide(data: bytes) -> str:
         "utf-16-be": len(data) % 2 == 0 and min(shares[0::2]) > 0.4 and max(shares[1::2]) < 0.05,
     }
     for encoding, likely in guesses.items():
-        text = _decoded(data, encoding) if likely else None
+        text = _try_decode(data, encoding) if likely else None
         if text is not None and "\0" not in text and not _is_garbled(text):
             return text
     raise NotTextError("not text: it has null bytes")
@@ -101,8 +102,8 @@ def _is_garbled(text: str) -> bool:
     return sum(not (char.isprintable() or char.isspace()) for char in sample) > len(sample) // 100
 
 
-def _legacy(data: bytes) -> str:
-    """Text that is not UTF-8."""
+def _decode_legacy(data: bytes) -> str:
+    """Decode text that is not valid UTF-8."""
     sample = data[:_SNIFFED]
     if len(sample) - len(sample.translate(None, _CONTROLS)) > len(sample) // 100:
         raise NotTextError("not text")
@@ -112,37 +113,37 @@ def _legacy(data: bytes) -> str:
         return repaired
     declared = _DECLARED.search(data[:_DECLARED_WITHIN])
     if declared is not None:
-        text = _declared(data, declared.group(1).decode("ascii"))
+        text = _decode_as_declared(data, declared.group(1).decode("ascii"))
         if text is not None:
             return text
-    encoding = _detected(data) if len(beyond) >= _ENOUGH_EVIDENCE else "cp1252"
+    encoding = _detect(data) if len(beyond) >= _ENOUGH_EVIDENCE else "cp1252"
     for guess in (encoding, "cp1252"):
-        text = _decoded(data, guess)
+        text = _try_decode(data, guess)
         if text is not None:
             return text
     return data.decode("latin-1")
 
 
-def _declared(data: bytes, name: str) -> str | None:
+def _decode_as_declared(data: bytes, name: str) -> str | None:
     try:
         encoding = codecs.lookup(name).name.replace("-", "_")
     except LookupError:
         return None
-    # Codecs that no text file is written in (base64, unicode_escape, UTF-7) are not for a file to choose.
+    # A file cannot select codecs that are not for text files (base64, unicode_escape, UTF-7).
     known = encoding in _CANDIDATES or encoding.startswith(_FAMILIES)
-    return _decoded(data, encoding) if known else None
+    return _try_decode(data, encoding) if known else None
 
 
-def _detected(data: bytes) -> str:
+def _detect(data: bytes) -> str:
     import logging
 
     from charset_normalizer import from_bytes
 
     logging.getLogger("charset_normalizer").setLevel(logging.ERROR)
-    # The lines with letters beyond ASCII are what tells; a long English preamble must not hide them.
-    telling = b"\n".join(line for line in data[: 2**20].splitlines() if line.translate(None, _ASCII))
-    sample = telling[:_DETECTED_WITHIN]
-    for threshold in (0.2, 0.4):  # how much of it may look garbled; the library's own, then a laxer one
+    # Only lines with non-ASCII characters are evidence; a long English preamble must not hide them.
+    evidence = b"\n".join(line for line in data[: 2**20].splitlines() if line.translate(None, _ASCII))
+    sample = evidence[:_DETECTED_WITHIN]
+    for threshold in (0.2, 0.4):  # share that may look garbled: the library's default, then a laxer one
         matches = list(
             from_bytes(sample, threshold=threshold, cp_isolation=list(_CANDIDATES), preemptive_behaviour=False)
         )
@@ -150,7 +151,7 @@ def _detected(data: bytes) -> str:
             break
     else:
         return "cp1252"
-    # Encodings of the same alphabet differ in a few letters: of those that look alike, the most like a language, then
-    # the commonest.
+    # Encodings of the same alphabet differ in a few letters. Among similar matches prefer the most coherent text, then
+    # the most common encoding.
     good = [match for match in matches if match.chaos <= matches[0].chaos + _ALIKE]
     return min(good, key=lambda match: (-match.coherence, _CANDIDATES.index(match.encoding))).encoding

@@ -1,10 +1,10 @@
-"""What a file's name says of it: its kind, its programming language, how much of it is read at most."""
+"""File types by name: the kind of a file, its programming language, and its size limit."""
 
 from __future__ import annotations
 
 import os
 
-__all__ = ["byte_limit", "is_binary_name", "kind_of", "language_of"]
+__all__ = ["byte_limit", "is_binary_name", "kind_of", "language_of", "languages", "suffixes_by_kind"]
 
 
 _KINDS = {
@@ -34,7 +34,7 @@ _KINDS = {
     "email": ".eml",
     "mailbox": ".mbox",
 }
-# Source code: the language as people say it, which `--where lang=...` takes.
+# Source code: the names that `--where lang=...` takes.
 _LANGUAGES = {
     "python": ".py .pyi .pyx .pyw",
     "javascript": ".js .mjs .cjs .jsx",
@@ -89,7 +89,7 @@ _LANGUAGES = {
     "vhdl": ".vhd .vhdl",
     "solidity": ".sol",
 }
-# Files that are known by their whole name.
+# Source code without a suffix.
 _NAMES = {
     "makefile": "make",
     "gnumakefile": "make",
@@ -113,9 +113,9 @@ _KIND_OF = {suffix: kind for kind, suffixes in _KINDS.items() for suffix in suff
 _LANGUAGE_OF = {suffix: language for language, suffixes in _LANGUAGES.items() for suffix in suffixes.split()}
 _BINARY = frozenset(_BINARY_SUFFIXES.split())
 
-# More text than this is a data dump, and one file must not fill the memory.
+# Above this size, text is a data dump; a file is held in memory.
 _TEXT_LIMIT = 16 * 2**20
-# Pictures and fonts are most of a large document.
+# Images and fonts make up most of a large document.
 _LIMITS = {
     "pdf": 256 * 2**20,
     **dict.fromkeys(("docx", "pptx", "xlsx", "opendocument", "epub"), 128 * 2**20),
@@ -128,20 +128,30 @@ def _suffix(name: str) -> str:
 
 
 def is_binary_name(name: str) -> bool:
-    """Whether a file's name says that it holds no text, so that it need not be opened."""
+    """Return whether a file's suffix is that of a binary format, so that it need not be opened."""
     return _suffix(name) in _BINARY
 
 
 def language_of(name: str) -> str:
-    """The programming language of a file by its name ("python", "typescript"); "" if it is no source code."""
+    """Return the programming language of a file ("python", "typescript"); "" if it is not source code."""
     return _NAMES.get(os.path.basename(name).lower()) or _LANGUAGE_OF.get(_suffix(name), "")
 
 
 def kind_of(name: str) -> str:
-    """The kind of a file by its name ("markdown", "pdf", "code", ...); "text" for everything unknown."""
+    """Return the kind of a file ("markdown", "pdf", "code", ...); "text" if its suffix is unknown."""
     return "code" if language_of(name) else _KIND_OF.get(_suffix(name), "text")
 
 
 def byte_limit(name: str) -> int:
-    """The most bytes of a file that is read."""
+    """Return the size above which a file is skipped."""
     return _LIMITS.get(kind_of(name), _TEXT_LIMIT)
+
+
+def suffixes_by_kind() -> dict[str, tuple[str, ...]]:
+    """Return the suffixes of each kind but "code" (see `languages`) and "text" (all others)."""
+    return {kind: tuple(suffixes.split()) for kind, suffixes in _KINDS.items()}
+
+
+def languages() -> tuple[str, ...]:
+    """Return the programming languages that `language_of` knows."""
+    return tuple(_LANGUAGES)

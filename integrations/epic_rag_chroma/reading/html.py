@@ -1,4 +1,4 @@
-"""The text of an HTML page, in lines that know which lines of the source they come from. Nothing in it is executed."""
+"""Read HTML: the text of the main part, in lines that carry the source lines they come from. Nothing is executed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import warnings
 from typing import TYPE_CHECKING
 
 from epic_rag.errors import MissingExtraError
-from epic_rag_chroma.reading.document import Break, Document, Heading, Repeat, clean_title
+from epic_rag_chroma.reading.document import Document, Heading, RepeatedHeader, SplitCost, clean_title
 from epic_rag_chroma.reading.encoding import decode, is_utf16
 
 if TYPE_CHECKING:
     from bs4 import Tag
 
-__all__ = ["html"]
+__all__ = ["read_html"]
 
 
 _DROPPED = ("script", "style", "noscript", "template", "svg", "math", "iframe", "nav", "head", "title", "select")
@@ -22,25 +22,25 @@ _BLOCK_NAMES = (
     "figcaption details summary form fieldset address hr h1 h2 h3 h4 h5 h6 body html caption"
 )
 _BLOCKS = frozenset(_BLOCK_NAMES.split())
-_WHOLE = ("table", "li")
+_KEPT_TOGETHER = ("table", "li")
 
 
 class _Lines:
-    """Collects text into lines; a line's span is that of the source lines its words stand in."""
+    """Collects text into lines; the span of a line is that of the source lines of its words."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.breaks: list[Break] = []
+        self.costs: list[SplitCost] = []
         self.spans: list[tuple[int, int]] = []
-        self.wholes: list[tuple[int, int]] = []
-        self.repeats: list[Repeat] = []
+        self.keep_together: list[tuple[int, int]] = []
+        self.repeated_headers: list[RepeatedHeader] = []
         self._opened: list[tuple[int, bool]] = []
         self._words: list[str] = []
         self._span: tuple[int, int] | None = None
-        self._next = Break.BLOCK
+        self._next = SplitCost.BLOCK
 
     def add(self, text: str, source: int) -> None:
-        """Add running text that begins at a source line."""
+        """Add running text that begins on a source line."""
         leading = len(text) - len(text.lstrip())
         if text.strip():
             first = source + text[:leading].count("\n")
@@ -48,13 +48,13 @@ class _Lines:
             self._span = (first, last) if self._span is None else (self._span[0], max(last, self._span[1]))
         self._words.append(text)
 
-    def mark(self, text: str, *, inside: bool = False) -> None:
-        """Add a mark of ours, which is nothing by itself; `inside`: only after other text."""
+    def add_marker(self, text: str, *, inside: bool = False) -> None:
+        """Add a bullet or separator, which alone is not a line; `inside`: only after other text."""
         if not inside or self._span is not None:
             self._words.append(text)
 
-    def end(self, following: Break = Break.BLOCK) -> None:
-        """End the line, if it has any text."""
+    def end(self, following: SplitCost = SplitCost.BLOCK) -> None:
+        """End the line, if it has text; `following` is the split cost of the next one."""
         text = " ".join("".join(self._words).split())
         if text and self._span is not None:
             self._append(text, self._span, self._next)
@@ -64,46 +64,46 @@ class _Lines:
         self._words, self._span = [], None
 
     def open(self, node: Tag) -> None:
-        """A table or list item begins, after `end`."""
+        """Open a table or list item, after `end`."""
         outermost = node.name == "table" and not self._opened
         row = node.find("tr") if outermost and node.find("caption") is None else None
         self._opened.append((len(self.lines), row is not None and row.find("th") is not None))
 
     def close(self) -> None:
-        """The last one that began ends, after `end`."""
+        """Close the innermost table or list item, after `end`."""
         first, has_header = self._opened.pop()
         if first and first < len(self.lines) and not self.lines[first]:
-            first += 1  # the empty line before it
+            first += 1  # the empty line before the block
         end = len(self.lines)
         if end - first > 1:
-            self.wholes.append((first, end))
+            self.keep_together.append((first, end))
             if has_header:
-                self.breaks[first + 1] = Break.INSIDE
-                self.repeats.append(Repeat(first + 1, end, self.lines[first]))
+                self.costs[first + 1] = SplitCost.INSIDE
+                self.repeated_headers.append(RepeatedHeader(first + 1, end, self.lines[first]))
 
     def preformatted(self, text: str, source: int) -> None:
-        """Add the lines of a <pre>, their indentation kept."""
+        """Add the lines of a <pre> with their indentation."""
         self.end()
-        following = Break.BLOCK
+        following = SplitCost.BLOCK
         for offset, line in enumerate(text.rstrip().split("\n")):
-            if line.strip() or following is not Break.BLOCK:
+            if line.strip() or following is not SplitCost.BLOCK:
                 self._append(line.rstrip(), (source + offset, source + offset), following)
-                following = Break.INSIDE
-        self._next = Break.BLOCK
+                following = SplitCost.INSIDE
+        self._next = SplitCost.BLOCK
 
-    def _append(self, text: str, span: tuple[int, int], cost: Break) -> None:
-        if self.lines and cost is Break.BLOCK:
-            # Blocks are set apart by an empty line, as paragraphs are in text.
+    def _append(self, text: str, span: tuple[int, int], cost: SplitCost) -> None:
+        if self.lines and cost is SplitCost.BLOCK:
+            # Blocks are separated by an empty line.
             self.lines.append("")
-            self.breaks.append(Break.BLOCK)
+            self.costs.append(SplitCost.BLOCK)
             self.spans.append((self.spans[-1][1], self.spans[-1][1]))
         self.lines.append(text)
-        self.breaks.append(cost)
+        self.costs.append(cost)
         self.spans.append(span)
 
 
-def html(data: bytes) -> Document:
-    """Extract the text of a page: its main part if it names one, without scripts, navigation and markup.
+def read_html(data: bytes) -> Document:
+    """Extract the text of a page: its main part if it is marked, without scripts, navigation and markup.
 
     Raises:
         MissingExtraError: If beautifulsoup4 is not installed.
@@ -113,7 +113,7 @@ def html(data: bytes) -> Document:
     except ImportError as error:
         raise MissingExtraError("beautifulsoup4", "files", "reading HTML files") from error
     with warnings.catch_warnings():
-        # bs4 warns of XML, of markup that looks like a file name and the like; all of it is text to us.
+        # bs4 warns about XML, about markup that looks like a file name, and the like.
         warnings.simplefilter("ignore")
         source = decode(data).encode() if is_utf16(data) else data
         soup = BeautifulSoup(source.replace(b"\r\n", b"\n").replace(b"\r", b"\n"), "html.parser")
@@ -127,16 +127,16 @@ def html(data: bytes) -> Document:
         headings.insert(0, Heading(0, 0, title, 0))
     return Document(
         collected.lines,
-        collected.breaks,
+        collected.costs,
         headings,
         spans=collected.spans,
-        wholes=collected.wholes,
-        repeats=collected.repeats,
+        keep_together=collected.keep_together,
+        repeated_headers=collected.repeated_headers,
     )
 
 
 def _collect(main: Tag, out: _Lines) -> list[Heading]:
-    """Walk the tree without recursion, however deep it is."""
+    """Walk the tree, without recursion because of its depth, and return the headings."""
     from bs4.element import NavigableString, Tag
 
     headings: list[Heading] = []
@@ -145,8 +145,8 @@ def _collect(main: Tag, out: _Lines) -> list[Heading]:
     while stack:
         node = stack.pop()
         if isinstance(node, str) and not isinstance(node, NavigableString):
-            out.end(Break.ITEM if node in ("li", "dt", "dd", "tr") else Break.BLOCK)
-            if node in _WHOLE:
+            out.end(SplitCost.ITEM if node in ("li", "dt", "dd", "tr") else SplitCost.BLOCK)
+            if node in _KEPT_TOGETHER:
                 out.close()
         elif isinstance(node, Tag):
             line = node.sourceline or line
@@ -165,15 +165,15 @@ def _collect(main: Tag, out: _Lines) -> list[Heading]:
                 line += text.count("\n")
                 continue
             if node.name == "br":
-                out.end(Break.LINE)
+                out.end(SplitCost.LINE)
             elif node.name in ("td", "th"):
-                out.mark(" | ", inside=True)
+                out.add_marker(" | ", inside=True)
             elif node.name in _BLOCKS:
-                out.end(Break.ITEM if node.name in ("li", "dt", "dd", "tr") else Break.BLOCK)
-                if node.name in _WHOLE:
+                out.end(SplitCost.ITEM if node.name in ("li", "dt", "dd", "tr") else SplitCost.BLOCK)
+                if node.name in _KEPT_TOGETHER:
                     out.open(node)
                 if node.name == "li":
-                    out.mark("- ")
+                    out.add_marker("- ")
                 stack.append(str(node.name))
             stack.extend(reversed(list(node.children)))
         elif isinstance(node, NavigableString):

@@ -1,7 +1,7 @@
-"""E-mail (.eml) and mailboxes (.mbox): the subject as a heading, sender and date below it, then the text.
+"""Read e-mail (.eml) and mailboxes (.mbox): the subject as a heading, sender and date below it, then the text.
 
-Plain text is preferred to HTML. Attachments are left out unless they are plain text (a patch, say). The lines are those
-of the file; where a part is encoded (base64), they are the lines of the whole part.
+Plain text is preferred to HTML. Attachments are skipped unless they are plain text (a patch, for example). Lines refer
+to the file; for a part in base64 they are the lines of the whole part.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from email.policy import compat32
 from quopri import decodestring
 
 from epic_rag_chroma.reading.containers import DocumentBuilder, parsing, printable
-from epic_rag_chroma.reading.document import Break, BrokenFileError, Document, line_breaks, split_lines
-from epic_rag_chroma.reading.html import html
+from epic_rag_chroma.reading.document import BrokenFileError, Document, SplitCost, split_lines, text_split_costs
+from epic_rag_chroma.reading.html import read_html
 
-__all__ = ["read", "read_mailbox"]
+__all__ = ["read_email", "read_mailbox"]
 
 
 _WHAT = "e-mail message"
 _MAILBOX = "mailbox"
-# The line before a message of a mailbox: sender and date, at the top or after an empty line.
+# The line before each message of a mailbox: sender and date, at the top or after an empty line.
 _SEPARATOR = re.compile(rb"(?:\A|(?<=\n\n))From [^\n]*\d{4}[^\n]*\n")
 _SHOWN = ("From", "To", "Cc", "Date")
 _SIGNS = ("From", "To", "Subject", "Date", "Received", "Message-ID", "MIME-Version")
 _NEVER = frozenset({"text/calendar", "text/vcard", "text/x-vcard", "text/rfc822-headers", "text/css", "text/rtf"})
 
-# A line of a part, and the first and last line of the file that it was made from.
-_Located = list[tuple[str, tuple[int, int]]]
+# Lines of a part, each with the first and last line of the file that it comes from.
+_LinesWithSpans = list[tuple[str, tuple[int, int]]]
 
 
-def read(data: bytes) -> Document:
+def read_email(data: bytes) -> Document:
     """Read an .eml file.
 
     Raises:
-        BrokenFileError: If it is no message.
+        BrokenFileError: If it is not a message.
         NotTextError: If there is no text in it.
         MissingExtraError: If beautifulsoup4 is not installed and a part is HTML.
     """
     out = DocumentBuilder(_WHAT)
     with parsing(_WHAT):
-        _Reader(_lines_of(data), 0, out).read()
+        _Reader(_with_line_feeds(data), 0, out).read()
     return out.with_lines()
 
 
 def read_mailbox(data: bytes) -> Document:
-    """Read an .mbox file; raises what `read` raises. A damaged message costs itself, not the others."""
-    data = _lines_of(data)
+    """Read an .mbox file; damaged messages are skipped. Raises the errors of `read_email`."""
+    data = _with_line_feeds(data)
     starts = [match.span() for match in _SEPARATOR.finditer(data)]
     if not starts:
         raise BrokenFileError(f"not a {_MAILBOX}: no line that begins a message")
@@ -73,8 +73,8 @@ def read_mailbox(data: bytes) -> Document:
     return out.with_lines()
 
 
-def _lines_of(data: bytes) -> bytes:
-    """With line ends as `split_lines` knows them, so that lines are counted as editors count them."""
+def _with_line_feeds(data: bytes) -> bytes:
+    """Normalise line ends, so that lines are counted as in editors."""
     return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
@@ -82,13 +82,13 @@ class _Reader:
     """Reads one message.
 
     Args:
-        data: The message's bytes.
-        before: Lines of the file before it.
-        out: Where the text goes.
+        data: The bytes of the message.
+        before: The number of lines of the file before it.
+        out: The builder that gets the text.
     """
 
     def __init__(self, data: bytes, before: int, out: DocumentBuilder) -> None:
-        # A character for each byte, so that a part's raw text can be found in it and turned into bytes again.
+        # latin-1: one character a byte, so that the raw text of a part can be located and encoded again.
         self._raw = data.decode("latin-1")
         self._message: Message = Parser(policy=compat32).parsestr(self._raw)
         self._position = 0
@@ -113,10 +113,10 @@ class _Reader:
             value = _header(message, name)
             if value:
                 place = places.get(name.lower(), (self._line, self._line))
-                self._out.text(f"{name}: {value}", cost=Break.INSIDE if subject else Break.LINE, span=place)
+                self._out.text(f"{name}: {value}", cost=SplitCost.INSIDE if subject else SplitCost.LINE, span=place)
 
     def _header_places(self) -> dict[str, tuple[int, int]]:
-        """First and last line of each header of the block at the present position."""
+        """Return the first and last line of each header of the block at the current position."""
         places: dict[str, tuple[int, int]] = {}
         name = ""
         end = self._raw.find("\n\n", self._position)
@@ -149,33 +149,33 @@ class _Reader:
             self._text(self._decoded(part, payload), kind, level)
             self._skip(len(payload))
 
-    def _text(self, located: _Located, kind: str, level: int) -> None:
+    def _text(self, located: _LinesWithSpans, kind: str, level: int) -> None:
         lines = [line for line, _ in located]
         if kind == "text/html":
             # The mark keeps the parser from believing a <meta> that says how the bytes once were encoded.
-            page = html("\n".join(lines).encode("utf-8-sig", "replace"))
+            page = read_html("\n".join(lines).encode("utf-8-sig", "replace"))
             spans = [
                 (located[first - 1][1][0], located[min(last, len(located)) - 1][1][1])
                 for first, last in page.spans or []
             ]
-            self._out.document_of(Document(page.lines, page.breaks, page.headings, spans=spans), level=level)
+            self._out.add_document(Document(page.lines, page.split_costs, page.headings, spans=spans), level=level)
         else:
             spans = [place for _, place in located]
-            self._out.document_of(Document(lines, line_breaks(lines), spans=spans))
+            self._out.add_document(Document(lines, text_split_costs(lines), spans=spans))
 
-    def _decoded(self, part: Message, payload: str) -> _Located:
-        """The lines of a part, each with its place in the file."""
+    def _decoded(self, part: Message, payload: str) -> _LinesWithSpans:
+        """Decode a part into lines with their spans in the file."""
         charset = part.get_content_charset() or "utf-8"
         encoding = str(part.get("Content-Transfer-Encoding", "")).strip().lower()
         raw = payload.split("\n")
         if encoding == "base64":
             place = (self._line, self._line + payload.rstrip("\n").count("\n"))
             return [(line, place) for line in split_lines(_characters(_from_base64(payload), charset))]
-        located: _Located = []
+        located: _LinesWithSpans = []
         start = 0
         for number, line in enumerate(raw):
             if encoding == "quoted-printable" and line.rstrip().endswith("=") and number < len(raw) - 1:
-                continue  # goes on in the next line
+                continue  # continued on the next line
             joined = "\n".join(raw[start : number + 1]).encode("latin-1")
             content = decodestring(joined) if encoding == "quoted-printable" else joined
             place = (self._line + start, self._line + number)
@@ -184,7 +184,7 @@ class _Reader:
         return located
 
     def _advance(self, text: str) -> None:
-        """Go on to where a text stands; stay if it is not found."""
+        """Move the position to a text, if it is found."""
         found = self._raw.find(text, self._position) if text else -1
         if found >= 0:
             self._skip(found - self._position)
@@ -195,7 +195,7 @@ class _Reader:
 
 
 def _chosen(parts: list[Message]) -> list[Message]:
-    """Of alternatives the plain one that has text, else the last, which is the richest."""
+    """Return the alternative in plain text if it is not empty, else the last one, which is the richest."""
     for part in parts:
         payload = part.get_payload()
         if part.get_content_type() == "text/plain" and isinstance(payload, str) and payload.strip():
@@ -208,7 +208,7 @@ def _first_header(message: Message) -> str:
 
 
 def _from_base64(payload: str) -> bytes:
-    """Bytes of base64; of damaged base64 what is before the damage."""
+    """Decode base64, also if it is cut off."""
     letters = re.sub(r"[^A-Za-z0-9+/]", "", payload)
     return binascii.a2b_base64(letters[: len(letters) - (len(letters) % 4 == 1)] + "=" * (-len(letters) % 4 % 3))
 
@@ -216,7 +216,7 @@ def _from_base64(payload: str) -> bytes:
 def _characters(content: bytes, charset: str) -> str:
     try:
         text = content.decode(charset, "replace")
-    except (LookupError, ValueError):  # an unknown name, or a codec that decodes no text
+    except (LookupError, ValueError):  # an unknown name, or a codec that is not for text
         text = content.decode("utf-8", "replace")
     return printable(text)
 
@@ -228,6 +228,6 @@ def _header(message: Message, name: str) -> str:
     raw = str(value)
     with suppress(UnicodeError):
         raw = raw.encode("latin-1").decode("utf-8")
-    with suppress(HeaderParseError, LookupError, ValueError):  # shown as it stands
+    with suppress(HeaderParseError, LookupError, ValueError):  # shown as it is
         raw = str(make_header(decode_header(raw)))
     return " ".join(printable(raw).split())

@@ -1,7 +1,7 @@
-"""Jupyter notebooks (.ipynb): Markdown cells with their headings, code cells whole; outputs are left out.
+"""Read Jupyter notebooks (.ipynb): Markdown cells with their headings, code cells whole, no outputs.
 
-The lines are those of the file: a line of a cell is a string in the notebook's JSON, and the JSON is read with the
-position of each string, since `json` does not tell where a value stood.
+Lines refer to the file: a line of a cell is a string in the notebook's JSON. `json` does not return the positions of
+values, so the strings are also tokenised with their lines.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from epic_rag_chroma.reading import text as structure
 from epic_rag_chroma.reading.containers import DocumentBuilder, parsing, printable
-from epic_rag_chroma.reading.document import Break, BrokenFileError, Document, split_lines
+from epic_rag_chroma.reading.document import BrokenFileError, Document, SplitCost, split_lines
+from epic_rag_chroma.reading.text import read_markdown, read_text
 
-__all__ = ["read"]
+__all__ = ["read_notebook"]
 
 
-_WHAT = "notebook"
+_FORMAT = "notebook"
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}:,]|[^\s\[\]{}:,"]+', re.DOTALL)
 _Path = tuple[str | int, ...]
 
@@ -26,43 +26,43 @@ _Path = tuple[str | int, ...]
 @dataclass
 class _Cell:
     kind: str = "code"
-    # Strings of its source, each with the line of the file that it stands in.
+    # The strings of its source, each with its line in the file.
     source: list[tuple[str, int]] = field(default_factory=list)
 
 
-def read(data: bytes) -> Document:
+def read_notebook(data: bytes) -> Document:
     """Read an .ipynb file.
 
     Raises:
-        BrokenFileError: If it is damaged, or no notebook.
+        BrokenFileError: If it is damaged, or not a notebook.
         NotTextError: If there is no text in it.
     """
-    out = DocumentBuilder(_WHAT)
-    with parsing(_WHAT):
-        # Lines as editors count them; inside a JSON string a line end is always escaped.
+    out = DocumentBuilder(_FORMAT)
+    with parsing(_FORMAT):
+        # Line ends inside a JSON string are always escaped.
         text = "\n".join(split_lines(data.decode("utf-8-sig")))
         notebook = json.loads(text)
         if not isinstance(notebook, dict) or not ("cells" in notebook or "worksheets" in notebook):
-            raise BrokenFileError(f"not a {_WHAT}")
+            raise BrokenFileError(f"not a {_FORMAT}")
         for cell in _cells(text):
             lines, spans = _lines(cell)
             if lines:
-                document = _document(cell.kind, lines)
-                out.document_of(Document(lines, document.breaks, document.headings, spans=spans))
+                document = _cell_document(cell.kind, lines)
+                out.add_document(Document(lines, document.split_costs, document.headings, spans=spans))
     return out.with_lines()
 
 
-def _document(kind: str, lines: list[str]) -> Document:
+def _cell_document(kind: str, lines: list[str]) -> Document:
     if kind in ("markdown", "heading"):
-        return structure.markdown(lines)
+        return read_markdown(lines)
     if kind == "raw":
-        return structure.plain(lines)
-    inside = [Break.INSIDE if before.strip() else Break.LINE for before in lines[:-1]]
-    return Document(lines, [Break.BLOCK, *inside])
+        return read_text(lines)
+    inside = [SplitCost.INSIDE if before.strip() else SplitCost.LINE for before in lines[:-1]]
+    return Document(lines, [SplitCost.BLOCK, *inside])
 
 
 def _lines(cell: _Cell) -> tuple[list[str], list[tuple[int, int]]]:
-    """The cell's lines, without empty ones at either end, and for each the lines of the file that it stands in."""
+    """Return the lines of a cell, without empty ones at either end, and their spans in the file."""
     lines: list[list[str]] = [[]]
     spans = [(0, 0)]
     for text, place in cell.source:
@@ -82,7 +82,7 @@ def _lines(cell: _Cell) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 def _cells(text: str) -> Iterator[_Cell]:
-    """The cells in order, also those of notebooks before version 4 (worksheets, "input")."""
+    """Yield the cells in order, including those of notebooks before version 4 (worksheets, "input")."""
     cell = _Cell()
     current: _Path = ()
     for path, value, line in _strings(text):
@@ -103,7 +103,7 @@ def _cells(text: str) -> Iterator[_Cell]:
 
 
 def _strings(text: str) -> Iterator[tuple[_Path, str, int]]:
-    """Strings that may be a cell's kind or source: path in the JSON, value, line. The JSON is known to be valid."""
+    """Yield path, value and line of the strings of valid JSON that may be a cell's type or source."""
     path: list[str | int] = []
     line, counted = 1, 0
     key_next = False

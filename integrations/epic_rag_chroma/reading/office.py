@@ -1,6 +1,15 @@
-"""Electronic books (.epub): the documents of the spine in reading order, each read as HTML; the book's title on top.
+"""Read Word, PowerPoint, spreadsheet, OpenDocument, RTF and EPUB files.
 
-A book has no pages and no lines of its own: a passage is found by its headings.
+* Word (.docx): headings by style or outline level, paragraphs, lists, tables by rows, footnotes, text boxes.
+  python-docx opens the package and knows the styles; its paragraphs omit content controls and insertions that were not
+  accepted yet, so the text is read from the XML elements. A Word document has no pages until it is laid out; places are
+  headings.
+* PowerPoint (.pptx): a slide is a page with its title as a heading; tables by rows, the notes at the end.
+* Spreadsheets (.xlsx, .xlsm, .xlsb, .xls, .ods): a sheet is a section, a row is a line. calamine reads values, not
+  formulas. An empty row ends a table.
+* OpenDocument text and presentations (.odt, .odp): headings by outline level, a slide is a page.
+* RTF: paragraphs, without images and embedded objects.
+* EPUB: the documents of the spine in reading order, read as HTML, below the title of the book.
 """
 
 from __future__ import annotations
@@ -15,48 +24,41 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from epic_rag.errors import MissingExtraError
-from epic_rag_chroma.reading import containers as safe_xml
 from epic_rag_chroma.reading.containers import (
     Archive,
     DocumentBuilder,
     attribute,
     children,
     local_name,
+    parse_xml,
     parsing,
     printable,
 )
-from epic_rag_chroma.reading.document import Break, BrokenFileError, Document, line_breaks, split_lines
-from epic_rag_chroma.reading.html import html
+from epic_rag_chroma.reading.document import BrokenFileError, Document, SplitCost, split_lines, text_split_costs
+from epic_rag_chroma.reading.html import read_html
 
 if TYPE_CHECKING:
     from docx.document import Document as WordDocument
     from lxml.etree import _Element
     from pptx.slide import Slide
 
-__all__ = ["read_epub", "read_opendocument", "read_rtf", "read_slides", "read_spreadsheet", "read_word"]
+__all__ = ["read_docx", "read_epub", "read_opendocument", "read_pptx", "read_rtf", "read_xlsx"]
 
-
-# --- from word
-# Word documents (.docx): headings by their styles, paragraphs, lists, tables by rows, footnotes, text boxes.
-#
-# python-docx opens the package and knows the styles. Its paragraphs leave out what stands in content controls and in
-# insertions that nobody has accepted yet, so the text is read from the elements. A Word document has no pages until
-# something lays it out: a passage is found by its headings.
 
 _WORD = "Word document"
 _WORD_PURPOSE = "reading Word documents"
 _HEADING = re.compile(r"heading\s*([1-9])\b", re.IGNORECASE)
 _TITLE_LEVEL = 0
-# Deleted text, the fallback picture of a text box, field codes.
-_WORD_LEFT_OUT = frozenset({"del", "moveFrom", "Fallback", "instrText", "delText", "rPr", "pPr", "sectPr"})
+# Deleted text, the fallback image of a text box, field codes.
+_WORD_SKIPPED = frozenset({"del", "moveFrom", "Fallback", "instrText", "delText", "rPr", "pPr", "sectPr"})
 _WRAPPERS = frozenset({"sdt", "sdtContent", "ins", "moveTo", "customXml", "smartTag"})
 
 
-def read_word(data: bytes) -> Document:
+def read_docx(data: bytes) -> Document:
     """Read a .docx file.
 
     Raises:
-        BrokenFileError: If it is damaged, encrypted or beyond a limit.
+        BrokenFileError: If it is damaged, encrypted or above a limit.
         NotTextError: If there is no text in it.
         MissingExtraError: If python-docx is not installed.
     """
@@ -93,21 +95,21 @@ class _WordReader:
 
     def _paragraph(self, paragraph: _Element) -> None:
         text, notes, boxes = _word_text(paragraph)
-        level, listed = self._kind(paragraph)
+        level, listed = self._style(paragraph)
         if text.strip() and level is not None:
             self._out.heading(text, level)
         elif listed and text.strip():
-            self._out.text(f"- {text.strip()}", cost=Break.ITEM if self._in_list else Break.BLOCK)
+            self._out.text(f"- {text.strip()}", cost=SplitCost.ITEM if self._in_list else SplitCost.BLOCK)
         else:
             self._out.text(text)
         self._in_list = listed
         for note in notes:
-            self._out.text(f"[{note}] {self._notes.get(note, '')}".strip(), cost=Break.SENTENCE)
+            self._out.text(f"[{note}] {self._notes.get(note, '')}".strip(), cost=SplitCost.SENTENCE)
         for box in boxes:
             self._blocks(box)
 
-    def _kind(self, paragraph: _Element) -> tuple[int | None, bool]:
-        """The level of a heading (None: it is none), and whether the paragraph is a list item."""
+    def _style(self, paragraph: _Element) -> tuple[int | None, bool]:
+        """Return the heading level of a paragraph (None: not a heading), and whether it is a list item."""
         level = None
         listed = False
         for properties in children(paragraph, "pPr"):
@@ -125,12 +127,11 @@ class _WordReader:
 
 def _outline_level(element: _Element) -> int | None:
     value = attribute(element, "val")
-    # 9 is body text.
-    return int(value) + 1 if value.isdecimal() and int(value) < 9 else None
+    return int(value) + 1 if value.isdecimal() and int(value) < 9 else None  # 9 is body text
 
 
 def _heading_levels(word: WordDocument) -> dict[str, int]:
-    """Levels by style id. A built-in style has its English name in the file whatever language it is shown in."""
+    """Return heading levels by style id. Built-in styles have English names in the file, in every display language."""
     levels: dict[str, int] = {}
     parents: dict[str, str] = {}
     styles: _Element = word.styles.element
@@ -160,20 +161,20 @@ def _heading_levels(word: WordDocument) -> dict[str, int]:
 
 
 def _notes(word: WordDocument) -> dict[str, str]:
-    """Footnotes and endnotes by a mark that tells them apart."""
+    """Return the text of footnotes and endnotes by mark; those of endnotes begin with "e"."""
     notes = {}
     for relation in word.part.rels.values():
         kind = relation.reltype.rpartition("/")[2]
         if kind in ("footnotes", "endnotes") and not relation.is_external:
             prefix = "" if kind == "footnotes" else "e"
-            for note in safe_xml.parse(relation.target_part.blob, _WORD_PURPOSE):
+            for note in parse_xml(relation.target_part.blob, _WORD_PURPOSE):
                 if attribute(note, "type") in ("", "normal"):
                     notes[prefix + attribute(note, "id")] = _word_cell(note)
     return notes
 
 
 def _below(element: _Element, name: str) -> Iterator[_Element]:
-    """Children of this name, through wrappers such as content controls."""
+    """Yield the children with a name, also inside wrappers such as content controls."""
     for child in element:
         found = local_name(child)
         if found == name:
@@ -183,13 +184,13 @@ def _below(element: _Element, name: str) -> Iterator[_Element]:
 
 
 def _word_cell(element: _Element) -> str:
-    """All paragraphs below an element on one line."""
+    """Return all paragraphs below an element on one line."""
     paragraphs = (_word_text(paragraph)[0] for paragraph in element.iter("{*}p"))
     return " ".join(" ".join(text.split()) for text in paragraphs if text.strip())
 
 
 def _word_text(paragraph: _Element) -> tuple[str, list[str], list[_Element]]:
-    """A paragraph's text, the marks of the notes that it names, and the text boxes that hang on it."""
+    """Return a paragraph's text, the marks of its notes, and its text boxes."""
     parts: list[str] = []
     notes: list[str] = []
     boxes: list[_Element] = []
@@ -197,7 +198,7 @@ def _word_text(paragraph: _Element) -> tuple[str, list[str], list[_Element]]:
     while stack:
         element = stack.pop()
         name = local_name(element)
-        if name in _WORD_LEFT_OUT:
+        if name in _WORD_SKIPPED:
             continue
         if name == "t":
             parts.append(element.text or "")
@@ -218,17 +219,14 @@ def _word_text(paragraph: _Element) -> tuple[str, list[str], list[_Element]]:
     return "".join(parts), notes, boxes
 
 
-# --- from slides
-# PowerPoint presentations (.pptx): a slide is a page, its title a heading; tables by rows, the notes at the end.
-
 _SLIDES = "presentation"
 
 
-def read_slides(data: bytes) -> Document:
-    """Read a .pptx file. A damaged slide costs itself, not the others.
+def read_pptx(data: bytes) -> Document:
+    """Read a .pptx file; damaged slides are skipped.
 
     Raises:
-        BrokenFileError: If it is damaged, encrypted or beyond a limit.
+        BrokenFileError: If it is damaged, encrypted or above a limit.
         NotTextError: If there is no text in it.
         MissingExtraError: If python-pptx is not installed.
     """
@@ -244,7 +242,7 @@ def read_slides(data: bytes) -> Document:
         for number in range(1, len(slides) + 1):
             try:
                 with parsing(f"slide {number} of a presentation"):
-                    _slide(slides[number - 1], number, out)
+                    _add_slide(slides[number - 1], number, out)
                 read_any = True
             except BrokenFileError as error:
                 broken = broken or error
@@ -253,50 +251,44 @@ def read_slides(data: bytes) -> Document:
         return out.with_pages()
 
 
-def _slide(slide: Slide, number: int, out: DocumentBuilder) -> None:
+def _add_slide(slide: Slide, number: int, out: DocumentBuilder) -> None:
     title = slide.shapes.title
     if title is not None and title.has_text_frame and title.text_frame.text.strip():
         out.heading(title.text_frame.text, 1, page=number)
     else:
         out.section(f"Slide {number}", 1)
     title_id = title.shape_id if title is not None else None
-    _shapes((shape for shape in slide.shapes if shape.shape_id != title_id), number, out)
+    _add_shapes((shape for shape in slide.shapes if shape.shape_id != title_id), number, out)
     if slide.has_notes_slide:
         notes = slide.notes_slide.notes_text_frame
         if notes is not None and notes.text.strip():
             out.text(f"Notes: {notes.text.strip()}", page=number)
 
 
-def _shapes(shapes: Iterable[Any], number: int, out: DocumentBuilder) -> None:
-    """Text of shapes in the order in which they are drawn, which is the order in which a screen reader reads them."""
+def _add_shapes(shapes: Iterable[Any], number: int, out: DocumentBuilder) -> None:
+    """Add the text of shapes in drawing order, which is also the order of screen readers."""
     for shape in shapes:
-        # A group of shapes has shapes, and nothing else does.
-        if hasattr(shape, "shapes"):
-            _shapes(shape.shapes, number, out)
+        if hasattr(shape, "shapes"):  # a group
+            _add_shapes(shape.shapes, number, out)
         elif getattr(shape, "has_table", False):
             out.rows(([cell.text for cell in row.cells] for row in shape.table.rows), page=number)
         elif shape.has_text_frame:
-            cost = Break.BLOCK
+            cost = SplitCost.BLOCK
             for paragraph in shape.text_frame.paragraphs:
                 if paragraph.text.strip():
                     out.text("  " * paragraph.level + paragraph.text.strip(), cost=cost, page=number)
-                    cost = Break.ITEM
+                    cost = SplitCost.ITEM
 
-
-# --- from spreadsheet
-# Spreadsheets (.xlsx, .xlsm, .xlsb, .xls, .ods): a sheet is a section under its name, a row is a line.
-#
-# calamine reads values, not formulas. An empty row ends a table, so that tables of one sheet are cut apart.
 
 _SPREADSHEET = "spreadsheet"
 _ZIP = b"PK"
 
 
-def read_spreadsheet(data: bytes) -> Document:
+def read_xlsx(data: bytes) -> Document:
     """Read a workbook.
 
     Raises:
-        BrokenFileError: If it is damaged, encrypted or beyond a limit.
+        BrokenFileError: If it is damaged, encrypted or above a limit.
         NotTextError: If there is no text in it.
         MissingExtraError: If python-calamine is not installed.
     """
@@ -306,7 +298,7 @@ def read_spreadsheet(data: bytes) -> Document:
         raise MissingExtraError("python-calamine", "files", "reading spreadsheets") from error
     if data.startswith(_ZIP):
         with Archive(data, _SPREADSHEET):
-            pass  # it is within the limits
+            pass  # checks the limits
     out = DocumentBuilder(_SPREADSHEET)
     with parsing(_SPREADSHEET):
         try:
@@ -316,31 +308,28 @@ def read_spreadsheet(data: bytes) -> Document:
         for sheet in book.sheets_metadata:
             if sheet.typ is SheetTypeEnum.WorkSheet:
                 out.section(sheet.name, 1)
-                cells = ([_shown(cell) for cell in row] for row in book.get_sheet_by_name(sheet.name).iter_rows())
+                cells = ([_cell_text(cell) for cell in row] for row in book.get_sheet_by_name(sheet.name).iter_rows())
                 for _, table in groupby(cells, key=any):
                     out.rows(table)
     return out.with_pages()
 
 
-def _shown(value: object) -> str:
-    """A cell's value as a person would write it."""
+def _cell_text(value: object) -> str:
+    """Format the value of a cell: whole numbers without a decimal point, dates without a time of midnight."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return str(int(value))  # calamine has every number as a float
+        return str(int(value))  # calamine returns every number as a float
     if isinstance(value, datetime.datetime) and value.time() == datetime.time.min:
         return value.date().isoformat()
     return str(value)
 
-
-# --- from opendocument
-# OpenDocument text and presentations (.odt, .odp): headings by their outline levels, a slide is a page.
 
 _OPENDOCUMENT = "OpenDocument file"
 _OPENDOCUMENT_PURPOSE = "reading OpenDocument files"
 _CONTENT = "content.xml"
 _MIMETYPE = "mimetype"
 _MANIFEST = "META-INF/manifest.xml"
-# Deleted text, comments, and what is made again from the headings.
-_OPENDOCUMENT_LEFT_OUT = frozenset(
+# Deleted text, comments, and tables generated from the headings.
+_OPENDOCUMENT_SKIPPED = frozenset(
     {"tracked-changes", "annotation", "table-of-content", "alphabetical-index", "sequence-decls", "forms"}
 )
 
@@ -349,16 +338,16 @@ def read_opendocument(data: bytes) -> Document:
     """Read an .odt, .ods or .odp file.
 
     Raises:
-        BrokenFileError: If it is damaged, encrypted or beyond a limit.
+        BrokenFileError: If it is damaged, encrypted or above a limit.
         NotTextError: If there is no text in it.
         MissingExtraError: If lxml or python-calamine is not installed.
     """
     with Archive(data, _OPENDOCUMENT) as archive, parsing(_OPENDOCUMENT):
         if _MIMETYPE in archive and b"spreadsheet" in archive.read(_MIMETYPE):
-            return read_spreadsheet(data)
+            return read_xlsx(data)
         if _MANIFEST in archive and b"encryption-data" in archive.read(_MANIFEST):
             raise BrokenFileError(f"an encrypted {_OPENDOCUMENT}")
-        root = safe_xml.parse(archive.read(_CONTENT), _OPENDOCUMENT_PURPOSE)
+        root = parse_xml(archive.read(_CONTENT), _OPENDOCUMENT_PURPOSE)
         reader = _OpenDocumentReader()
         for body in root.iter("{*}body"):
             reader.blocks(body)
@@ -371,11 +360,11 @@ class _OpenDocumentReader:
         self._page = 0
 
     def blocks(self, parent: _Element, *, in_list: bool = False) -> None:
-        """Add what is below an element."""
-        cost = Break.BLOCK
+        """Add the blocks below an element."""
+        cost = SplitCost.BLOCK
         for child in parent:
             name = local_name(child)
-            if name in _OPENDOCUMENT_LEFT_OUT:
+            if name in _OPENDOCUMENT_SKIPPED:
                 continue
             if name == "h":
                 level = attribute(child, "outline-level")
@@ -383,7 +372,7 @@ class _OpenDocumentReader:
             elif name == "p":
                 text = _opendocument_text(child)
                 if in_list and text.strip():
-                    self.out.text(f"- {text.strip()}", cost=Break.ITEM, page=self._page)
+                    self.out.text(f"- {text.strip()}", cost=SplitCost.ITEM, page=self._page)
                 else:
                     self.out.text(text, cost=cost, page=self._page)
             elif name == "table":
@@ -407,7 +396,7 @@ def _opendocument_cell(cell: _Element) -> str:
 
 
 def _opendocument_text(paragraph: _Element) -> str:
-    """The text of a paragraph; a run of blanks is an element there, and how many it says does not matter."""
+    """Return the text of a paragraph; a run of spaces, which is an element, becomes one space."""
     parts = [paragraph.text or ""]
     for child in paragraph:
         name = local_name(child)
@@ -415,14 +404,11 @@ def _opendocument_text(paragraph: _Element) -> str:
             parts.append(" ")
         elif name == "line-break":
             parts.append("\n")
-        elif name not in _OPENDOCUMENT_LEFT_OUT and name != "note-citation":
+        elif name not in _OPENDOCUMENT_SKIPPED and name != "note-citation":
             parts.append(f" {_opendocument_text(child)}" if name == "p" else _opendocument_text(child))
         parts.append(child.tail or "")
     return "".join(parts)
 
-
-# --- from rtf
-# Rich Text Format (.rtf): its text, in paragraphs. Pictures and embedded objects are left out.
 
 _RTF = "RTF document"
 _MAGIC = b"{\\rtf"
@@ -432,7 +418,7 @@ def read_rtf(data: bytes) -> Document:
     """Read an .rtf file.
 
     Raises:
-        BrokenFileError: If it is damaged or beyond a limit.
+        BrokenFileError: If it is damaged or above a limit.
         NotTextError: If there is no text in it.
         MissingExtraError: If striprtf is not installed.
     """
@@ -442,12 +428,12 @@ def read_rtf(data: bytes) -> Document:
         raise MissingExtraError("striprtf", "files", "reading RTF documents") from error
     if not data.lstrip()[: len(_MAGIC)].startswith(_MAGIC):
         raise BrokenFileError(f"not an {_RTF}")
-    to_text: Callable[..., str] = rtf_to_text  # striprtf says that it is typed, and is not
+    to_text: Callable[..., str] = rtf_to_text  # striprtf is marked as typed, and is not
     out = DocumentBuilder(_RTF)
     with parsing(_RTF):
         text = printable(to_text(data.decode("cp1252", errors="replace"), errors="replace"))
         lines = split_lines(text)
-        out.document_of(Document(lines, line_breaks(lines)))
+        out.add_document(Document(lines, text_split_costs(lines)))
     return out.with_pages()
 
 
@@ -460,17 +446,17 @@ _BOOK_LEVEL = -1
 
 
 def read_epub(data: bytes) -> Document:
-    """Read an .epub file. A damaged chapter costs itself, not the others.
+    """Read an .epub file; damaged chapters are skipped.
 
     Raises:
-        BrokenFileError: If it is damaged, encrypted or beyond a limit.
+        BrokenFileError: If it is damaged, encrypted or above a limit.
         NotTextError: If there is no text in it.
         MissingExtraError: If lxml or beautifulsoup4 is not installed.
     """
     out = DocumentBuilder(_EPUB)
     with Archive(data, _EPUB) as archive, parsing(_EPUB):
         package_name = _package_name(archive)
-        package = safe_xml.parse(archive.read(package_name), _EPUB_PURPOSE)
+        package = parse_xml(archive.read(package_name), _EPUB_PURPOSE)
         chapters = _spine(package, posixpath.dirname(package_name))
         if _encrypted(archive).intersection(chapters):
             raise BrokenFileError(f"an encrypted {_EPUB} (DRM)")
@@ -483,7 +469,7 @@ def read_epub(data: bytes) -> Document:
         for chapter in chapters:
             try:
                 with parsing(f"chapter {chapter[:80]} of an {_EPUB}"):
-                    out.document_of(html(archive.read(chapter)))
+                    out.add_document(read_html(archive.read(chapter)))
                 read_any = True
             except BrokenFileError as error:
                 broken = broken or error
@@ -493,7 +479,7 @@ def read_epub(data: bytes) -> Document:
 
 
 def _package_name(archive: Archive) -> str:
-    container = safe_xml.parse(archive.read(_CONTAINER), _EPUB_PURPOSE)
+    container = parse_xml(archive.read(_CONTAINER), _EPUB_PURPOSE)
     for rootfile in container.iter("{*}rootfile"):
         name = attribute(rootfile, "full-path")
         if name:
@@ -502,22 +488,19 @@ def _package_name(archive: Archive) -> str:
 
 
 def _spine(package: _Element, folder: str) -> list[str]:
-    """Names of the documents in reading order, each once."""
+    """Return the names of the documents in reading order, without duplicates."""
     items: dict[str, str] = {}
     order: list[str] = []
     for part in package:
         if local_name(part) == "manifest":
             for item in children(part, "item"):
                 if attribute(item, "media-type") in _TEXT_TYPES:
-                    items[attribute(item, "id")] = _resolved(folder, attribute(item, "href"))
+                    reference = unquote(attribute(item, "href").partition("#")[0])
+                    # The result is only looked up in the archive, never in the file system.
+                    items[attribute(item, "id")] = posixpath.normpath(posixpath.join(folder, reference))
         elif local_name(part) == "spine":
             order += [attribute(item, "idref") for item in children(part, "itemref")]
     return list(dict.fromkeys(items[key] for key in order if key in items))
-
-
-def _resolved(folder: str, reference: str) -> str:
-    """The member that a reference means. It is only ever looked up in the archive."""
-    return posixpath.normpath(posixpath.join(folder, unquote(reference.partition("#")[0])))
 
 
 def _metadata(package: _Element, name: str) -> str:
@@ -530,8 +513,8 @@ def _metadata(package: _Element, name: str) -> str:
 
 
 def _encrypted(archive: Archive) -> set[str]:
-    """Members that are encrypted; fonts often are, in books that anyone can read."""
+    """Return the encrypted members; in readable books, fonts often are."""
     if _ENCRYPTION not in archive:
         return set()
-    root = safe_xml.parse(archive.read(_ENCRYPTION), _EPUB_PURPOSE)
+    root = parse_xml(archive.read(_ENCRYPTION), _EPUB_PURPOSE)
     return {unquote(attribute(reference, "URI")) for reference in root.iter("{*}CipherReference")}

@@ -1,4 +1,4 @@
-"""PDF: the text of each page, and the outline's entries as headings where they stand."""
+"""Read PDF: the text of each page, and the entries of the outline as headings at the lines with their titles."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import TYPE_CHECKING, Any
 from epic_rag.errors import MissingExtraError
 from epic_rag_chroma.reading.containers import MAX_CHARACTERS, parsing, printable
 from epic_rag_chroma.reading.document import (
-    Break,
     BrokenFileError,
     Document,
     Heading,
     NotTextError,
+    SplitCost,
     clean_title,
-    line_breaks,
     split_lines,
+    text_split_costs,
 )
 
 if TYPE_CHECKING:
     from pypdf import PdfReader
 
-__all__ = ["read"]
+__all__ = ["read_pdf"]
 
 
-_WHAT = "PDF"
+_FORMAT = "PDF"
 _MAX_OUTLINE = 10_000
 
 
-def read(data: bytes) -> Document:
-    """Read a PDF. A damaged page costs itself, not the others.
+def read_pdf(data: bytes) -> Document:
+    """Read a PDF; damaged pages are skipped.
 
     Raises:
         BrokenFileError: If it is damaged or encrypted.
@@ -41,12 +41,12 @@ def read(data: bytes) -> Document:
         import pypdf
     except ImportError as error:
         raise MissingExtraError("pypdf", "files", "reading PDF files") from error
-    # pypdf logs every oddity of every file; the reason for a file that cannot be read is reported by us.
+    # pypdf logs every irregularity of a file; the reason for a skipped file is reported by the indexer.
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
-    with parsing(_WHAT):
+    with parsing(_FORMAT):
         reader = pypdf.PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
-            raise BrokenFileError(f"an encrypted {_WHAT}")
+            raise BrokenFileError(f"an encrypted {_FORMAT}")
         document = _pages(reader)
         if not any(line.strip() for line in document.lines):
             raise NotTextError("a PDF without text (scanned pages?)")
@@ -56,30 +56,30 @@ def read(data: bytes) -> Document:
 
 def _pages(reader: PdfReader) -> Document:
     lines: list[str] = []
-    breaks: list[Break] = []
+    costs: list[SplitCost] = []
     pages: list[int] = []
     size = 0
     broken: BrokenFileError | None = None
     for number in range(1, len(reader.pages) + 1):
         try:
-            with parsing(_WHAT):
+            with parsing(_FORMAT):
                 of_page = split_lines(printable(reader.pages[number - 1].extract_text() or ""))
         except BrokenFileError as error:
             broken = broken or error
             continue
         size += sum(map(len, of_page))
         if size > MAX_CHARACTERS:
-            raise BrokenFileError(f"more than {MAX_CHARACTERS // 2**20} million characters of text in this {_WHAT}")
+            raise BrokenFileError(f"more than {MAX_CHARACTERS // 2**20} million characters of text in this {_FORMAT}")
         lines += of_page
-        breaks += line_breaks(of_page)
+        costs += text_split_costs(of_page)
         pages += [number] * len(of_page)
     if broken is not None and not any(line.strip() for line in lines):
         raise broken
-    return Document(lines, breaks, pages=pages)
+    return Document(lines, costs, pages=pages)
 
 
 def _outline(reader: PdfReader, document: Document) -> list[Heading]:
-    """The outline's entries: at the line that says the title, or else where their page begins."""
+    """Return the entries of the outline as headings: at the line with the title, or at the first line of the page."""
     pages = document.pages or []
     first: dict[int, int] = {}
     for line, page in enumerate(pages):
@@ -87,24 +87,25 @@ def _outline(reader: PdfReader, document: Document) -> list[Heading]:
     headings: list[Heading] = []
     taken = -1
     for page, level, title in _entries(reader):
-        # Entries that point backwards, or to a page without text, are not the order of the text.
+        # Skip entries that point backwards, or to a page without text.
         start = max(first.get(page, len(pages)), taken + 1)
         if start >= len(pages) or pages[start] != page:
             continue
-        said = next(
-            (line for line in range(start, len(pages)) if _says(document.lines[line], title, pages[line], page)), None
+        found = next(
+            (
+                line
+                for line in range(start, len(pages))
+                if pages[line] == page and clean_title(document.lines[line]).casefold().endswith(title.casefold())
+            ),
+            None,
         )
-        taken = start if said is None else said
-        headings.append(Heading(taken, level, title, 0 if said is None else 1))
+        taken = start if found is None else found
+        headings.append(Heading(taken, level, title, 0 if found is None else 1))
     return headings
 
 
-def _says(line: str, title: str, page: int, wanted: int) -> bool:
-    return page == wanted and clean_title(line).casefold().endswith(title.casefold())
-
-
 def _entries(reader: PdfReader) -> list[tuple[int, int, str]]:
-    """Page, level and title of each entry, in order; none if the outline is damaged."""
+    """Return page, level and title of each entry, in order; none if the outline is damaged."""
     entries: list[tuple[int, int, str]] = []
     try:
         stack: list[tuple[Any, int]] = [(entry, 1) for entry in reversed(reader.outline)]
@@ -119,6 +120,6 @@ def _entries(reader: PdfReader) -> list[tuple[int, int, str]]:
                 entries.append((number + 1, level, title))
     except MemoryError:
         raise
-    except Exception:  # pypdf raises nearly anything here too; the text is worth having without its outline
+    except Exception:  # pypdf raises nearly anything here too; the text is indexed without its outline
         return []
     return entries

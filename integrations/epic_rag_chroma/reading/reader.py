@@ -1,102 +1,83 @@
-"""From a file's bytes to a `Document`, by the kind of file."""
+"""Read a file's bytes into a `Document`, by the kind of file.
+
+The reader of a kind is the function `read_KIND` of a module of this package, imported with the first file of the kind.
+It takes the decoded lines of a text format, or the bytes of any other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
-from epic_rag_chroma.reading.code import read as source_code
-from epic_rag_chroma.reading.document import BrokenFileError, Document, NotTextError, split_lines
+from epic_rag_chroma.reading.document import Document, NotTextError, split_lines
 from epic_rag_chroma.reading.encoding import decode, is_utf16
-from epic_rag_chroma.reading.file_types import byte_limit, is_binary_name, kind_of, language_of
+from epic_rag_chroma.reading.file_types import kind_of, language_of
 
-__all__ = [
-    "BrokenFileError",
-    "NotTextError",
-    "byte_limit",
-    "bytes_reader",
-    "decode",
-    "is_binary_name",
-    "kind_of",
-    "language_of",
-    "read_document",
-    "text_reader",
-]
+__all__ = ["read_document"]
 
 
-# --- from formats
-# One module a format, imported when a file of it comes along: `read` makes a `Document` of it.
-#
-# A format that is text gets the file's lines, decoded; a format that is not gets its bytes.
+@dataclass(frozen=True)
+class _Reader:
+    """The module of a reader, and what the reader takes: bytes, or decoded lines."""
 
-# kind -> (module, function)
-_TEXT = {
-    "text": ("epic_rag_chroma.reading.text", "plain"),
-    "markdown": ("epic_rag_chroma.reading.text", "markdown"),
-    "rst": ("epic_rag_chroma.reading.text", "restructured"),
-    "asciidoc": ("epic_rag_chroma.reading.text", "asciidoc"),
-    "latex": ("epic_rag_chroma.reading.text", "latex"),
-    "org": ("epic_rag_chroma.reading.text", "org"),
-    "man": ("epic_rag_chroma.reading.text", "manual"),
-    "subtitles": ("epic_rag_chroma.reading.text", "subtitles"),
-    "csv": ("epic_rag_chroma.reading.data", "read"),
-    "json": ("epic_rag_chroma.reading.data", "json"),
-    "jsonl": ("epic_rag_chroma.reading.data", "json_lines"),
-    "yaml": ("epic_rag_chroma.reading.data", "yaml"),
-    "toml": ("epic_rag_chroma.reading.data", "toml"),
-    "ini": ("epic_rag_chroma.reading.data", "ini"),
-    "xml": ("epic_rag_chroma.reading.data", "xml"),
+    module: str
+    takes_bytes: bool = False
+
+
+_READERS = {
+    "text": _Reader("text"),
+    "markdown": _Reader("text"),
+    "rst": _Reader("text"),
+    "asciidoc": _Reader("text"),
+    "latex": _Reader("text"),
+    "org": _Reader("text"),
+    "man": _Reader("text"),
+    "subtitles": _Reader("text"),
+    "code": _Reader("code"),
+    "csv": _Reader("data"),
+    "json": _Reader("data"),
+    "jsonl": _Reader("data"),
+    "yaml": _Reader("data"),
+    "toml": _Reader("data"),
+    "ini": _Reader("data"),
+    "xml": _Reader("data"),
+    "html": _Reader("html", takes_bytes=True),
+    "pdf": _Reader("pdf", takes_bytes=True),
+    "docx": _Reader("office", takes_bytes=True),
+    "pptx": _Reader("office", takes_bytes=True),
+    "xlsx": _Reader("office", takes_bytes=True),
+    "opendocument": _Reader("office", takes_bytes=True),
+    "rtf": _Reader("office", takes_bytes=True),
+    "epub": _Reader("office", takes_bytes=True),
+    "notebook": _Reader("notebook", takes_bytes=True),
+    "email": _Reader("mail", takes_bytes=True),
+    "mailbox": _Reader("mail", takes_bytes=True),
 }
-_BYTES = {
-    "html": ("epic_rag_chroma.reading.html", "html"),
-    "pdf": ("epic_rag_chroma.reading.pdf", "read"),
-    "docx": ("epic_rag_chroma.reading.office", "read_word"),
-    "pptx": ("epic_rag_chroma.reading.office", "read_slides"),
-    "xlsx": ("epic_rag_chroma.reading.office", "read_spreadsheet"),
-    "opendocument": ("epic_rag_chroma.reading.office", "read_opendocument"),
-    "rtf": ("epic_rag_chroma.reading.office", "read_rtf"),
-    "epub": ("epic_rag_chroma.reading.office", "read_epub"),
-    "notebook": ("epic_rag_chroma.reading.notebook", "read"),
-    "email": ("epic_rag_chroma.reading.mail", "read"),
-    "mailbox": ("epic_rag_chroma.reading.mail", "read_mailbox"),
-}
-
-
-def bytes_reader(kind: str) -> Callable[[bytes], Document] | None:
-    """What reads files of a kind from their bytes; None if the kind is text."""
-    if kind not in _BYTES:
-        return None
-    module, function = _BYTES[kind]
-    reader: Callable[[bytes], Document] = getattr(import_module(module), function)
-    return reader
-
-
-def text_reader(kind: str) -> Callable[[list[str]], Document]:
-    """What reads files of a kind from their lines; a kind that is not known is plain text."""
-    module, function = _TEXT.get(kind, _TEXT["text"])
-    reader: Callable[[list[str]], Document] = getattr(import_module(module), function)
-    return reader
 
 
 def read_document(name: str, data: bytes) -> Document:
     """Read a file.
 
     Args:
-        name: The file's name; its ending decides how it is read.
+        name: The file's name; its suffix selects the reader.
         data: The file's bytes.
 
     Raises:
         NotTextError: If there is nothing to index in it.
-        BrokenFileError: If it is damaged or locked.
+        BrokenFileError: If it is damaged or encrypted.
         MissingExtraError: If the package that reads this kind is not installed.
     """
     kind = kind_of(name)
-    reader = bytes_reader(kind)
-    if reader is not None:
+    reader = _READERS[kind]
+    read: Any = getattr(import_module(f"epic_rag_chroma.reading.{reader.module}"), f"read_{kind}")
+    document: Document
+    if reader.takes_bytes:
         if kind == "html" and b"\0" in data and not is_utf16(data):
             raise NotTextError("not text")
-        return reader(data)
-    lines = split_lines(decode(data))
-    if kind == "code":
-        return source_code(lines, language_of(name))
-    return text_reader(kind)(lines)
+        document = read(data)
+    elif kind == "code":
+        document = read(split_lines(decode(data)), language_of(name))
+    else:
+        document = read(split_lines(decode(data)))
+    return document

@@ -1,4 +1,9 @@
-"""Subtitles (.srt, .vtt, .sbv): cut between cues; the model reads what is said, not the times."""
+"""Read line-based text: plain text, Markdown, reStructuredText, Org, manual pages, AsciiDoc, LaTeX, subtitles.
+
+Each reader returns the file's own lines with headings, split costs, and the lines that belong together. `LineBlocks`
+collects these block by block; Markdown is parsed by markdown-it-py, the other formats by regular expressions for the
+line-level syntax that marks sections, lists, tables and verbatim blocks.
+"""
 
 from __future__ import annotations
 
@@ -6,68 +11,82 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from epic_rag_chroma.reading.document import Break, Document, Heading, Repeat, clean_title, line_breaks
+from epic_rag_chroma.reading.document import (
+    CLOSING_QUOTES,
+    Document,
+    Heading,
+    RepeatedHeader,
+    SplitCost,
+    clean_title,
+    text_split_costs,
+)
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
-__all__ = ["Blocks", "asciidoc", "code", "latex", "manual", "markdown", "org", "plain", "restructured", "subtitles"]
+__all__ = [
+    "LineBlocks",
+    "read_asciidoc",
+    "read_latex",
+    "read_man",
+    "read_markdown",
+    "read_org",
+    "read_rst",
+    "read_subtitles",
+    "read_text",
+]
 
 
-# --- from blocks
-# What readers of line-based formats share: a document's breaks, headings and wholes, noted block by block.
-
-
-class Blocks:
-    """The structure of a file's lines, as a reader finds it.
+class LineBlocks:
+    """Collects the structure of a file's lines for a `Document`.
 
     Args:
         lines: The file's lines.
 
     Attributes:
         lines: The file's lines.
-        breaks: What a cut before each line costs.
-        verbatim: Lines of code blocks and the like, in which nothing else means anything.
+        costs: The split cost of each line.
+        verbatim: Lines inside code blocks and the like, in which other syntax is not recognised.
     """
 
     def __init__(self, lines: list[str]) -> None:
         self.lines = lines
-        self.breaks = line_breaks(lines)
+        self.costs = text_split_costs(lines)
         self.verbatim: set[int] = set()
         self._unclosed: set[str] = set()
         self._headings: list[Heading] = []
-        self._wholes: list[tuple[int, int]] = []
-        self._repeats: list[Repeat] = []
+        self._keep_together: list[tuple[int, int]] = []
+        self._repeated_headers: list[RepeatedHeader] = []
 
     def heading(self, line: int, level: int, title: str, height: int = 1) -> None:
-        """Note a heading of `height` lines; one without text is none."""
+        """Add a heading of `height` lines, unless it is empty."""
         title = clean_title(title)
         if title:
             self._headings.append(Heading(line, level, title, height))
-            self.breaks[line] = Break.BLOCK
-            self.together(line, line + height)
+            self.costs[line] = SplitCost.BLOCK
+            self.glue(line, line + height)
 
-    def together(self, first: int, end: int) -> None:
-        """Lines that are only cut from one another when nothing else is left."""
+    def glue(self, first: int, end: int) -> None:
+        """Make splits between these lines the last resort."""
         for line in range(first + 1, min(end, len(self.lines))):
-            self.breaks[line] = Break.INSIDE
+            self.costs[line] = SplitCost.INSIDE
 
-    def whole(self, first: int, end: int) -> None:
-        """Lines that stay in one chunk where they fit."""
+    def keep(self, first: int, end: int) -> None:
+        """Keep lines in one chunk where they fit."""
         if end - first > 1:
-            self._wholes.append((first, end))
+            self._keep_together.append((first, end))
 
     def block(self, first: int, end: int, *, verbatim: bool = False) -> None:
-        """A block with marks around it: whole, and cut inside at empty lines at best."""
-        self.breaks[first] = Break.BLOCK
-        self.whole(first, end)
+        """Add a delimited block: kept together, and split at empty lines if it must be."""
+        self.costs[first] = SplitCost.BLOCK
+        self.keep(first, end)
         if verbatim:
             self.verbatim.update(range(first, end))
             for line in range(first + 1, end):
-                self.breaks[line] = Break.INSIDE if self.lines[line - 1].strip() else Break.LINE
+                self.costs[line] = SplitCost.INSIDE if self.lines[line - 1].strip() else SplitCost.LINE
 
     def table(self, first: int, end: int, header: int, rule: int | None) -> None:
-        """A table: whole, cut between rows at best, its header read again.
+        """Add a table: kept together, split between rows if it must be, with its header repeated.
 
         Args:
             first: Its first line.
@@ -75,27 +94,27 @@ class Blocks:
             header: The first line of the header.
             rule: The line after the header; None if it has no header.
         """
-        self.breaks[first] = Break.BLOCK
-        self.whole(first, end)
+        self.costs[first] = SplitCost.BLOCK
+        self.keep(first, end)
         rows = first + 1 if rule is None else rule + 1
-        self.together(first, min(rows + 1, end))
+        self.glue(first, min(rows + 1, end))
         for line in range(rows + 1, end):
-            self.breaks[line] = Break.ITEM
+            self.costs[line] = SplitCost.ITEM
         if rule is not None and rows < end:
-            self._repeats.append(Repeat(rows, end, "\n".join(self.lines[header:rule])))
+            self._repeated_headers.append(RepeatedHeader(rows, end, "\n".join(self.lines[header:rule])))
 
     def closing(self, first: int, mark: str) -> int | None:
-        """The line after the next one that is a mark (in small letters) and nothing else; None if there is none."""
+        """Return the line after the next one that consists of a mark (in lower case); None if there is none."""
         if mark in self._unclosed:
             return None
         for number in range(first + 1, len(self.lines)):
             if self.lines[number].strip().lower() == mark:
                 return number + 1
-        self._unclosed.add(mark)  # so that a file full of marks that nothing closes is read through once
+        self._unclosed.add(mark)  # avoids quadratic time in a file full of unclosed marks
         return None
 
     def indented_end(self, first: int) -> int:
-        """The line after what is indented under a line, empty lines between included."""
+        """Return the line after the block that is indented under a line, including empty lines inside it."""
         indent = _indent(self.lines[first])
         end = first + 1
         for line in range(first + 1, len(self.lines)):
@@ -108,7 +127,7 @@ class Blocks:
         return end
 
     def items(self, bullet: re.Pattern[str]) -> None:
-        """Note list items: lines that begin with a bullet, and what is indented under them."""
+        """Add the list items: lines that begin with a bullet, and the lines indented under them."""
         open_until: list[int] = []
         for number, line in enumerate(self.lines):
             text = line.lstrip()
@@ -117,22 +136,22 @@ class Blocks:
             while open_until and open_until[-1] <= number:
                 open_until.pop()
             end = self.indented_end(number)
-            self.breaks[number] = min(self.breaks[number], Break.ITEM)
-            # Items in items in items are all part of an outer one that is whole; their ends need no second look.
+            self.costs[number] = min(self.costs[number], SplitCost.ITEM)
+            # Deeper items are inside an outer one that is kept together.
             if len(open_until) < 4:
-                self.whole(number, end)
+                self.keep(number, end)
             open_until.append(end)
 
-    def document(self, *, unread: frozenset[int] = frozenset()) -> Document:
-        """The document."""
-        repeats = [repeat for repeat in self._repeats if repeat.first < repeat.end]
+    def document(self, *, display_only: frozenset[int] = frozenset()) -> Document:
+        """Return the document."""
+        repeated_headers = [header for header in self._repeated_headers if header.first < header.end]
         return Document(
             self.lines,
-            self.breaks,
+            self.costs,
             sorted(self._headings, key=lambda heading: heading.line),
-            wholes=self._wholes,
-            repeats=sorted(repeats, key=lambda repeat: repeat.first),
-            unread=unread,
+            keep_together=self._keep_together,
+            repeated_headers=sorted(repeated_headers, key=lambda header: header.first),
+            display_only=display_only,
         )
 
 
@@ -140,9 +159,6 @@ def _indent(line: str) -> int:
     expanded = line.expandtabs(8)
     return len(expanded) - len(expanded.lstrip())
 
-
-# --- from structure
-# The commonest formats: Markdown, reStructuredText, plain text, and source code where nothing parses it.
 
 _FRONT_MATTER_LINES = 200
 _FRONT_MATTER_TITLE = re.compile(r"""^title\s*[:=]\s*(['"]?)(.+?)\1\s*$""")
@@ -152,53 +168,36 @@ _SIMPLE_BORDER = re.compile(r"^\s*=+(?: +=+)+\s*$")
 _DIRECTIVE = re.compile(r"^\s*\.\. [\w:+-]+::")
 _VERBATIM_DIRECTIVE = re.compile(r"^\s*\.\. (?:[\w:-]*code[\w:-]*|literalinclude|parsed-literal|math|raw|graphviz)::")
 _BULLET = re.compile(r"(?:[-*+•]|\d{1,3}[.)]|[a-zA-Z#][.)]|\(\w{1,3}\))\s+\S")
-_CLOSING = re.compile(r"^[\s})\]>;,]+$|^\s*(end|fi|done|esac)\b")
 
 
-def plain(lines: list[str]) -> Document:
-    """Plain text: paragraphs and lists, no headings."""
-    blocks = Blocks(lines)
+def read_text(lines: list[str]) -> Document:
+    """Read plain text: paragraphs and lists, no headings."""
+    blocks = LineBlocks(lines)
     blocks.items(_BULLET)
     return blocks.document()
 
 
-def code(lines: list[str]) -> Document:
-    """Source code: cut before what begins at the margin after a blank line, then at blank lines."""
-    breaks = []
-    previous = ""
-    for line in lines:
-        indented = line[:1] in (" ", "\t")
-        if not line.strip() or _CLOSING.match(line):
-            breaks.append(Break.INSIDE)
-        elif not previous.strip():
-            breaks.append(Break.SENTENCE if indented else Break.BLOCK)
-        else:
-            breaks.append(Break.INSIDE if indented else Break.LINE)
-        previous = line
-    return Document(lines, breaks)
-
-
 @lru_cache(maxsize=1)
-def _parser() -> MarkdownIt:
+def _markdown_parser() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
-    # Blocks are all that is asked for; without the inline rules a file parses in a fraction of the time.
+    # Only blocks are needed; without the inline rules, parsing takes a fraction of the time.
     return MarkdownIt("commonmark").enable("table").disable("inline")
 
 
-def markdown(lines: list[str]) -> Document:
-    """Markdown by CommonMark's rules: a # in a code fence is no heading, an underlined title is one."""
-    breaks = line_breaks(lines)
+def read_markdown(lines: list[str]) -> Document:
+    """Read Markdown by CommonMark's rules, with tables and front matter."""
+    costs = text_split_costs(lines)
     headings: list[Heading] = []
-    wholes: list[tuple[int, int]] = []
-    repeats: list[Repeat] = []
+    keep_together: list[tuple[int, int]] = []
+    repeated_headers: list[RepeatedHeader] = []
     skipped, title = _front_matter(lines)
     if title:
         headings.append(Heading(0, 0, title, skipped))
     for line in range(1, skipped):
-        breaks[line] = Break.INSIDE
-    # The front matter's closing line would make a heading of the line above it.
-    tokens = _parser().parse("\n".join([""] * skipped + lines[skipped:]))
+        costs[line] = SplitCost.INSIDE
+    # Blanked, because the front matter's closing line would turn the line above it into a heading.
+    tokens = _markdown_parser().parse("\n".join([""] * skipped + lines[skipped:]))
     for token, following in zip(tokens, [*tokens[1:], None], strict=False):
         if token.map is None:
             continue
@@ -208,30 +207,30 @@ def markdown(lines: list[str]) -> Document:
             if text:
                 headings.append(Heading(first, int(token.tag[1]), text, end - first))
             for line in range(first + 1, end):
-                breaks[line] = Break.INSIDE
+                costs[line] = SplitCost.INSIDE
         elif token.type in ("fence", "code_block"):
-            wholes.append((first, end))
+            keep_together.append((first, end))
             for line in range(first + 1, end):
-                breaks[line] = Break.INSIDE if lines[line - 1].strip() else Break.LINE
+                costs[line] = SplitCost.INSIDE if lines[line - 1].strip() else SplitCost.LINE
         elif token.type == "list_item_open":
-            wholes.append((first, end))
-            breaks[first] = min(breaks[first], Break.ITEM)
+            keep_together.append((first, end))
+            costs[first] = min(costs[first], SplitCost.ITEM)
         elif token.type == "table_open":
-            wholes.append((first, end))
+            keep_together.append((first, end))
             if token.level == 0 and end > first + 3:
-                repeats.append(Repeat(first + 3, end, lines[first]))
+                repeated_headers.append(RepeatedHeader(first + 3, end, lines[first]))
             for line in range(first + 1, end):
                 # Header, rule and first row stay together.
-                breaks[line] = Break.INSIDE if line < first + 3 else Break.ITEM
+                costs[line] = SplitCost.INSIDE if line < first + 3 else SplitCost.ITEM
         if token.level == 0:
-            breaks[first] = Break.BLOCK
+            costs[first] = SplitCost.BLOCK
     if len(headings) > 1 and headings[0].level == 0 and headings[1].title == headings[0].title:
-        headings.pop(0)  # the front matter's title, said again by the first heading
-    return Document(lines, breaks, headings, wholes=wholes, repeats=repeats)
+        headings.pop(0)  # the front matter's title repeats the first heading
+    return Document(lines, costs, headings, keep_together=keep_together, repeated_headers=repeated_headers)
 
 
 def _front_matter(lines: list[str]) -> tuple[int, str]:
-    """Number of lines of YAML or TOML front matter, and the title that it gives."""
+    """Return the number of lines of YAML or TOML front matter, and its title."""
     mark = lines[0].rstrip() if lines else ""
     if mark not in ("---", "+++"):
         return 0, ""
@@ -245,10 +244,10 @@ def _front_matter(lines: list[str]) -> tuple[int, str]:
     return 0, ""
 
 
-def restructured(lines: list[str]) -> Document:
-    """reStructuredText: titles by their under- and overlines, levels in the order in which styles appear."""
-    blocks = Blocks(lines)
-    _rst_blocks(blocks)
+def read_rst(lines: list[str]) -> Document:
+    """Read reStructuredText: titles by their under- and overlines, levels in the order in which styles appear."""
+    blocks = LineBlocks(lines)
+    _add_rst_blocks(blocks)
     styles: list[tuple[str, bool]] = []
     for number in range(1, len(lines)):
         title = lines[number - 1]
@@ -269,8 +268,8 @@ def restructured(lines: list[str]) -> Document:
     return blocks.document()
 
 
-def _rst_blocks(blocks: Blocks) -> None:
-    """Literal blocks and directives with what is indented under them, tables, list items."""
+def _add_rst_blocks(blocks: LineBlocks) -> None:
+    """Add literal blocks and directives with their indented content, tables, and list items."""
     lines = blocks.lines
     number = 0
     while number < len(lines):
@@ -283,10 +282,10 @@ def _rst_blocks(blocks: Blocks) -> None:
             blocks.table(number, end, number + 1, header)
             number = end
         elif _SIMPLE_BORDER.match(line):
-            number = _simple_table(blocks, number)
+            number = _add_simple_table(blocks, number)
         elif line.rstrip().endswith("::") or _DIRECTIVE.match(line):
             end = blocks.indented_end(number)
-            blocks.whole(number, end)
+            blocks.keep(number, end)
             if end > number + 1 and (_DIRECTIVE.match(line) is None or _VERBATIM_DIRECTIVE.match(line)):
                 blocks.verbatim.update(range(number + 1, end))
                 number = end
@@ -297,8 +296,8 @@ def _rst_blocks(blocks: Blocks) -> None:
     blocks.items(_BULLET)
 
 
-def _simple_table(blocks: Blocks, first: int) -> int:
-    """A table between borders of `=`; the line after it."""
+def _add_simple_table(blocks: LineBlocks, first: int) -> int:
+    """Add a table between borders of `=`; return the line after it."""
     lines = blocks.lines
     borders = [first]
     end = first + 1
@@ -320,12 +319,9 @@ def _simple_table(blocks: Blocks, first: int) -> int:
 def _is_underline(line: str, title: str) -> bool:
     if not _ADORNMENT.match(line) or not title.strip() or _ADORNMENT.match(title):
         return False
-    # docutils wants the underline to be at least as long as the title; one or two characters short is a warning there.
+    # docutils requires an underline as long as the title; up to two characters less is only a warning there.
     return len(line.rstrip()) >= max(2, len(title.strip()) - 2)
 
-
-# --- from outline
-# Org files and manual pages: text with its headings in the lines.
 
 _ORG_HEADING = re.compile(
     r"^(\*{1,12})\s+(?:(?:TODO|DONE|NEXT|WAITING)\s+)?(?:\[#\w\]\s+)?(\S.*?)(?:\s+:[\w@#%:]+:)?\s*$"
@@ -342,9 +338,9 @@ _MAN_OPENS = {"nf": "fi", "EX": "EE", "Bd": "Ed"}
 _FONT = re.compile(r"\\f(?:\[\w*\]|\(\w\w|.)|\\s[+-]?\d|\\&")
 
 
-def org(lines: list[str]) -> Document:
-    """Read an Org file."""
-    blocks = Blocks(lines)
+def read_org(lines: list[str]) -> Document:
+    """Read an Org file: headings, blocks, tables with their header, list items."""
+    blocks = LineBlocks(lines)
     number = 0
     while number < len(lines):
         line = lines[number]
@@ -363,14 +359,15 @@ def org(lines: list[str]) -> Document:
         elif title is not None:
             blocks.heading(number, 0, title.group(1))
         elif line.lstrip().startswith("|"):
-            number = _org_table(blocks, number)
+            number = _add_org_table(blocks, number)
             continue
         number += 1
     blocks.items(_ORG_BULLET)
     return blocks.document()
 
 
-def _org_table(blocks: Blocks, first: int) -> int:
+def _add_org_table(blocks: LineBlocks, first: int) -> int:
+    """Add a table; return the line after it."""
     lines = blocks.lines
     end = first
     while end < len(lines) and lines[end].lstrip().startswith("|"):
@@ -381,9 +378,9 @@ def _org_table(blocks: Blocks, first: int) -> int:
     return end
 
 
-def manual(lines: list[str]) -> Document:
-    """Read the source of a manual page (man or mdoc macros); a file of that name without macros is plain text."""
-    blocks = Blocks(lines)
+def read_man(lines: list[str]) -> Document:
+    """Read the source of a manual page (man or mdoc macros); a file without macros is plain text."""
+    blocks = LineBlocks(lines)
     opened: tuple[str, int] | None = None
     for number, line in enumerate(lines):
         macro = _MACRO.match(line)
@@ -406,8 +403,8 @@ def manual(lines: list[str]) -> Document:
                 rest, height = lines[number + 1], 2
             blocks.heading(number, _MAN_TITLES[name], _man_text(rest), min(height, len(lines) - number))
         else:
-            blocks.breaks[number] = Break.BLOCK if name in ("PP", "P", "LP", "Pp") else Break.ITEM
-            blocks.together(number, number + 2)
+            blocks.costs[number] = SplitCost.BLOCK if name in ("PP", "P", "LP", "Pp") else SplitCost.ITEM
+            blocks.glue(number, number + 2)
     return blocks.document()
 
 
@@ -415,11 +412,8 @@ def _man_text(text: str) -> str:
     return _FONT.sub("", text).replace('"', "").replace("\\-", "-").replace("\\ ", " ").strip()
 
 
-# --- from asciidoc
-# AsciiDoc: section titles, delimited blocks whole, tables by rows with their header read again.
-
 _TITLE = re.compile(r"^(={1,6}|#{1,6})\s+(\S.*?)(?:\s+\1)?\s*$")
-# A title of two lines, the old way: underlined by = - ~ ^ or +.
+# Titles of two lines (the older syntax), underlined by = - ~ ^ or +.
 _UNDERLINES = {"=": 1, "-": 2, "~": 3, "^": 4, "+": 5}
 _UNDERLINE = re.compile(r"^([=\-~^+])\1{2,}\s*$")
 _DELIMITER = re.compile(r"^(?:([-.+/=*_])\1{3,}|```+.*|--)\s*$")
@@ -427,31 +421,35 @@ _ASCIIDOC_VERBATIM = ("-", ".", "+", "/", "`")
 _TABLE = re.compile(r"^[|,:!]={3,}\s*$")
 _CELL = re.compile(r"^\s*(?:\d+[+*])?[aehlmsv<>^]?\|")
 _ATTRIBUTE = re.compile(r"^:!?[\w-]+!?:")
-# What says something about the block below it: its title, its attributes, its anchor.
-_BLOCK_LINE = re.compile(r"^(?:\.[^\s.].*|\[.*\])\s*$")
+# The title, attributes or anchor of the block below.
+_BLOCK_METADATA = re.compile(r"^(?:\.[^\s.].*|\[.*\])\s*$")
 _ASCIIDOC_BULLET = re.compile(r"(?:[*.\-]{1,5}|\d{1,3}\.|[a-zA-Z]\.|<\d+>)\s+\S|\S.*(?:::|;;)(?:\s|$)")
 
 
-def asciidoc(lines: list[str]) -> Document:
-    """Read an AsciiDoc file."""
-    blocks = Blocks(lines)
+def read_asciidoc(lines: list[str]) -> Document:
+    """Read AsciiDoc: section titles, delimited blocks kept together, tables by rows with their header repeated."""
+    blocks = LineBlocks(lines)
     closers: set[int] = set()
     number = 0
     while number < len(lines):
-        number = number + 1 if number in closers else _block(blocks, number, closers)
+        number = number + 1 if number in closers else _add_asciidoc_block(blocks, number, closers)
     blocks.items(_ASCIIDOC_BULLET)
     for number, line in enumerate(lines[:-1]):
-        if number not in blocks.verbatim and _BLOCK_LINE.match(line) and lines[number + 1].strip():
-            blocks.breaks[number + 1] = Break.INSIDE
+        if number not in blocks.verbatim and _BLOCK_METADATA.match(line) and lines[number + 1].strip():
+            blocks.costs[number + 1] = SplitCost.INSIDE
     return blocks.document()
 
 
-def _block(blocks: Blocks, number: int, closers: set[int]) -> int:
-    """Note what begins at a line, and in `closers` where it ends if it holds other blocks; the line to go on with."""
+def _add_asciidoc_block(blocks: LineBlocks, number: int, closers: set[int]) -> int:
+    """Add the block that begins at a line, and to `closers` its last line if it may contain blocks.
+
+    Returns:
+        The line to continue with.
+    """
     lines = blocks.lines
     line = lines[number]
     if _TABLE.match(line):
-        return _table(blocks, number)
+        return _add_asciidoc_table(blocks, number)
     title = _TITLE.match(line)
     if title is not None:
         end = number + 1
@@ -462,8 +460,14 @@ def _block(blocks: Blocks, number: int, closers: set[int]) -> int:
         return end
     following = lines[number + 1] if number + 1 < len(lines) else ""
     under = _UNDERLINE.match(following)
-    alone = number == 0 or not lines[number - 1].strip() or bool(_BLOCK_LINE.match(lines[number - 1]))
-    if under and alone and _is_title(line) and abs(len(line.rstrip()) - len(following.rstrip())) <= 1:
+    alone = number == 0 or not lines[number - 1].strip() or bool(_BLOCK_METADATA.match(lines[number - 1]))
+    if (
+        under
+        and alone
+        and line[:1].isalnum()
+        and not _DELIMITER.match(line)
+        and abs(len(line.rstrip()) - len(following.rstrip())) <= 1
+    ):
         blocks.heading(number, _UNDERLINES[under.group(1)], line, 2)
         return number + 2
     if _DELIMITER.match(line):
@@ -471,46 +475,40 @@ def _block(blocks: Blocks, number: int, closers: set[int]) -> int:
         if after is not None:
             verbatim = line.startswith(_ASCIIDOC_VERBATIM) and line.strip() != "--"
             blocks.block(number, after, verbatim=verbatim)
-            blocks.whole(_with_lines_above(lines, number), after)
+            blocks.keep(_with_metadata_above(lines, number), after)
             closers.add(after - 1)
             return after if verbatim else number + 1
     if _ATTRIBUTE.match(line) and number and _ATTRIBUTE.match(lines[number - 1]):
-        blocks.breaks[number] = Break.LINE
+        blocks.costs[number] = SplitCost.LINE
     return number + 1
 
 
-def _is_title(line: str) -> bool:
-    return line[:1].isalnum() and not _DELIMITER.match(line)
-
-
-def _with_lines_above(lines: list[str], first: int) -> int:
-    """Where a block begins with the lines that say something about it."""
-    while first > 0 and _BLOCK_LINE.match(lines[first - 1]):
+def _with_metadata_above(lines: list[str], first: int) -> int:
+    """Return the first line of a block including its metadata lines."""
+    while first > 0 and _BLOCK_METADATA.match(lines[first - 1]):
         first -= 1
     return first
 
 
-def _table(blocks: Blocks, first: int) -> int:
+def _add_asciidoc_table(blocks: LineBlocks, first: int) -> int:
+    """Add a table; return the line after it."""
     lines = blocks.lines
     end = blocks.closing(first, lines[first].strip())
     if end is None:
         return first + 1
     header = first + 1
     options = lines[first - 1] if first else ""
-    # The first row is a header if an empty line follows it, or if the table says so.
+    # The first row is a header if an empty line follows it, or if the table's options say so.
     alone = header + 1 < end - 1 and lines[header].strip() and not lines[header + 1].strip()
     named = bool(header < end - 1 and (alone or "header" in options))
     blocks.table(first, end, header, header + 1 if named else None)
-    blocks.whole(_with_lines_above(lines, first), end)
+    blocks.keep(_with_metadata_above(lines, first), end)
     for line in range(header + 1, end - 1):
-        if not _CELL.match(lines[line]):  # a row may have a line for each cell, and cells several lines
-            blocks.breaks[line] = Break.INSIDE
-    blocks.breaks[end - 1] = Break.INSIDE
+        if not _CELL.match(lines[line]):  # rows may have a line for each cell, and cells several lines
+            blocks.costs[line] = SplitCost.INSIDE
+    blocks.costs[end - 1] = SplitCost.INSIDE
     return end
 
-
-# --- from latex
-# LaTeX: sections for headings, environments whole, items and rows as places to cut.
 
 _LEVELS = {
     "title": 0, "part": 1, "chapter": 2, "section": 3, "subsection": 4, "subsubsection": 5, "paragraph": 6,
@@ -519,7 +517,7 @@ _LEVELS = {
 _HEADING = re.compile(rf"^\s*\\({'|'.join(_LEVELS)})\*?\s*(?:\[[^\]]*\])?\s*\{{")
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{([\w*@-]+)\}")
 _LATEX_VERBATIM = re.compile(r"verbatim\*?|Verbatim|lstlisting|minted|comment|alltt|filecontents\*?")
-# Environments that are the text rather than something in it.
+# Environments that contain the text itself.
 _TRANSPARENT = frozenset({"document", "abstract", "frame", "appendices", "multicols"})
 _ROWS = re.compile(r"tabular\w*\*?|longtable|array|tabu|align\*?|matrix")
 _COMMAND = re.compile(r"\\[a-zA-Z]+\*?(?:\[[^\]]*\])?\s*")
@@ -527,14 +525,14 @@ _MAX_TITLE_LINES = 4
 _MAX_DEPTH = 50
 
 
-def latex(lines: list[str]) -> Document:
-    """Read a LaTeX file."""
-    blocks = Blocks(lines)
+def read_latex(lines: list[str]) -> Document:
+    """Read LaTeX: sections as headings, environments kept together, split at items and rows."""
+    blocks = LineBlocks(lines)
     around: list[tuple[str, int]] = []
     ends_row = False
     number = 0
     while number < len(lines):
-        code = _code(lines[number])
+        code = _without_comment(lines[number])
         if around and _LATEX_VERBATIM.fullmatch(around[-1][0]):
             if f"\\end{{{around[-1][0]}}}" in lines[number]:
                 _, first = around.pop()
@@ -545,49 +543,49 @@ def latex(lines: list[str]) -> Document:
         if heading is not None:
             title, end = _argument(lines, number, heading.end())
             if title is not None:
-                blocks.heading(number, _LEVELS[heading.group(1)], _plain(title), end - number)
+                blocks.heading(number, _LEVELS[heading.group(1)], _without_commands(title), end - number)
                 number = end
                 continue
         if code.lstrip().startswith("\\item"):
-            blocks.breaks[number] = min(blocks.breaks[number], Break.ITEM)
+            blocks.costs[number] = min(blocks.costs[number], SplitCost.ITEM)
         elif around and _ROWS.fullmatch(around[-1][0]) and number > around[-1][1] + 1:
-            blocks.breaks[number] = Break.ITEM if ends_row else Break.INSIDE
+            blocks.costs[number] = SplitCost.ITEM if ends_row else SplitCost.INSIDE
         ends_row = code.rstrip().endswith(("\\\\", "\\hline", "\\midrule", "\\toprule", "\\tabularnewline"))
         for match in _ENVIRONMENT.finditer(code):
-            _environment(blocks, around, match, number)
+            _add_environment(blocks, around, match, number)
         number += 1
     return blocks.document()
 
 
-def _environment(blocks: Blocks, around: list[tuple[str, int]], match: re.Match[str], number: int) -> None:
+def _add_environment(blocks: LineBlocks, around: list[tuple[str, int]], match: re.Match[str], number: int) -> None:
+    """Open or close an environment; `around` are the open ones with their first lines."""
     kind, name = match.groups()
     if kind == "begin" and len(around) < _MAX_DEPTH:
         around.append((name, number))
     elif kind == "end" and any(open_name == name for open_name, _ in around):
-        while True:  # what was never closed ends with what it stands in
+        while True:  # an environment that was never closed ends with the one around it
             open_name, first = around.pop()
             if open_name == name:
                 break
         if name not in _TRANSPARENT:
-            blocks.whole(first, number + 1)
+            blocks.keep(first, number + 1)
             if number > first:
-                blocks.breaks[first + 1] = Break.INSIDE
-                blocks.breaks[number] = Break.INSIDE
+                blocks.costs[first + 1] = SplitCost.INSIDE
+                blocks.costs[number] = SplitCost.INSIDE
 
 
-def _code(line: str) -> str:
-    """A line without its comment."""
+def _without_comment(line: str) -> str:
     if "%" not in line:
         return line
     return re.split(r"(?<!\\)%", line, maxsplit=1)[0]
 
 
 def _argument(lines: list[str], number: int, start: int) -> tuple[str | None, int]:
-    """What stands in the braces that open before a column, and the line after it; None if they do not close."""
+    """Return the argument whose brace opens before a column, and the line after it; None if it does not close."""
     depth = 1
     taken: list[str] = []
     for line in range(number, min(number + _MAX_TITLE_LINES, len(lines))):
-        text = _code(lines[line])
+        text = _without_comment(lines[line])
         for column in range(start if line == number else 0, len(text)):
             char = text[column]
             if char in "{}" and (column == 0 or text[column - 1] != "\\"):
@@ -599,8 +597,8 @@ def _argument(lines: list[str], number: int, start: int) -> tuple[str | None, in
     return None, number + 1
 
 
-def _plain(title: str) -> str:
-    """A title without commands; what stands in their braces stays."""
+def _without_commands(title: str) -> str:
+    """Strip commands from a title and keep their arguments."""
     title = re.sub(r"\\(?:label|footnote|thanks|index)\s*\{[^{}]*\}", "", title)
     title = title.replace("\\\\", " ").replace("~", " ").replace("``", '"').replace("''", '"')
     title = re.sub(r"\\([%&#$_{}])", r"\1", _COMMAND.sub("", title).replace("$", ""))
@@ -609,35 +607,37 @@ def _plain(title: str) -> str:
 
 _TIME = r"(?:\d{1,3}:)?\d{1,2}:\d{2}[.,]\d{1,3}"
 _CUE = re.compile(rf"^\s*{_TIME}(?:\s+-->\s+|,){_TIME}(?:\s+\S+:\S+)*\s*$")
-_SENTENCE_END = re.compile(r"""[.!?\u2026\u3002\uff01\uff1f]["')\]\u00bb\u201d\u2019]*\s*(?:</\w+>\s*)*$""")
-# Parts of WebVTT that nobody hears.
-_SILENT = re.compile(r"^(?:WEBVTT|STYLE|REGION|NOTE)(?:\s|$)")
+_CUE_SENTENCE_END = re.compile(rf"[.!?\u2026\u3002\uff01\uff1f][{CLOSING_QUOTES}]*\s*(?:</\w+>\s*)*$")
+# Parts of WebVTT that are not spoken.
+_NOT_SPOKEN = re.compile(r"^(?:WEBVTT|STYLE|REGION|NOTE)(?:\s|$)")
 
 
-def subtitles(lines: list[str]) -> Document:
-    """Read subtitles. The lines of a chunk are the file's, times included."""
-    breaks = [Break.INSIDE] * len(lines)
-    wholes = []
-    unread: set[int] = set()
-    said = ""
+def read_subtitles(lines: list[str]) -> Document:
+    """Read subtitles (.srt, .vtt, .sbv): split between cues; the times are shown and not embedded."""
+    costs = [SplitCost.INSIDE] * len(lines)
+    keep_together = []
+    display_only: set[int] = set()
+    spoken_before = ""
     number = 0
     while number < len(lines):
         first = number
         while number < len(lines) and lines[number].strip():
             number += 1
-        # A block: the lines between two empty ones.
-        block = range(first, number)
+        block = range(first, number)  # the lines between two empty ones
         while number < len(lines) and not lines[number].strip():
             number += 1
         time = next((line for line in block[:2] if _CUE.match(lines[line])), None)
-        breaks[first] = Break.BLOCK if _SENTENCE_END.search(said) or time is None else Break.SENTENCE
-        wholes.append((first, number))
+        after_sentence = time is None or _CUE_SENTENCE_END.search(spoken_before)
+        costs[first] = SplitCost.BLOCK if after_sentence else SplitCost.SENTENCE
+        keep_together.append((first, number))
         spoken = [] if time is None else [line for line in block if line > time]
         if spoken:
-            said = lines[spoken[-1]]
-            unread |= {line for line in range(first, number) if line not in spoken}
-        elif block and _SILENT.match(lines[first]) and not lines[first].startswith("NOTE"):
-            unread |= set(range(first, number))
-    if len(unread) == len(lines) or not any(lines[line].strip() for line in set(range(len(lines))) - unread):
-        unread = set()
-    return Document(lines, breaks, wholes=wholes, unread=frozenset(unread))
+            spoken_before = lines[spoken[-1]]
+            display_only |= {line for line in range(first, number) if line not in spoken}
+        elif block and _NOT_SPOKEN.match(lines[first]) and not lines[first].startswith("NOTE"):
+            display_only |= set(range(first, number))
+    if len(display_only) == len(lines) or not any(
+        lines[line].strip() for line in set(range(len(lines))) - display_only
+    ):
+        display_only = set()
+    return Document(lines, costs, keep_together=keep_together, display_only=frozenset(display_only))

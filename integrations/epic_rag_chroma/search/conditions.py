@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from epic_rag.errors import ConfigError
-from epic_rag_chroma.chunking import HEADING_SEPARATOR
+from epic_rag_chroma.reading.document import HEADING_SEPARATOR
 
 __all__ = ["KNOWN_KEYS", "NUMERIC_KEYS", "Combination", "Comparison", "Condition", "Operator", "fields_of"]
 

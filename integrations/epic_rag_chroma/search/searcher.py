@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from epic_rag.errors import ConfigError
-from epic_rag_chroma.chunking import HEADING_SEPARATOR
 from epic_rag_chroma.errors import IndexStateError
+from epic_rag_chroma.reading.document import HEADING_SEPARATOR
 from epic_rag_chroma.search.deduplicate import Passage, distinct
 from epic_rag_chroma.search.filters import Filter
 from epic_rag_chroma.search.fusion import POOL, fuse

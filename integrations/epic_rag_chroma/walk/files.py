@@ -1,9 +1,9 @@
 """Walk the indexed folders and collect the files to index.
 
-Precedence of the rules: version control's own folders are never read; an .epicignore takes precedence over a .gitignore,
-a deeper file over a higher one; hidden names are skipped unless an .epicignore re-includes them (`!name`); then the
-settings `exclude` and `include` decide, or the built-in excludes for files that nobody searches (lock files, minified
-code, backup files).
+Precedence of the rules: version control's own folders are never read; an .epicignore takes precedence over a
+.gitignore, a deeper file over a higher one; hidden names are skipped unless an .epicignore re-includes them (`!name`);
+then the settings `exclude` and `include` decide, or the built-in excludes for files that nobody searches (lock files,
+minified code, backup files).
 
 The walk opens nothing but ignore files: entries are judged by their name and stat result. Symbolic links are followed
 last, when every file with a name of its own inside the root is known, so that no file is indexed twice and no loop is

@@ -8,8 +8,9 @@ import pytest
 
 from epic_rag import EpicEncoder
 from epic_rag_chroma.chunking import Chunk, chunk_document
-from epic_rag_chroma.reading import text as structure
+from epic_rag_chroma.reading.code import read_code
 from epic_rag_chroma.reading.document import Document, clean_title, split_lines
+from epic_rag_chroma.reading.text import read_markdown, read_rst, read_text
 
 
 def count_words(texts: list[str]) -> list[int]:
@@ -21,7 +22,7 @@ def cut(document: Document, size: int = 50, overlap: int = 0) -> list[Chunk]:
 
 
 def markdown(text: str, size: int = 50, overlap: int = 0) -> list[Chunk]:
-    return cut(structure.markdown(split_lines(text)), size, overlap)
+    return cut(read_markdown(split_lines(text)), size, overlap)
 
 
 def places(chunks: list[Chunk]) -> list[tuple[tuple[str, ...], int | None, int | None]]:
@@ -82,7 +83,7 @@ def test_lists_are_cut_between_items() -> None:
 
 def test_restructured_titles() -> None:
     text = "=====\nTitle\n=====\n\nintro\n\nPart\n----\n\ntext::\n\n    not\n    ---\n\nSub\n~~~\n\nmore\n\nOther\n-----\n\nend\n"
-    assert places(cut(structure.restructured(split_lines(text)))) == [
+    assert places(cut(read_rst(split_lines(text)))) == [
         (("Title",), 1, 5),
         (("Title", "Part"), 7, 13),
         (("Title", "Part", "Sub"), 15, 18),
@@ -92,7 +93,7 @@ def test_restructured_titles() -> None:
 
 def test_code_is_cut_between_definitions() -> None:
     text = "\n\n".join(f"def f{n}(x):\n    y = x + {n}\n\n    return y" for n in range(6))
-    chunks = cut(structure.code(split_lines(text)), size=16)
+    chunks = cut(read_code(split_lines(text), ""), size=16)
     assert len(chunks) > 2
     assert all(chunk.text.startswith("def f") for chunk in chunks)
 
@@ -115,7 +116,7 @@ def test_headings_never_take_more_than_a_quarter_of_a_chunk() -> None:
 
 def test_overlap_repeats_the_end_of_the_chunk_before() -> None:
     text = "\n".join(f"line {n} has six words here." for n in range(30))
-    with_overlap, without = (cut(structure.plain(split_lines(text)), 36, overlap) for overlap in (8, 0))
+    with_overlap, without = (cut(read_text(split_lines(text)), 36, overlap) for overlap in (8, 0))
     pairs = list(pairwise(with_overlap))
     assert pairs
     assert all(right.first_line <= left.last_line for left, right in pairs)  # type: ignore[operator]
@@ -136,7 +137,7 @@ def test_a_long_line_is_cut_at_sentences() -> None:
 
 @pytest.mark.parametrize("text", ["x" * 50_000, "猫" * 3_000, "ab " * 20_000, "\U0001f600" * 2_000, "a.b," * 5_000])
 def test_hostile_lines_are_cut_in_reasonable_time(text: str, tiny_encoder: EpicEncoder) -> None:
-    document = structure.plain([text])
+    document = read_text([text])
     chunks = chunk_document(document, max_tokens=100, overlap=10, count_tokens=tiny_encoder.count_tokens)
     assert max(tiny_encoder.count_tokens([chunk.embedded for chunk in chunks])) <= 100
     assert sum(len(chunk.text) for chunk in chunks) >= len(text.replace(" ", ""))

@@ -12,7 +12,8 @@ import pytest
 
 from epic_rag_chroma.reading import containers as limits
 from epic_rag_chroma.reading.containers import Archive
-from epic_rag_chroma.reading.reader import BrokenFileError, read_document
+from epic_rag_chroma.reading.document import BrokenFileError
+from epic_rag_chroma.reading.reader import read_document
 from epic_rag_chroma.reading.worker import IsolatedReader
 from tests.helpers.sample_files import SAMPLES, make_book, make_odt, zipped
 

@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from epic_rag_chroma.chunking import Chunk, chunk_document
-from epic_rag_chroma.reading import code as grammars
 from epic_rag_chroma.reading import code as source
 from epic_rag_chroma.reading.file_types import kind_of, language_of
 from epic_rag_chroma.reading.reader import read_document
@@ -100,7 +99,7 @@ def count_words(texts: list[str]) -> list[int]:
 
 
 def cut(text: str, language: str, size: int) -> list[Chunk]:
-    document = source.read(text.split("\n"), language)
+    document = source.read_code(text.split("\n"), language)
     return chunk_document(document, max_tokens=size, overlap=0, count_tokens=count_words)
 
 
@@ -133,7 +132,7 @@ def test_a_function_that_does_not_fit_is_cut_and_its_name_goes_with_each_part() 
 
 
 def test_every_language_with_a_grammar_has_a_sample() -> None:
-    assert set(SAMPLES) == set(grammars.LANGUAGES)
+    assert set(SAMPLES) == set(source.LANGUAGES)
 
 
 @pytest.mark.parametrize("language", sorted(SAMPLES))
@@ -188,7 +187,7 @@ def test_deep_nesting_is_cut_in_reasonable_time_and_paths_stay_short() -> None:
 
 
 def test_thousands_of_errors_in_a_row_leave_it_to_indentation() -> None:
-    document = source.read(("(\n" * 100_000 + SERVER).split("\n"), "python")
+    document = source.read_code(("(\n" * 100_000 + SERVER).split("\n"), "python")
     assert not document.scopes
     assert chunk_document(document, max_tokens=24, overlap=0, count_tokens=count_words)
 
@@ -205,11 +204,11 @@ def test_without_the_parser_indentation_decides_and_it_is_said_once(
     assert not document.scopes
     assert chunk_document(document, max_tokens=24, overlap=0, count_tokens=count_words)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    source.note_missing_parser.cache_clear()
+    source.warn_of_missing_parser.cache_clear()
     with caplog.at_level(logging.WARNING):
-        source.note_missing_parser()
-        source.note_missing_parser()
-    source.note_missing_parser.cache_clear()
+        source.warn_of_missing_parser()
+        source.warn_of_missing_parser()
+    source.warn_of_missing_parser.cache_clear()
     assert caplog.text.count("epic-rag[files]") == 1
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epic_rag_chroma.chunking import Chunk, chunk_document
-from epic_rag_chroma.reading.document import split_lines
-from epic_rag_chroma.reading.reader import BrokenFileError, NotTextError, read_document
+from epic_rag_chroma.reading.document import BrokenFileError, NotTextError, split_lines
+from epic_rag_chroma.reading.reader import read_document
 from tests.helpers.sample_files import SAMPLES, make_book, make_docx, make_odt, zipped
 
 CONTAINERS = ("docx", "pptx", "xlsx", "epub", "odt", "ipynb", "eml", "mbox", "rtf", "pdf")
@@ -151,7 +151,7 @@ def test_sheets_are_sections_and_headers_are_read_again() -> None:
         (("Prices",), None, "Bread | 3"),
     ]
     document = read_document("a.xlsx", SAMPLES["a.xlsx"])
-    assert [(repeat.text, document.lines[repeat.first : repeat.end]) for repeat in document.repeats] == [
+    assert [(header.text, document.lines[header.first : header.end]) for header in document.repeated_headers] == [
         ("Name | Age", ["Ada | 36", "Alan | 41.5"]),
         ("City", ["London"]),
     ]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epic_rag_chroma.reading.document import NotTextError
 from epic_rag_chroma.reading.encoding import decode
-from epic_rag_chroma.reading.reader import NotTextError
 
 RUSSIAN = "Это простой текст на русском языке, который проверяет определение кодировки. Он не очень длинный."
 FRENCH = "Déjà vu : l’été dernier, nous avons mangé des crêpes à la française près de l’église où naquit Zoé, à côté."

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import pytest
 
 from epic_rag.errors import MissingExtraError
-from epic_rag_chroma.reading.reader import BrokenFileError, is_binary_name, read_document
+from epic_rag_chroma.reading.document import BrokenFileError
+from epic_rag_chroma.reading.file_types import is_binary_name
+from epic_rag_chroma.reading.reader import read_document
 from tests.helpers.sample_files import SAMPLES, zipped
 
 CONTAINERS = ("docx", "pptx", "xlsx", "epub", "odt", "ipynb", "eml", "mbox", "rtf", "pdf")

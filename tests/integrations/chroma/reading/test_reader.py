@@ -10,8 +10,10 @@ import pytest
 
 from epic_rag.errors import MissingExtraError
 from epic_rag_chroma.chunking import chunk_document
-from epic_rag_chroma.reading.document import split_lines
-from epic_rag_chroma.reading.reader import BrokenFileError, NotTextError, decode, is_binary_name, kind_of, read_document
+from epic_rag_chroma.reading.document import BrokenFileError, NotTextError, split_lines
+from epic_rag_chroma.reading.encoding import decode
+from epic_rag_chroma.reading.file_types import is_binary_name, kind_of
+from epic_rag_chroma.reading.reader import read_document
 
 PAGE = """<!DOCTYPE html>
 <html><head><title>Site | Page</title>

@@ -248,7 +248,7 @@ def test_a_record_with_line_ends_in_it_is_one() -> None:
 
 @pytest.mark.parametrize("text", ["1,2\n3,4\n", "a,a\n1,2\n", ",b\n1,2\n", "x" * 200_000 + ",b\n1,2\n"])
 def test_a_first_record_that_names_no_columns_is_no_header(text: str) -> None:
-    assert not read_document("a.csv", text.encode()).repeats
+    assert not read_document("a.csv", text.encode()).repeated_headers
 
 
 def test_a_quote_that_nothing_closes_does_not_swallow_the_file() -> None:

@@ -16,10 +16,9 @@ import psutil
 import pytest
 
 from epic_rag.errors import ConfigError, MissingExtraError
-from epic_rag_chroma.reading import worker as isolation
-from epic_rag_chroma.reading.document import Document
-from epic_rag_chroma.reading.reader import BrokenFileError, NotTextError, read_document
-from epic_rag_chroma.reading.worker import IsolatedReader
+from epic_rag_chroma.reading.document import BrokenFileError, Document, NotTextError
+from epic_rag_chroma.reading.reader import read_document
+from epic_rag_chroma.reading.worker import IsolatedReader, document_from_json, document_to_json
 from tests.helpers.sample_files import SAMPLES
 
 posix = pytest.mark.skipif(os.name != "posix", reason="the limit is one of POSIX systems")
@@ -92,15 +91,14 @@ def test_a_worker_reads_what_is_read_here_without_torch_and_chroma(
 
 
 def test_every_part_of_a_document_crosses_the_pipe() -> None:
-    # A field that is added to Document has to be added to the reply as well.
     empty = Document([], [])
-    assert set(isolation._as_json(empty)) == {part.name for part in dataclasses.fields(Document)}
-    assert isolation._answer(isolation._as_json(empty), 1) == empty
+    assert set(document_to_json(empty)) == {part.name for part in dataclasses.fields(Document)}
+    assert document_from_json(document_to_json(empty)) == empty
 
 
 def test_one_worker_reads_many_files_and_is_gone_afterwards(hostile: None) -> None:
     with IsolatedReader() as reader:
-        assert reader._process is None
+        assert not reader.has_worker
         first = text(reader.read("a.pdf", b"one"))
         assert text(reader.read("b.pdf", b"one")) == first
         worker = psutil.Process(int(first.split()[1]))
@@ -128,7 +126,7 @@ def test_no_code_of_the_working_directory_runs(tmp_path: Path, monkeypatch: pyte
 
 def test_plain_text_needs_no_worker(reader: IsolatedReader) -> None:
     assert reader.read("a.txt", b"one\ntwo").lines == ["one", "two"]
-    assert reader._process is None
+    assert not reader.has_worker
 
 
 @pytest.mark.parametrize("command", [b"hang", b"spin"])
@@ -143,7 +141,7 @@ def test_a_parser_that_takes_too_long_is_ended(hostile: None, command: bytes) ->
 def test_a_parser_that_fills_the_memory_is_stopped(hostile: None, reader: IsolatedReader) -> None:
     with pytest.raises(BrokenFileError, match="needs more than 2048 MiB"):
         reader.read("a.pdf", b"grow")
-    assert reader._process is None
+    assert not reader.has_worker
     assert text(reader.read("a.pdf", b"next")).startswith("next")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from epic_rag_chroma import ChromaIndexer
-from epic_rag_chroma.reading.reader import NotTextError
+from epic_rag_chroma.reading.document import NotTextError
 from epic_rag_chroma.types import IndexSettings
 from epic_rag_chroma.walk.files import ChangeFilter, FoundFile, Scan, read_file, scan
 from epic_rag_chroma.walk.safe_read import NotRegularError, TooLargeError, read_regular
