@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from epic_rag_chroma.chunking import HEADING_SEPARATOR
     from epic_rag_chroma.embedding_function import EpicEmbeddingFunction
     from epic_rag_chroma.errors import (
         ChromaServerError,
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
         IndexStateError,
     )
     from epic_rag_chroma.indexer import ChromaIndexer
+    from epic_rag_chroma.reading.document import HEADING_SEPARATOR
     from epic_rag_chroma.search.conditions import KNOWN_KEYS, Combination, Comparison, Condition
     from epic_rag_chroma.search.filters import parse_filters
     from epic_rag_chroma.search.highlight import QueryWords, Span
@@ -80,10 +80,10 @@ __all__ = [
 ]
 
 _NAMES = {
-    "chunking": ("HEADING_SEPARATOR",),
     "embedding_function": ("EpicEmbeddingFunction",),
     "errors": ("ChromaServerError", "IndexLockedError", "IndexMismatchError", "IndexNotFoundError", "IndexStateError"),
     "indexer": ("ChromaIndexer",),
+    "reading.document": ("HEADING_SEPARATOR",),
     "search.conditions": ("KNOWN_KEYS", "Combination", "Comparison", "Condition"),
     "search.filters": ("parse_filters",),
     "search.highlight": ("QueryWords", "Span"),
