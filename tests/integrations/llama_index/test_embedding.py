@@ -39,11 +39,6 @@ PAIRS = [
 
 
 @pytest.fixture
-def embedding(tiny_checkpoint: Path) -> EpicEmbedding:
-    return EpicEmbedding(model=str(tiny_checkpoint))
-
-
-@pytest.fixture
 def bank() -> DemonstrationBank:
     return DemonstrationBank(PAIRS, instruction="Given a question, retrieve passages that answer it")
 

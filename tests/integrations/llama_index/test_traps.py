@@ -33,11 +33,6 @@ OTHER_BANK = DemonstrationBank([("where are settings", "Settings lie in a file."
 TEXTS = ["Paris", "Rome", "Oslo", "Lima"]
 
 
-@pytest.fixture
-def embedding(tiny_checkpoint: Path) -> EpicEmbedding:
-    return EpicEmbedding(model=str(tiny_checkpoint))
-
-
 def count_calls(monkeypatch: pytest.MonkeyPatch, encoder: EpicEncoder) -> dict[str, list[str]]:
     """Every text that reaches the encoder, by role."""
     calls: dict[str, list[str]] = {"query": [], "document": []}

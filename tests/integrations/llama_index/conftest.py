@@ -1,9 +1,7 @@
-"""An index that the command made, and retrievers over it."""
+"""Embeddings, an index of five files, and retrievers over it."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ import numpy as np
 import pytest
 
 from epic_rag import EpicEncoder
+from epic_rag_chroma import ChromaIndexer
+from llama_index.embeddings.epic import EpicEmbedding
 from llama_index.retrievers.epic import EpicRetriever
 
 FILES: dict[str, str] = {
@@ -23,6 +23,11 @@ FILES: dict[str, str] = {
 Nearest = Callable[[Sequence[str]], list[str]]
 
 
+@pytest.fixture
+def embedding(tiny_checkpoint: Path) -> EpicEmbedding:
+    return EpicEmbedding(model=str(tiny_checkpoint))
+
+
 @pytest.fixture(scope="session")
 def index_dir(
     tmp_path_factory: pytest.TempPathFactory,
@@ -30,12 +35,11 @@ def index_dir(
     pdf: Callable[[list[str]], bytes],
     tiny_checkpoint: Path,
 ) -> Path:
-    """An index of five files. Nobody writes to it."""
+    """An index of five files that names its model. Read-only."""
     folder = tmp_path_factory.mktemp("retriever")
     docs = tree(folder / "docs", {**FILES, "paper.pdf": pdf(["first page of results", "second page about cats"])})
-    command = [sys.executable, "-m", "epic_rag_cli", "index", str(docs), "--index-dir", str(folder / "index")]
-    ran = subprocess.run([*command, "--model", str(tiny_checkpoint)], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    with ChromaIndexer(folder / "index", encoder=EpicEncoder.from_pretrained(tiny_checkpoint)) as indexer:
+        indexer.index([docs])
     return folder / "index"
 
 
@@ -52,7 +56,7 @@ def dense(retriever: EpicRetriever) -> EpicRetriever:
 
 @pytest.fixture
 def nearest(index_dir: Path, tiny_encoder: EpicEncoder, rows: Callable[[Path], dict[str, Any]]) -> Nearest:
-    """Brute force: ids of the four rows nearest to the mean of some texts' vectors."""
+    """Brute force: ids of the four rows nearest to the mean of the texts' vectors."""
 
     def find(texts: Sequence[str]) -> list[str]:
         vector = tiny_encoder.encode_query(list(texts)).mean(axis=0)

@@ -1,4 +1,4 @@
-"""MetadataFilters of LlamaIndex on an index: what each operator means, and what is refused."""
+"""MetadataFilters of LlamaIndex on an index: the meaning of each operator, errors, and exact results."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
 from epic_rag import EpicEncoder
 from epic_rag.errors import ConfigError
-from epic_rag_chroma import ChromaIndexer, SearchFilters
-from epic_rag_chroma.search.conditions import KNOWN_KEYS, Comparison, fields_of
+from epic_rag_chroma import KNOWN_KEYS, ChromaIndexer, Comparison, SearchFilters
+from epic_rag_chroma.search.conditions import fields_of
 from llama_index.retrievers.epic import EpicRetriever, to_search_filters
 
 SOAK = os.environ.get("EPIC_RAG_SOAK") == "1"
@@ -79,7 +79,7 @@ def found(filters: MetadataFilters) -> list[int]:
         ("root", "==", "../docs", [0, 1, 2, 3, 4, 5]),
     ],
 )
-def test_an_operator_means_what_it_says(key: str, operator: str, value: Any, expected: list[int]) -> None:
+def test_operators(key: str, operator: str, value: Any, expected: list[int]) -> None:
     assert found(one(key, operator, value)) == expected
 
 
@@ -102,13 +102,13 @@ LATE = one("page", ">", 10)
         ("not", [], [0, 1, 2, 3, 4, 5]),
     ],
 )
-def test_filters_nest(condition: str | None, parts: list[MetadataFilters], expected: list[int]) -> None:
+def test_nesting(condition: str | None, parts: list[MetadataFilters], expected: list[int]) -> None:
     joined = None if condition is None else FilterCondition(condition)
     assert found(MetadataFilters(filters=parts, condition=joined)) == expected
 
 
 @pytest.mark.parametrize(
-    ("key", "operator", "value", "said"),
+    ("key", "operator", "value", "message"),
     [
         ("author", "==", "me", "cannot filter by 'author'; the keys of an index are chunks, content_hash"),
         ("page", "==", "3", "page == '3' has no meaning: page is a number and '3' is a text"),
@@ -123,14 +123,14 @@ def test_filters_nest(condition: str | None, parts: list[MetadataFilters], expec
         ("lang", "==", None, "lang == None has no meaning: it takes one value; use is_empty"),
     ],
 )
-def test_what_has_no_meaning_is_refused_and_named(key: str, operator: str, value: Any, said: str) -> None:
+def test_filters_without_meaning(key: str, operator: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         EpicRetriever("nowhere", filters=one(key, operator, value))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_every_operator_of_llama_index_is_known() -> None:
-    # A new one in a later version must be a decision, not a KeyError in the middle of a search.
+def test_all_operators_are_known() -> None:
+    # A new operator of a later version must fail here, not as a KeyError during a search.
     for operator in FilterOperator:
         several = operator in (FilterOperator.IN, FilterOperator.NIN, FilterOperator.ANY, FilterOperator.ALL)
         number = operator in (FilterOperator.GT, FilterOperator.GTE, FilterOperator.LT, FilterOperator.LTE)
@@ -144,7 +144,7 @@ def test_every_operator_of_llama_index_is_known() -> None:
 
 
 def expected_by_llama_index(filters: MetadataFilters, row: dict[str, Any]) -> bool:
-    """SimpleVectorStore's verdict; it knows no nesting, so leaves are asked for one by one."""
+    """Evaluate a filter as SimpleVectorStore does; it does not support nesting, so leaf by leaf."""
     verdicts = []
     for part in filters.filters:
         if isinstance(part, MetadataFilters):
@@ -211,11 +211,11 @@ def trees(some: dict[str, list[str]]) -> st.SearchStrategy[MetadataFilters]:
 
 @settings(max_examples=5000 if SOAK else 300, deadline=None)
 @given(trees(TEXTS))
-def test_any_filter_matches_what_llama_index_matches(filters: MetadataFilters) -> None:
+def test_same_matches_as_llama_index(filters: MetadataFilters) -> None:
     assert found(filters) == [number for number, row in enumerate(ROWS) if expected_by_llama_index(filters, row)]
 
 
-def test_filters_are_plain_values() -> None:
+def test_filters_are_values() -> None:
     filters = to_search_filters(MetadataFilters(filters=[PYTHON, PDF], condition=FilterCondition.OR))
     assert pickle.loads(pickle.dumps(filters)) == filters == copy.deepcopy(filters)
     assert filters
@@ -223,7 +223,7 @@ def test_filters_are_plain_values() -> None:
     assert len(set(KNOWN_KEYS)) == len(KNOWN_KEYS)
 
 
-# -- the whole way, on a real index -----------------------------------------------------------------------------
+# -- on a real index --------------------------------------------------------------------------------------------
 
 WORDS = ["install", "remove", "folder", "cats", "sleep", "manual", "tool"]
 
@@ -266,16 +266,14 @@ TEXTS_OF_INDEX = {
 @pytest.mark.parametrize("mode", ["dense", "hybrid", "keyword"])
 @settings(max_examples=200 if SOAK else 15, deadline=None)
 @given(filters=trees(TEXTS_OF_INDEX), k=st.integers(1, 30))
-def test_the_best_of_what_matches_is_found(
-    retriever: EpicRetriever, mode: Any, filters: MetadataFilters, k: int
-) -> None:
-    ask = retriever.with_settings(mode=mode, similarity_top_k=k)
+def test_search_finds_the_best_matches(retriever: EpicRetriever, mode: Any, filters: MetadataFilters, k: int) -> None:
+    best = retriever.with_settings(mode=mode, similarity_top_k=k)
     everything = retriever.with_settings(mode=mode, similarity_top_k=99).retrieve("remove install")
     # Rows have no key where nodes leave out what is empty.
     bare = {"lang": "", "heading_path": ""}
     expected = [node for node in everything if expected_by_llama_index(filters, {**bare, **node.node.metadata})]
-    found = ask.with_settings(filters=filters).retrieve("remove install")
-    if mode == "hybrid":  # ranks, and so their fusion, are among what matches
+    found = best.with_settings(filters=filters).retrieve("remove install")
+    if mode == "hybrid":  # ranks are counted among the matches, so fusion may order them differently
         assert len(found) == min(k, len(expected))
         assert {node.node.node_id for node in found} <= {node.node.node_id for node in expected}
     else:
