@@ -44,7 +44,7 @@ from epic_rag.evaluation.runner import plan_prompts
 from epic_rag.metrics import ndcg_of_scores
 from epic_rag_chroma.search.deduplicate import Passage
 from epic_rag_chroma.search.fusion import POOL, RANK_CONSTANT, fuse
-from epic_rag_chroma.store.database import KeywordIndex
+from epic_rag_chroma.store.keyword_index import KeywordIndex
 
 DEPTH = 1000
 CONSTANTS = (1, 2, 5, 10, 20, 60, 100)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from epic_rag_chroma.search.request import SearchRequest, SearchSettings
     from epic_rag_chroma.search.reranking import Reranker
     from epic_rag_chroma.search.searcher import Embedded
-    from epic_rag_chroma.store.database import KeywordsUnavailableError
+    from epic_rag_chroma.store.keyword_index import KeywordsUnavailableError
     from epic_rag_chroma.store.server import ChromaServer
     from epic_rag_chroma.types import (
         DEFAULT_MODE,
@@ -90,7 +90,7 @@ _NAMES = {
     "search.request": ("SearchRequest", "SearchSettings"),
     "search.reranking": ("Reranker",),
     "search.searcher": ("Embedded",),
-    "store.database": ("KeywordsUnavailableError",),
+    "store.keyword_index": ("KeywordsUnavailableError",),
     "store.server": ("ChromaServer",),
     "types": (
         "DEFAULT_MODE",

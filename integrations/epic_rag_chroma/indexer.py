@@ -15,11 +15,10 @@ from epic_rag_chroma.indexing.run import check_model, check_place
 from epic_rag_chroma.reading.file_types import kind_of
 from epic_rag_chroma.search.request import SearchRequest
 from epic_rag_chroma.search.searcher import IndexView, Searcher
-from epic_rag_chroma.store import paths as roots
-from epic_rag_chroma.store.collection import chroma_lock, run_state
-from epic_rag_chroma.store.layout import check_owner, delete_index, folder_size, remove_empty, write_lock
-from epic_rag_chroma.store.paths import INDEX_FILE
-from epic_rag_chroma.store.server import ChromaServer, asked_server
+from epic_rag_chroma.store.layout import check_owner, delete_index, folder_size, remove_if_empty
+from epic_rag_chroma.store.lock import chroma_lock, run_state, write_lock
+from epic_rag_chroma.store.paths import INDEX_FILE, existing_path, root_path
+from epic_rag_chroma.store.server import ChromaServer, parse_server
 from epic_rag_chroma.store.state import IndexState, Manifest
 from epic_rag_chroma.types import (
     Hit,
@@ -79,7 +78,7 @@ class ChromaIndexer:
         self._given = encoder
         self._dtype = dtype
         self._device = device
-        self._asked = asked_server(chroma)
+        self._asked = parse_server(chroma)
         self._encoder: EpicEncoder | None = None
         self._encoder_lock = threading.Lock()
         self._lock = threading.Lock()
@@ -129,7 +128,7 @@ class ChromaIndexer:
             IndexStateError: If the folder holds something else, belongs to somebody else, has an index that cannot be
                 read, or cannot be written to. What was stored stays.
         """
-        resolved = [roots.existing(path) for path in paths]
+        resolved = [existing_path(path) for path in paths]
         with self._lock:
             self._view.close()
         return self._indexing().run(resolved, settings, rebuild=rebuild, progress=progress or _silent, wait=wait)
@@ -145,7 +144,7 @@ class ChromaIndexer:
             DataError: If a path does not exist.
             IndexStateError: If the folder belongs to somebody else, or has an index that cannot be read.
         """
-        return self._indexing().plan([roots.existing(path) for path in paths], settings)
+        return self._indexing().plan([existing_path(path) for path in paths], settings)
 
     def _indexing(self) -> Indexing:
         from epic_rag_chroma.indexing.run import Indexing  # a query needs none of what reads files
@@ -240,7 +239,7 @@ class ChromaIndexer:
             manifest = Manifest(state.collection or "")
         return IndexStatus(
             index_dir=str(self._index_dir),
-            roots=tuple(str(roots.where(root, self._index_dir)) for root in state.roots),
+            roots=tuple(str(root_path(root, self._index_dir)) for root in state.roots),
             model=state.model,
             fingerprint=state.fingerprint,
             dimension=state.dimension,
@@ -270,7 +269,7 @@ class ChromaIndexer:
             with write_lock(self._index_dir), chroma_lock(self._index_dir):
                 self._delete_from_server()
                 delete_index(self._index_dir)
-            remove_empty(self._index_dir)
+            remove_if_empty(self._index_dir)
 
     def _delete_from_server(self) -> None:
         try:

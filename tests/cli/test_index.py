@@ -146,7 +146,7 @@ def test_links_are_followed_when_asked_and_the_index_remembers(
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from epic_rag_chroma.store.layout import write_lock
+    from epic_rag_chroma.store.lock import write_lock
     with write_lock(Path(sys.argv[1])):
         print("held", flush=True)
         sys.stdin.readline()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from epic_rag_chroma import QueryWords
-from epic_rag_chroma.store.database import KeywordIndex
+from epic_rag_chroma.store.keyword_index import KeywordIndex
 from epic_rag_cli import results as highlight
 from epic_rag_cli.results import snippet
 from epic_rag_cli.terminal import printable

@@ -30,12 +30,13 @@ from epic_rag_chroma.indexing import sync as looking
 from epic_rag_chroma.indexing.sync import Sync
 from epic_rag_chroma.indexing.writer import IndexWriter, chroma_errors, recover
 from epic_rag_chroma.reading.worker import IsolatedReader
-from epic_rag_chroma.store import paths as roots
-from epic_rag_chroma.store.collection import Running, chroma_lock, graph_fits, is_running, torn_collections
-from epic_rag_chroma.store.database import KeywordIndex, RecordStore, RecordsUnavailableError
-from epic_rag_chroma.store.layout import BROKEN_FOLDER, check_owner, index_folder, write_lock
-from epic_rag_chroma.store.paths import CHROMA_FOLDER
-from epic_rag_chroma.store.server import IN_FOLDER, ChromaServer, ServerPlace, is_in_doubt, new_place, require_known
+from epic_rag_chroma.store.database import RecordStore, RecordsUnavailableError
+from epic_rag_chroma.store.hnsw_files import hnsw_files_fit
+from epic_rag_chroma.store.keyword_index import KeywordIndex
+from epic_rag_chroma.store.layout import BROKEN_FOLDER, check_owner, index_folder
+from epic_rag_chroma.store.lock import DirtyMarker, chroma_lock, corrupt_collections, is_dirty, write_lock
+from epic_rag_chroma.store.paths import CHROMA_FOLDER, merge_roots, root_path
+from epic_rag_chroma.store.server import IN_FOLDER, ChromaServer, ServerPlace, may_be_corrupt, new_place, require_known
 from epic_rag_chroma.store.state import CHUNKER_VERSION, IndexState, Manifest
 from epic_rag_chroma.types import IndexPlan, IndexProgress, IndexReport, IndexSettings
 from epic_rag_chroma.walk.files import scan_roots
@@ -108,7 +109,7 @@ def check_settings(index_dir: Path, state: IndexState, settings: IndexSettings |
 def check_place(
     index_dir: Path, state: IndexState, asked: ChromaServer | str | None, paths: Sequence[Path] = ()
 ) -> None:
-    """Refuse to look for the vectors where they are not, or where the user would not; `asked` is `asked_server`'s.
+    """Refuse to look for the vectors where they are not, or where the user would not; `asked` is `parse_server`'s.
 
     Raises:
         IndexMismatchError: If the index has them elsewhere.
@@ -130,7 +131,7 @@ def check_place(
 
 def _shown(index_dir: Path, state: IndexState, paths: Sequence[Path]) -> str:
     """Paths, and the index folder where it is not the first path's own, as a person here would write them."""
-    wanted = list(paths) or [Path(roots.where(root, index_dir)) for root in state.roots]
+    wanted = list(paths) or [Path(root_path(root, index_dir)) for root in state.roots]
     if not wanted:
         return f"PATH --index-dir {shlex.quote(_near(index_dir))}"
     words = [shlex.quote(_near(path)) for path in wanted]
@@ -188,7 +189,7 @@ def place_for_writing(
     Args:
         index_dir: The index folder.
         old: The index, if there is one.
-        asked: What `asked_server` says.
+        asked: What `parse_server` says.
         paths: What is to be indexed, for the message.
         rebuild: Whether the index is made anew, which is the time to move it.
 
@@ -208,7 +209,7 @@ def place_for_writing(
     place = new_place(asked, None if old is None else old.chroma, is_new=old is None)
     if place is not None:
         require_known(index_dir, place.server, is_named=asked is not None)
-        from epic_rag_chroma.store.server import ServerClient
+        from epic_rag_chroma.store.client import ServerClient
 
         ServerClient(place.server).close()
     return place
@@ -265,7 +266,7 @@ def open_for_writing(index_dir: Path, state: IndexState, torn: frozenset[str]) -
         with chroma_errors(index_dir):
             rows, stored = writer.records.count(), store.count()
         if (
-            is_running(index_dir)
+            is_dirty(index_dir)
             or manifest is None
             or not manifest.complete
             or manifest.collection != store.id
@@ -298,8 +299,8 @@ def _writer(
         store.close()
         raise
     if state.chroma is None:
-        return IndexWriter(index_dir, store, records, keywords, Running(index_dir, store.id, torn))
-    running = Running(index_dir, store.id, torn, on_server=True)
+        return IndexWriter(index_dir, store, records, keywords, DirtyMarker(index_dir, store.id, torn))
+    running = DirtyMarker(index_dir, store.id, torn, on_server=True)
     return IndexWriter(index_dir, store, records, keywords, running, partial(_remade, index_dir, state, torn))
 
 
@@ -329,11 +330,11 @@ def _open_collection(index_dir: Path, state: IndexState, torn: frozenset[str]) -
     """The collection that counts; None if there is none, or none that can be used."""
     if state.collection is None:
         return None
-    if state.collection in torn or (state.chroma is None and not graph_fits(index_dir, state.collection)):
+    if state.collection in torn or (state.chroma is None and not hnsw_files_fit(index_dir, state.collection)):
         logger.warning("Chroma's files were left half written; they are made again from the index's own rows")
         return None
+    from epic_rag_chroma.store.client import WRITER_PATIENCE
     from epic_rag_chroma.store.collection import ChunkStore
-    from epic_rag_chroma.store.server import WRITER_PATIENCE
 
     place = state.place(index_dir)
     try:
@@ -353,7 +354,7 @@ def _open_collection(index_dir: Path, state: IndexState, torn: frozenset[str]) -
             raise
         store.close()
     except ChromaServerError as error:
-        if not is_in_doubt(error):
+        if not may_be_corrupt(error):
             raise
         logger.warning("%s; its collection is made again from the index's own rows", str(error).partition(";")[0])
     except Exception as error:  # Chroma raises whatever its bindings do
@@ -432,7 +433,7 @@ class Indexing:
 
     Args:
         index_dir: The index folder, absolute.
-        asked: Which Chroma server is asked for; see `server.asked_server`.
+        asked: Which Chroma server is asked for; see `server.parse_server`.
         load: Gives the encoder for an index.
         encoder_lock: Held while the encoder works.
     """
@@ -470,7 +471,7 @@ class Indexing:
         if manifest is None:
             manifest = Manifest("")
         settings = settings or (old.settings if old is not None else IndexSettings())
-        every = roots.merge(paths, () if old is None else old.roots, self.index_dir)
+        every = merge_roots(paths, () if old is None else old.roots, self.index_dir)
         found = scan_roots(every, manifest.entries, settings, self.index_dir)
         known = {root for root, _ in manifest.entries} - found.missing
         with IsolatedReader() as reader:
@@ -501,7 +502,7 @@ class Indexing:
             dimension=encoder.dimension,
             truncate_dim=encoder.truncate_dim,
             settings=settings,
-            roots=tuple(roots.merge(paths, () if old is None else old.roots, self.index_dir)),
+            roots=tuple(merge_roots(paths, () if old is None else old.roots, self.index_dir)),
             collection=None if old is None or rebuild else old.collection,
             updated_at=None if old is None else old.updated_at,
             last_run=None if old is None else old.last_run,
@@ -509,7 +510,7 @@ class Indexing:
         )
         if old is None and not rebuild:
             state.save(self.index_dir)  # before Chroma makes its files, which are ours only beside an index.json
-        torn = torn_collections(self.index_dir, None if old is None else old.collection)
+        torn = corrupt_collections(self.index_dir, None if old is None else old.collection)
         writer, manifest = open_for_writing(self.index_dir, state, torn)
         try:
             if not rebuild and writer.store.id != state.collection:
@@ -578,7 +579,7 @@ class Indexing:
 def _manifest_of(index_dir: Path, state: IndexState) -> Manifest | None:
     """What the index holds, as well as it can be known without writing."""
     manifest = Manifest.load(index_dir)
-    if manifest is not None and manifest.collection == state.collection and not is_running(index_dir):
+    if manifest is not None and manifest.collection == state.collection and not is_dirty(index_dir):
         return manifest
     if state.collection is None:
         return None

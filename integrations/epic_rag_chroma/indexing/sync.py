@@ -90,7 +90,7 @@ def look(entry: Entry | None, file: FoundFile, reader: IsolatedReader) -> Unchan
     """
     try:
         stamp = FileStamp.of(file.location.lstat())
-        if entry is not None and entry.surely_unchanged(stamp):
+        if entry is not None and entry.stat_unchanged(stamp):
             return Unchanged()
         checked_ns = time.time_ns()
         data, stamp = read_file(file)

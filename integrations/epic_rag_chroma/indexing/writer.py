@@ -18,10 +18,12 @@ import numpy.typing as npt
 
 from epic_rag.errors import EpicError
 from epic_rag_chroma.errors import ChromaServerError, IndexStateError
-from epic_rag_chroma.store.collection import Running, delete_other_graphs
-from epic_rag_chroma.store.database import KeywordIndex, Record, RecordStore
+from epic_rag_chroma.store.database import Record, RecordStore
+from epic_rag_chroma.store.hnsw_files import delete_orphaned_graphs
+from epic_rag_chroma.store.keyword_index import KeywordIndex
+from epic_rag_chroma.store.lock import DirtyMarker
 from epic_rag_chroma.store.paths import DocumentKey
-from epic_rag_chroma.store.server import is_in_doubt
+from epic_rag_chroma.store.server import may_be_corrupt
 from epic_rag_chroma.store.state import Entry, Manifest
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class IndexWriter:
         store: ChunkStore,
         records: RecordStore,
         keywords: KeywordIndex,
-        running: Running,
+        running: DirtyMarker,
         remake: Callable[[str, ChromaServerError], IndexWriter] | None = None,
     ) -> None:
         self._index_dir = index_dir
@@ -72,7 +74,7 @@ class IndexWriter:
 
     def end(self) -> None:
         """Take the mark away: everything is written."""
-        self.records.drop_spare()
+        self.records.drop_tombstones()
         self._running.end()
 
     def write(self, records: Sequence[Record]) -> None:
@@ -168,7 +170,7 @@ class IndexWriter:
             self._left.pop().close()
         RecordStore.delete_others(self._index_dir, self.store.id)
         KeywordIndex.delete_others(self._index_dir, self.store.id)
-        delete_other_graphs(self._index_dir)
+        delete_orphaned_graphs(self._index_dir)
 
     def publish(self) -> None:
         """Let the collection take the place of the one before."""
@@ -223,7 +225,7 @@ class IndexWriter:
             with chroma_errors(self._index_dir), self._running.writing():
                 yield
         except ChromaServerError as error:
-            if self._remake is None or not is_in_doubt(error):
+            if self._remake is None or not may_be_corrupt(error):
                 raise
             self._become(self._remake(self.store.id, error))
 
@@ -236,7 +238,7 @@ def chroma_errors(index_dir: Path) -> Iterator[None]:
     except (EpicError, MemoryError):
         raise
     except BaseException as error:
-        from epic_rag_chroma.store.server import is_panic
+        from epic_rag_chroma.store.client import is_panic
 
         # Chroma raises whatever its bindings do: a full disk, a file that was taken away.
         if not isinstance(error, Exception) and not is_panic(error):

@@ -11,7 +11,7 @@ from typing import Any
 
 from epic_rag.errors import ConfigError
 from epic_rag_chroma.search.conditions import NUMERIC_KEYS, Comparison, Condition, Operator, fields_of
-from epic_rag_chroma.store import paths as roots
+from epic_rag_chroma.store.paths import root_path
 from epic_rag_chroma.store.state import Manifest
 from epic_rag_chroma.types import SearchFilters
 from epic_rag_chroma.walk.ignore import IgnorePatterns, PatternError, compile_patterns
@@ -144,7 +144,7 @@ class Filter:
         key = (str(metadata.get("root", "")), str(metadata.get("path", "")))
         if key not in self._times:
             try:
-                self._times[key] = (roots.where(key[0], self._index_dir) / key[1]).stat().st_mtime_ns
+                self._times[key] = (root_path(key[0], self._index_dir) / key[1]).stat().st_mtime_ns
             except (OSError, ValueError):
                 self._times[key] = 0
         return self._times[key]

@@ -27,16 +27,12 @@ from epic_rag_chroma.search.filters import Filter
 from epic_rag_chroma.search.fusion import POOL, fuse
 from epic_rag_chroma.search.request import SearchRequest
 from epic_rag_chroma.search.reranking import RERANK_POOL, Reranker, load_reranker, scores
-from epic_rag_chroma.store import paths as roots
-from epic_rag_chroma.store.collection import graph_fits, holds_chroma
-from epic_rag_chroma.store.database import (
-    ExactRows,
-    KeywordIndex,
-    KeywordsUnavailableError,
-    RecordStore,
-    RecordsUnavailableError,
-)
-from epic_rag_chroma.store.layout import lies_inside, versions
+from epic_rag_chroma.store.database import BruteForceIndex, RecordStore, RecordsUnavailableError
+from epic_rag_chroma.store.hnsw_files import hnsw_files_fit
+from epic_rag_chroma.store.keyword_index import KeywordIndex, KeywordsUnavailableError
+from epic_rag_chroma.store.layout import is_safe_relative_path, versions
+from epic_rag_chroma.store.lock import try_chroma_lock
+from epic_rag_chroma.store.paths import root_path
 from epic_rag_chroma.types import Hit, SearchMode
 
 if TYPE_CHECKING:
@@ -44,7 +40,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from epic_rag_chroma.store.collection import ChunkStore
-    from epic_rag_chroma.store.database import KeywordIndex, Record
+    from epic_rag_chroma.store.database import Record
+    from epic_rag_chroma.store.keyword_index import KeywordIndex
     from epic_rag_chroma.store.state import IndexState
 
 __all__ = [
@@ -251,10 +248,10 @@ class IndexView:
                         "make it again"
                     )
             try:
-                with self._rows.moment() if isinstance(self._rows, ExactRows) else nullcontext():
+                with self._rows.moment() if isinstance(self._rows, BruteForceIndex) else nullcontext():
                     answer = question(self._rows)
                 # Rows that a run took away meanwhile have been left out, and what took their place was not seen.
-                if isinstance(self._rows, ExactRows) or versions(self._index_dir) == seen:
+                if isinstance(self._rows, BruteForceIndex) or versions(self._index_dir) == seen:
                     return answer
             except Exception:
                 self.close()
@@ -287,8 +284,8 @@ class IndexView:
         if state.chroma is not None or state.collection is None:
             remote = ChunkStore.open(state.place(self._index_dir), state.collection)
             return None if remote is None else self._with_copy(remote)
-        with holds_chroma(self._index_dir) as is_free:
-            if is_free and graph_fits(self._index_dir, state.collection):
+        with try_chroma_lock(self._index_dir) as is_free:
+            if is_free and hnsw_files_fit(self._index_dir, state.collection):
                 try:
                     store = ChunkStore.open(self._index_dir, state.collection)
                     if store is not None:
@@ -297,7 +294,7 @@ class IndexView:
                 except Exception as error:  # Chroma raises whatever its bindings do
                     logger.warning("%s; the next run of `epic-rag index` will make its files again", error)
         try:
-            return ExactRows(self._index_dir, state.collection)
+            return BruteForceIndex(self._index_dir, state.collection)
         except RecordsUnavailableError as error:
             logger.warning("%s", error)
             return None
@@ -305,7 +302,7 @@ class IndexView:
     def _open_plainly(self, state: IndexState) -> Rows | None:
         """The rows without Chroma, if they are there."""
         try:
-            return ExactRows(self._index_dir, state.collection or "")
+            return BruteForceIndex(self._index_dir, state.collection or "")
         except RecordsUnavailableError:
             return self._open(state)
 
@@ -455,7 +452,7 @@ class Searcher:
                 by_vectors=vectors is not None,
             )
         # A crafted index could name any file of the machine.
-        safe = [[row for row in hits if lies_inside(str(row.metadata.get("path", "")))] for hits in found]
+        safe = [[row for row in hits if is_safe_relative_path(str(row.metadata.get("path", "")))] for hits in found]
         return [[self._hit(rank, row) for rank, row in enumerate(hits, start=1)] for hits in safe]
 
     def _reranker(self, given: str | os.PathLike[str] | Reranker) -> Reranker:
@@ -519,7 +516,7 @@ class Searcher:
             text=found.text,
             id=found.id,
             document_id=str(metadata.get("doc_id", "")),
-            root=str(roots.where(str(metadata.get("root", "")), self._index_dir)),
+            root=str(root_path(str(metadata.get("root", "")), self._index_dir)),
             kind=str(metadata.get("kind", "")),
             lang=str(metadata.get("lang", "")),
             cosine=found.cosine,

@@ -2,93 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
-import socket
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from epic_rag.errors import ConfigError
-from epic_rag_chroma.errors import IndexLockedError, IndexStateError
+from epic_rag_chroma.errors import IndexStateError
+from epic_rag_chroma.store.lock import HOLDER_FILE, LOCK_FILE
 from epic_rag_chroma.store.paths import CHROMA_FOLDER, CHROMA_LOCK_FILE, INDEX_FILE, MANIFEST_FILE, RUNNING_FILE
 
 __all__ = [
     "BROKEN_FOLDER",
     "CHROMA_FOLDER",
-    "HOLDER_FILE",
-    "LOCK_FILE",
     "TRUSTED_VARIABLE",
     "check_owner",
     "delete_index",
     "folder_size",
     "index_folder",
-    "lies_inside",
-    "remove_empty",
+    "is_safe_relative_path",
+    "remove_if_empty",
     "versions",
-    "write_lock",
 ]
-
-
-# --- from lock
-# One writer at a time: a lock that the operating system drops when its process dies.
-
-LOCK_FILE = "lock"
-# Beside the lock, not in it: some versions of filelock truncate the lock file when they try it.
-HOLDER_FILE = "lock.holder"
-_POLL_SECONDS = 0.1
-
-
-@contextmanager
-def write_lock(index_dir: Path, *, wait: float | None = 0.0) -> Iterator[None]:
-    """Hold the right to write to an index.
-
-    The lock is the operating system's, on an open file: a process that dies gives it up, so a stale lock file holds
-    nobody back.
-
-    Args:
-        index_dir: The index folder.
-        wait: For how many seconds to wait for another process; None for ever.
-
-    Raises:
-        ConfigError: If `wait` is negative.
-        IndexLockedError: If another process (or another indexer of this one) holds it; says which.
-    """
-    if wait is not None and not wait >= 0:
-        raise ConfigError(f"wait is {wait}; it must be at least 0 seconds, or None to wait for ever")
-    lock = FileLock(str(index_dir / LOCK_FILE), timeout=-1 if wait is None else wait)
-    try:
-        lock.acquire(poll_interval=_POLL_SECONDS)
-    except Timeout as error:
-        waited = f" after {wait:g} s" if wait else ""
-        raise IndexLockedError(
-            f"{index_dir} is{' still' if wait else ''} being written{waited} by {_holder(index_dir)}; wait until it is "
-            "done (or stop it), then run `epic-rag index` again, or let it wait with --wait"
-        ) from error
-    holder = index_dir / HOLDER_FILE
-    try:
-        facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        holder.write_text(json.dumps(facts), encoding="utf-8")
-        yield
-    finally:
-        with suppress(OSError):
-            holder.unlink()
-        lock.release()
-
-
-def _holder(index_dir: Path) -> str:
-    try:
-        facts = json.loads((index_dir / HOLDER_FILE).read_text(encoding="utf-8"))
-        return f"process {facts['pid']} on {facts['host']} since {facts['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"  # it has only just begun
 
 
 BROKEN_FOLDER = "chroma.broken"
@@ -146,7 +84,7 @@ def index_folder(folder: Path) -> Iterator[None]:
     except BaseException:
         if made and not (folder / INDEX_FILE).is_file():
             _delete_files(folder)
-            remove_empty(folder)
+            remove_if_empty(folder)
         raise
 
 
@@ -200,12 +138,12 @@ def _user(number: int) -> str:
         return str(number)
 
 
-def lies_inside(path: str) -> bool:
+def is_safe_relative_path(path: str) -> bool:
     """Whether a path of the index, relative to a root, stays below it."""
     return bool(path) and "\0" not in path and not os.path.isabs(path) and ".." not in path.split("/")
 
 
-def remove_empty(folder: Path) -> None:
+def remove_if_empty(folder: Path) -> None:
     """Remove a folder that holds nothing but locks."""
     for name in _LOCKS:
         (folder / name).unlink(missing_ok=True)

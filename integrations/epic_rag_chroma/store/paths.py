@@ -19,10 +19,10 @@ __all__ = [
     "RUNNING_FILE",
     "DocumentKey",
     "FileStamp",
-    "existing",
-    "merge",
-    "relative",
-    "where",
+    "existing_path",
+    "merge_roots",
+    "relative_root",
+    "root_path",
     "write_atomically",
 ]
 
@@ -78,7 +78,7 @@ CHROMA_LOCK_FILE = "chroma.lock"
 RUNNING_FILE = "running.json"
 
 
-def existing(path: str | os.PathLike[str]) -> Path:
+def existing_path(path: str | os.PathLike[str]) -> Path:
     """A path with its links resolved.
 
     Raises:
@@ -90,7 +90,7 @@ def existing(path: str | os.PathLike[str]) -> Path:
     return resolved
 
 
-def relative(path: Path, index_dir: Path) -> str:
+def relative_root(path: Path, index_dir: Path) -> str:
     """A root as it is kept: relative to the index folder, with slashes; absolute only on another Windows drive."""
     try:
         return os.path.relpath(path, index_dir).replace(os.sep, "/")
@@ -98,22 +98,22 @@ def relative(path: Path, index_dir: Path) -> str:
         return path.as_posix()
 
 
-def where(root: str, index_dir: Path) -> Path:
+def root_path(root: str, index_dir: Path) -> Path:
     """Where a kept root is now."""
     return Path(os.path.normpath(index_dir / root))
 
 
-def merge(paths: Sequence[Path], kept: Iterable[str], index_dir: Path) -> list[str]:
+def merge_roots(paths: Sequence[Path], kept: Iterable[str], index_dir: Path) -> list[str]:
     """The roots of an index after paths are added: none lies inside another.
 
     Raises:
         DataError: If there are none.
     """
     merged: list[Path] = []
-    for path in [*(where(root, index_dir) for root in kept), *paths]:
+    for path in [*(root_path(root, index_dir) for root in kept), *paths]:
         if any(path.is_relative_to(other) for other in merged):
             continue
         merged = [other for other in merged if not other.is_relative_to(path)] + [path]
     if not merged:
         raise DataError("no path is given and the index has none; run `epic-rag index PATH`")
-    return [relative(path, index_dir) for path in merged]
+    return [relative_root(path, index_dir) for path in merged]

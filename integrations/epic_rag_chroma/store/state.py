@@ -142,7 +142,7 @@ class Entry:
     stamp: FileStamp | None = None
     checked_ns: int = 0
 
-    def surely_unchanged(self, stamp: FileStamp) -> bool:
+    def stat_unchanged(self, stamp: FileStamp) -> bool:
         """Whether the stamp alone proves that the file is what it was.
 
         A file that was written within the file system's clock tick of the reading can change without its stamp

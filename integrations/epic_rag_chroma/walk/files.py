@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from epic_rag_chroma.reading.document import NotTextError
 from epic_rag_chroma.reading.file_types import byte_limit, is_binary_name
-from epic_rag_chroma.store.paths import INDEX_FILE, DocumentKey, FileStamp, relative, where
+from epic_rag_chroma.store.paths import INDEX_FILE, DocumentKey, FileStamp, relative_root, root_path
 from epic_rag_chroma.types import IndexSettings, SkippedFile
 from epic_rag_chroma.walk.ignore import EPIC_IGNORE, GIT_IGNORE, IgnorePatterns, IgnoreRules
 from epic_rag_chroma.walk.safe_read import NotRegularError, TooLargeError, read_regular
@@ -275,11 +275,11 @@ def scan_roots(
     result = ScannedRoots()
     indexed_files = set(indexed)
     roots = list(roots)
-    locations = [where(root, index_dir) for root in roots]
+    locations = [root_path(root, index_dir) for root in roots]
     for root, location in zip(roots, locations, strict=True):
         folder = str(PurePosixPath(root).parent) if root != ".." else ""
         if location.exists():
-            base = root if location.is_dir() else relative(location.parent, index_dir)
+            base = root if location.is_dir() else relative_root(location.parent, index_dir)
             found = scan(location, settings, index_dir=index_dir, elsewhere=locations)
         elif location.parent.is_dir() and (folder, location.name) in indexed_files:
             result.scans.setdefault(folder, Scan())  # a file that was deleted

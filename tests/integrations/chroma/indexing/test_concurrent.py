@@ -15,8 +15,8 @@ from epic_rag import EpicEncoder
 from epic_rag.errors import ConfigError
 from epic_rag_chroma import ChromaIndexer, IndexProgress
 from epic_rag_chroma.errors import IndexLockedError
-from epic_rag_chroma.store.collection import Running, chroma_lock, holds_chroma, torn_collections
-from epic_rag_chroma.store.database import ExactRows, RecordStore
+from epic_rag_chroma.store.database import BruteForceIndex, RecordStore
+from epic_rag_chroma.store.lock import DirtyMarker, chroma_lock, corrupt_collections, try_chroma_lock
 
 Tree = Callable[[Path, dict[str, str | bytes]], Path]
 
@@ -94,7 +94,7 @@ def test_a_query_opens_nothing_of_chroma_after_a_run_that_died(
     with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
         indexer.index([docs])
         expected = found(indexer)
-    Running(docs / ".epic-rag", "some-id").begin()
+    DirtyMarker(docs / ".epic-rag", "some-id").begin()
     with monkeypatch.context() as patch, ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
         patch.setattr(ChunkStore, "open", lambda *_, **__: pytest.fail("opened"))
         assert found(indexer) == expected
@@ -108,37 +108,37 @@ def test_the_mark_of_a_run_says_which_graphs_are_torn(tmp_path: Path) -> None:
     (tmp_path / "chroma/segment").mkdir(parents=True)
     graph = tmp_path / "chroma/segment/data_level0.bin"
     graph.write_bytes(b"old")
-    assert torn_collections(tmp_path, "mine") == frozenset()
-    running = Running(tmp_path, "mine", frozenset({"older"}))
+    assert corrupt_collections(tmp_path, "mine") == frozenset()
+    running = DirtyMarker(tmp_path, "mine", frozenset({"older"}))
     with running.writing():
         graph.write_bytes(b"newer")
-    assert torn_collections(tmp_path, "mine") == {"older"}
+    assert corrupt_collections(tmp_path, "mine") == {"older"}
     # The process dies after, or before, it has touched the graph.
     for content, torn in ((b"newer", {"older"}), (b"newest", {"older", "mine"})):
-        running = Running(tmp_path, "mine", frozenset({"older"}))
+        running = DirtyMarker(tmp_path, "mine", frozenset({"older"}))
         with suppress(ZeroDivisionError), running.writing():
             if content == b"newest":
                 graph.write_bytes(content)
             raise ZeroDivisionError
-        assert torn_collections(tmp_path, "mine") == torn
+        assert corrupt_collections(tmp_path, "mine") == torn
     running.end()
     with suppress(KeyboardInterrupt), running.writing():
         graph.write_bytes(b"interrupted after Chroma had done its work")
         raise KeyboardInterrupt
-    assert torn_collections(tmp_path, "mine") == {"older"}
+    assert corrupt_collections(tmp_path, "mine") == {"older"}
     mark = tmp_path / "running.json"
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "boot": "before the power went"}))
-    assert torn_collections(tmp_path, "mine") == {"older", "mine"}
+    assert corrupt_collections(tmp_path, "mine") == {"older", "mine"}
     for broken in ("", "{", "[]", '{"torn": 1}'):
         mark.write_text(broken)
-        assert torn_collections(tmp_path, "mine") == {"mine"}
-        assert torn_collections(tmp_path, None) == frozenset()
+        assert corrupt_collections(tmp_path, "mine") == {"mine"}
+        assert corrupt_collections(tmp_path, None) == frozenset()
 
 
 def test_chroma_is_opened_by_one_at_a_time(tmp_path: Path) -> None:
-    with holds_chroma(tmp_path) as first, holds_chroma(tmp_path) as second:
+    with try_chroma_lock(tmp_path) as first, try_chroma_lock(tmp_path) as second:
         assert (first, second) == (True, False)
-    with chroma_lock(tmp_path), holds_chroma(tmp_path) as free:
+    with chroma_lock(tmp_path), try_chroma_lock(tmp_path) as free:
         assert not free
 
 
@@ -177,7 +177,7 @@ def test_exact_rows_see_each_commit_and_never_what_is_gone(tmp_path: Path, monke
     store = RecordStore.open(tmp_path, "id")
     store.write([record("a", 1, 0), record("b", 0, 1), record("c", 0, 1)])
     query = np.array([0, 1], dtype=np.float32)
-    rows = ExactRows(tmp_path, "id")
+    rows = BruteForceIndex(tmp_path, "id")
     assert rows.nearest(query, 5) == [("b", 1.0), ("c", 1.0), ("a", 0.0)]
     assert rows.nearest(query, 1) == [("b", 1.0)]
     assert rows.nearest(query, 5, allowed={"a", "c", "missing"}) == [("c", 1.0), ("a", 0.0)]

@@ -25,7 +25,8 @@ from epic_rag_chroma.errors import IndexLockedError
 from epic_rag_chroma.indexing import sync
 from epic_rag_chroma.store import state as manifest_module
 from epic_rag_chroma.store.collection import ChunkStore
-from epic_rag_chroma.store.database import KeywordIndex, RecordStore
+from epic_rag_chroma.store.database import RecordStore
+from epic_rag_chroma.store.keyword_index import KeywordIndex
 
 Rows = dict[str, tuple[str, dict[str, Any], list[float]]]
 ReadRows = Callable[[Path], Rows]
@@ -286,7 +287,7 @@ def test_what_was_stored_before_a_crash_is_not_embedded_again(
 
 WRITER = """
 import pathlib, sys, time
-from epic_rag_chroma.store.layout import write_lock
+from epic_rag_chroma.store.lock import write_lock
 with write_lock(pathlib.Path(sys.argv[1])):
     print("locked", flush=True); time.sleep(60)
 """

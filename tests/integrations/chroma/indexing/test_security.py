@@ -18,7 +18,7 @@ from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.errors import IndexMismatchError, IndexStateError
 from epic_rag_chroma.store import layout as folder_module
-from epic_rag_chroma.store.layout import TRUSTED_VARIABLE, check_owner, lies_inside
+from epic_rag_chroma.store.layout import TRUSTED_VARIABLE, check_owner, is_safe_relative_path
 
 Calls = list[Callable[[], Any]]
 
@@ -177,7 +177,7 @@ def test_an_index_of_the_first_format_needs_a_rebuild(indexer: ChromaIndexer, do
     ],
 )
 def test_paths_that_lie_inside(path: str, inside: bool) -> None:
-    assert lies_inside(path) is inside
+    assert is_safe_relative_path(path) is inside
 
 
 @pytest.mark.parametrize("path", ["../../../../etc/passwd", "/etc/passwd"])

@@ -16,7 +16,7 @@ import pytest
 from epic_rag import EpicEncoder, checkpoints
 from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.errors import ChromaServerError
-from epic_rag_chroma.store.server import ServerClient
+from epic_rag_chroma.store.client import ServerClient
 from epic_rag_cli.main import run
 from tests.helpers.servers import ChromaProcess, close_plain, plain_client
 

@@ -18,7 +18,7 @@ from epic_rag_chroma import ChromaIndexer, Hit, SearchFilters, SearchRequest, pa
 from epic_rag_chroma.search import reranking
 from epic_rag_chroma.search import searcher as candidates
 from epic_rag_chroma.search.fusion import fuse
-from epic_rag_chroma.store.database import KeywordIndex, KeywordsUnavailableError
+from epic_rag_chroma.store.keyword_index import KeywordIndex, KeywordsUnavailableError
 from tests.helpers.model_files import save_cross_encoder
 
 TOPICS = ("cats", "dogs", "birds", "fish", "bees", "trees", "stones", "rivers")

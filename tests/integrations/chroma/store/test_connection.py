@@ -15,9 +15,10 @@ import trustme
 from epic_rag.errors import ConfigError
 from epic_rag_chroma import ChromaServer
 from epic_rag_chroma.errors import ChromaServerError
-from epic_rag_chroma.store import server as client
-from epic_rag_chroma.store import server as session
-from epic_rag_chroma.store.server import ServerClient, ServerPlace, asked_server, new_place, request_headers
+from epic_rag_chroma.store import client
+from epic_rag_chroma.store import client as session
+from epic_rag_chroma.store.client import ServerClient
+from epic_rag_chroma.store.server import ServerPlace, new_place, parse_server, request_headers
 from tests.helpers.servers import HOST, Answer, ChromaProcess, Front, free_port
 
 TOKEN = "s3cret-token"
@@ -97,8 +98,8 @@ def test_the_environment_names_tenant_and_database_and_the_server_of_new_indexes
     monkeypatch.setenv("EPIC_RAG_CHROMA_DATABASE", "d")
     there = ChromaServer("http://there:1", "t", "d")
     assert str(there) == "http://there:1 (tenant t, database d)"
-    assert asked_server("http://other:1") == ChromaServer("http://other:1", "t", "d")
-    assert asked_server(None) is None
+    assert parse_server("http://other:1") == ChromaServer("http://other:1", "t", "d")
+    assert parse_server(None) is None
     made = new_place(None, None, is_new=True)
     assert made is not None
     assert made.server == there

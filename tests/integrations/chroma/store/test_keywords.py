@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epic_rag_chroma.errors import IndexStateError
-from epic_rag_chroma.store import database as keywords
-from epic_rag_chroma.store.database import KeywordIndex, KeywordsUnavailableError
+from epic_rag_chroma.store import keyword_index as keywords
+from epic_rag_chroma.store.keyword_index import KeywordIndex, KeywordsUnavailableError
 
 TEXTS = {
     "a": "Guide > Undo\nTo undo the last commit, reset softly.",

@@ -12,10 +12,11 @@ import pytest
 
 from epic_rag_chroma import ChromaServer
 from epic_rag_chroma.errors import ChromaServerError
-from epic_rag_chroma.store import server as client
-from epic_rag_chroma.store import server as session
+from epic_rag_chroma.store import client
+from epic_rag_chroma.store import client as session
+from epic_rag_chroma.store.client import ServerClient
 from epic_rag_chroma.store.collection import ChunkStore
-from epic_rag_chroma.store.server import RestartedError, ServerClient, ServerPlace
+from epic_rag_chroma.store.server import RestartedError, ServerPlace
 from tests.helpers.servers import HOST, Answer, ChromaProcess, Front, free_port
 
 
