@@ -103,7 +103,7 @@ def measure(options: argparse.Namespace) -> EfficiencyReport:
     bank = load_bank(options.demonstrations, encoder, wanted, options.passage_tokens)
     shown, queries, pairs = split(bank, max(ks, default=0))
     # Numbers of demonstrations beyond those of its training are the point here, and no reason for a warning.
-    encoder.settings.pop("max_demonstrations", None)
+    encoder.config.max_demonstrations = None
     report = measure_queries(encoder, shown, queries, ks, runs=options.runs, progress=say)
     report.command = tuple(sys.argv)
     report.demonstrations["source"] = options.demonstrations

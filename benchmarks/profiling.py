@@ -96,7 +96,8 @@ def measure(options: argparse.Namespace) -> int:
     if options.llm is not None:
         llm = EpicEncoder.from_pretrained(options.llm, device="cpu", dtype="auto", num_layers=options.num_layers)
         pairs = [(text.split("\n")[0][:80] or "a question", text[:400]) for text in texts[:8]]
-        bank = DemonstrationBank(pairs, instruction="Find the section").build(llm)
+        bank = DemonstrationBank(pairs, instruction="Find the section")
+        bank.embed(llm)
         calls[f"a query of the LLM, 8 demonstrations kept, {best}"] = (
             options.runs,
             partial(llm.encode_query, QUESTION, bank=bank, num_demonstrations=8),

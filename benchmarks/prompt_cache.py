@@ -80,14 +80,15 @@ def measure(options: argparse.Namespace) -> int:
         num_layers=options.num_layers,
         pooling=options.pooling,
     )
-    encoder.settings.pop("max_demonstrations", None)
+    encoder.config.max_demonstrations = None
     encoder.prompt.template = type(encoder.prompt.template)(separators=options.separators)
     # For text demonstrations of any length to be read whole.
     encoder.prompt.max_demonstration_tokens = max(encoder.prompt.max_demonstration_tokens, 2 * options.passage_tokens)
     bank = load_bank(options.demonstrations, encoder, 4 * options.k + BATCH, options.passage_tokens)
     shown, queries, _ = split(bank, 4 * options.k)
     # The bank has more demonstrations than are shown, so that there is something to choose from.
-    built = shown.build(encoder)
+    built = shown.copy()
+    built.embed(encoder)
     by_length = sorted(queries, key=lambda text: encoder.count_tokens([text])[0])
     single = [by_length[len(by_length) // 2]]
     batch = [queries[index % len(queries)] for index in range(BATCH)]

@@ -38,7 +38,7 @@ from results_report import Finished, placeholder_document, write_report
 
 from epic_rag import __version__
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT, list_checkpoints
-from epic_rag.cpu_kernels import multiplies_bfloat16
+from epic_rag.cpu_kernels import has_bfloat16_instructions
 from epic_rag.errors import ConfigError, EpicError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +52,7 @@ PLUMBING = {
     ("python", "benchmarks/efficiency.py"): "--output {step}",
 }
 # Without instructions for it, bfloat16 takes many times as long as float32.
-DTYPE = "bfloat16" if multiplies_bfloat16() else "float32"
+DTYPE = "bfloat16" if has_bfloat16_instructions() else "float32"
 # What a reader sees in the place of a folder that is somewhere else on every machine.
 SHOWN = {
     "data": "data",

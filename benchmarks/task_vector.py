@@ -63,7 +63,9 @@ class Moving:
         if bank is None:
             return self._store.queries(texts, QueryPrompt(instruction or ""))
         zero_shot = self._store.queries(texts, QueryPrompt(bank.instruction or ""))
-        pairs = bank.select(len(bank)).build(self._encoder).require(self._encoder.fingerprint)
+        copied = bank.copy()
+        copied.embed(self._encoder)
+        pairs = copied.embeddings_for(self._encoder.fingerprint)
         return unit_rows(zero_shot + task_vector(pairs, strength=self._strength))
 
     def encode_document(self, texts: Sequence[str], **options: Any) -> Vectors:
@@ -88,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
 def cost(encoder: EpicEncoder, split: HeldoutSplit, k: int, runs: int) -> list[Bar]:
     """Seconds with a task vector against seconds without demonstrations, one query after the other and in a batch."""
     texts = list(split.queries[:32])
-    bank = DemonstrationBank([(pair.query, pair.passage) for pair in split.pool[:k]], instruction="").build(encoder)
+    bank = DemonstrationBank([(pair.query, pair.passage) for pair in split.pool[:k]], instruction="")
+    bank.embed(encoder)
 
     def zero_shot(given: str | list[str]) -> Vectors:
         return encoder.encode_query(given, instruction="")

@@ -22,9 +22,8 @@ from bench_common import Bar, bars_table, encoding_options, interleaved, ratio, 
 from torch import nn
 
 from epic_rag import DemonstrationBank, EpicEncoder
-from epic_rag._int8 import multiplies_int8
 from epic_rag.batching import token_batches
-from epic_rag.checkpoints import parse_dtype
+from epic_rag.checkpoint_io import parse_dtype
 from epic_rag.cpu_kernels import use_onednn
 from epic_rag.evaluation.measuring import count_flops, spread_of, timed
 from epic_rag.evaluation.report import markdown_table

@@ -1,10 +1,11 @@
-"""The transformer under the encoder: token embeddings with slots in, one unit vector a text out.
+"""Transformer backbone: token embeddings with slots in, one unit vector per text out.
 
     ids ──► token embeddings ──► slots replaced by projector(vector) ──► transformer ──► pool ──► head ──► L2
 
-Any Hugging Face transformer that takes `inputs_embeds` works. Decoder LLMs (causal attention) pool the last token,
-as in the paper; bidirectional encoders (BERT family) take the mean over the text's own tokens. Most models have no
-head; where there is one, a linear map makes the vector, of another width than the transformer's if need be.
+Any Hugging Face transformer that takes `inputs_embeds` works. By default decoder LLMs (causal attention) pool the last
+token and bidirectional encoders (BERT family) the mean over the text's own tokens. A head is an optional linear map
+from the pooled state to a vector, perhaps of another width. The projector maps an embedding to one input position, a
+slot.
 """
 
 from __future__ import annotations
@@ -37,26 +38,23 @@ __all__ = [
     "Pooling",
     "Projector",
     "ProjectorKind",
-    "cut_layers",
     "hash_tensors",
     "load_transformer",
     "merge_adapter",
     "quiet",
+    "truncate_layers",
 ]
 
-
-# --- from projector
-# What turns an embedding into one input position: the slot of EPIC (arXiv 2605.01372, section 3).
 
 ProjectorKind = Literal["scale", "linear", "mlp"]
 PROJECTORS: tuple[ProjectorKind, ...] = ("scale", "linear", "mlp")
 
 
 class Projector(nn.Module):
-    """Maps an embedding to the input space of the transformer.
+    """Map from an embedding to the input space of the transformer.
 
-    Every kind starts as the identity times the mean norm of the token embeddings, so that a slot looks like a token
-    of ordinary length before any training (a unit vector is some 10 to 100 times too short or too long).
+    Every kind starts as the identity times the mean norm of the token embeddings, so that an untrained slot has the
+    norm of an ordinary token (a unit vector is about 10 to 100 times too short or too long).
 
     Args:
         kind: "scale" (one learned number), "linear" (a full matrix), or "mlp" (the scaled vector plus a two-layer
@@ -70,7 +68,7 @@ class Projector(nn.Module):
     def __init__(self, kind: ProjectorKind, dimension: int, norm: float, *, width: int | None = None) -> None:
         super().__init__()
         if kind not in PROJECTORS:
-            raise ConfigError(f"projector is {kind!r}, known are {', '.join(PROJECTORS)}; choose one of them")
+            raise ConfigError(f"Unknown projector {kind!r}. Choose one of {', '.join(PROJECTORS)}.")
         self.kind = kind
         self.width = dimension if width is None else width
         if kind == "linear":
@@ -92,7 +90,7 @@ class Projector(nn.Module):
                     parameter.zero_()
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        """(slots, dim) unit vectors -> (slots, width) input embeddings."""
+        """Map (slots, dim) unit vectors to (slots, width) input embeddings."""
         if self.kind == "linear":
             return self.linear(vectors)  # type: ignore[no-any-return]
         scaled: torch.Tensor = self.scale * nn.functional.pad(vectors, (0, self.width - vectors.shape[1]))
@@ -104,7 +102,7 @@ POOLINGS: tuple[Pooling, ...] = ("last", "mean", "cls")
 
 
 class Backbone(nn.Module):
-    """A transformer, a projector and a pooling.
+    """Transformer, projector, pooling and optional head.
 
     Args:
         transformer: The model without a head.
@@ -121,31 +119,30 @@ class Backbone(nn.Module):
         super().__init__()
         if transformer.config.is_encoder_decoder:
             raise ConfigError(
-                f"{type(transformer).__name__} is an encoder-decoder, an embedding needs one stack; "
-                "use a decoder LLM or a bidirectional encoder"
+                f"{type(transformer).__name__} is an encoder-decoder. Use a decoder LLM or a bidirectional encoder."
             )
         self.transformer = transformer
         self.causal = is_causal(transformer.config)
         self.pooling: Pooling = pooling if pooling is not None else ("last" if self.causal else "mean")
         if self.pooling not in POOLINGS:
-            raise ConfigError(f"pooling is {pooling!r}, known are {', '.join(POOLINGS)}; choose one of them")
+            raise ConfigError(f"Unknown pooling {pooling!r}. Choose one of {', '.join(POOLINGS)}.")
         # A model with more than text (Gemma 3, for one) keeps its text settings in a configuration of their own.
         self.width = int(transformer.config.get_text_config().hidden_size)
         self.head: nn.Linear | None = None
         width = int(next(transformer.get_input_embeddings().parameters()).shape[-1])
         if width != self.width:
             raise ConfigError(
-                f"{type(transformer).__name__} has token embeddings of width {width} and vectors of width "
-                f"{self.width}, a slot needs the two to be equal; use another model"
+                f"{type(transformer).__name__} has token embeddings of width {width} and states of width "
+                f"{self.width}; slots need equal widths. Use another model."
             )
         accepted = inspect.signature(transformer.forward).parameters
         self.takes_positions = "position_ids" in accepted
         # Newer versions of transformers have another name for the keys and values that came before.
         self.cache_argument = next((name for name in ("cache", "past_key_values") if name in accepted), None)
-        self.renew_projector(projector)
+        self.reset_projector(projector)
 
-    def renew_projector(self, kind: ProjectorKind) -> None:
-        """Put an untrained projector in the place of the one there is.
+    def reset_projector(self, kind: ProjectorKind) -> None:
+        """Replace the projector by an untrained one.
 
         Raises:
             ConfigError: If the kind is unknown.
@@ -154,23 +151,22 @@ class Backbone(nn.Module):
         weight = next(self.transformer.parameters())
         self.projector.to(device=weight.device, dtype=weight.dtype)
 
-    def put_head(self, head: nn.Linear | None) -> None:
-        """Put a linear map behind the pooling; the projector, whose input it makes, starts anew.
+    def set_head(self, head: nn.Linear | None) -> None:
+        """Set the linear map behind the pooling; this resets the projector, whose input it makes.
 
         Args:
-            head: From the transformer's width to that of the vectors; None takes away the one there is.
+            head: From the transformer's width to that of the vectors; None removes the head.
 
         Raises:
             ConfigError: If its input has another width than the transformer.
         """
         if head is not None and head.in_features != self.width:
             raise ConfigError(
-                f"the head takes vectors of width {head.in_features}, the transformer makes some of width "
-                f"{self.width}; give a head that fits"
+                f"The head takes width {head.in_features}, but the transformer has width {self.width}. Pass a head that fits."
             )
         weight = next(self.transformer.parameters())
         self.head = None if head is None else head.to(device=weight.device, dtype=weight.dtype)
-        self.renew_projector(self.projector.kind)
+        self.reset_projector(self.projector.kind)
 
     @property
     def dimension(self) -> int:
@@ -179,12 +175,12 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     @property
     def max_positions(self) -> int | None:
-        """The most tokens that the model has positions for; None for no bound."""
+        """Number of positions of the model; None for no bound."""
         limit = getattr(self.transformer.config.get_text_config(), "max_position_embeddings", None)
         if limit is None:
             return None
@@ -205,11 +201,11 @@ class Backbone(nn.Module):
         Returns:
             (rows, dim) float32 unit vectors.
         """
-        return self.finish(self.pooled(batch, slot_vectors))
+        return self.project_and_normalize(self.pooled(batch, slot_vectors))
 
     def pooled(self, batch: Batch, slot_vectors: torch.Tensor | None = None) -> torch.Tensor:
-        """(rows, width) float32 states of a batch: what `forward` makes vectors of."""
-        embeddings = self.fill(batch.ids, batch.slot_rows, batch.slot_columns, slot_vectors)
+        """Compute the (rows, width) float32 pooled states of a batch, before head and normalisation."""
+        embeddings = self.embed_inputs(batch.ids, batch.slot_rows, batch.slot_columns, slot_vectors)
         inputs: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": batch.mask}
         if self.causal and self.takes_positions:
             # Positions count real tokens, so that padding on the left moves nothing.
@@ -219,20 +215,20 @@ class Backbone(nn.Module):
         hidden = self.transformer(**inputs).last_hidden_state  # (rows, tokens, dim)
         return self._pool(hidden.float(), batch)
 
-    def finish(self, pooled: torch.Tensor) -> torch.Tensor:
-        """(rows, width) float32 pooled states -> (rows, dim) float32 unit vectors."""
+    def project_and_normalize(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Map (rows, width) float32 pooled states to (rows, dim) float32 unit vectors."""
         if self.head is not None:
             pooled = self.head(pooled.to(self.head.weight.dtype)).float()
         return nn.functional.normalize(pooled, dim=-1)
 
-    def fill(
+    def embed_inputs(
         self,
         ids: torch.Tensor,
         slot_rows: torch.Tensor,
         slot_columns: torch.Tensor,
         slot_vectors: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Token embeddings with the slots replaced (EPIC, arXiv 2605.01372, section 3).
+        """Look up token embeddings and put the projected vectors into the slots.
 
         Args:
             ids: (rows, tokens) token ids.
@@ -252,7 +248,7 @@ class Backbone(nn.Module):
 
     @property
     def projector_dtype(self) -> torch.dtype:
-        """The dtype of the projector's weights."""
+        """Dtype of the projector's weights."""
         return next(self.projector.parameters()).dtype
 
     def _pool(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -275,7 +271,7 @@ class Backbone(nn.Module):
 
 
 def is_causal(config: PretrainedConfig) -> bool:
-    """Whether a model of this configuration attends to the past only.
+    """Return whether a model of this configuration attends to the past only.
 
     Every bidirectional family has a masked-language-model head in transformers, and no decoder LLM has.
     """
@@ -314,9 +310,9 @@ def load_transformer(
         MissingExtraError: If a GGUF file or an adapter needs a package that is not installed.
     """
     if gguf_file is not None and not (folder / gguf_file).is_file():
-        raise CheckpointError(f"{folder} has no file {gguf_file}; name a GGUF file that is in it")
+        raise CheckpointError(f"{folder} has no file {gguf_file}. Name a GGUF file of this folder.")
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise CheckpointError(f"{adapter} has no adapter_config.json; name the folder of a PEFT adapter")
+        raise CheckpointError(f"{adapter} has no adapter_config.json. Name the folder of a PEFT adapter.")
     _require(gguf_file is not None, "gguf", "reading GGUF files")
     _require(adapter is not None, "peft", "loading an adapter")
     model: PreTrainedModel
@@ -339,7 +335,7 @@ def load_transformer(
         raise
     except Exception as error:  # A broken file makes transformers, safetensors and gguf raise almost anything.
         raise CheckpointError(
-            f"{folder} does not load as a model: {reason_of(error)}; it needs config.json and safetensors weights"
+            f"{folder} does not load as a model: {reason_of(error)}. It needs config.json and safetensors weights."
         ) from error
     _check_complete(model, folder, sorted(report["missing_keys"]))
     if gguf_file is not None:
@@ -347,23 +343,23 @@ def load_transformer(
     if adapter is not None:
         model = merge_adapter(model, adapter)
     if num_layers is not None:
-        cut_layers(model, num_layers)
+        truncate_layers(model, num_layers)
     model.train(False)
     return model
 
 
 def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names, shapes and values.
+    """Compute a SHA-256 over names, shapes and values.
 
-    Floating-point values count in float16, so that a checkpoint has one hash whether it lies in float32 or
-    float16 and whichever of the two it is loaded to.
+    Floating-point values are hashed in float16, so that a checkpoint has one hash whether it is stored or loaded in
+    float32 or float16.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         value = tensor.detach().cpu()
         value = value.to(torch.float16) if value.is_floating_point() else value
         digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.contiguous().reshape(-1).numpy().data)  # its memory as it is, with no copy
+        digest.update(value.contiguous().reshape(-1).numpy().data)  # without a copy
     return digest.hexdigest()
 
 
@@ -373,21 +369,21 @@ def _require(needed: bool, package: str, purpose: str) -> None:
 
 
 def _check_complete(model: PreTrainedModel, folder: Path, missing: list[str]) -> None:
-    """Refuse a model that transformers has filled up with random weights, which it does without an error."""
+    """Refuse a model with missing weights, which transformers initialises at random without an error."""
     if any(name.startswith("pooler.") for name in missing):
         # Nothing here reads a pooler's output, but random weights would give each load another fingerprint.
         model.register_module("pooler", None)
         missing = [name for name in missing if not name.startswith("pooler.")]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the weights that its config.json asks for, {missing[0]} for one; "
-            "copy the checkpoint again"
+            f"{folder} lacks {len(missing)} of the weights that its config.json needs, for instance {missing[0]}. "
+            "Copy the checkpoint again."
         )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and load report: what matters of it is an error here."""
+    """Silence transformers' progress bars and load report; what matters of them is raised as an error."""
     log: Any = transformers_logging  # transformers leaves these functions without types
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -403,7 +399,7 @@ def quiet() -> Iterator[None]:
 
 
 def _without_quantization(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
-    """The same weights under a plain configuration: one that names a quantisation cannot be saved."""
+    """Return the same weights under a plain configuration; one that names a quantisation cannot be saved."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     auto: Any = AutoModel
@@ -412,8 +408,8 @@ def _without_quantization(model: PreTrainedModel, config: PretrainedConfig) -> P
     return plain
 
 
-def cut_layers(model: PreTrainedModel, num_layers: int) -> None:
-    """Leave a model its first layers alone.
+def truncate_layers(model: PreTrainedModel, num_layers: int) -> None:
+    """Keep only the first layers of a model.
 
     Raises:
         ConfigError: If there are fewer layers than asked for.
@@ -421,7 +417,7 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> None:
     config = model.config.get_text_config()
     total = int(config.num_hidden_layers)
     if not 1 <= num_layers <= total:
-        raise ConfigError(f"num_layers is {num_layers}, the model has {total}; ask for 1 to {total}")
+        raise ConfigError(f"num_layers is {num_layers}, but the model has {total} layers. Choose 1 to {total}.")
     # The text model, if there are others beside it (a vision tower may have as many layers).
     stack = next((module for module in model.modules() if getattr(module, "config", None) is config), model)
     cut = ""
@@ -441,10 +437,6 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> None:
         setattr(config, key, list(value)[:num_layers])
 
 
-# --- from _adapter
-# PEFT adapters that a checkpoint is loaded with.
-
-
 def merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """Merge a PEFT adapter into a model's weights.
 
@@ -461,10 +453,10 @@ def merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     try:
         weights = load_file(adapter / "adapter_model.safetensors")
         with warnings.catch_warnings():
-            # PEFT asks transformers for a name that is to go away, which is no business of the caller's.
+            # PEFT uses a deprecated name of transformers, which does not concern the caller.
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = PeftModel(model, PeftConfig.from_pretrained(str(adapter)))
-        # Left to itself, PEFT looks for the base model on the hub to see whether its embeddings were changed.
+        # By default PEFT looks for the base model on the hub to see whether its embeddings were changed.
         embeddings = any("embed" in key and "lora_" not in key for key in weights)
         expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=embeddings))
         # An adapter that was trained on a model with a head names its weights one level deeper.
@@ -472,14 +464,14 @@ def merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         named = {key if key in expected else root + key.removeprefix(deeper): weights[key] for key in weights}
         missing = sorted(expected - named.keys())
         if missing:
-            raise ValueError(f"{len(missing)} of its {len(expected)} weights are missing, {missing[0]} for one")
+            raise ValueError(f"{len(missing)} of its {len(expected)} weights are missing, for instance {missing[0]}")
         set_peft_model_state_dict(wrapped, {key: named[key] for key in expected})
         merged: PreTrainedModel = wrapped.merge_and_unload()
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{adapter} does not fit {type(model).__name__}: {reason_of(error)}; name a mergeable PEFT adapter (LoRA) "
-            "of this model, saved as safetensors"
+            f"{adapter} does not fit {type(model).__name__}: {reason_of(error)}. Name a mergeable PEFT adapter (LoRA) of "
+            "this model, saved as safetensors."
         ) from error
     return merged

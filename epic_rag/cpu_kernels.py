@@ -1,11 +1,11 @@
-"""Matrix products on a CPU by oneDNN, with weights laid out for it once.
+"""Linear layers on a CPU through oneDNN, with prepacked weights.
 
-torch multiplies float32 matrices by MKL, which is slow on processors that are not Intel's (on an AMD EPYC it has half
-the rate of oneDNN, see benchmarks/README.md), and either lays a weight out anew for every product, which for a single
-query is most of the time. torch's own compiler replaces such layers in the same way, by the same operator.
+torch multiplies float32 matrices with MKL, which on an AMD EPYC has half the rate of oneDNN (`benchmarks/throughput.py`,
+table in benchmarks/README.md). Both repack the weight on every call, which for a single query is most of the time; here
+it is prepacked once. torch's compiler replaces such layers with the same operator.
 
-Values differ from torch's by rounding, some 1e-6. In training, on other devices, in dtypes that the
-processor does not multiply, or with EPIC_RAG_PORTABLE=1, the layer is torch's own.
+Results differ from torch's by rounding, about 1e-6. In training, on other devices, in dtypes that the processor does not
+multiply, and with EPIC_RAG_PORTABLE=1, the layer falls back to torch's implementation.
 """
 
 from __future__ import annotations
@@ -19,39 +19,34 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["is_portable", "multiplies_bfloat16", "portable", "use_onednn"]
+__all__ = ["OneDnnLinear", "disable_fast_kernels", "has_bfloat16_instructions", "use_onednn"]
 
 
 _MAX_BYTES = 2 * 2**30
-"""Weights are kept twice, as they were and laid out; a model with more than this keeps them once."""
+"""Largest model that is prepacked. Weights are then kept twice, in the original and in the packed layout."""
 
-_portable: ContextVar[bool] = ContextVar("portable", default=False)
+_disabled: ContextVar[bool] = ContextVar("fast_kernels_disabled", default=False)
 
 
 @contextmanager
-def portable() -> Iterator[None]:
-    """Use torch's own layers within (to count floating-point operations, say)."""
-    token = _portable.set(True)
+def disable_fast_kernels() -> Iterator[None]:
+    """Use torch's own layers inside the block, for instance to count floating-point operations."""
+    token = _disabled.set(True)
     try:
         yield
     finally:
-        _portable.reset(token)
+        _disabled.reset(token)
 
 
-def is_portable() -> bool:
-    """Whether the caller is within `portable`."""
-    return _portable.get()
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16, which make it faster than float32."""
+def has_bfloat16_instructions() -> bool:
+    """Return whether this processor multiplies bfloat16 in hardware, faster than float32."""
     known: Any = torch.cpu  # older versions of torch do not say, and then the answer is no
     asked = (getattr(known, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(bool(ask()) for ask in asked if ask is not None)
 
 
 def use_onednn(model: nn.Module) -> int:
-    """Let the linear layers of a model compute by oneDNN; returns how many do.
+    """Replace the linear layers of a model by `OneDnnLinear` in place; return their number.
 
     The layers stay `nn.Linear` with the same parameters, so that saving, training and moving the model are as before.
     """
@@ -83,12 +78,12 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 
 class OneDnnLinear(nn.Linear):
-    """`nn.Linear` that lays its weight out at the first product without gradients."""
+    """`nn.Linear` that prepacks its weight at the first product without gradients."""
 
-    _laid_out: tuple[tuple[int, int, torch.dtype], torch.Tensor] | None
+    _packed: tuple[tuple[int, int, torch.dtype], torch.Tensor] | None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in) to (..., out)."""
         weight = self.weight
         if (
             self.training
@@ -97,22 +92,22 @@ class OneDnnLinear(nn.Linear):
             or weight.device.type != "cpu"
             or input.dtype != weight.dtype
             or not input.numel()
-            or _portable.get()
+            or _disabled.get()
             or torch.is_autocast_enabled("cpu")
         ):
             return super().forward(input)
         # Changes with every write to the weight, by an optimiser for one.
         version = 0 if weight.is_inference() else weight._version
         key = (weight.data_ptr(), version, weight.dtype)
-        held = self.__dict__.get("_laid_out")
+        held = self.__dict__.get("_packed")
         if held is None or held[0] != key:
             if not _multiplies(weight.dtype):
                 return super().forward(input)
             held = (key, torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
-            self.__dict__["_laid_out"] = held
+            self.__dict__["_packed"] = held
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, held[1], self.bias, "none", [], "")
         return output
 
     # The layout has no place in a copy or a pickle: its tensor knows neither.
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_laid_out"}
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}

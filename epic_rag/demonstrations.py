@@ -1,219 +1,54 @@
-"""Demonstrations and the banks that hold them.
+"""Demonstrations, and banks that hold them.
 
 A demonstration is a query and a passage that answers it. A `DemonstrationBank` is an instruction, a list of
-demonstrations and their embeddings *under the fingerprint of a checkpoint*, or of several. On disk it is a folder:
+demonstrations and their embeddings *under the fingerprint of an encoder*, or of several. On disk it is a folder:
 
     bank.json                 format version, task, instruction, demonstrations as text, fingerprints of the vectors
-    embeddings.safetensors    (k, 2, dim) float32: query, passage; one tensor a checkpoint
+    embeddings.safetensors    (k, 2, dim) float32: query, passage; one tensor per encoder
 
-Vectors of another checkpoint are never used: a bank that has none of the encoder's is embedded again from its texts.
+Vectors of another encoder are never used: a bank that has none of the encoder's is embedded again from its texts.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib.util
 import json
 import logging
 import os
 import random
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from epic_rag.errors import BankError, DataError, FingerprintError, PromptError, TaskError
-
-if TYPE_CHECKING:
-    from epic_rag.encoder import EpicEncoder
+from epic_rag.files import read_jsonl, write_atomically
+from epic_rag.query_prompt import SELECTIONS, Selection
+from epic_rag.tasks import get_task
 
 __all__ = [
     "SELECTIONS",
+    "BankEncoder",
     "Demonstration",
     "DemonstrationBank",
     "Selection",
-    "Vectors",
     "built_in_banks",
-    "farthest_rows",
-    "find_bank",
-    "nearest_rows",
-    "read_pairs",
-    "read_vectors",
     "unit_rows",
-    "write_json",
-    "write_vectors",
 ]
-
-
-# --- from _bank_files
-# The files of demonstrations: pairs as JSON lines, vectors as safetensors.
 
 logger = logging.getLogger(__name__)
 
 Vectors = npt.NDArray[np.float32]
-_FIRST = "embeddings"
-_FORM = '{"query": "...", "passage": "..."}'
-
-
-def read_pairs(file: Path) -> list[tuple[str, str]]:
-    """Read the pairs of a `.jsonl` or `.jsonl.gz` file; blank lines are skipped.
-
-    Raises:
-        DataError: If the file cannot be read, holds nothing, or a line is malformed; names file and line.
-    """
-    pairs: list[tuple[str, str]] = []
-    try:
-        opener: Any = gzip.open if file.suffix == ".gz" else open
-        with opener(file, "rt", encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    pairs.append(_parse_line(line, file, number))
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read ({error}); pass a file of lines like {_FORM}") from error
-    if not pairs:
-        raise DataError(f"{file} has no demonstrations; each line is {_FORM}")
-    return pairs
-
-
-def _parse_line(line: str, file: Path, number: int) -> tuple[str, str]:
-    try:
-        row = json.loads(line)
-        query, passage = row["query"], row["passage"] if "passage" in row else row["positive"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{file}:{number} is not {_FORM} ({type(error).__name__}: {error}); mend or delete the line"
-        ) from error
-    if not all(isinstance(part, str) and part.strip() for part in (query, passage)):
-        raise DataError(f"{file}:{number} has an empty query or passage; mend or delete the line")
-    return query, passage
-
-
-def write_vectors(file: Path, vectors: Mapping[str, Vectors], bank: str) -> None:
-    """Write a bank's vectors; a process that dies on the way leaves the file that was there before.
-
-    The first encoder's are the tensor `embeddings`, another's `embeddings.FINGERPRINT`.
-
-    Args:
-        file: The file.
-        vectors: (k, 2, dim) by encoder's fingerprint, one or more.
-        bank: The fingerprint of the bank's texts.
-    """
-    from safetensors.numpy import save_file
-
-    first = next(iter(vectors))
-    tensors = {_tensor(name, first): np.ascontiguousarray(array) for name, array in vectors.items()}
-    temporary = file.with_name(file.name + ".tmp")
-    save_file(tensors, temporary, metadata={"encoder": first, "bank": bank})
-    os.replace(temporary, file)
-
-
-def read_vectors(file: Path, *, encoder: str, bank: str, count: int) -> dict[str, Vectors]:
-    """Read a bank's vectors.
-
-    Args:
-        file: What `write_vectors` has written.
-        encoder: The fingerprint of the first encoder.
-        bank: The fingerprint of the bank's texts.
-        count: Number of demonstrations, k.
-
-    Returns:
-        (k, 2, dim) by encoder's fingerprint, the given one first. Nothing, and a log line, if the vectors are broken
-        or those of other texts.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as stored:
-            found: dict[str, str] = stored.metadata() or {}
-            tensors = {key: stored.get_tensor(key).astype(np.float32, copy=False) for key in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        # The texts are all there, so nothing is lost but the time to embed them.
-        logger.warning("%s cannot be read (%s); its vectors will be made again", file, error)
-        return {}
-    whole = all(array.ndim == 3 and array.shape[:2] == (count, 2) for array in tensors.values())
-    if found != {"encoder": encoder, "bank": bank} or _FIRST not in tensors or not whole:
-        logger.info("the vectors in %s do not belong to its texts; they will be made again", file.parent)
-        return {}
-    others = {key.removeprefix(f"{_FIRST}."): array for key, array in sorted(tensors.items()) if key != _FIRST}
-    return {encoder: tensors[_FIRST], **others}
-
-
-def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    """Write JSON; a process that dies on the way leaves the file that was there before."""
-    temporary = file.with_name(file.name + ".tmp")
-    text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
-    # Half a surrogate pair has no UTF-8; its backslash escape is valid JSON and reads back as what it was.
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, file)
-
-
-def _tensor(encoder: str, first: str) -> str:
-    return _FIRST if encoder == first else f"{_FIRST}.{encoder}"
-
-
-# --- from _selection
-# Which demonstrations to show: rows of a bank, chosen by its queries' vectors; and vectors of length one.
-
-Matrix = npt.NDArray[np.float32]
-
-
-def nearest_rows(vectors: Matrix, query: Matrix | None, k: int) -> list[int]:
-    """The k rows nearest to a query by cosine, nearest last.
-
-    Args:
-        vectors: (rows, dim) unit vectors.
-        query: (dim,) unit vector.
-        k: How many, up to all.
-
-    Raises:
-        PromptError: If there is no query, or its width is another.
-    """
-    if query is None:
-        raise PromptError("selection 'nearest' needs query_embedding and got none; pass the query's vector")
-    vector = np.asarray(query, dtype=np.float32)
-    if vector.shape != vectors.shape[1:]:
-        raise PromptError(
-            f"query_embedding has shape {vector.shape}, the bank's vectors have {vectors.shape[1:]}; "
-            "encode one query with the same encoder at full width"
-        )
-    # The threads of a product by numpy's own library would go on spinning for a while, in the way of torch's.
-    cosines = np.einsum("rd,d->r", vectors, vector)
-    return [int(row) for row in np.argsort(-cosines, kind="stable")[:k]][::-1]
-
-
-def farthest_rows(vectors: Matrix, k: int) -> list[int]:
-    """Greedy farthest-point choice of k rows by cosine, from row 0 on.
-
-    Args:
-        vectors: (rows, dim) unit vectors.
-        k: How many, up to all.
-    """
-    chosen: list[int] = [0][:k]
-    while len(chosen) < k:
-        closest = (vectors @ vectors[chosen].T).max(axis=1)
-        closest[chosen] = np.inf
-        chosen.append(int(closest.argmin()))
-    return chosen
-
-
-def unit_rows(vectors: Matrix) -> Matrix:
-    """Each row (rows, dim) at length one; a zero row stays zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    result: Matrix = vectors / np.maximum(norms, 1e-12)
-    return result
-
 
 BANK_FILE = "bank.json"
 EMBEDDINGS_FILE = "embeddings.safetensors"
 FORMAT_VERSION = 1
-
-Selection = Literal["first", "random", "diverse", "nearest", "nearest-early"]
-SELECTIONS: tuple[Selection, ...] = ("first", "random", "diverse", "nearest", "nearest-early")
+_FIRST_TENSOR = "embeddings"
+_FORM = '{"query": "...", "passage": "..."}'
 
 
 @dataclass(frozen=True)
@@ -222,6 +57,17 @@ class Demonstration:
 
     query: str
     passage: str
+
+
+class BankEncoder(Protocol):
+    """The part of an encoder that embeds a bank."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides a vector."""
+
+    def embed_demonstrations(self, bank: DemonstrationBank) -> Vectors:
+        """Return (k, 2, dim) float32 vectors of a bank's demonstrations."""
 
 
 class DemonstrationBank:
@@ -234,6 +80,10 @@ class DemonstrationBank:
         symmetric: Whether passages are encoded like queries (paraphrases, messages with the same intent). None
             takes the task's setting, or False.
         origin: Where the demonstrations come from, for the record.
+
+    Attributes:
+        embeddings: (k, 2, dim) float32 vectors (query, passage) of the encoder `encoder_fingerprint`; None before
+            `embed`.
 
     Raises:
         BankError: If a demonstration is not a pair of non-empty strings.
@@ -254,10 +104,10 @@ class DemonstrationBank:
         origin: str = "",
     ) -> None:
         self.demonstrations = tuple(_demonstration(item, index) for index, item in enumerate(demonstrations))
-        known = _task_defaults(task)
+        task_instruction, task_symmetric = _task_defaults(task)
         self.task = task
-        self.instruction = instruction if instruction is not None else known[0]
-        self.symmetric = symmetric if symmetric is not None else known[1]
+        self.instruction = task_instruction if instruction is None else instruction
+        self.symmetric = task_symmetric if symmetric is None else symmetric
         self.origin = origin
         self.embeddings: Vectors | None = None
         self.encoder_fingerprint: str | None = None
@@ -280,8 +130,8 @@ class DemonstrationBank:
 
     @property
     def encoder_fingerprints(self) -> tuple[str, ...]:
-        """The checkpoints that the bank has vectors of; the first is `encoder_fingerprint`, whose are `embeddings`."""
-        return tuple(self._by_encoder())
+        """Fingerprints of the encoders that the bank has vectors of; the first is `encoder_fingerprint`."""
+        return tuple(self._vectors_by_encoder())
 
     @classmethod
     def from_jsonl(
@@ -303,17 +153,27 @@ class DemonstrationBank:
         Raises:
             DataError: If the file is missing or a line is malformed; names file and line.
         """
-        pairs = read_pairs(Path(path).expanduser())
+        file = Path(path).expanduser()
+        pairs = []
+        for number, row in read_jsonl(file):
+            query, passage = row.get("query"), row.get("passage", row.get("positive"))
+            if not isinstance(query, str) or not isinstance(passage, str):
+                raise DataError(f"{file}:{number} is not of the form {_FORM}. Correct or delete the line.")
+            if not query.strip() or not passage.strip():
+                raise DataError(f"{file}:{number} has an empty query or passage. Correct or delete the line.")
+            pairs.append((query, passage))
+        if not pairs:
+            raise DataError(f"{file} has no demonstrations. Write lines of the form {_FORM}.")
         return cls(pairs, instruction=instruction, task=task, symmetric=symmetric)
 
     @classmethod
-    def load(cls, folder_or_name: str | os.PathLike[str], encoder: EpicEncoder | None = None) -> DemonstrationBank:
+    def load(cls, folder_or_name: str | os.PathLike[str], encoder: BankEncoder | None = None) -> DemonstrationBank:
         """Load a bank folder or a built-in bank.
 
         Args:
-            folder_or_name: A folder with `bank.json`, or the name of a built-in bank. A built-in name wins over a
-                folder of that name; write `./name` for the folder.
-            encoder: If given, the bank is embedded for it where its stored vectors are another checkpoint's.
+            folder_or_name: A folder with `bank.json`, or the name of a built-in bank. A built-in name takes
+                precedence over a folder of that name; write `./name` for the folder.
+            encoder: If given, the bank is embedded for it unless its stored vectors are this encoder's.
 
         Raises:
             BankError: If there is no such bank or it is malformed.
@@ -324,8 +184,8 @@ class DemonstrationBank:
             data = json.loads(file.read_text(encoding="utf-8"))
             if data.get("format_version") != FORMAT_VERSION:
                 raise BankError(
-                    f"{file} has format version {data.get('format_version')}, this release reads {FORMAT_VERSION}; "
-                    "run `pip install -U epic-rag`"
+                    f"{file} has format version {data.get('format_version')}, this release reads {FORMAT_VERSION}. "
+                    "Run `pip install -U epic-rag`."
                 )
             bank = cls(
                 [(item["query"], item["passage"]) for item in data["demonstrations"]],
@@ -336,11 +196,16 @@ class DemonstrationBank:
             )
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise BankError(
-                f"{file} is not a demonstration bank ({type(error).__name__}: {error}); "
-                "make one with `epic-rag bank build PAIRS.jsonl --out FOLDER`"
+                f"{file} is not a demonstration bank ({type(error).__name__}: {error}). "
+                "Make one with `epic-rag bank build PAIRS.jsonl --out FOLDER`."
             ) from error
-        bank._read_embeddings(folder, data.get("encoder_fingerprint"))
-        return bank.build(encoder) if encoder is not None else bank
+        vectors = folder / EMBEDDINGS_FILE
+        fingerprint = data.get("encoder_fingerprint")
+        if isinstance(fingerprint, str) and vectors.is_file():
+            bank._set_vectors(_read_vectors(vectors, encoder=fingerprint, bank=bank.fingerprint, count=len(bank)))
+        if encoder is not None:
+            bank.embed(encoder)
+        return bank
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the bank to a folder, which is made if it is missing.
@@ -352,7 +217,8 @@ class DemonstrationBank:
         try:
             target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BankError(f"no folder can be made at {target} ({error}); save the bank somewhere else") from error
+            raise BankError(f"No folder can be made at {target} ({error}). Save the bank elsewhere.") from error
+        others = {key: array.shape[-1] for key, array in self._others.items()}
         data = {
             "format_version": FORMAT_VERSION,
             "task": self.task,
@@ -361,50 +227,45 @@ class DemonstrationBank:
             "origin": self.origin,
             "encoder_fingerprint": self.encoder_fingerprint,
             "dimension": None if self.embeddings is None else int(self.embeddings.shape[-1]),
-            **(
-                {"other_encoders": {key: array.shape[-1] for key, array in self._others.items()}}
-                if self._others
-                else {}
-            ),
+            **({"other_encoders": others} if others else {}),
             "demonstrations": [{"query": item.query, "passage": item.passage} for item in self.demonstrations],
         }
-        vectors = target / EMBEDDINGS_FILE
-        # Vectors first and under a fingerprint of their own: a crash between the two writes leaves a pair that
-        # disagrees, which load() takes for "not embedded" rather than for valid.
+        # Vectors first, under the fingerprint of the texts: a crash between the two writes leaves a pair that
+        # disagrees, which load() treats as "not embedded".
         if self.embeddings is not None:
-            write_vectors(vectors, self._by_encoder(), self.fingerprint)
+            _write_vectors(target / EMBEDDINGS_FILE, self._vectors_by_encoder(), self.fingerprint)
         else:
-            vectors.unlink(missing_ok=True)
-        write_json(target / BANK_FILE, data)
+            (target / EMBEDDINGS_FILE).unlink(missing_ok=True)
+        text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
+        # A lone surrogate has no UTF-8; its backslash escape is valid JSON and reads back as the same character.
+        write_atomically(target / BANK_FILE, text.encode("utf-8", "backslashreplace"))
 
-    def build(self, encoder: EpicEncoder, *others: EpicEncoder) -> DemonstrationBank:
+    def embed(self, encoder: BankEncoder, *others: BankEncoder) -> None:
         """Embed the demonstrations with an encoder, in place.
 
         Queries are encoded zero-shot with the bank's instruction and passages as documents (as queries, if the task
-        is symmetric). Vectors of the encoder that the bank has already are kept, those of other encoders are dropped.
+        is symmetric). Vectors of these encoders that the bank already has are kept, those of other encoders dropped.
 
         Args:
             encoder: Its vectors become `embeddings`, (k, 2, dim) float32.
-            others: The bank gets the vectors of these encoders as well, for whoever builds or loads it with one.
-
-        Returns:
-            The bank itself.
+            others: Further encoders whose vectors the bank gets as well.
         """
-        known = self._by_encoder()
-        built = {}
+        known = self._vectors_by_encoder()
+        vectors = {}
         for each in (encoder, *others):
-            if known and each.fingerprint not in known:
-                logger.info(
-                    "bank %s was embedded under %s, the encoder is %s: embedding its %d demonstrations again",
-                    self.task or self.fingerprint,
-                    ", ".join(known),
-                    each.fingerprint,
-                    len(self),
-                )
-            vectors = known.get(each.fingerprint)
-            built[each.fingerprint] = each.embed_demonstrations(self) if vectors is None else vectors
-        self._set_vectors(built)
-        return self
+            found = known.get(each.fingerprint)
+            if found is None:
+                if known:
+                    logger.info(
+                        "bank %s was embedded under %s, the encoder is %s: embedding its %d demonstrations again",
+                        self.task or self.fingerprint,
+                        ", ".join(known),
+                        each.fingerprint,
+                        len(self),
+                    )
+                found = each.embed_demonstrations(self)
+            vectors[each.fingerprint] = found
+        self._set_vectors(vectors)
 
     def select(
         self,
@@ -417,118 +278,110 @@ class DemonstrationBank:
         """Pick k demonstrations.
 
         Args:
-            k: How many; 0 to all.
+            k: Number of demonstrations, 0 to all.
             method: "first" k; seeded "random" k; the most "diverse" k (greedy farthest-point over query vectors,
                 from the first demonstration on); the k "nearest" to a query, nearest last, beside the query.
             seed: Seed of "random".
-            query_embedding: (dim,) vector of the query, for "nearest".
+            query_embedding: (dim,) unit vector of the query, for "nearest".
 
         Returns:
-            A new bank with the same instruction; it keeps the vectors it has.
+            A new bank with the same instruction and the vectors of these demonstrations.
 
         Raises:
-            PromptError: If k is out of range or the method is unknown.
+            PromptError: If k is out of range, the method is unknown, or the query's vector is missing or does not fit.
             BankError: If the method needs vectors and the bank has none.
         """
         if not 0 <= k <= len(self):
-            raise PromptError(f"asked for {k} demonstrations, the bank has {len(self)}; ask for 0 to {len(self)}")
+            raise PromptError(f"{k} demonstrations requested, but the bank has {len(self)}. Use 0 to {len(self)}.")
+        if method not in SELECTIONS:
+            raise PromptError(f"Unknown selection {method!r}. Choose one of {', '.join(SELECTIONS)}.")
         if method == "first":
-            rows = list(range(k))
-        elif method == "random":
-            rows = random.Random(seed).sample(range(len(self)), k)
-        elif method == "diverse":
-            rows = farthest_rows(self._vectors(method)[:, 0], k)
-        elif method == "nearest":
-            rows = nearest_rows(self._vectors(method)[:, 0], query_embedding, k)
-        elif method == "nearest-early":
-            raise PromptError(f"selection {method!r} needs the model, select has none; pass it to encode_query")
-        else:
-            raise PromptError(f"selection is {method!r}, known are {', '.join(SELECTIONS)}; choose one of them")
-        return self.take(rows)
+            return self.subset(range(k))
+        if method == "random":
+            return self.subset(random.Random(seed).sample(range(len(self)), k))
+        if self.embeddings is None:
+            raise BankError(f"Selection {method!r} needs vectors, but the bank has none. Call bank.embed(encoder).")
+        queries = self.embeddings[:, 0]
+        if method == "diverse":
+            return self.subset(_farthest_rows(queries, k))
+        if query_embedding is None:
+            raise PromptError("Selection 'nearest' needs query_embedding. Pass the query's vector.")
+        vector = np.asarray(query_embedding, dtype=np.float32)
+        if vector.shape != queries.shape[1:]:
+            raise PromptError(
+                f"query_embedding has shape {vector.shape}, the bank's vectors have {queries.shape[1:]}. "
+                "Encode one query with the same encoder at full width."
+            )
+        # einsum avoids BLAS: its worker threads busy-wait after a call and compete with torch's OpenMP threads.
+        cosines = np.einsum("rd,d->r", queries, vector)
+        return self.subset([int(row) for row in np.argsort(-cosines, kind="stable")[:k]][::-1])
 
-    def require(self, fingerprint: str) -> Vectors:
-        """The vectors, if they are those of the given checkpoint.
+    def embeddings_for(self, fingerprint: str) -> Vectors:
+        """Return the vectors, if they are those of an encoder.
+
+        Args:
+            fingerprint: The encoder's.
 
         Returns:
             (k, 2, dim) float32, contiguous.
 
         Raises:
-            FingerprintError: If they are another's, or there are none.
+            FingerprintError: If they are another encoder's, or there are none.
         """
         if self.embeddings is None or self.encoder_fingerprint != fingerprint:
             raise FingerprintError(
-                f"the bank was embedded under {self.encoder_fingerprint}, the encoder is {fingerprint}; "
-                "call bank.build(encoder)"
+                f"The bank was embedded under {self.encoder_fingerprint}, the encoder is {fingerprint}. "
+                "Call bank.embed(encoder)."
             )
         return np.ascontiguousarray(self.embeddings, dtype=np.float32)
 
-    def take(self, rows: Sequence[int]) -> DemonstrationBank:
-        """The demonstrations with these numbers, from 0 on, in this order, as a new bank with its vectors."""
+    def subset(self, rows: Sequence[int]) -> DemonstrationBank:
+        """Return a new bank of the demonstrations with these indices, in this order, with their vectors."""
         chosen = DemonstrationBank(
             [self.demonstrations[row] for row in rows],
             instruction=self.instruction,
-            task=None,
             symmetric=self.symmetric,
             origin=self.origin,
         )
         chosen.task = self.task
-        chosen._set_vectors({key: array[list(rows)] for key, array in self._by_encoder().items()})
+        chosen._set_vectors({key: array[list(rows)] for key, array in self._vectors_by_encoder().items()})
         return chosen
 
-    def _by_encoder(self) -> dict[str, Vectors]:
-        """All vectors by encoder's fingerprint, `embeddings` first."""
+    def copy(self) -> DemonstrationBank:
+        """Return a copy with the same vectors."""
+        return self.subset(range(len(self)))
+
+    def _vectors_by_encoder(self) -> dict[str, Vectors]:
         return {} if self.embeddings is None else {self.encoder_fingerprint or "": self.embeddings, **self._others}
 
     def _set_vectors(self, vectors: Mapping[str, Vectors]) -> None:
-        """What `_by_encoder` returns becomes the bank's."""
         self._others = dict(vectors)
         self.encoder_fingerprint = next(iter(self._others), None)
         self.embeddings = None if self.encoder_fingerprint is None else self._others.pop(self.encoder_fingerprint)
 
-    def _vectors(self, method: str) -> Vectors:
-        if self.embeddings is None:
-            raise BankError(f"selection {method!r} needs vectors and the bank has none; call bank.build(encoder) first")
-        return self.embeddings
-
-    def _read_embeddings(self, folder: Path, fingerprint: object) -> None:
-        file = folder / EMBEDDINGS_FILE
-        if not isinstance(fingerprint, str) or not file.is_file():
-            return
-        # Texts that were edited by hand after embedding make these vectors somebody else's.
-        self._set_vectors(read_vectors(file, encoder=fingerprint, bank=self.fingerprint, count=len(self)))
-
 
 def built_in_banks() -> dict[str, Path]:
-    """Names and folders of the banks that ship with the package, sorted by name."""
+    """Return names and folders of the banks that ship with the package, sorted by name."""
     spec = importlib.util.find_spec("epic_rag_demos")
     roots = list(spec.submodule_search_locations or []) if spec is not None else []
     return {file.parent.name: file.parent for root in roots for file in sorted(Path(root).glob(f"*/{BANK_FILE}"))}
 
 
-def find_bank(
-    task: str | None, bank: DemonstrationBank | str | os.PathLike[str] | None, num_demonstrations: int | None
-) -> DemonstrationBank | None:
-    """The bank that a call asks for: the given one, or the task's built-in one if demonstrations are wanted.
+def unit_rows(vectors: Vectors) -> Vectors:
+    """Scale each row of (rows, dim) to length one; a zero row stays zero."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    result: Vectors = vectors / np.maximum(norms, 1e-12)
+    return result
 
-    Raises:
-        BankError: If the bank is missing or malformed.
-        TaskError: If the task is unknown.
-        PromptError: If demonstrations are wanted and neither a bank nor a task says which.
-    """
-    if num_demonstrations is not None and num_demonstrations < 0:
-        raise PromptError(f"asked for {num_demonstrations} demonstrations; ask for 0 or more")
-    if bank is not None:
-        return bank if isinstance(bank, DemonstrationBank) else DemonstrationBank.load(bank)
-    if not num_demonstrations:
-        return None
-    from epic_rag.tasks import get_task
 
-    name = get_task(task).bank if task is not None else None
-    if name is None:
-        raise PromptError(
-            f"asked for {num_demonstrations} demonstrations and there is no bank to take them from; pass bank=..."
-        )
-    return DemonstrationBank.load(name)
+def _farthest_rows(vectors: Vectors, k: int) -> list[int]:
+    """Choose k of (rows, dim) unit vectors by greedy farthest point, starting with row 0."""
+    chosen: list[int] = [0][:k]
+    while len(chosen) < k:
+        closest = (vectors @ vectors[chosen].T).max(axis=1)
+        closest[chosen] = np.inf
+        chosen.append(int(closest.argmin()))
+    return chosen
 
 
 def _locate(folder_or_name: str | os.PathLike[str]) -> Path:
@@ -539,21 +392,16 @@ def _locate(folder_or_name: str | os.PathLike[str]) -> Path:
     folder = Path(name).expanduser()
     if (folder / BANK_FILE).is_file():
         return folder
-    what = f"the folder {name} has no {BANK_FILE}" if folder.is_dir() else f"no demonstration bank {name}"
-    raise BankError(f"{what}; built in are {', '.join(banks) or 'none'}; run `epic-rag bank list`")
+    fact = f"The folder {name} has no {BANK_FILE}" if folder.is_dir() else f"There is no demonstration bank {name}"
+    raise BankError(f"{fact}. Built-in banks are {', '.join(banks) or 'none'}; run `epic-rag bank list`.")
 
 
 def _task_defaults(task: str | None) -> tuple[str | None, bool]:
-    if task is None:
-        return None, False
-    from epic_rag.tasks import get_task
-
     try:
-        known = get_task(task)
+        known = None if task is None else get_task(task)
     except TaskError:
-        # A user's own bank may carry a task name of its own; it then has to bring its instruction.
-        return None, False
-    return known.instruction, known.symmetric
+        known = None  # a user's bank may name a task that is not built in
+    return (None, False) if known is None else (known.instruction, known.symmetric)
 
 
 def _demonstration(item: Demonstration | tuple[str, str], index: int) -> Demonstration:
@@ -562,7 +410,40 @@ def _demonstration(item: Demonstration | tuple[str, str], index: int) -> Demonst
     # A string of two characters would unpack into two strings.
     pair = tuple(item) if isinstance(item, Sequence) and not isinstance(item, str) else ()
     if len(pair) != 2 or not all(isinstance(part, str) and part.strip() for part in pair):
-        raise BankError(
-            f"demonstration {index + 1} is {item!r}; each is a (query, passage) pair of two non-empty strings"
-        )
+        raise BankError(f"Demonstration {index + 1} is {item!r}. Pass (query, passage), two non-empty strings.")
     return Demonstration(*pair)
+
+
+def _write_vectors(file: Path, vectors: Mapping[str, Vectors], bank: str) -> None:
+    """Write (k, 2, dim) vectors by encoder; the first encoder's tensor is `embeddings`."""
+    from safetensors.numpy import save
+
+    first = next(iter(vectors))
+    tensors = {
+        _FIRST_TENSOR if name == first else f"{_FIRST_TENSOR}.{name}": np.ascontiguousarray(array)
+        for name, array in vectors.items()
+    }
+    write_atomically(file, save(tensors, metadata={"encoder": first, "bank": bank}))
+
+
+def _read_vectors(file: Path, *, encoder: str, bank: str, count: int) -> dict[str, Vectors]:
+    """Read (k, 2, dim) vectors by encoder, the given one first; none if they are broken or belong to other texts."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as stored:
+            metadata: dict[str, str] = stored.metadata() or {}
+            tensors = {key: stored.get_tensor(key).astype(np.float32, copy=False) for key in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        # Nothing is lost but the time to embed the texts again.
+        logger.warning("%s cannot be read (%s); its vectors will be computed again", file, error)
+        return {}
+    whole = all(array.ndim == 3 and array.shape[:2] == (count, 2) for array in tensors.values())
+    # Texts that were edited by hand after embedding have another fingerprint.
+    if metadata != {"encoder": encoder, "bank": bank} or _FIRST_TENSOR not in tensors or not whole:
+        logger.info("the vectors in %s do not belong to its texts; they will be computed again", file.parent)
+        return {}
+    others = {
+        key.removeprefix(f"{_FIRST_TENSOR}."): array for key, array in sorted(tensors.items()) if key != _FIRST_TENSOR
+    }
+    return {encoder: tensors[_FIRST_TENSOR], **others}

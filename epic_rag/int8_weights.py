@@ -1,12 +1,13 @@
-"""Weights as int8 rows: a quarter of the size of float32, for checkpoints that have to travel.
+"""int8 storage of weights: a quarter of the size of float32.
 
 A row of a matrix (an output channel, or a token of the vocabulary) becomes integers from -127 to 127 and one scale:
 
     weight[row] ≈ scale[row] * values[row]
 
-On disk, in safetensors, `NAME` is int8 and `NAME.scale` is float32, one number a row; vectors and single numbers are
-stored as they are. A transformer lies in `model-int8-00001-of-0000N.safetensors`, a name that no other library takes
-for weights that it could read.
+On disk, in safetensors, `NAME` is int8 and `NAME.scale` is float32, one number per row; vectors and scalars are stored
+unchanged. The files are named `model-int8-00001-of-0000N.safetensors`, which no other library mistakes for weights that
+it can read. Weights are float32 again when they are loaded. Shipped checkpoints are stored so, because a package may
+have 100 MB; what it costs in quality is measured by `benchmarks/results.py --only quantisation` (docs/results.md).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from typing import Any
 import torch
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
+from epic_rag.checkpoints import INT8_ROWS
 from epic_rag.errors import CheckpointError
 
 __all__ = [
-    "INT8_ROWS",
     "dequantise",
     "load_int8_model",
     "quantise",
@@ -30,9 +31,6 @@ __all__ = [
     "remove_weights",
     "write_int8_model",
 ]
-
-INT8_ROWS = "int8-rows"
-
 
 # No file of a shipped checkpoint may be over 50 MB; this leaves room for the header.
 SHARD_BYTES = 45_000_000
@@ -68,7 +66,7 @@ def quantise_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantise(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Named tensors as they are stored: matrices as int8 rows with their scales, everything else as it is.
+    """Convert named tensors for storage: matrices to int8 rows with scales, everything else unchanged.
 
     Raises:
         CheckpointError: If a matrix has values that are not finite.
@@ -79,15 +77,13 @@ def quantise(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             stored[name] = tensor.detach().cpu().clone().contiguous()
             continue
         if not bool(tensor.isfinite().all()):
-            raise CheckpointError(
-                f"the weight {name} has values that are not finite, int8 has none; save the checkpoint as float32"
-            )
+            raise CheckpointError(f"The weight {name} has values that are not finite. Save the checkpoint as float32.")
         stored[name], stored[name + _SCALE] = quantise_rows(tensor)
     return stored
 
 
 def dequantise(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors that `quantise` was given, rounded; matrices are float32."""
+    """Restore the tensors that `quantise` was given, rounded; matrices are float32."""
     tensors = {}
     for name in _names(stored):
         tensor, scale = stored[name], stored.get(name + _SCALE)
@@ -151,7 +147,7 @@ def load_int8_model(
 
 
 def remove_weights(folder: Path, *, keep: Collection[Path]) -> None:
-    """Delete a transformer's weights that an earlier save has left in a folder, in whichever format."""
+    """Delete weights of an earlier save from a folder, in either format."""
     for file in folder.glob("model*.safetensors*"):
         if file not in keep:
             file.unlink()
@@ -171,12 +167,12 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _names(keys: Collection[str]) -> list[str]:
-    """The names of a file's tensors, without those of scales."""
+    """Return the names of a file's tensors, without those of scales."""
     return [key for key in keys if not (key.endswith(_SCALE) and key.removesuffix(_SCALE) in keys)]
 
 
 def _find_shards(folder: Path) -> list[Path]:
-    """The files of a folder's weights, in order."""
+    """Return the files of a folder's weights, in order."""
     found = sorted(folder.glob("model-int8-*.safetensors"))
     numbers = [re.fullmatch(r"model-int8-(\d{5})-of-(\d{5})\.safetensors", file.name) for file in found]
     total = max((int(number[2]) for number in numbers if number), default=1)
@@ -184,14 +180,14 @@ def _find_shards(folder: Path) -> list[Path]:
     missing = [file.name for file in expected if file not in found]
     if missing:
         raise CheckpointError(
-            f"{folder} has {total - len(missing)} of its {total} files of weights, {missing[0]} is missing; "
-            "copy the checkpoint again"
+            f"{folder} has {total - len(missing)} of {total} weight files; {missing[0]} is missing. "
+            "Copy the checkpoint again."
         )
     return expected
 
 
 def _shards(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
-    """Names of tensors, so many together as fit into a file; their sizes are known before anything is quantised."""
+    """Group names of tensors into files by their size after quantisation."""
     names: list[str] = []
     total = 0
     for name, tensor in tensors.items():
@@ -210,13 +206,13 @@ def _has_rows(tensor: torch.Tensor) -> bool:
 
 
 def _integers(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(rows, width) values and (rows,) scales -> (rows, width) whole numbers, still in float32."""
+    """Divide (rows, width) values by (rows,) scales; return whole numbers, still in float32."""
     # A row of zeros has the scale zero, and any divisor gives its zeros.
     divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(1)
     return (rows / divisor).round_().clamp_(-127, 127)
 
 
 def _rounded(scale: torch.Tensor) -> torch.Tensor:
-    """Float32 numbers to 16 significant bits: with seven more of a value, a product still has less than 24."""
+    """Round float32 numbers to 16 significant bits: a product with 7 more bits still has fewer than 24."""
     bits = scale.contiguous().view(torch.int32)
     return ((bits + 0x80) & ~0xFF).view(torch.float32)

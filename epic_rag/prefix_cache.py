@@ -1,14 +1,14 @@
 """The key/value cache of a prompt: what stands before the queries' own tokens is computed once and shared.
 
 In a causal model the states of a position depend on the positions before it only, so those of the instruction and the
-demonstrations are the same for every query behind them (EPIC, arXiv 2605.01372, section 3: the prompt of a bank is
-constant). Their keys and values are kept, one row of them, and every query of every batch attends to that row:
+demonstrations are the same for every query behind them. Their keys and values are kept, one row of them, and every query of every batch attends to that row:
 
     keys, values    [ prompt | query 1 | query 2 | query 3 ... ]     a pack
     query 2 sees      yes      no        up to itself  no
 
 The queries of a batch lie one behind the other in packs, and a mask keeps them apart. So the prompt is not copied per
-query, and queries of different lengths need hardly any padding.
+query, and queries of different lengths need hardly any padding. Batches of queries behind one prompt take a half to a
+third of the time (`benchmarks/prompt_cache.py`, table in benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from epic_rag.backbone import Backbone
     from epic_rag.prompt import EncoderInput
 
-__all__ = ["CachedPrefix", "PrefixCache", "can_cache", "embed_packed", "packs"]
+__all__ = ["CachedPrefix", "PrefixCache", "can_cache", "embed_packed", "pack_rows"]
 
 
 # These take a mask of any shape; flash attention does not, and mixes the packed queries.
@@ -37,7 +37,7 @@ _KEY_VALUE_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """Keys and values of a prompt, never written to again.
+    """Keys and values of a prompt; immutable.
 
     Attributes:
         keys: For each layer (1, heads, length, head width), in the model's dtype.
@@ -54,8 +54,16 @@ class CachedPrefix:
         """Memory of keys and values in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
 
+    def to(self, device: torch.device) -> CachedPrefix:
+        """Return the prefix on a device."""
+        if self.keys[0].device == device:
+            return self
+        return CachedPrefix(
+            tuple(key.to(device) for key in self.keys), tuple(value.to(device) for value in self.values), self.length
+        )
+
     def as_past(self, rows: int) -> DynamicCache:
-        """A cache of some rows that a forward pass may append to: it joins its own copy, and this stays as it is."""
+        """Return a cache of `rows` rows that a forward pass may append to; this object stays unchanged."""
         return DynamicCache(
             [
                 (key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1))
@@ -65,7 +73,7 @@ class CachedPrefix:
 
 
 def can_cache(backbone: Backbone, positions: int) -> bool:
-    """Whether a model's prompt can be kept as keys and values, exactly.
+    """Return whether a model's prompt can be cached as keys and values without changing any vector.
 
     Args:
         backbone: The model.
@@ -84,9 +92,9 @@ def can_cache(backbone: Backbone, positions: int) -> bool:
 
 
 class PrefixCache:
-    """The prompts of one model that were used last, by what decides them: ids, slot vectors, weights, device and dtype.
+    """Least-recently-used cache of one model's prompts, keyed by ids, slot vectors, weights, device and dtype.
 
-    Safe to use from several threads: entries are never changed, and the table is guarded by a lock.
+    Thread-safe: entries are immutable, and the table is guarded by a lock.
 
     Args:
         max_entries: Most prompts that are kept.
@@ -112,12 +120,12 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory of what is kept, in bytes."""
+        """Memory of all entries in bytes."""
         with self._lock:
             return sum(entry.nbytes for entry in self._entries.values())
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all entries."""
         with self._lock:
             self._entries.clear()
             self._parameters = None
@@ -125,7 +133,7 @@ class PrefixCache:
     def get(
         self, backbone: Backbone, ids: Sequence[int], slots: Sequence[int] = (), vectors: torch.Tensor | None = None
     ) -> CachedPrefix | None:
-        """Keys and values of a prompt: those that are kept, or made now.
+        """Return keys and values of a prompt, from the cache or computed now.
 
         Args:
             backbone: The model, in evaluation mode.
@@ -166,7 +174,7 @@ class PrefixCache:
 
 
 def _forward(backbone: Backbone, past: DynamicCache, **inputs: torch.Tensor) -> torch.Tensor:
-    """The last layer's states (rows, tokens, dim) behind what `past` holds; appends to it."""
+    """Run the transformer behind `past`, appending to it; return (rows, tokens, dim) states of the last layer."""
     options: dict[str, Any] = {**inputs, str(backbone.cache_argument): past, "use_cache": True}
     states: torch.Tensor = backbone.transformer(**options).last_hidden_state
     return states
@@ -177,7 +185,7 @@ def _compute(
     backbone: Backbone, ids: Sequence[int], slots: Sequence[int], vectors: torch.Tensor | None
 ) -> CachedPrefix | None:
     device = backbone.device
-    embeddings = backbone.fill(
+    embeddings = backbone.embed_inputs(
         torch.tensor([list(ids)], device=device),
         torch.zeros(len(slots), dtype=torch.long, device=device),
         torch.tensor(list(slots), dtype=torch.long, device=device),
@@ -194,7 +202,7 @@ def _compute(
     return CachedPrefix(tuple(key for key, _ in kept), tuple(value for _, value in kept), len(ids))
 
 
-def packs(lengths: Sequence[int], max_tokens: int, max_rows: int | None = None) -> list[list[int]]:
+def pack_rows(lengths: Sequence[int], max_tokens: int, max_rows: int | None = None) -> list[list[int]]:
     """Group rows into packs, in order.
 
     Args:
@@ -253,14 +261,14 @@ def embed_packed(
             slot_columns += behind
             first, number = stop, number + 1
     ids, row_of, within, pooled = (tensor.to(device) for tensor in (ids, row_of, within, pooled))
-    embeddings = backbone.fill(
+    embeddings = backbone.embed_inputs(
         ids, torch.tensor(slot_packs, device=device), torch.tensor(slot_columns, device=device), vectors
     )
     column = torch.arange(width, device=device)
     # (packs, tokens, tokens): a token sees its own row up to itself, and the whole prompt.
     visible = (row_of[:, :, None] == row_of[:, None, :]) & (column[:, None] >= column[None, :])
     visible = torch.cat([visible.new_ones(len(packed), width, start), visible], dim=2)
-    # Added to the scores, which every attention takes; a mask of truth values is not for all.
+    # Additive float mask: boolean masks are not supported by every attention implementation.
     mask = torch.zeros(visible.shape, dtype=embeddings.dtype, device=device)
     mask.masked_fill_(~visible, torch.finfo(embeddings.dtype).min)
     hidden = _forward(
@@ -274,4 +282,4 @@ def embed_packed(
     rows = row_of.flatten()
     sums = weights.new_zeros(count + 1, hidden.shape[2]).index_add_(0, rows, hidden.float().flatten(0, 1) * weights)
     counts = weights.new_zeros(count + 1, 1).index_add_(0, rows, weights)
-    return backbone.finish((sums / counts.clamp(min=1.0))[:count])
+    return backbone.project_and_normalize((sums / counts.clamp(min=1.0))[:count])

@@ -1,6 +1,6 @@
 r"""From an instruction, demonstrations and a query to token ids and slot positions.
 
-One template, three renderings of the same demonstrations (EPIC, arXiv 2605.01372, figure 1):
+One template, three renderings of the same demonstrations:
 
     zero-shot   Instruct: {instruction}\nQuery: {query}{eos}
     text ICL    Instruct: {instruction}\nQuery: {q_1}\nResponse: {d_1}\n ... Query: {query}{eos}
@@ -63,19 +63,18 @@ class PromptTemplate:
             fits = False
         if not fits:
             raise ConfigError(
-                f"the template's instruction is {self.instruction!r}, it needs the field {{instruction}} and no other; "
-                "write a brace that is meant as one twice"
+                f"The template's instruction {self.instruction!r} must have the field {{instruction}} and no other. "
+                "Double any other brace."
             )
         if self.separators not in ("words", "none"):
-            raise ConfigError(f"separators is {self.separators!r}, known are words, none; choose one of them")
+            raise ConfigError(f"Unknown separators {self.separators!r}. Choose words or none.")
         if self.demonstration_instructions not in ("shared", "each"):
             raise ConfigError(
-                f"demonstration_instructions is {self.demonstration_instructions!r}, known are shared, each; "
-                "choose one of them"
+                f"Unknown demonstration_instructions {self.demonstration_instructions!r}. Choose shared or each."
             )
 
     def to_dict(self) -> dict[str, str]:
-        """The template as plain values, for `epic.json`."""
+        """Return the template as plain values, for `epic.json`."""
         values = asdict(self)
         if self.demonstration_instructions == "shared":
             # Left out, so that checkpoints from before there was a choice keep their fingerprint.
@@ -133,7 +132,7 @@ class Batch:
     slot_columns: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """Return the batch on a device."""
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
@@ -203,8 +202,8 @@ class PromptBuilder:
         if self.append_eos and (not self.stop or self.stop[-1] != eos):
             if eos is None:
                 raise PromptError(
-                    "last-token pooling needs an end-of-sequence token and the tokenizer has none; "
-                    "set `eos_token` in tokenizer_config.json, or load with pooling='mean'"
+                    "Last-token pooling needs an end-of-sequence token, but the tokenizer has none. "
+                    "Set `eos_token` in tokenizer_config.json, or load with pooling='mean'."
                 )
             self.stop = (*self.stop, int(eos))
         pad = self.tokenizer.pad_token_id
@@ -214,7 +213,7 @@ class PromptBuilder:
         self._prefixes: dict[tuple[PromptTemplate, str | None, int, Strategy], Prefix] = {}
 
     def token_ids(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        """Token ids of each text without special tokens, cut to `limit` tokens.
+        """Tokenise texts without special tokens, each cut to `limit` tokens.
 
         Raises:
             PromptError: If a text is not a string.
@@ -224,7 +223,7 @@ class PromptBuilder:
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise PromptError(
-                    f"text {index + 1} of {len(texts)} is {text!r}, expected a string; pass str(...) or leave it out"
+                    f"Text {index + 1} of {len(texts)} is {text!r}, not a string. Convert it or leave it out."
                 )
         encoded = self.tokenizer(
             # Half a surrogate pair, which broken JSON can hold, is no character: tokenizers refuse it.
@@ -240,10 +239,10 @@ class PromptBuilder:
         return ids
 
     def documents(self, texts: Sequence[str]) -> list[EncoderInput]:
-        """Bare texts: special tokens, text, end.
+        """Build inputs of bare texts: special tokens, text, end.
 
         Returns:
-            One row a text, of at most `max_document_tokens` tokens.
+            One row per text, of at most `max_document_tokens` tokens.
         """
         room = self._room(self.max_document_tokens, len(self.start) + len(self.stop), "a document", len(self.start))
         return [self._row(self.start, ids) for ids in self.token_ids(texts, room)]
@@ -256,7 +255,7 @@ class PromptBuilder:
         demonstrations: Sequence[tuple[str, str]] = (),
         strategy: Strategy = "epic",
     ) -> Prefix:
-        """Everything that comes before the query's own tokens.
+        """Build everything that comes before the query's own tokens.
 
         Args:
             instruction: What to retrieve; None or "" for no instruction line.
@@ -272,7 +271,7 @@ class PromptBuilder:
             PromptError: If the strategy is unknown.
         """
         if strategy not in STRATEGIES:
-            raise PromptError(f"strategy is {strategy!r}, known are {', '.join(STRATEGIES)}; choose one of them")
+            raise PromptError(f"Unknown strategy {strategy!r}. Choose one of {', '.join(STRATEGIES)}.")
         if strategy == "text" and demonstrations:
             return self._prefix(instruction, 0, demonstrations, strategy)
         # The same few prompts stand before all queries, and tokenising one costs as much as a query.
@@ -323,10 +322,10 @@ class PromptBuilder:
         return Prefix(ids=tuple(ids), slots=tuple(slots), words=True)
 
     def queries(self, prefix: Prefix, texts: Sequence[str]) -> list[EncoderInput]:
-        """Queries behind a prefix.
+        """Build inputs of queries behind a prefix.
 
         Returns:
-            One row a text. Only the query's own tokens are ever cut.
+            One row per text. Only the query's own tokens are ever cut.
 
         Raises:
             PromptError: If the prefix leaves no room for a query.
@@ -337,12 +336,12 @@ class PromptBuilder:
         pool_start = len(prefix.ids) if prefix.words else 0
         return [self._row(prefix.ids, ids, prefix.slots, pool_start) for ids in self.token_ids(texts, room)]
 
-    def behind(self, prefix: Prefix, rows: Sequence[EncoderInput]) -> list[EncoderInput]:
-        """The queries of rows behind another prefix with words, without tokenising them again.
+    def with_prefix(self, prefix: Prefix, rows: Sequence[EncoderInput]) -> list[EncoderInput]:
+        """Put the queries of rows behind another prefix, without tokenising them again.
 
         Args:
-            prefix: The new prefix.
-            rows: What `queries` made with a prefix with words.
+            prefix: The new prefix; must have words.
+            rows: Output of `queries` for a prefix with words.
 
         Raises:
             PromptError: If the prefix leaves no room for a query.
@@ -369,13 +368,13 @@ class PromptBuilder:
             room = min(room, self.max_positions - len(self.stop) - prefix)
         if room < 1:
             raise PromptError(
-                f"no room for {what}: the limit is {limit} tokens, the model takes {self.max_positions} and the "
-                f"prompt before it has {prefix}; use fewer demonstrations or a shorter instruction"
+                f"No room for {what}: the limit is {limit} tokens, the model takes {self.max_positions}, the prompt before "
+                f"it has {prefix}. Use fewer demonstrations or a shorter instruction."
             )
         return room
 
     def settings(self) -> dict[str, Any]:
-        """What the fingerprint has to know of the prompt."""
+        """Return the settings that are part of the fingerprint."""
         return {
             "template": self.template.to_dict(),
             "append_eos": self.append_eos,
@@ -385,7 +384,7 @@ class PromptBuilder:
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that a tokenizer puts before and after a text."""
+    """Return the ids that a tokenizer puts before and after a text."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     full: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(bare) + 1):

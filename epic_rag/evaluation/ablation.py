@@ -231,7 +231,7 @@ class ArmRun:
         config = self.arm.config
         encoder = EpicEncoder.from_pretrained(self.final, device=config.device)
         # Every arm is shown the same numbers of demonstrations: that it was trained with fewer is no news here.
-        encoder.settings.pop("max_demonstrations", None)
+        encoder.config.max_demonstrations = None
         splits: dict[Part, Sequence[HeldoutSplit]] = {"trained": self._trained_splits(), "heldout": self.heldout}
         store = EmbeddingStore(encoder, precision=str(encoder.dtype).removeprefix("torch."))
         self.record.scores = score_arm(store, splits, self.evaluation, self.arm.strategies)

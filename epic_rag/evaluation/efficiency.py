@@ -171,7 +171,8 @@ def _measured(
     runs: int,
     say: Callable[[str], None],
 ) -> EfficiencyReport:
-    built = bank.select(max(ks)).build(encoder)
+    built = bank.select(max(ks))
+    built.embed(encoder)
     by_length = sorted(queries, key=lambda text: encoder.count_tokens([text])[0])
     single = by_length[len(by_length) // 2]
     batch = [queries[index % len(queries)] for index in range(BATCH)]

@@ -47,7 +47,8 @@ from epic_rag.evaluation.heldout import (
     with_instruction,
 )
 from epic_rag.evaluation.report import EvaluationReport, ModelRecord, SetScore
-from epic_rag.task_vector import QueryStrategy, known_strategy
+from epic_rag.query_prompt import QueryPrompt as _QueryPrompt
+from epic_rag.query_prompt import QueryStrategy
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -318,7 +319,7 @@ class EvaluationRequest:
                 "write e.g. --num-demonstrations 0,8"
             )
         if self.strategy is not None:
-            known_strategy(self.strategy)
+            _QueryPrompt(strategy=self.strategy)
         parse_choices(self.heldout_collections, COLLECTIONS, "--heldout-collection")
         parse_choices(self.heldout_instructions, INSTRUCTION_SOURCES, "--heldout-instruction")
         if self.kinds is not None:
@@ -709,7 +710,7 @@ def load_scorer(spec: ModelSpec, request: EvaluationRequest) -> Scorer:
         dtype=request.dtype,
         max_document_tokens=request.max_document_tokens,
     )
-    plain = spec.mode == "plain" or (spec.mode == "auto" and not encoder.settings.get("training"))
+    plain = spec.mode == "plain" or (spec.mode == "auto" and not encoder.config.training)
     if plain and spec.mode == "auto":
         logger.info("%s has no training record: no instructions and no demonstrations for it", spec.label)
     return EncoderScorer(encoder, spec, request, plain)

@@ -9,16 +9,18 @@ import shutil
 from dataclasses import MISSING, fields
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from epic_rag import __version__
+from epic_rag.checkpoints import EncoderConfig
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import TrainingError, reason_of
 from epic_rag.prompt import PromptBuilder
+from epic_rag.query_prompt import QueryStrategy
 from epic_rag.training.config import TaskConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def training_record(trainer: Trainer) -> dict[str, Any]:
         "processes": trainer.world.size,
         "versions": {"epic-rag": __version__, **versions(lora=trainer.adapter is not None)},
         # A later stage starts from an earlier one's weights; without its record the first half would be lost.
-        "previous": trainer.encoder.settings.get("training"),
+        "previous": trainer.encoder.config.training,
     }
     if trainer.adapter is not None:
         weights = [value for value in trainer.encoder.backbone.parameters() if value.requires_grad]
@@ -203,7 +205,7 @@ def restore(trainer: Trainer) -> bool:
     trainer.pairs = int(facts.get("pairs", trainer.step * trainer.config.batch_size))
     trainer.seconds = float(facts["seconds"])
     trainer.metrics = _metrics_until(trainer.folder / METRICS_FILE, trainer.step, rewrite=trainer.world.is_main)
-    trainer.encoder.forget_fingerprint()
+    trainer.encoder.invalidate_caches()
     return True
 
 
@@ -311,7 +313,7 @@ def write_final(trainer: Trainer, target: Path) -> None:
     config, prompt = trainer.config, trainer.prompt
     base = config.base_model or public_name(config.model)
     adapter = trainer.adapter
-    strategy = config.query_strategy or trainer.encoder.settings.get("strategy")
+    strategy = config.query_strategy or trainer.encoder.config.strategy
     encoder = EpicEncoder(
         trainer.encoder.backbone.eval() if adapter is None else adapter.merged(),
         PromptBuilder(
@@ -323,18 +325,18 @@ def write_final(trainer: Trainer, target: Path) -> None:
             max_positions=prompt.max_positions,
         ),
         name=config.name,
-        settings={
-            "default_instruction": config.default_instruction,
-            "max_demonstrations": config.max_demonstrations,
-            **({} if strategy is None else {"strategy": strategy}),
-            "temperature": config.temperature,
-            # Widths that vectors may be cut to; no other was trained for.
-            **({"matryoshka_dims": sorted(set(config.matryoshka_dims))} if config.matryoshka_dims else {}),
-            "description": config.description,
-            "license": config.license,
-            "base_model": base,
-            "training": trainer.record(),
-        },
+        config=EncoderConfig(
+            default_instruction=config.default_instruction,
+            max_demonstrations=config.max_demonstrations,
+            strategy=cast("QueryStrategy | None", strategy),
+            temperature=config.temperature,
+            # Widths that vectors may be truncated to; no other was trained for.
+            matryoshka_dims=sorted(set(config.matryoshka_dims)) or None,
+            description=config.description,
+            license=config.license,
+            base_model=base,
+            training=trainer.record(),
+        ),
     )
     encoder.save_pretrained(target, dtype="float16")
     if adapter is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from epic_rag.backbone import Backbone
-from epic_rag.cpu_kernels import multiplies_bfloat16
+from epic_rag.cpu_kernels import has_bfloat16_instructions
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import ConfigError
 from epic_rag.training.config import TrainingConfig
@@ -62,7 +62,7 @@ class Teacher:
             max_document_tokens=config.max_document_tokens,
         )
         self.encoder.backbone.requires_grad_(False)
-        self.instructions = bool(self.encoder.settings.get("training"))
+        self.instructions = bool(self.encoder.config.training)
         self._forward = Forward(
             self.encoder.backbone, pad_id=self.encoder.prompt.pad_id, max_tokens=config.micro_batch_tokens
         )
@@ -81,7 +81,7 @@ class Teacher:
 
 def _dtype(dtype: str, device: torch.device) -> str:
     """The run's own, unless a CPU would be slow in it."""
-    fast = device.type != "cpu" or (dtype == "bfloat16" and multiplies_bfloat16())
+    fast = device.type != "cpu" or (dtype == "bfloat16" and has_bfloat16_instructions())
     return dtype if fast else "float32"
 
 
@@ -107,7 +107,7 @@ def new_head(backbone: Backbone, dimension: int) -> None:
     with torch.no_grad():
         head.weight.copy_(torch.eye(dimension, backbone.width))
         head.bias.zero_()
-    backbone.put_head(head)
+    backbone.set_head(head)
 
 
 def require_width(trainer: Trainer) -> None:
@@ -151,7 +151,7 @@ def fit_head(trainer: Trainer) -> None:
     weight = torch.linalg.solve(alike + penalty * torch.eye(len(alike), dtype=alike.dtype), centred.T @ (goal - wanted))
     head.weight.copy_(weight.T)
     head.bias.copy_(wanted - mean @ weight)
-    trainer.encoder.forget_fingerprint()
+    trainer.encoder.invalidate_caches()
 
 
 def paired_states(trainer: Trainer, teacher: Teacher, texts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,7 +204,7 @@ def match_covariance(trainer: Trainer) -> None:
         longer = (unit @ matrix.T).norm(dim=-1).mean()
         old = projector.linear.weight.double().cpu()
         projector.linear.weight.copy_(longer * torch.linalg.solve(matrix, old, left=False))
-    trainer.encoder.forget_fingerprint()
+    trainer.encoder.invalidate_caches()
 
 
 def transport(start: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
@@ -238,7 +238,7 @@ def _put_identity(backbone: Backbone) -> nn.Linear:
     head = nn.Linear(backbone.width, backbone.width)
     head.weight.copy_(torch.eye(backbone.width))
     head.bias.zero_()
-    backbone.put_head(head)
+    backbone.set_head(head)
     backbone.projector = projector
     # As what is trained: weights that LoRA freezes may have fewer bits.
     return head.float()

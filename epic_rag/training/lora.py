@@ -89,7 +89,7 @@ class Adapter:
         head = copy.deepcopy(self.backbone.head)
         self.backbone.to(device)
         result = Backbone(plain, pooling=self.backbone.pooling, projector=projector.kind)
-        result.put_head(head)
+        result.set_head(head)
         result.projector.load_state_dict(projector.state_dict())
         return result.eval()
 

@@ -17,7 +17,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from epic_rag.checkpoints import EPIC_FILE, HEAD_FOLDER, is_int8, list_checkpoints, read_epic_file
+from epic_rag.checkpoint_io import HEAD_FOLDER
+from epic_rag.checkpoints import EPIC_FILE, is_int8, list_checkpoints, read_epic_file
 from epic_rag.errors import CheckpointError, DataError, EpicError
 from epic_rag.training.config import TaskConfig
 from epic_rag.training.data import SOURCES

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from epic_rag.backbone import Backbone
-from epic_rag.checkpoints import parse_dtype
-from epic_rag.cpu_kernels import multiplies_bfloat16
+from epic_rag.checkpoint_io import parse_dtype
+from epic_rag.cpu_kernels import has_bfloat16_instructions
 from epic_rag.training.config import TrainingConfig
 
 __all__ = ["DTYPES", "build_optimizer", "build_scaler", "settle_dtype", "use_tensor_cores", "warmup_and_decay"]
@@ -28,7 +28,7 @@ def settle_dtype(config: TrainingConfig, device: torch.device) -> TrainingConfig
     if config.dtype == "auto":
         fastest = parse_dtype("auto", device)
         return replace(config, dtype=next(name for name, dtype in DTYPES.items() if dtype == fastest))
-    if config.dtype == "bfloat16" and device.type == "cpu" and not multiplies_bfloat16():
+    if config.dtype == "bfloat16" and device.type == "cpu" and not has_bfloat16_instructions():
         logger.warning(
             "dtype is bfloat16, this processor has no instructions for it, and steps take many times as long; "
             "--set dtype=auto takes float32 here"

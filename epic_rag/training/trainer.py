@@ -138,10 +138,10 @@ def load_backbone(config: TrainingConfig, device: str | None) -> EpicEncoder:
         cast("Any", encoder.backbone.transformer).set_attn_implementation(config.attention)
     if config.output_dimension is not None:
         new_head(encoder.backbone, config.output_dimension)
-        encoder.forget_fingerprint()
+        encoder.invalidate_caches()
     if config.new_projector:
-        encoder.backbone.renew_projector(cast("ProjectorKind", config.projector))
-        encoder.forget_fingerprint()
+        encoder.backbone.reset_projector(cast("ProjectorKind", config.projector))
+        encoder.invalidate_caches()
     return encoder
 
 
@@ -349,7 +349,7 @@ class Trainer:
             self._require_finite("gradient's norm", size)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.encoder.forget_fingerprint()
+        self.encoder.invalidate_caches()
         return StepResult(
             **numbers,
             pairs=batch.pairs,
@@ -383,7 +383,7 @@ class Trainer:
         """
         backbone = self.encoder.backbone.eval()
         world = self.world
-        evaluated = EpicEncoder(backbone, self.prompt, settings=self.encoder.settings)
+        evaluated = EpicEncoder(backbone, self.prompt, config=self.encoder.config)
         own = {
             dataset.name: evaluate_held_out(
                 evaluated,

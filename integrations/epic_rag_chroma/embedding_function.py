@@ -48,9 +48,9 @@ def plain_source(source: str | os.PathLike[str]) -> str:
 def _known(strategy: str | None) -> QueryStrategy | None:
     if strategy is None:
         return None
-    from epic_rag.task_vector import known_strategy  # torch, which making a function must not load
+    from epic_rag.query_prompt import QueryPrompt
 
-    return known_strategy(strategy)
+    return QueryPrompt(strategy=strategy).strategy  # type: ignore[return-value]
 
 
 def _plain_bank(bank: str | os.PathLike[str]) -> str:

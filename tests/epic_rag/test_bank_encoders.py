@@ -12,6 +12,7 @@ import pytest
 
 from epic_rag import DemonstrationBank, EpicEncoder
 from tests.conftest import make_encoder
+from tests.helpers.banks import embedded
 
 PAIRS = [
     ("how do I undo this", "To undo a step, press Ctrl+Z."),
@@ -39,10 +40,10 @@ def test_a_bank_serves_several_encoders_without_embedding_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     expected = {
-        encoder.fingerprint: DemonstrationBank(PAIRS, instruction="find the section").build(encoder).embeddings
+        encoder.fingerprint: embedded(DemonstrationBank(PAIRS, instruction="find the section"), encoder).embeddings
         for encoder in (tiny_encoder, other)
     }
-    assert bank.build(tiny_encoder, other) is bank
+    assert embedded(bank, tiny_encoder, other) is bank
     bank.save(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["bank.json", "embeddings.safetensors"]
     data = json.loads((tmp_path / "bank.json").read_text("utf-8"))
@@ -58,11 +59,12 @@ def test_a_bank_serves_several_encoders_without_embedding_again(
             encoder.encode_query("a", bank=loaded)
             encoder.encode_query("a", bank=loaded, num_demonstrations=2, selection="nearest")
             assert loaded.encoder_fingerprint == tiny_encoder.fingerprint
-            half = loaded.select(2, method="random", seed=3).build(encoder)
+            half = embedded(loaded.select(2, method="random", seed=3), encoder)
             rows = [PAIRS.index((item.query, item.passage)) for item in half.demonstrations]
             np.testing.assert_array_equal(half.embeddings, expected[encoder.fingerprint][rows])
             np.testing.assert_array_equal(
-                DemonstrationBank.load(tmp_path, encoder).require(encoder.fingerprint), expected[encoder.fingerprint]
+                DemonstrationBank.load(tmp_path, encoder).embeddings_for(encoder.fingerprint),
+                expected[encoder.fingerprint],
             )
     assert caplog.text == ""
     monkeypatch.undo()
@@ -72,25 +74,25 @@ def test_building_keeps_the_vectors_of_the_encoders_that_are_named(
     bank: DemonstrationBank, tiny_encoder: EpicEncoder, other: EpicEncoder, tmp_path: Path
 ) -> None:
     third = make_encoder(seed=6)
-    first = bank.build(tiny_encoder, other).embeddings
-    assert bank.build(other, third, tiny_encoder).encoder_fingerprints == (
+    first = embedded(bank, tiny_encoder, other).embeddings
+    assert embedded(bank, other, third, tiny_encoder).encoder_fingerprints == (
         other.fingerprint,
         third.fingerprint,
         tiny_encoder.fingerprint,
     )
     assert repr(bank).endswith(f"embedded under {', '.join(bank.encoder_fingerprints)})")
-    assert bank.build(tiny_encoder).embeddings is first
+    assert embedded(bank, tiny_encoder).embeddings is first
     assert bank.encoder_fingerprints == (tiny_encoder.fingerprint,)
     bank.save(tmp_path)
     assert DemonstrationBank.load(tmp_path).encoder_fingerprints == (tiny_encoder.fingerprint,)
     assert "other_encoders" not in json.loads((tmp_path / "bank.json").read_text("utf-8"))
-    assert bank.build(tiny_encoder, tiny_encoder).encoder_fingerprints == (tiny_encoder.fingerprint,)
+    assert embedded(bank, tiny_encoder, tiny_encoder).encoder_fingerprints == (tiny_encoder.fingerprint,)
 
 
 def test_edited_texts_lose_the_vectors_of_every_encoder(
     bank: DemonstrationBank, tiny_encoder: EpicEncoder, other: EpicEncoder, tmp_path: Path
 ) -> None:
-    bank.build(tiny_encoder, other).save(tmp_path)
+    embedded(bank, tiny_encoder, other).save(tmp_path)
     file = tmp_path / "bank.json"
     file.write_text(file.read_text("utf-8").replace("press Ctrl+Z", "press Escape"), encoding="utf-8")
     assert DemonstrationBank.load(tmp_path).encoder_fingerprints == ()
@@ -101,7 +103,7 @@ def test_a_file_of_one_encoder_from_before_is_read(
 ) -> None:
     from safetensors.numpy import save_file
 
-    built = bank.build(tiny_encoder)
+    built = embedded(bank, tiny_encoder)
     built.save(tmp_path)
     assert built.embeddings is not None
     metadata = {"encoder": str(built.encoder_fingerprint), "bank": built.fingerprint}

@@ -24,6 +24,7 @@ from epic_rag import (
     FingerprintError,
 )
 from tests.conftest import make_encoder
+from tests.helpers.banks import embedded
 
 PROPERTY = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 PAIRS = [
@@ -46,7 +47,7 @@ def bank() -> DemonstrationBank:
 
 @pytest.fixture
 def built(bank: DemonstrationBank, tiny_encoder: EpicEncoder) -> DemonstrationBank:
-    return bank.build(tiny_encoder)
+    return embedded(bank, tiny_encoder)
 
 
 def rows(file: Path, *lines: str) -> Path:
@@ -206,7 +207,7 @@ def test_a_crash_while_saving_leaves_no_wrong_vectors(
     """The old bank stays whole, or its vectors count as not there; never the one's texts with the other's vectors."""
     other = make_encoder(seed=5)
     built.save(tmp_path)
-    newer = DemonstrationBank(PAIRS, instruction="find the section").build(other)
+    newer = embedded(DemonstrationBank(PAIRS, instruction="find the section"), other)
     replace = os.replace
 
     def fail(source: Any, target: Any) -> None:
@@ -227,14 +228,14 @@ def test_a_crash_while_saving_leaves_no_wrong_vectors(
     loaded = DemonstrationBank.load(tmp_path)
     assert loaded.demonstrations == built.demonstrations
     if crash == "while vectors are written":
-        np.testing.assert_array_equal(loaded.require(tiny_encoder.fingerprint), built.embeddings)
+        np.testing.assert_array_equal(loaded.embeddings_for(tiny_encoder.fingerprint), built.embeddings)
     else:
         assert loaded.embeddings is None
         np.testing.assert_allclose(
-            loaded.build(tiny_encoder).require(tiny_encoder.fingerprint), built.embeddings, atol=1e-6
+            embedded(loaded, tiny_encoder).embeddings_for(tiny_encoder.fingerprint), built.embeddings, atol=1e-6
         )
     newer.save(tmp_path)
-    np.testing.assert_array_equal(DemonstrationBank.load(tmp_path).require(other.fingerprint), newer.embeddings)
+    np.testing.assert_array_equal(DemonstrationBank.load(tmp_path).embeddings_for(other.fingerprint), newer.embeddings)
 
 
 def test_unreadable_vectors_are_made_again(
@@ -246,7 +247,7 @@ def test_unreadable_vectors_are_made_again(
     with caplog.at_level(logging.WARNING, "epic_rag"):
         loaded = DemonstrationBank.load(tmp_path, tiny_encoder)
     assert "cannot be read" in caplog.text
-    np.testing.assert_allclose(loaded.require(tiny_encoder.fingerprint), built.embeddings, atol=1e-6)
+    np.testing.assert_allclose(loaded.embeddings_for(tiny_encoder.fingerprint), built.embeddings, atol=1e-6)
 
 
 def test_vectors_of_another_shape_are_not_used(built: DemonstrationBank, tmp_path: Path) -> None:
@@ -263,18 +264,18 @@ def test_another_encoders_vectors_are_made_again_with_a_log_line(
     built: DemonstrationBank, tiny_encoder: EpicEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = make_encoder(seed=5)
-    fresh = DemonstrationBank(PAIRS, instruction="find the section").build(other)
+    fresh = embedded(DemonstrationBank(PAIRS, instruction="find the section"), other)
     built.save(tmp_path)
     loaded = DemonstrationBank.load(tmp_path)
     with pytest.raises(
         FingerprintError, match=rf"under {tiny_encoder.fingerprint}, the encoder is {other.fingerprint}"
     ):
-        loaded.require(other.fingerprint)
+        loaded.embeddings_for(other.fingerprint)
     line = f"was embedded under {tiny_encoder.fingerprint}, the encoder is {other.fingerprint}: embedding its 4"
-    for load in (lambda: loaded.build(other), lambda: DemonstrationBank.load(tmp_path, other)):
+    for load in (lambda: embedded(loaded, other), lambda: DemonstrationBank.load(tmp_path, other)):
         caplog.clear()
         with caplog.at_level(logging.INFO, "epic_rag"):
-            np.testing.assert_allclose(load().require(other.fingerprint), fresh.embeddings, atol=1e-6)
+            np.testing.assert_allclose(load().embeddings_for(other.fingerprint), fresh.embeddings, atol=1e-6)
         assert line in caplog.text
     # In a call to encode, too; and there the caller's bank is left as it was.
     kept = DemonstrationBank.load(tmp_path)
@@ -288,11 +289,11 @@ def test_another_encoders_vectors_are_made_again_with_a_log_line(
 
 
 def test_an_empty_bank_can_be_built_and_saved(tiny_encoder: EpicEncoder, tmp_path: Path) -> None:
-    bank = DemonstrationBank([]).build(tiny_encoder)
+    bank = embedded(DemonstrationBank([]), tiny_encoder)
     assert bank.embeddings is not None
     assert bank.embeddings.shape == (0, 2, 32)
     bank.save(tmp_path)
-    assert DemonstrationBank.load(tmp_path).require(tiny_encoder.fingerprint).shape == (0, 2, 32)
+    assert DemonstrationBank.load(tmp_path).embeddings_for(tiny_encoder.fingerprint).shape == (0, 2, 32)
 
 
 @pytest.mark.parametrize(
@@ -343,5 +344,5 @@ def test_a_bank_folder_can_be_copied(built: DemonstrationBank, tiny_encoder: Epi
     built.save(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     np.testing.assert_array_equal(
-        DemonstrationBank.load(tmp_path / "two").require(tiny_encoder.fingerprint), built.embeddings
+        DemonstrationBank.load(tmp_path / "two").embeddings_for(tiny_encoder.fingerprint), built.embeddings
     )

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from epic_rag import ConfigError, EpicEncoder, PromptError
 from epic_rag.backbone import Backbone
-from epic_rag.batching import embed_rows, is_out_of_memory, made_ahead, token_batches
+from epic_rag.batching import embed, is_out_of_memory, prefetch, token_batches
 from epic_rag.prompt import Batch, EncoderInput
+from tests.helpers.banks import embedded
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 TEXTS = [f"{'a longer text ' * (n % 4)}number {n}" for n in range(13)]
@@ -96,7 +97,7 @@ def test_halving_keeps_slots_with_their_rows(tiny_encoder: EpicEncoder, monkeypa
     bank = [("a question", "an answer"), ("another question", "another answer")]
     from epic_rag import DemonstrationBank
 
-    built = DemonstrationBank(bank).build(tiny_encoder)
+    built = embedded(DemonstrationBank(bank), tiny_encoder)
 
     def encode() -> np.ndarray:
         return tiny_encoder.encode_query(TEXTS, bank=built, num_demonstrations=1, selection="nearest")
@@ -142,7 +143,7 @@ def test_one_row_that_does_not_fit_says_so(tiny_encoder: EpicEncoder, monkeypatc
 @pytest.mark.parametrize("max_rows", [None, 1, 5])
 def test_the_batches_decide_no_vector(tiny_encoder: EpicEncoder, max_tokens: int, max_rows: int | None) -> None:
     rows = tiny_encoder.prompt.documents(TEXTS)
-    vectors = embed_rows(tiny_encoder.backbone, rows, pad_id=1, max_tokens=max_tokens, max_rows=max_rows)
+    vectors = embed(tiny_encoder.backbone, rows, pad_id=1, max_tokens=max_tokens, max_rows=max_rows)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, tiny_encoder.encode_document(TEXTS), atol=1e-5)
 
@@ -171,7 +172,7 @@ def test_blocks_are_made_ahead_in_order(count: int) -> None:
         return [EncoderInput((int(text),)) for text in texts]
 
     seen = []
-    for number, rows in enumerate(made_ahead(make, [str(index) for index in range(count)], 3)):
+    for number, rows in enumerate(prefetch(make, [str(index) for index in range(count)], 3)):
         seen += [row.ids[0] for row in rows]
         assert len(made) <= number + 2  # one block ahead, no more
     assert seen == list(range(count))
@@ -183,4 +184,4 @@ def test_a_text_that_cannot_be_tokenised_is_told_from_the_thread() -> None:
         raise PromptError(f"no: {texts[0]}")
 
     with pytest.raises(PromptError, match="no: a"):
-        list(made_ahead(make, ["a", "b"], 1))
+        list(prefetch(make, ["a", "b"], 1))

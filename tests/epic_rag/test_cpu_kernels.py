@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from epic_rag import EpicEncoder
-from epic_rag import checkpoints as _storage
+from epic_rag import EpicEncoder, checkpoint_io
 from epic_rag.backbone import Backbone
 from epic_rag.cpu_kernels import OneDnnLinear, _available, portable, use_onednn
 from tests.helpers.families import FAMILIES, TEXTS, config, encoder_of, transformer
@@ -101,7 +100,7 @@ def test_every_family_gives_the_same_vectors(family: str) -> None:
     found = encoder.encode_document(TEXTS), encoder.encode_query(TEXTS, instruction="find it")
     for one, other in zip(expected, found, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
-    encoder.forget_fingerprint()
+    encoder.invalidate_caches()
     assert encoder.fingerprint == fingerprint
 
 
@@ -112,7 +111,7 @@ def test_a_loaded_encoder_uses_it(tiny_checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_the_fastest_dtype_follows_the_processor(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_storage, "multiplies_bfloat16", lambda: supported)
-    assert _storage.parse_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if supported else torch.float32)
-    assert _storage.parse_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert _storage.parse_dtype(None, torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(checkpoint_io, "has_bfloat16_instructions", lambda: supported)
+    assert checkpoint_io.parse_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if supported else torch.float32)
+    assert checkpoint_io.parse_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert checkpoint_io.parse_dtype(None, torch.device("cpu")) == torch.float32

@@ -20,6 +20,7 @@ from epic_rag import (
     get_task,
 )
 from epic_rag.demonstrations import SELECTIONS
+from tests.helpers.banks import embedded
 
 PROPERTY = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 PAIRS = [
@@ -42,7 +43,7 @@ def bank() -> DemonstrationBank:
 
 @pytest.fixture
 def built(bank: DemonstrationBank, tiny_encoder: EpicEncoder) -> DemonstrationBank:
-    return bank.build(tiny_encoder)
+    return embedded(bank, tiny_encoder)
 
 
 def rows(file: Path, *lines: str) -> Path:
@@ -83,7 +84,7 @@ def test_the_fingerprint_is_of_the_texts_and_not_of_the_vectors(
     bank: DemonstrationBank, tiny_encoder: EpicEncoder
 ) -> None:
     before = bank.fingerprint
-    assert bank.build(tiny_encoder).fingerprint == before
+    assert embedded(bank, tiny_encoder).fingerprint == before
     others = [
         DemonstrationBank(PAIRS, instruction="another"),
         DemonstrationBank(PAIRS),
@@ -103,7 +104,7 @@ def test_the_fingerprint_is_of_the_texts_and_not_of_the_vectors(
 
 def test_require_refuses_a_bank_without_vectors(bank: DemonstrationBank, tiny_encoder: EpicEncoder) -> None:
     with pytest.raises(FingerprintError, match=r"embedded under None, .* call bank\.build\(encoder\)"):
-        bank.require(tiny_encoder.fingerprint)
+        bank.embeddings_for(tiny_encoder.fingerprint)
 
 
 def test_building_is_the_queries_zero_shot_and_the_passages_as_documents(
@@ -115,12 +116,12 @@ def test_building_is_the_queries_zero_shot_and_the_passages_as_documents(
         built.embeddings[:, 0], tiny_encoder.encode_query(queries, instruction="find the section"), atol=1e-6
     )
     np.testing.assert_allclose(built.embeddings[:, 1], tiny_encoder.encode_document(passages), atol=1e-6)
-    assert built.build(tiny_encoder) is built
+    assert embedded(built, tiny_encoder) is built
 
 
 def test_a_symmetric_bank_encodes_both_sides_as_queries(tiny_encoder: EpicEncoder) -> None:
-    bank = DemonstrationBank(PAIRS, instruction="same meaning", symmetric=True).build(tiny_encoder)
-    plain = DemonstrationBank(PAIRS, instruction="same meaning").build(tiny_encoder)
+    bank = embedded(DemonstrationBank(PAIRS, instruction="same meaning", symmetric=True), tiny_encoder)
+    plain = embedded(DemonstrationBank(PAIRS, instruction="same meaning"), tiny_encoder)
     assert bank.embeddings is not None
     assert plain.embeddings is not None
     right = tiny_encoder.encode_query([passage for _, passage in PAIRS], instruction="same meaning")
@@ -135,13 +136,13 @@ def test_a_symmetric_bank_encodes_both_sides_as_queries(tiny_encoder: EpicEncode
 @PROPERTY
 @given(k=st.integers(0, 4), method=st.sampled_from(sorted({*SELECTIONS} - {"nearest-early"})), seed=st.integers(0, 5))
 def test_a_choice_keeps_texts_and_vectors_together(tiny_encoder: EpicEncoder, k: int, method: Any, seed: int) -> None:
-    built = DemonstrationBank(PAIRS, task="sts").build(tiny_encoder)
+    built = embedded(DemonstrationBank(PAIRS, task="sts"), tiny_encoder)
     assert built.embeddings is not None
     chosen = built.select(k, method=method, seed=seed, query_embedding=built.embeddings[2, 0])
     assert len(chosen) == len(set(chosen.demonstrations)) == k
     assert (chosen.task, chosen.instruction, chosen.symmetric) == (built.task, built.instruction, built.symmetric)
     indices = [built.demonstrations.index(item) for item in chosen.demonstrations]
-    np.testing.assert_array_equal(chosen.require(tiny_encoder.fingerprint), built.embeddings[indices])
+    np.testing.assert_array_equal(chosen.embeddings_for(tiny_encoder.fingerprint), built.embeddings[indices])
     again = built.select(k, method=method, seed=seed, query_embedding=built.embeddings[2, 0])
     assert again.demonstrations == chosen.demonstrations
     if method == "first":

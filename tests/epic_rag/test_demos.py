@@ -169,7 +169,7 @@ def test_banks_have_the_vectors_of_every_shipped_checkpoint(checkpoint: str, mon
     for name in BANKS:
         stored = load(name)
         bank = DemonstrationBank.load(name, encoder)
-        assert bank.require(encoder.fingerprint).shape == (len(bank), 2, encoder.backbone.dimension)
+        assert bank.embeddings_for(encoder.fingerprint).shape == (len(bank), 2, encoder.backbone.dimension)
         assert set(stored.encoder_fingerprints) >= {encoder.fingerprint}
         assert len(stored.encoder_fingerprints) == len(list_checkpoints())
 

@@ -21,7 +21,7 @@ from torch import nn
 from epic_rag import ConfigError, DemonstrationBank, EpicEncoder
 from epic_rag import batching as devices
 from epic_rag.backbone import Backbone
-from epic_rag.batching import Replicas, Worker, crew_of, parse_devices, run
+from epic_rag.batching import Replicas, Worker, parse_devices, plan_workers, run
 from tests.conftest import make_encoder
 from tests.helpers.families import DECODERS, ENCODERS, config, encoder_of, transformer
 
@@ -201,7 +201,7 @@ def test_copies_follow_weights_that_change(how: str) -> None:
         # A change of which torch's counter knows nothing.
         for value, new in zip(encoder.backbone.parameters(), other.backbone.parameters(), strict=True):
             value.data.copy_(new.data)
-    encoder.forget_fingerprint()
+    encoder.invalidate_caches()
     found = encoder.encode_document(TEXTS)
     assert encoder.replicas.of(encoder.backbone)[0] is not stale
     np.testing.assert_allclose(found, other.encode_document(TEXTS), atol=1e-6)
@@ -318,10 +318,10 @@ def test_devices_that_cannot_be(names: Any, message: str, tiny_checkpoint: Path)
 def test_workers_on_the_cpu_share_its_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = make_encoder().backbone
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    crew = crew_of([backbone] * 2, 1000, lambda device: 501)
+    crew = plan_workers([backbone] * 2, 1000, lambda device: 501)
     assert [worker.tokens for worker in crew] == [250, 250]
     assert [worker.threads for worker in crew] == {1: [1, 1], 2: [1, 1], 5: [3, 2]}[threads]
-    assert crew_of([backbone] * 2, 39, lambda device: 501) == [Worker(backbone, 501)]
+    assert plan_workers([backbone] * 2, 39, lambda device: 501) == [Worker(backbone, 501)]
 
 
 def test_a_worker_has_its_threads_and_nobody_else_loses_any() -> None:

@@ -16,6 +16,7 @@ from epic_rag import BankError, ConfigError, DemonstrationBank, EpicEncoder, Pro
 from epic_rag.prefix_cache import embed_packed
 from epic_rag.prompt import STRATEGIES
 from tests.conftest import make_encoder
+from tests.helpers.banks import embedded
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 TEXTS = ["how do I install it", "", "the quick brown fox " * 9, "naïve 日本語 🙂", "how do I install it"]
@@ -36,7 +37,7 @@ def encoder(
 
 @pytest.fixture(scope="module")
 def bank(tiny_encoder: EpicEncoder) -> DemonstrationBank:
-    return DemonstrationBank(PAIRS, instruction="find the section").build(tiny_encoder)
+    return embedded(DemonstrationBank(PAIRS, instruction="find the section"), tiny_encoder)
 
 
 def check(vectors: np.ndarray, *shape: int) -> None:
@@ -148,7 +149,7 @@ def test_the_encoders_own_width_and_that_of_a_call() -> None:
     np.testing.assert_allclose(encoder.encode_query("a", bank=bank), expected, atol=1e-6)
     np.testing.assert_allclose(encoder.encode_query("a", bank=bank, selection="nearest", truncate_dim=32).shape, (32,))
     np.testing.assert_allclose(encoder.encode_query("a", bank=bank, truncate_dim=32), whole, atol=1e-6)
-    assert bank.build(encoder).require(encoder.fingerprint).shape == (4, 2, 32)
+    assert embedded(bank, encoder).embeddings_for(encoder.fingerprint).shape == (4, 2, 32)
 
 
 @pytest.mark.parametrize("width", [0, -1, 33])
@@ -197,15 +198,15 @@ def test_a_default_instruction_is_for_queries_that_have_none() -> None:
     bare, mine = encoder.encode_query("a"), encoder.encode_query("a", instruction="mine")
     document, before = encoder.encode_document("a"), encoder.fingerprint
     np.testing.assert_array_equal(bare, document)
-    encoder.settings["default_instruction"] = "mine"
+    encoder.config.default_instruction = "mine"
     assert encoder.default_instruction == "mine"
     np.testing.assert_array_equal(encoder.encode_query("a"), mine)
     np.testing.assert_array_equal(encoder.encode_query("a", instruction=""), bare)
     np.testing.assert_array_equal(encoder.encode_query("a", task="docs"), make_encoder().encode_query("a", task="docs"))
     np.testing.assert_array_equal(encoder.encode_document("a"), document)
     # A bank without an instruction is embedded under it, as queries are.
-    built = DemonstrationBank(PAIRS).build(encoder)
-    expected = DemonstrationBank(PAIRS, instruction="mine").build(encoder)
+    built = embedded(DemonstrationBank(PAIRS), encoder)
+    expected = embedded(DemonstrationBank(PAIRS, instruction="mine"), encoder)
     np.testing.assert_allclose(built.embeddings, expected.embeddings, atol=1e-6)
     assert encoder.fingerprint != before
 
@@ -246,9 +247,9 @@ def test_a_task_shows_its_built_in_bank_when_asked(tiny_encoder: EpicEncoder) ->
 
 def test_a_checkpoint_shows_no_more_than_it_was_trained_with(caplog: pytest.LogCaptureFixture) -> None:
     encoder = make_encoder()
-    bank = DemonstrationBank(PAIRS).build(encoder)
+    bank = embedded(DemonstrationBank(PAIRS), encoder)
     two, three = (encoder.encode_query("a", bank=bank, num_demonstrations=k) for k in (2, 3))
-    encoder.settings["max_demonstrations"] = 2
+    encoder.config.max_demonstrations = 2
     np.testing.assert_array_equal(encoder.encode_query("a", bank=bank), two)
     assert caplog.text == ""
     np.testing.assert_array_equal(encoder.encode_query("a", bank=bank, num_demonstrations=3), three)
@@ -298,11 +299,11 @@ def test_vectors_of_a_bank_follow_the_weights(tiny_checkpoint: Path) -> None:
     before, vector = encoder.fingerprint, encoder.encode_query("a", bank=bank)
     with torch.no_grad():
         encoder.backbone.transformer.layers[0].mlp.down_proj.weight.mul_(2)
-    encoder.forget_fingerprint()
+    encoder.invalidate_caches()
     assert encoder.fingerprint != before
     changed = encoder.encode_query("a", bank=bank)
     np.testing.assert_allclose(
-        changed, encoder.encode_query("a", bank=DemonstrationBank(PAIRS).build(encoder)), atol=1e-6
+        changed, encoder.encode_query("a", bank=embedded(DemonstrationBank(PAIRS), encoder)), atol=1e-6
     )
     assert different(changed, vector)
 
@@ -312,7 +313,7 @@ def test_vectors_of_a_bank_follow_the_settings(tiny_checkpoint: Path) -> None:
     bank = DemonstrationBank([("a " * 90, "b " * 90)])
     encoder.encode_query("a", bank=bank)
     encoder.prompt.max_query_tokens = 10
-    fresh = DemonstrationBank([("a " * 90, "b " * 90)]).build(encoder)
+    fresh = embedded(DemonstrationBank([("a " * 90, "b " * 90)]), encoder)
     np.testing.assert_allclose(encoder.encode_query("a", bank=bank), encoder.encode_query("a", bank=fresh), atol=1e-6)
 
 

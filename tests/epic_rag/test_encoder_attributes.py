@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from epic_rag import DemonstrationBank, EpicEncoder
+from tests.helpers.banks import embedded
 
 TEXTS = ["how do I install it", "", "the quick brown fox " * 9, "naïve 日本語 🙂", "how do I install it"]
 
@@ -22,7 +23,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def bank(tiny_encoder: EpicEncoder) -> DemonstrationBank:
-    return DemonstrationBank(PAIRS, instruction="find the section").build(tiny_encoder)
+    return embedded(DemonstrationBank(PAIRS, instruction="find the section"), tiny_encoder)
 
 
 def test_similarity_is_the_cosine(tiny_encoder: EpicEncoder) -> None:

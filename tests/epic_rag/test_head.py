@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from epic_rag import CheckpointError, ConfigError, DemonstrationBank, EpicEncoder
-from epic_rag._int8 import multiplies_int8
 from epic_rag.backbone import Backbone, Projector
 from epic_rag.cpu_kernels import use_onednn
 from epic_rag.evaluation.measuring import analytic_flops
@@ -22,7 +21,6 @@ from epic_rag.prompt import collate
 from epic_rag.training.inputs import Forward, SlotTable
 from tests.conftest import make_encoder
 
-needs_int8 = pytest.mark.skipif(not multiplies_int8(), reason="this processor has no exact products of int8")
 TEXTS = ["a cat", "the quick brown fox jumps over the lazy dog", "def encode(texts): return model(texts)"]
 BANK = DemonstrationBank(
     [("how do I install it", "run pip install"), ("a fox", "it jumps"), ("cats", "they watch")], instruction="Find it"
@@ -37,9 +35,9 @@ def seeded_head(width: int, *, bias: bool = True, seed: int = 7, inputs: int = 3
 
 def with_head(width: int = 12, *, bias: bool = True, causal: bool = True) -> EpicEncoder:
     encoder = make_encoder(causal=causal)
-    encoder.backbone.put_head(seeded_head(width, bias=bias))
+    encoder.backbone.set_head(seeded_head(width, bias=bias))
     encoder.backbone.eval()
-    encoder.forget_fingerprint()
+    encoder.invalidate_caches()
     return encoder
 
 
@@ -88,9 +86,9 @@ def test_a_projector_starts_as_the_identity_as_far_as_the_widths_go(kind: Any, d
 def test_a_head_must_fit() -> None:
     encoder = make_encoder()
     with pytest.raises(ConfigError, match="takes vectors of width 31, the transformer makes some of width 32; give"):
-        encoder.backbone.put_head(seeded_head(4, inputs=31))
-    encoder.backbone.put_head(seeded_head(4))
-    encoder.backbone.put_head(None)
+        encoder.backbone.set_head(seeded_head(4, inputs=31))
+    encoder.backbone.set_head(seeded_head(4))
+    encoder.backbone.set_head(None)
     assert encoder.backbone.dimension == 32 == encoder.backbone.projector.linear.in_features
 
 
@@ -109,17 +107,16 @@ def test_there_and_back(dtype: str | None, tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "again", dtype=dtype)
     assert EpicEncoder.from_pretrained(tmp_path / "again").fingerprint == loaded.fingerprint
     # A head that is taken away leaves nothing behind.
-    loaded.backbone.put_head(None)
+    loaded.backbone.set_head(None)
     loaded.save_pretrained(tmp_path / "again", dtype=dtype)
     assert EpicEncoder.from_pretrained(tmp_path / "again").dimension == 32
     assert not (tmp_path / "again" / "2_Dense").exists()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("int8", marks=needs_int8)])
-def test_computed_in_fewer_bits(dtype: str, tmp_path: Path) -> None:
+def test_computed_in_bfloat16(tmp_path: Path) -> None:
     encoder = with_head()
     encoder.save_pretrained(tmp_path)
-    loaded = EpicEncoder.from_pretrained(tmp_path, dtype=dtype)
+    loaded = EpicEncoder.from_pretrained(tmp_path, dtype="bfloat16")
     np.testing.assert_allclose(loaded.encode_document(TEXTS), encoder.encode_document(TEXTS), atol=0.1)
     assert loaded.fingerprint == encoder.fingerprint
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModel
 
 from epic_rag import CheckpointError, ConfigError, EpicEncoder
-from epic_rag.backbone import cut_layers, load_transformer
+from epic_rag.backbone import load_transformer, truncate_layers
 from tests.helpers.families import INSTRUCTION, TEXTS, TOKENIZER, by_input_ids, config, encoder, transformer
 from tests.helpers.model_files import make_adapter, write_gguf
 
@@ -56,7 +56,7 @@ def test_a_number_of_layers_that_is_not_there(number: int, tmp_path: Path) -> No
 
 def test_only_the_text_models_own_layers_are_cut() -> None:
     model = transformer(config("gemma3_images"))
-    cut_layers(model, 1)
+    truncate_layers(model, 1)
     assert len(model.language_model.layers) == 1
     assert len(model.vision_tower.encoder.layers) == 2
 
@@ -66,7 +66,7 @@ def test_a_list_inside_a_layer_is_left_alone() -> None:
     model = transformer(config("llama", num_hidden_layers=2))
     for layer in model.layers:
         layer.experts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-    cut_layers(model, 1)
+    truncate_layers(model, 1)
     assert [len(layer.experts) for layer in model.layers] == [2]
 
 
@@ -101,7 +101,7 @@ def test_an_adapter_is_merged(llama_folder: Path, tmp_path: Path, head: bool) ->
 
 def test_an_adapter_goes_on_before_layers_are_cut(llama_folder: Path, tmp_path: Path) -> None:
     merged = make_adapter(AutoModel.from_pretrained(llama_folder), tmp_path, target_modules=["v_proj"])
-    cut_layers(merged, 1)
+    truncate_layers(merged, 1)
     ids = TOKENIZER(TEXTS[2])["input_ids"]
     loaded = load_transformer(llama_folder, adapter=tmp_path, num_layers=1)
     torch.testing.assert_close(by_input_ids(loaded, ids), by_input_ids(merged, ids))
@@ -162,7 +162,7 @@ def test_a_gguf_file_gives_the_same_vectors_as_the_model_it_was_made_from(
 def test_the_first_layers_of_a_gguf_file(gguf_folder: Path) -> None:
     loaded = load_transformer(gguf_folder, gguf_file="tiny.gguf", num_layers=1)
     cut = transformer(config("llama"))
-    cut_layers(cut, 1)
+    truncate_layers(cut, 1)
     ids = TOKENIZER(TEXTS[2])["input_ids"]
     torch.testing.assert_close(by_input_ids(loaded, ids), by_input_ids(cut, ids), atol=1e-5, rtol=0)
 

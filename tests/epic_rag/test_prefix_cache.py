@@ -17,6 +17,7 @@ from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag.backbone import Backbone
 from epic_rag.prefix_cache import CachedPrefix, PrefixCache, can_cache, packs
 from tests.conftest import make_encoder
+from tests.helpers.banks import embedded
 from tests.helpers.families import DECODERS, INSTRUCTION, TEXTS, config, encoder_of, transformer
 
 PAIRS = [(f"question {number} about the fox", f"the dog {number} says hello") for number in range(6)]
@@ -41,7 +42,7 @@ def both(encoder: EpicEncoder, texts: Any, **options: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=[f"{name}{'-wide' if more else ''}" for name, more in CASES])
 def test_every_family_gives_the_same_vectors(family: str, changes: dict[str, Any], pooling: Any) -> None:
     encoder = encoder_of(Backbone(transformer(config(family, **changes)), pooling=pooling))
-    bank = DemonstrationBank(PAIRS, instruction=INSTRUCTION).build(encoder)
+    bank = embedded(DemonstrationBank(PAIRS, instruction=INSTRUCTION), encoder)
     narrow = getattr(encoder.backbone.transformer.config, "sliding_window", None) == 8
     for options in (
         {"bank": bank, "num_demonstrations": 4},
@@ -58,7 +59,7 @@ def test_every_family_gives_the_same_vectors(family: str, changes: dict[str, Any
 def test_the_attention_implementation_does_not_matter(attention: str) -> None:
     encoder = make_encoder()
     encoder.backbone.transformer.set_attn_implementation(attention)
-    bank = DemonstrationBank(PAIRS, instruction=INSTRUCTION).build(encoder)
+    bank = embedded(DemonstrationBank(PAIRS, instruction=INSTRUCTION), encoder)
     cached, (one, other) = both(encoder, TEXTS, bank=bank)
     assert cached
     np.testing.assert_allclose(one, other, atol=1e-5)
@@ -67,7 +68,7 @@ def test_the_attention_implementation_does_not_matter(attention: str) -> None:
 def test_half_precision_stays_near(tiny_encoder: EpicEncoder) -> None:
     encoder = copy.deepcopy(tiny_encoder)
     encoder.backbone.to(torch.bfloat16)
-    bank = DemonstrationBank(PAIRS, instruction=INSTRUCTION).build(encoder)
+    bank = embedded(DemonstrationBank(PAIRS, instruction=INSTRUCTION), encoder)
     _, (one, other) = both(encoder, TEXTS, bank=bank)
     assert (one * other).sum(axis=1).min() > 0.999
 
@@ -83,7 +84,7 @@ def test_any_batch_gives_the_same_vectors(texts: list[str], k: int, batch_size: 
     encoder = make_encoder()
     if each:
         encoder.prompt.template = type(encoder.prompt.template)(demonstration_instructions="each", separators="none")
-    bank = DemonstrationBank(PAIRS, instruction=INSTRUCTION).build(encoder)
+    bank = embedded(DemonstrationBank(PAIRS, instruction=INSTRUCTION), encoder)
     _, (one, other) = both(encoder, texts, bank=bank, num_demonstrations=k, batch_size=batch_size)
     np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -94,7 +95,7 @@ def encoder() -> EpicEncoder:
 
 
 def test_queries_share_one_prompt(encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    bank = DemonstrationBank(PAIRS, instruction=INSTRUCTION).build(encoder)
+    bank = embedded(DemonstrationBank(PAIRS, instruction=INSTRUCTION), encoder)
     cache = encoder.prefix_cache = PrefixCache()
     widths: list[tuple[int, ...]] = []
     forward = encoder.backbone.transformer.forward
@@ -117,9 +118,9 @@ def test_queries_share_one_prompt(encoder: EpicEncoder, monkeypatch: pytest.Monk
 def test_other_vectors_weights_and_texts_are_other_prompts(encoder: EpicEncoder) -> None:
     cache = encoder.prefix_cache
     assert cache is not None
-    bank = DemonstrationBank(PAIRS, instruction=INSTRUCTION).build(encoder)
+    bank = embedded(DemonstrationBank(PAIRS, instruction=INSTRUCTION), encoder)
     before = encoder.encode_query("a fox", bank=bank)
-    encoder.encode_query("a fox", bank=DemonstrationBank(PAIRS[::-1], instruction=INSTRUCTION).build(encoder))
+    encoder.encode_query("a fox", bank=embedded(DemonstrationBank(PAIRS[::-1], instruction=INSTRUCTION), encoder))
     encoder.encode_query("a fox", bank=bank, num_demonstrations=3)
     made = len(cache)
     with torch.no_grad():
@@ -128,7 +129,7 @@ def test_other_vectors_weights_and_texts_are_other_prompts(encoder: EpicEncoder)
     after = encoder.encode_query("a fox", bank=bank)
     assert len(cache) == made + 1
     assert not np.allclose(before, after, atol=1e-3)
-    encoder.forget_fingerprint()
+    encoder.invalidate_caches()
     assert len(cache) == 0
 
 
@@ -163,7 +164,7 @@ def test_memory_is_that_of_one_row_of_keys_and_values(encoder: EpicEncoder) -> N
 
 
 def test_threads_share_a_cache(encoder: EpicEncoder) -> None:
-    bank = DemonstrationBank(PAIRS, instruction=INSTRUCTION).build(encoder)
+    bank = embedded(DemonstrationBank(PAIRS, instruction=INSTRUCTION), encoder)
     prefixes = [encoder.prompt.prefix(f"find {number}").ids for number in range(6)]
     expected = [PrefixCache().get(encoder.backbone, ids) for ids in prefixes]
     cache = PrefixCache(max_entries=4)

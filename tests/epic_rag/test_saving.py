@@ -57,14 +57,14 @@ def test_a_round_trip_changes_nothing(causal: bool, projector: Any, tmp_path: Pa
     with torch.no_grad():  # as if trained
         for parameter in encoder.backbone.projector.parameters():
             parameter.add_(0.01)
-    encoder.settings.update(
+    vars(encoder.config).update(
         default_instruction="find it", max_demonstrations=3, temperature=0.05, training={"steps": 7}
     )
     use_onednn(encoder.backbone)  # as in what is loaded, so that not even rounding differs
     encoder.save_pretrained(tmp_path / "saved")
     loaded = EpicEncoder.from_pretrained(tmp_path / "saved")
     assert loaded.fingerprint == encoder.fingerprint
-    assert loaded.settings == encoder.settings
+    assert loaded.config == encoder.config
     assert loaded.prompt.settings() == encoder.prompt.settings()
     assert (loaded.name, loaded.dtype, loaded.dimension) == (encoder.name, torch.float32, 32)
     assert (loaded.backbone.pooling, loaded.backbone.projector.kind) == (encoder.backbone.pooling, projector)
@@ -162,7 +162,7 @@ def scaled(name: str) -> Callable[[EpicEncoder], None]:
     def change(encoder: EpicEncoder) -> None:
         with torch.no_grad():
             encoder.backbone.get_parameter(name).mul_(1.01)
-        encoder.forget_fingerprint()
+        encoder.invalidate_caches()
 
     return change
 
@@ -187,7 +187,7 @@ CHANGES: dict[str, Callable[[EpicEncoder], None]] = {
     "query length": lambda encoder: setattr(encoder.prompt, "max_query_tokens", 127),
     "document length": lambda encoder: setattr(encoder.prompt, "max_document_tokens", 127),
     "width": lambda encoder: setattr(encoder, "truncate_dim", 31),
-    "default instruction": lambda encoder: encoder.settings.update(default_instruction="find it"),
+    "default instruction": lambda encoder: vars(encoder.config).update(default_instruction="find it"),
 }
 
 
@@ -209,7 +209,7 @@ def test_what_changes_no_vector_is_no_change_of_the_fingerprint() -> None:
     encoder = make_encoder()
     before = encoder.fingerprint
     encoder.name, encoder.source, encoder.padding_side, encoder.max_batch_tokens = "other", "elsewhere", "left", 100
-    encoder.settings.update(temperature=0.5, training={"steps": 1}, description="words", max_demonstrations=3)
+    vars(encoder.config).update(temperature=0.5, training={"steps": 1}, description="words", max_demonstrations=3)
     assert encoder.fingerprint == before
 
 
@@ -255,7 +255,7 @@ def test_sentence_transformers_opens_a_folder(kind: str, tmp_path: Path) -> None
     if kind == "causal, no padding token":
         encoder.tokenizer.pad_token = None
         encoder.prompt = PromptBuilder(encoder.tokenizer, max_query_tokens=128, max_document_tokens=128)
-    encoder.settings["default_instruction"] = INSTRUCTION
+    encoder.config.default_instruction = INSTRUCTION
     encoder.save_pretrained(tmp_path)
     if kind == "causal, no padding token":
         assert encoder.tokenizer.pad_token is None

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag.demonstrations import unit_rows
 from epic_rag.errors import PromptError
-from epic_rag.task_vector import moved, task_vector
+from epic_rag.task_vector import task_vector
 from tests.conftest import make_encoder
+from tests.helpers.banks import embedded
 from tests.helpers.families import INSTRUCTION, TEXTS
 
 PAIRS = [("question about the fox", "one"), ("def encode(texts)", "two"), ("hello hello", "three")]
@@ -93,12 +94,14 @@ def test_moved_queries_are_unit_vectors(seed: int, count: int) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_an_encoder_moves_its_queries(causal: bool) -> None:
     encoder = make_encoder(causal=causal)
-    bank = DemonstrationBank(PAIRS, instruction=INSTRUCTION).build(encoder)
+    bank = embedded(DemonstrationBank(PAIRS, instruction=INSTRUCTION), encoder)
     zero = encoder.encode_query(TEXTS, instruction=INSTRUCTION)
     found = encoder.encode_query(TEXTS, bank=bank, strategy="task-vector")
-    np.testing.assert_allclose(found, unit_rows(zero + task_vector(bank.require(encoder.fingerprint))), atol=1e-5)
+    np.testing.assert_allclose(
+        found, unit_rows(zero + task_vector(bank.embeddings_for(encoder.fingerprint))), atol=1e-5
+    )
     one = encoder.encode_query(TEXTS[0], bank=bank, num_demonstrations=1, strategy="task-vector")
-    expected = unit_rows(zero[:1] + task_vector(bank.require(encoder.fingerprint)[:1]))[0]
+    expected = unit_rows(zero[:1] + task_vector(bank.embeddings_for(encoder.fingerprint)[:1]))[0]
     np.testing.assert_allclose(one, expected, atol=1e-5)
     assert np.abs(one - zero[0]).max() > 1e-3
     narrow = encoder.encode_query(TEXTS, bank=bank, strategy="task-vector", truncate_dim=8)
@@ -109,21 +112,21 @@ def test_an_encoder_moves_its_queries(causal: bool) -> None:
 
 @pytest.mark.parametrize("selection", ["first", "nearest", "nearest-early"])
 def test_each_query_is_moved_by_what_is_chosen_for_it(tiny_encoder: EpicEncoder, selection: Any) -> None:
-    bank = DemonstrationBank(PAIRS, instruction=INSTRUCTION).build(tiny_encoder)
+    bank = embedded(DemonstrationBank(PAIRS, instruction=INSTRUCTION), tiny_encoder)
     zero = tiny_encoder.encode_query(TEXTS, instruction=INSTRUCTION)
     found = tiny_encoder.encode_query(
         TEXTS, bank=bank, num_demonstrations=1, selection=selection, strategy="task-vector"
     )
-    chosen = tiny_encoder.choose_demonstrations(TEXTS, bank, 1, selection=selection)
+    chosen = tiny_encoder.select_demonstrations(TEXTS, bank, 1, selection=selection)
     for vector, query, own in zip(found, zero, chosen, strict=True):
-        shift = task_vector(own.require(tiny_encoder.fingerprint))
+        shift = task_vector(own.embeddings_for(tiny_encoder.fingerprint))
         np.testing.assert_allclose(vector, unit_rows((query + shift)[None])[0], atol=1e-5)
 
 
 def test_any_number_of_demonstrations(caplog: pytest.LogCaptureFixture) -> None:
     encoder = make_encoder()
-    encoder.settings["max_demonstrations"] = 2
-    bank = DemonstrationBank([(f"hello {n}", f"{n} there") for n in range(30)]).build(encoder)
+    encoder.config.max_demonstrations = 2
+    bank = embedded(DemonstrationBank([(f"hello {n}", f"{n} there") for n in range(30)]), encoder)
     everything = encoder.encode_query(TEXTS, bank=bank, strategy="task-vector")
     np.testing.assert_array_equal(
         everything, encoder.encode_query(TEXTS, bank=bank, num_demonstrations=30, strategy="task-vector")
@@ -136,9 +139,9 @@ def test_any_number_of_demonstrations(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_checkpoint_has_its_own_strategy(tmp_path: Path) -> None:
     encoder = make_encoder()
     assert encoder.strategy == "epic"
-    bank = DemonstrationBank(PAIRS, instruction=INSTRUCTION).build(encoder)
+    bank = embedded(DemonstrationBank(PAIRS, instruction=INSTRUCTION), encoder)
     prompted = encoder.encode_query(TEXTS, bank=bank)
-    encoder.settings["strategy"] = "task-vector"
+    encoder.config.strategy = "task-vector"
     encoder.save_pretrained(tmp_path)
     loaded = EpicEncoder.from_pretrained(tmp_path)
     assert loaded.strategy == "task-vector"

@@ -137,7 +137,7 @@ def build(
     encoders = [EpicEncoder.from_pretrained(name) for name in names]
     used = " and ".join(f"{encoder.name} ({encoder.fingerprint})" for encoder in encoders)
     for built, target in planned:
-        built.build(*encoders)
+        built.embed(*encoders)
         built.save(target)
         message("note", f"{plural(len(built), 'demonstration')} embedded with {used}")
         emit([printable(str(target))])

@@ -173,7 +173,7 @@ def eval_command(
         run_evaluation,
         split_names,
     )
-    from epic_rag.task_vector import known_strategy
+    from epic_rag.query_prompt import QueryPrompt
 
     request = EvaluationRequest(
         models=parse_models(model or _default_model()),
@@ -181,7 +181,7 @@ def eval_command(
         tasks=None if tasks is None else split_names(tasks),
         kinds=None if kinds is None else parse_choices(kinds, KINDS, "--kinds"),
         num_demonstrations=parse_ks(num_demonstrations),
-        strategy=None if strategy is None else known_strategy(strategy),
+        strategy=QueryPrompt(strategy=strategy).strategy,
         instructions={} if instructions is None else read_mapping(instructions),
         banks=parse_banks(bank or []),
         heldout=tuple(heldout or ()),

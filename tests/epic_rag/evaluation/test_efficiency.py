@@ -184,7 +184,7 @@ def test_a_training_step_of_each_strategy(tiny_encoder: EpicEncoder) -> None:
     # Backward computes the gradients of weights and of inputs: three times the forward pass in all, at least.
     assert costs["none"].flops > 2.5 * analytic_flops(tiny_encoder, costs["none"].tokens // 12) * 12
     assert all(cost.seconds is not None and cost.seconds.runs == 2 for cost in costs.values())
-    tiny_encoder.forget_fingerprint()
+    tiny_encoder.invalidate_caches()
     assert tiny_encoder.fingerprint == before, "the caller's encoder was trained"
 
 

@@ -29,7 +29,7 @@ def teacher(tmp_path: Path) -> Path:
     encoder = make_encoder(seed=5)
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        encoder.backbone.put_head(torch.nn.Linear(32, 32))
+        encoder.backbone.set_head(torch.nn.Linear(32, 32))
     head = encoder.backbone.head
     assert head is not None
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_the_vectors_spread_as_the_teachers(matched: Config, head: bool) -> None
     states, goals = paired_states(trainer, trainer.teacher, 8192)
     fingerprint, projector = trainer.encoder.fingerprint, backbone.projector.linear.weight.detach().clone()
     raw = states if backbone.head is None else backbone.head(states).detach()
-    slots = backbone.projector(backbone.finish(states)).detach()
+    slots = backbone.projector(backbone.project_and_normalize(states)).detach()
     match_covariance(trainer)
     assert backbone.head is not None
     assert trainer.encoder.fingerprint != fingerprint
@@ -83,7 +83,7 @@ def test_the_vectors_spread_as_the_teachers(matched: Config, head: bool) -> None
     assert (torch.cov(mapped.T) - torch.cov(goals.T)).norm() < 0.02 * torch.cov(goals.T).norm()
     # What the model reads in a slot has the direction that it had, and about the length.
     assert not torch.equal(backbone.projector.linear.weight, projector)
-    after = backbone.projector(backbone.finish(states)).detach()
+    after = backbone.projector(backbone.project_and_normalize(states)).detach()
     assert torch.nn.functional.cosine_similarity(slots, after).min() > 0.99
     assert float((after.norm(dim=1) / slots.norm(dim=1)).mean()) == pytest.approx(1, abs=0.1)
 
@@ -104,7 +104,7 @@ def test_a_run_of_no_steps(matched: Config, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "evaluation" in line] == [0, 0]  # before and after
     loaded = EpicEncoder.from_pretrained(final)
-    record = loaded.settings["training"]
+    record = loaded.config.training
     assert (record["steps"], record["tokens"], record["config"]["teacher_covariance"]) == (0, 0, True)
     assert loaded.backbone.head is not None
     vectors = loaded.encode_query(["cat"], bank=DemonstrationBank([("dog", "+ dog"), ("pen", "+ pen")]))

@@ -181,7 +181,7 @@ def test_an_earlier_stage_is_in_record_and_card(trained: Trainer, config: Config
 def test_the_code_in_the_card_runs(kind: str, tmp_path: Path) -> None:
     encoder = make_encoder(causal=kind != "bidirectional")
     if kind == "with a head":
-        encoder.backbone.put_head(torch.nn.Linear(32, 12))
+        encoder.backbone.set_head(torch.nn.Linear(32, 12))
     folder = tmp_path / "model"
     encoder.save_pretrained(folder)
     blocks = re.findall(r"```python\n(.*?)```", write_model_card(folder).read_text(), re.DOTALL)

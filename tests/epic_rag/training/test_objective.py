@@ -164,7 +164,7 @@ def test_matryoshka_widths_are_in_the_checkpoint(config: Config) -> None:
     final = trainer.train(show_progress=False)
     assert json.loads((final / "epic.json").read_text())["matryoshka_dims"] == [8, 16]
     loaded = EpicEncoder.from_pretrained(final, truncate_dim=8)
-    assert loaded.settings["matryoshka_dims"] == [8, 16]
+    assert loaded.config.matryoshka_dims == [8, 16]
     assert loaded.encode_document("cat").shape == (8,)
 
 

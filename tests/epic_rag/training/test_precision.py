@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from epic_rag import checkpoints as _storage
+from epic_rag import checkpoint_io
 from epic_rag.errors import TrainingError
 from epic_rag.training import Trainer, TrainingConfig, optimizer
 from epic_rag.training.optimizer import settle_dtype
@@ -118,13 +118,13 @@ def test_one_look_at_the_losses_a_step(config: Config, monkeypatch: pytest.Monke
 def test_auto_is_what_the_processor_multiplies(
     config: Config, supported: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in (_storage, optimizer):
-        monkeypatch.setattr(module, "multiplies_bfloat16", lambda: supported)
+    for module in (checkpoint_io, optimizer):
+        monkeypatch.setattr(module, "has_bfloat16_instructions", lambda: supported)
     trainer = Trainer(config(dtype="auto", device="cpu"))
     name = "bfloat16" if supported else "float32"
     assert (trainer.config.dtype, trainer.forward.dtype) == (name, getattr(torch, name))
     trainer.train(show_progress=False)
-    assert trainer.encoder.settings.get("training") is None
+    assert trainer.encoder.config.training is None
     written = json.loads((trainer.folder / "final" / "epic.json").read_text())
     assert written["training"]["config"]["dtype"] == name
     assert not caplog.records
@@ -133,7 +133,7 @@ def test_auto_is_what_the_processor_multiplies(
 def test_bfloat16_on_a_processor_without_it_is_told(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(optimizer, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(optimizer, "has_bfloat16_instructions", lambda: False)
     assert Trainer(config(dtype="bfloat16", device="cpu")).config.dtype == "bfloat16"
     [record] = caplog.records
     assert "this processor has no instructions for it" in record.getMessage()

@@ -30,7 +30,7 @@ def teacher(tmp_path: Path) -> Path:
     encoder = make_encoder(seed=5)
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        encoder.backbone.put_head(torch.nn.Linear(32, 12))
+        encoder.backbone.set_head(torch.nn.Linear(32, 12))
     encoder.backbone.eval()
     encoder.save_pretrained(tmp_path / "teacher")
     return tmp_path / "teacher"
@@ -114,7 +114,7 @@ def test_training_comes_closer_and_goes_on_where_it_stopped(distil: Config, tmp_
         assert all(torch.equal(one[key], other[key]) for key in one), file
     loaded = EpicEncoder.from_pretrained(straight)
     assert loaded.dimension == 12
-    assert loaded.settings["training"]["config"]["output_dimension"] == 12
+    assert loaded.config.training["config"]["output_dimension"] == 12
 
 
 def test_a_head_goes_on_into_the_next_stage(distil: Config, tmp_path: Path) -> None:

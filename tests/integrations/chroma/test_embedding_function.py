@@ -17,6 +17,7 @@ from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag.errors import ConfigError, FingerprintError, PromptError
 from epic_rag.task_vector import QUERY_STRATEGIES
 from epic_rag_chroma import ChromaIndexer, EpicEmbeddingFunction
+from tests.helpers.banks import embedded
 
 DOCUMENTS = ["Cats sleep most of the day.", "Run the installer.", "Delete the folder."]
 
@@ -45,7 +46,7 @@ def test_it_is_registered_and_says_what_chroma_asks(tiny_encoder: EpicEncoder) -
 
 def test_the_configuration_is_plain_and_round_trips(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bank = DemonstrationBank([("q one", "p one"), ("q two", "p two")], instruction="Find it")
-    bank.build(EpicEncoder.from_pretrained(tiny_checkpoint)).save(tmp_path / "bank")
+    embedded(bank, EpicEncoder.from_pretrained(tiny_checkpoint)).save(tmp_path / "bank")
     function = EpicEmbeddingFunction(tiny_checkpoint, bank=tmp_path / "bank", num_demonstrations=1, truncate_dim=16)
     config = json.loads(json.dumps(function.get_config()))
     assert set(config) == {"model", "task", "bank", "num_demonstrations", "truncate_dim", "fingerprint"}
@@ -60,7 +61,7 @@ def test_the_configuration_is_plain_and_round_trips(tiny_checkpoint: Path, tmp_p
 @pytest.mark.parametrize("strategy", QUERY_STRATEGIES)
 def test_the_strategy_reaches_the_encoder_and_is_kept(tiny_checkpoint: Path, tmp_path: Path, strategy: Any) -> None:
     encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
-    bank = DemonstrationBank([("q one", "p one"), ("q two", "p two")], instruction="Find it").build(encoder)
+    bank = embedded(DemonstrationBank([("q one", "p one"), ("q two", "p two")], instruction="Find it"), encoder)
     bank.save(tmp_path / "bank")
     function = EpicEmbeddingFunction(tiny_checkpoint, bank=tmp_path / "bank", strategy=strategy)
     config = json.loads(json.dumps(function.get_config()))

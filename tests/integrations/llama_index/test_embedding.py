@@ -30,6 +30,7 @@ from epic_rag import (
 from epic_rag.query_prompt import QUERY_STRATEGIES
 from epic_rag.tasks import get_task
 from llama_index.embeddings.epic import EpicEmbedding
+from tests.helpers.banks import embedded
 
 TEXTS = ["To install the package, run pip.", "A brown fox.", "def encode(texts): return texts", "x" * 300]
 PAIRS = [
@@ -95,7 +96,7 @@ def test_demonstrations_change_queries_only(embedding: EpicEmbedding, bank: Demo
 
 
 def test_with_bank_object_folder_none(embedding: EpicEmbedding, bank: DemonstrationBank, tmp_path: Path) -> None:
-    bank.build(embedding.encoder).save(tmp_path / "bank")
+    embedded(bank, embedding.encoder).save(tmp_path / "bank")
     from_object = embedding.with_bank(bank)
     from_folder = embedding.with_bank(tmp_path / "bank")
     assert from_folder.fingerprint == from_object.fingerprint

@@ -1,0 +1,472 @@
+"""Reading and writing checkpoint folders.
+
+`load_checkpoint` returns the parts of an encoder and `save_checkpoint` takes them, so that nothing here depends on the
+encoder. Beside `epic.json` and the projector, a folder has the files that sentence-transformers needs to open it
+zero-shot, and folders of that library (pooling, linear Dense modules, maximum length) can be read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from epic_rag.backbone import POOLINGS, Backbone, Pooling, ProjectorKind, hash_tensors, load_transformer, quiet
+from epic_rag.checkpoints import (
+    EPIC_FILE,
+    FORMAT_VERSION,
+    INT8_FORMAT_VERSION,
+    INT8_ROWS,
+    EncoderConfig,
+    is_int8,
+    is_shipped,
+    read_epic_file,
+    resolve,
+)
+from epic_rag.cpu_kernels import has_bfloat16_instructions, use_onednn
+from epic_rag.errors import CheckpointError, ConfigError, reason_of
+from epic_rag.int8_weights import dequantise, quantise, remove_weights, write_int8_model
+from epic_rag.prompt import PromptBuilder, PromptTemplate
+
+__all__ = [
+    "HEAD_FOLDER",
+    "INT8",
+    "PROJECTOR_FILE",
+    "Checkpoint",
+    "check_width",
+    "fingerprint_of",
+    "load_checkpoint",
+    "parse_dtype",
+    "save_checkpoint",
+]
+
+PROJECTOR_FILE = "projector.safetensors"
+HEAD_FOLDER = "2_Dense"
+INT8 = "int8"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEFAULT_MAX_TOKENS = 512
+_IDENTITY = "torch.nn.modules.linear.Identity"
+_ST_MODULES = "sentence_transformers.models"
+# Pooling modes: here, and as sentence-transformers names them.
+_ST_POOLING = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
+
+
+@dataclass
+class Checkpoint:
+    """The parts of an encoder.
+
+    Attributes:
+        backbone: Transformer, projector, pooling, head; in evaluation mode.
+        prompt: Tokenizer, template and length limits.
+        config: The other settings of `epic.json`.
+        name: Name in messages.
+        source: Argument of `load_checkpoint` that finds it again.
+        truncate_dim: Number of dimensions to keep; None for all.
+        weights_hash: Hash of the stored weights, if the loaded ones have lost bits of them; None if not.
+    """
+
+    backbone: Backbone
+    prompt: PromptBuilder
+    config: EncoderConfig
+    name: str
+    source: str
+    truncate_dim: int | None = None
+    weights_hash: str | None = None
+
+
+def load_checkpoint(
+    name_or_path: str | os.PathLike[str] | None,
+    *,
+    device: torch.device,
+    dtype: str | torch.dtype | None = None,
+    num_layers: int | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    gguf_file: str | None = None,
+    pooling: str | None = None,
+    projector: str | None = None,
+    max_query_tokens: int | None = None,
+    max_document_tokens: int | None = None,
+    truncate_dim: int | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """Load the parts of an encoder; see `EpicEncoder.from_pretrained` for the arguments and errors."""
+    folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only, gguf_file=gguf_file)
+    wanted = parse_dtype(dtype, device)
+    epic = read_epic_file(folder)
+    transformer = load_transformer(
+        folder,
+        num_layers=num_layers,
+        adapter=None if adapter is None else Path(adapter).expanduser(),
+        gguf_file=gguf_file,
+        int8=gguf_file is None and is_int8(epic),
+        trust_remote_code=trust_remote_code,
+    )
+    tokenizer = _load_tokenizer(folder, gguf_file, trust_remote_code)
+    stored_projector = epic.get("projector", "linear")
+    if projector is not None and epic and projector != stored_projector:
+        raise ConfigError(f"{folder} was trained with projector {stored_projector!r}, not {projector!r}. Leave it out.")
+    chosen_pooling = pooling or epic.get("pooling") or _read_pooling(folder)
+    if chosen_pooling is not None and chosen_pooling not in POOLINGS:
+        raise ConfigError(f"Unknown pooling {chosen_pooling!r}. Choose one of {', '.join(POOLINGS)}.")
+    limit = _default_length(folder, tokenizer)
+    try:
+        backbone = Backbone(
+            transformer,
+            pooling=cast("Pooling | None", chosen_pooling),
+            projector=cast("ProjectorKind", projector or stored_projector),
+        )
+        backbone.set_head(_read_head(folder))
+        _load_projector(backbone, folder, required=bool(epic))
+        template = PromptTemplate(**epic.get("template", {}))
+        if backbone.max_positions is not None:
+            limit = min(limit, backbone.max_positions)
+        query_limit = int(epic.get("max_query_tokens", limit))
+        document_limit = int(epic.get("max_document_tokens", limit))
+        stored_dim = None if epic.get("truncate_dim") is None else int(epic["truncate_dim"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / EPIC_FILE} does not fit this release ({error}). Copy the checkpoint again."
+        ) from error
+    prompt = PromptBuilder(
+        tokenizer,
+        template,
+        append_eos=bool(epic.get("append_eos", backbone.pooling == "last")),
+        max_query_tokens=_check_limit("max_query_tokens", max_query_tokens, query_limit),
+        max_document_tokens=_check_limit("max_document_tokens", max_document_tokens, document_limit),
+        max_positions=backbone.max_positions,
+    )
+    weights_hash = None
+    if wanted == torch.bfloat16 and transformer.dtype != torch.bfloat16:
+        # bfloat16 drops bits that the fingerprint covers, so the hash is taken of the stored weights.
+        weights_hash = hash_tensors(backbone.state_dict().items())
+    backbone.to(device=device, dtype=wanted)
+    use_onednn(backbone)
+    if is_shipped(folder):
+        name = source = folder.name
+    elif name_or_path is None or Path(name_or_path).expanduser().is_dir():
+        name, source = folder.absolute().name, str(folder.absolute())
+    else:
+        # The hub's name, unless a revision was requested: only the downloaded folder is sure to be that one.
+        name, source = os.fspath(name_or_path), os.fspath(name_or_path) if revision is None else str(folder)
+    return Checkpoint(
+        backbone=backbone.eval(),
+        prompt=prompt,
+        config=EncoderConfig.from_dict(epic),
+        name=str(epic.get("name") or name),
+        source=source,
+        truncate_dim=check_width(stored_dim if truncate_dim is None else truncate_dim, backbone),
+        weights_hash=weights_hash,
+    )
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str | None = None) -> None:
+    """Write a checkpoint folder; see `EpicEncoder.save_pretrained` for the dtype and errors."""
+    from safetensors.torch import save_file
+
+    backbone, prompt = checkpoint.backbone, checkpoint.prompt
+    int8 = dtype == INT8
+    kept = backbone.transformer.dtype if dtype is None or int8 else parse_dtype(dtype, backbone.device, extra=(INT8,))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"No folder can be made at {folder} ({error}). Save the checkpoint elsewhere.") from error
+    state = {
+        key: value.detach().to("cpu", kept if value.is_floating_point() else value.dtype).contiguous()
+        for key, value in backbone.transformer.state_dict().items()
+    }
+    with quiet():
+        # config.json keeps naming the encoder's own dtype, which other libraries compute in: float16 is for the disk
+        # only (slow on a CPU, and with other vectors).
+        backbone.transformer.save_pretrained(folder, state_dict={} if int8 else state)
+    # Weights in both formats would be two models, and other libraries would open the older one.
+    new = write_int8_model(state, folder) if int8 else set(folder.glob("model*")) - set(folder.glob("model-int8-*"))
+    remove_weights(folder, keep=new)
+    projector = {key: value.detach().to("cpu", kept) for key, value in backbone.projector.state_dict().items()}
+    save_file(quantise(projector) if int8 else projector, folder / PROJECTOR_FILE)
+    _save_tokenizer(prompt, folder)
+    _write_sentence_transformers(checkpoint, folder, kept)
+    epic = {
+        "format_version": INT8_FORMAT_VERSION if int8 else FORMAT_VERSION,
+        "name": checkpoint.name,
+        "pooling": backbone.pooling,
+        "projector": backbone.projector.kind,
+        "dimension": checkpoint.truncate_dim or backbone.dimension,
+        **({} if checkpoint.truncate_dim is None else {"truncate_dim": checkpoint.truncate_dim}),
+        "parameters": sum(value.numel() for value in backbone.parameters()),
+        **({"weights": {"format": INT8_ROWS}} if int8 else {}),
+        **prompt.settings(),
+        **checkpoint.config.to_dict(),
+    }
+    _write_json(folder / EPIC_FILE, epic)
+
+
+def fingerprint_of(checkpoint: Checkpoint) -> str:
+    """Compute the short hash of everything that decides a vector: weights, template, pooling, lengths, width."""
+    weights = checkpoint.weights_hash or hash_tensors(checkpoint.backbone.state_dict().items())
+    facts = {
+        "weights": weights,
+        "pooling": checkpoint.backbone.pooling,
+        "projector": checkpoint.backbone.projector.kind,
+        "dimension": checkpoint.truncate_dim or checkpoint.backbone.dimension,
+        "default_instruction": checkpoint.config.default_instruction,
+        **checkpoint.prompt.settings(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def check_width(truncate_dim: int | None, backbone: Backbone) -> int | None:
+    """Return the width if the model has it.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    if truncate_dim is not None and not 1 <= truncate_dim <= backbone.dimension:
+        raise ConfigError(
+            f"truncate_dim is {truncate_dim}, but the model has {backbone.dimension} dimensions. "
+            f"Choose 1 to {backbone.dimension}."
+        )
+    return truncate_dim
+
+
+def parse_dtype(dtype: str | torch.dtype | None, device: torch.device, *, extra: tuple[str, ...] = ()) -> torch.dtype:
+    """Parse the name of a dtype.
+
+    Args:
+        dtype: A dtype or its name. None means float32 on a CPU and bfloat16 elsewhere; "auto" means bfloat16 on a CPU
+            that multiplies it in hardware, too.
+        device: Where the model runs.
+        extra: Further names for the message, which the caller handles.
+
+    Raises:
+        ConfigError: If it is unknown.
+    """
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" and not has_bfloat16_instructions() else torch.bfloat16
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    parsed = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if parsed is None or parsed not in _DTYPES.values():
+        if dtype in (INT8, torch.int8) and not extra:
+            raise ConfigError(f"int8 is a storage format. Load with one of {', '.join(_DTYPES)}.")
+        raise ConfigError(f"Unknown dtype {dtype!r}. Choose one of {', '.join((*_DTYPES, *extra))}.")
+    return parsed
+
+
+def _check_limit(setting: str, given: int | None, stored: int) -> int:
+    value = stored if given is None else given
+    if value < 1:
+        raise ConfigError(f"{setting} is {value}. Pass 1 or more.")
+    return value
+
+
+def _load_projector(backbone: Backbone, folder: Path, *, required: bool) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / PROJECTOR_FILE
+    if not file.is_file():
+        if required:
+            raise CheckpointError(f"{folder} has {EPIC_FILE} but no {PROJECTOR_FILE}. Copy the checkpoint again.")
+        return
+    try:
+        backbone.projector.load_state_dict(dequantise(load_file(file)))
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file} does not fit {EPIC_FILE} ({reason_of(error)}). Copy the checkpoint again."
+        ) from error
+
+
+# Tokenizer
+
+
+def _load_tokenizer(folder: Path, gguf_file: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **extra
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} has no tokenizer that loads ({reason_of(error)}). Add its tokenizer.json."
+        ) from error
+    return tokenizer
+
+
+def _save_tokenizer(prompt: PromptBuilder, folder: Path) -> None:
+    """Save the tokenizer so that it pads and appends the end token in other libraries as it does here."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = prompt.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    is_complete = backend is None or tokenizer("a")["input_ids"] == [*prompt.start, *bare, *prompt.stop]
+    padding, processor = tokenizer.pad_token, None if backend is None else backend.post_processor
+    try:
+        if padding is None:
+            tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(prompt.pad_id))
+        if not is_complete:
+            names = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in (*prompt.start, *prompt.stop)}
+            pieces = [*(names[token] for token in prompt.start), "$A", *(names[token] for token in prompt.stop)]
+            backend.post_processor = TemplateProcessing(
+                single=pieces, special_tokens=[(name, token) for token, name in names.items()]
+            )
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.pad_token = padding
+        if not is_complete:
+            backend.post_processor = processor
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        # The indentation of a vocabulary is a third of its file.
+        data = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(data, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+
+
+# Files of sentence-transformers
+
+
+def _write_sentence_transformers(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
+    """Write modules, pooling, head, lengths and prompts; `dtype` is that of the head on disk."""
+    backbone = checkpoint.backbone
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    # An earlier checkpoint in the folder may have had a head.
+    shutil.rmtree(folder / HEAD_FOLDER, ignore_errors=True)
+    if backbone.head is not None:
+        modules.append((HEAD_FOLDER, "Dense"))
+        _write_dense(backbone.head, folder / HEAD_FOLDER, dtype)
+    modules.append((f"{len(modules)}_Normalize", "Normalize"))
+    _write_json(
+        folder / "modules.json",
+        [
+            {"idx": number, "name": str(number), "path": path, "type": f"{_ST_MODULES}.{kind}"}
+            for number, (path, kind) in enumerate(modules)
+        ],
+    )
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    _write_json(
+        folder / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": backbone.width,
+            **{f"pooling_mode_{flag}": mode == backbone.pooling for mode, flag in _ST_POOLING.items()},
+            # The prompt's own tokens are not part of a query's mean.
+            "include_prompt": False,
+        },
+    )
+    _write_json(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": checkpoint.prompt.max_document_tokens, "do_lower_case": False},
+    )
+    template, instruction = checkpoint.prompt.template, checkpoint.config.default_instruction
+    prompt = f"{template.instruction.format(instruction=instruction)}{template.query} " if instruction else ""
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {"prompts": {"query": prompt, "document": ""}, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+
+
+def _read_pooling(folder: Path) -> str | None:
+    """Return a folder's pooling; None if it names none or an unknown one."""
+    data = _read_json(folder / "1_Pooling" / "config.json")
+    # A flag for each mode up to release 5 of sentence-transformers, one name since.
+    for name, flag in _ST_POOLING.items():
+        if data.get(f"pooling_mode_{flag}") or data.get("pooling_mode") == (name if name != "last" else flag):
+            return name
+    return None
+
+
+def _default_length(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the length limit of a folder without `epic.json`."""
+    stored = _read_json(folder / "sentence_bert_config.json").get("max_seq_length")
+    limit = stored if isinstance(stored, int) and stored > 0 else _DEFAULT_MAX_TOKENS
+    # sentence-transformers keeps its limit in the tokenizer since release 6; one without a limit has a huge number.
+    return min(limit, int(tokenizer.model_max_length))
+
+
+def _read_head(folder: Path) -> nn.Linear | None:
+    """Return the linear map behind a folder's pooling in float32; the product of several in a row.
+
+    Raises:
+        CheckpointError: If a dense module is not linear, or its weights are missing or do not fit.
+    """
+    listed = _read_json(folder / "modules.json", list)
+    paths = [str(entry.get("path")) for entry in listed if str(entry.get("type", "")).endswith(".Dense")]
+    head: nn.Linear | None = None
+    for path in paths:
+        dense = _read_dense(folder / path)
+        head = dense if head is None else _product(dense, head)
+    return head
+
+
+def _read_dense(folder: Path) -> nn.Linear:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    settings = _read_json(folder / "config.json")
+    activation = str(settings.get("activation_function", _IDENTITY))
+    if not activation.endswith("Identity"):
+        raise CheckpointError(
+            f"{folder} is a dense module with {activation}, but a head must be linear. Use another model."
+        )
+    try:
+        head = nn.Linear(int(settings["in_features"]), int(settings["out_features"]), bool(settings.get("bias", True)))
+        tensors = load_file(folder / "model.safetensors")
+        head.load_state_dict({name.removeprefix("linear."): value.float() for name, value in tensors.items()})
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} has no dense module that loads ({reason_of(error)}). Copy the checkpoint again."
+        ) from error
+    return head
+
+
+@torch.no_grad()
+def _product(second: nn.Linear, first: nn.Linear) -> nn.Linear:
+    """Return one map that equals `first` followed by `second`."""
+    if second.in_features != first.out_features:
+        raise CheckpointError(
+            f"A dense module takes width {second.in_features}, but the one before it returns width "
+            f"{first.out_features}. Copy the checkpoint again."
+        )
+    product = nn.Linear(first.in_features, second.out_features)
+    product.weight.copy_(second.weight @ first.weight)
+    bias = torch.zeros(second.out_features) if second.bias is None else second.bias
+    product.bias.copy_(bias if first.bias is None else second.weight @ first.bias + bias)
+    return product
+
+
+def _write_dense(head: nn.Linear, folder: Path, dtype: torch.dtype) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    _write_json(
+        folder / "config.json",
+        {
+            "in_features": head.in_features,
+            "out_features": head.out_features,
+            "bias": head.bias is not None,
+            "activation_function": _IDENTITY,
+        },
+    )
+    tensors = {f"linear.{name}": value.detach().to("cpu", dtype) for name, value in head.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+
+
+def _read_json(file: Path, kind: type = dict) -> Any:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return kind()
+    return data if isinstance(data, kind) else kind()
+
+
+def _write_json(file: Path, data: object) -> None:
+    file.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
