@@ -121,9 +121,6 @@ def measure(options: argparse.Namespace) -> int:
         )
     calls["epic-rag, float32"] = partial(plain.encode_document, texts)
     calls[f"epic-rag, {best}"] = partial(fast.encode_document, texts)
-    if device.type == "cpu" and multiplies_int8():
-        rounded = EpicEncoder.from_pretrained(options.model, device="cpu", dtype="int8", num_layers=options.num_layers)
-        calls["epic-rag, int8"] = partial(rounded.encode_document, texts)
     compiling = {}
     if options.compile:
         for dtype in dict.fromkeys(("float32", best)):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from epic_rag.cpu_kernels import portable
+from epic_rag.cpu_kernels import disable_fast_kernels
 
 if TYPE_CHECKING:
     from epic_rag.encoder import EpicEncoder
@@ -50,7 +50,7 @@ def count_flops(call: Callable[[], object]) -> int:
     were masked.
     """
     # The counter does not know oneDNN's products.
-    with portable(), FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with disable_fast_kernels(), FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         call()
     return int(counter.get_total_flops())
 

@@ -16,7 +16,7 @@ from epic_rag.backbone import POOLINGS, PROJECTORS
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.errors import ConfigError, MissingExtraError
 from epic_rag.prompt import STRATEGIES
-from epic_rag.task_vector import QUERY_STRATEGIES
+from epic_rag.query_prompt import QUERY_STRATEGIES
 
 __all__ = [
     "TaskConfig",

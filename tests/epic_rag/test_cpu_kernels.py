@@ -13,7 +13,7 @@ from torch import nn
 
 from epic_rag import EpicEncoder, checkpoint_io
 from epic_rag.backbone import Backbone
-from epic_rag.cpu_kernels import OneDnnLinear, _available, portable, use_onednn
+from epic_rag.cpu_kernels import OneDnnLinear, _available, disable_fast_kernels, use_onednn
 from tests.helpers.families import FAMILIES, TEXTS, config, encoder_of, transformer
 
 pytestmark = pytest.mark.skipif(not _available(), reason="this build of torch has no oneDNN beside MKL")
@@ -40,7 +40,7 @@ def test_it_is_oneDNN_that_computes() -> None:  # noqa: N802 - its name
     made = layer()
     with torch.inference_mode():
         made(torch.randn(3, 24))
-    assert "_laid_out" in made.__dict__
+    assert "_packed" in made.__dict__
 
 
 @pytest.mark.parametrize("how", ["gradients", "training", "portable", "dtype", "empty"])
@@ -54,7 +54,7 @@ def test_where_the_layer_is_torchs_own(how: str) -> None:
         with torch.no_grad():
             made.train()(given)
     elif how == "portable":
-        with torch.no_grad(), portable():
+        with torch.no_grad(), disable_fast_kernels():
             made(given)
     elif how == "dtype":
         with torch.no_grad():
@@ -62,11 +62,11 @@ def test_where_the_layer_is_torchs_own(how: str) -> None:
     else:
         with torch.no_grad():
             assert made(given[:0]).shape == (0, 40)
-    assert "_laid_out" not in made.__dict__
+    assert "_packed" not in made.__dict__
 
 
 @torch.no_grad()
-def test_a_weight_that_changes_is_laid_out_anew() -> None:
+def test_a_weight_that_changes_is_packed_anew() -> None:
     made = layer()
     given = torch.randn(3, 24)
     before = made(given)

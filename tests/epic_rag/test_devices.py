@@ -7,7 +7,6 @@ import copy
 import itertools
 import pickle
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import nn
 from epic_rag import ConfigError, DemonstrationBank, EpicEncoder
 from epic_rag import batching as devices
 from epic_rag.backbone import Backbone
-from epic_rag.batching import Replicas, Worker, parse_devices, plan_workers, run
+from epic_rag.batching import BatchQueue, Replicas, Worker, parse_devices, plan_workers
 from tests.conftest import make_encoder
 from tests.helpers.families import DECODERS, ENCODERS, config, encoder_of, transformer
 
@@ -36,7 +35,7 @@ Embed = Callable[[Backbone, list[int]], Iterator[tuple[list[int], npt.NDArray[np
 
 @pytest.fixture(autouse=True)
 def a_few_texts_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_WORTH", 20)
+    monkeypatch.setattr(devices, "TOKENS_PER_WORKER", 20)
     monkeypatch.setattr(devices, "_CPU_PART", 16)
 
 
@@ -127,7 +126,7 @@ def test_copies_of_every_family_give_the_same(family: str) -> None:
     two.replicas = Replicas([CPU])
     np.testing.assert_allclose(two.encode_document(TEXTS), one.encode_document(TEXTS), atol=1e-6)
     np.testing.assert_allclose(two.encode_query(TEXTS, bank=BANK), one.encode_query(TEXTS, bank=BANK), atol=1e-5)
-    (made,) = two.replicas.of(two.backbone)
+    (made,) = two.replicas.copies_of(two.backbone)
     pointers = {value.data_ptr() for value in two.backbone.parameters()}
     assert not pointers & {value.data_ptr() for value in made.parameters()}
 
@@ -155,7 +154,7 @@ def test_replicas_on_one_device_share_the_weights(tiny_checkpoint: Path) -> None
     assert encoder.devices == (CPU, CPU, CPU)
     encoder.encode_document(TEXTS)
     layers = [module for module in encoder.backbone.modules() if isinstance(module, nn.Linear)]
-    for made in encoder.replicas.of(encoder.backbone):
+    for made in encoder.replicas.copies_of(encoder.backbone):
         assert made is not encoder.backbone
         assert {id(value) for value in made.parameters()} == {id(value) for value in encoder.backbone.parameters()}
         # With them what oneDNN has laid out.
@@ -166,10 +165,10 @@ def test_replicas_on_one_device_share_the_weights(tiny_checkpoint: Path) -> None
 def test_a_cpu_has_workers_of_its_own(threads: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     encoder = make_encoder()
-    assert len(encoder.replicas.of(encoder.backbone)) == expected - 1
+    assert len(encoder.replicas.copies_of(encoder.backbone)) == expected - 1
     assert encoder.devices == (CPU,)
     encoder.replicas.workers = 1
-    assert encoder.replicas.of(encoder.backbone) == []
+    assert encoder.replicas.copies_of(encoder.backbone) == []
     assert copy.deepcopy(encoder).replicas.workers == 1
 
 
@@ -190,8 +189,8 @@ def test_workers_of_one_cpu_give_the_vectors_of_one(monkeypatch: pytest.MonkeyPa
 def test_copies_follow_weights_that_change(how: str) -> None:
     encoder = on_cpus(2)
     before = encoder.encode_document(TEXTS)
-    (stale,) = encoder.replicas.of(encoder.backbone)
-    assert encoder.replicas.of(encoder.backbone)[0] is stale
+    (stale,) = encoder.replicas.copies_of(encoder.backbone)
+    assert encoder.replicas.copies_of(encoder.backbone)[0] is stale
     other = make_encoder(seed=1)
     if how == "in place":
         encoder.backbone.load_state_dict(other.backbone.state_dict())
@@ -203,7 +202,7 @@ def test_copies_follow_weights_that_change(how: str) -> None:
             value.data.copy_(new.data)
     encoder.invalidate_caches()
     found = encoder.encode_document(TEXTS)
-    assert encoder.replicas.of(encoder.backbone)[0] is not stale
+    assert encoder.replicas.copies_of(encoder.backbone)[0] is not stale
     np.testing.assert_allclose(found, other.encode_document(TEXTS), atol=1e-6)
     assert np.abs(found - before).max() > 0.1
     assert encoder.fingerprint == other.fingerprint
@@ -299,14 +298,14 @@ def test_devices_are_named(names: Any, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], r"device is an empty list, an encoder runs on 1 device or more; pass 'cpu'"),
-        ("", r"device is '', this machine does not have it \(.*\); pass 'cpu'"),
-        ("cpu,", r"device is '', this machine does not have it \(.*\); pass 'cpu'"),
-        ("cpu,warp", r"device is 'warp', this machine does not have it \(.*\); pass 'cpu'"),
-        (["cpu", "cuda:99"], r"device is 'cuda:99', this machine does not have it \(.*\); pass 'cpu'"),
-        (torch.device("cuda:99"), r"device is 'cuda:99', this machine does not have it \(.*\); pass 'cpu'"),
-        (["meta", "cpu", "meta"], r"device names meta twice \(meta, cpu, meta\), one replica fills it; name it once"),
-        ([None], r"device is None, this machine does not have it \(.*\); pass 'cpu'"),
+        ([], "device is an empty list. Pass at least one"),
+        ("", r"Device '' is not available on this machine \(.*\). Pass 'cpu'."),
+        ("cpu,", r"Device '' is not available on this machine \(.*\). Pass 'cpu'."),
+        ("cpu,warp", r"Device 'warp' is not available on this machine \(.*\). Pass 'cpu'."),
+        (["cpu", "cuda:99"], r"Device 'cuda:99' is not available on this machine \(.*\). Pass 'cpu'."),
+        (torch.device("cuda:99"), r"Device 'cuda:99' is not available on this machine \(.*\). Pass 'cpu'."),
+        (["meta", "cpu", "meta"], r"Device meta is named twice \(meta, cpu, meta\). Name it once."),
+        ([None], r"Device None is not available on this machine \(.*\). Pass 'cpu'."),
     ],
 )
 def test_devices_that_cannot_be(names: Any, message: str, tiny_checkpoint: Path) -> None:
@@ -318,10 +317,10 @@ def test_devices_that_cannot_be(names: Any, message: str, tiny_checkpoint: Path)
 def test_workers_on_the_cpu_share_its_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = make_encoder().backbone
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    crew = plan_workers([backbone] * 2, 1000, lambda device: 501)
+    crew = plan_workers([backbone] * 2, 1000, 501)
     assert [worker.tokens for worker in crew] == [250, 250]
     assert [worker.threads for worker in crew] == {1: [1, 1], 2: [1, 1], 5: [3, 2]}[threads]
-    assert plan_workers([backbone] * 2, 39, lambda device: 501) == [Worker(backbone, 501)]
+    assert plan_workers([backbone] * 2, 39, 501) == [Worker(backbone, 501)]
 
 
 def test_a_worker_has_its_threads_and_nobody_else_loses_any() -> None:
@@ -329,14 +328,15 @@ def test_a_worker_has_its_threads_and_nobody_else_loses_any() -> None:
     torch.set_num_threads(4)
     seen: list[int] = []
 
-    def embed(backbone: Backbone, rows: list[int]) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
-        seen.append(torch.get_num_threads())
-        yield rows, np.zeros((len(rows), 1), dtype=np.float32)
+    def work(worker: Worker) -> None:
+        while queue.take(worker):
+            seen.append(torch.get_num_threads())
 
     try:
         backbone = make_encoder().backbone
         crew = [Worker(backbone, 10, threads) for threads in (3, 1)]
-        run(crew, [[0], [1]] * 20, [1] * 2, embed, lambda rows, vectors: time.sleep(0))
+        queue = BatchQueue([[0], [1]] * 20, [1] * 2, 2)
+        devices._run_in_threads(work, crew, queue)
         later = threading.Thread(target=lambda: seen.append(-torch.get_num_threads()))
         later.start()
         later.join()
@@ -352,10 +352,10 @@ def test_a_worker_has_its_threads_and_nobody_else_loses_any() -> None:
 def test_every_row_is_taken_once_and_no_batch_is_too_large(part: int, most: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(devices, "_CPU_PART", part)
     lengths = list(range(40, 0, -1))
-    waiting = devices._Waiting([list(range(start, start + 8)) for start in range(0, 40, 8)], lengths, 2)
+    queue = BatchQueue([list(range(start, start + 8)) for start in range(0, 40, 8)], lengths, 2)
     worker = Worker(make_encoder().backbone, most, 1)
     taken = []
-    while batch := waiting.take(worker):
+    while batch := queue.take(worker):
         assert len(batch) == 1 or len(batch) * lengths[batch[0]] <= most
         taken += batch
     assert taken == list(range(40))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag.backbone import Backbone
-from epic_rag.prefix_cache import CachedPrefix, PrefixCache, can_cache, packs
+from epic_rag.prefix_cache import CachedPrefix, PrefixCache, can_cache, pack_rows
 from tests.conftest import make_encoder
 from tests.helpers.banks import embedded
 from tests.helpers.families import DECODERS, INSTRUCTION, TEXTS, config, encoder_of, transformer
@@ -209,7 +209,7 @@ def test_bidirectional_models_have_no_prompt_to_keep(tiny_bidirectional_encoder:
     ],
 )
 def test_packs(lengths: list[int], tokens: int, rows: int | None, expected: list[list[int]]) -> None:
-    assert packs(lengths, tokens, rows) == expected
+    assert pack_rows(lengths, tokens, rows) == expected
 
 
 def test_memory_that_runs_out_halves_a_pack(encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
