@@ -1,0 +1,294 @@
+"""Every example on every page runs as it stands, from top to bottom, in an empty folder.
+
+The shipped checkpoints are replaced by a tiny one; the README runs with the real one. A page that speaks of files or
+servers which it does not make has a function here that makes them, and a page that shows results has one that compares.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from epic_rag import DemonstrationBank, checkpoints
+from epic_rag_cli.main import run
+from tests.conftest import make_encoder, make_tokenizer
+from tests.helpers.model_files import make_adapter, make_hub_cache, write_gguf
+from tests.helpers.pages import ROOT, PageRun, blocks
+from tests.helpers.servers import ChromaProcess, close_plain
+
+PAGES = ["README.md", "demos/epic_rag_demos/README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+WITH_EXAMPLES = sorted(
+    page
+    for page in PAGES
+    if any(block.language not in ("", "text") for block in blocks((ROOT / page).read_text(encoding="utf-8")))
+)
+
+
+@pytest.fixture
+def page_run(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[PageRun]:
+    """An empty working directory, where every shipped checkpoint is the tiny one, which one thread computes fastest."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in ("EPIC_RAG_INDEX", "EPIC_RAG_BANK", "EPIC_RAG_CHROMA", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    for info in checkpoints.list_checkpoints():
+        shutil.copytree(tiny_checkpoint, tmp_path / "shipped" / info.name)
+    monkeypatch.setattr(checkpoints, "_SHIPPED", tmp_path / "shipped")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield PageRun(
+        folder, monkeypatch, capfd, environment={"EPIC_RAG_MODEL": str(tiny_checkpoint), "OMP_NUM_THREADS": "1"}
+    )
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES)
+def test_every_example_runs(page: str, page_run: PageRun) -> None:
+    with ExitStack() as stack:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        if page in PREPARED:
+            text = PREPARED[page](page_run, text, stack) or text
+        page_run.run(text, page)
+        if page in COMPARED:
+            COMPARED[page](page_run)
+
+
+def write_lines(file: str, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write JSON lines, gzipped where the name ends in .gz."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    Path(file).write_bytes(gzip.compress(text) if file.endswith(".gz") else text)
+
+
+def prepare_readme(page_run: PageRun, text: str, stack: ExitStack) -> None:
+    """The shipped checkpoint, and the pages of docs/ but the five longest."""
+    page_run.monkeypatch.setattr(checkpoints, "_SHIPPED", ROOT / "epic_rag" / "checkpoints")
+    files = sorted((ROOT / "docs").glob("*.md"), key=lambda file: file.stat().st_size)
+    Path("docs").mkdir()
+    for file in files[:-5]:
+        shutil.copyfile(file, Path("docs", file.name))
+
+
+def compare_readme(page_run: PageRun) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    # The first hit is the one that the README shows.
+    (shown,) = [block.text for block in blocks(text) if block.language == "text" and block.text.startswith("1  ")]
+    place = re.compile(r"^1  .*?  (\S+\.md):[\d-]+  (.*)$", re.MULTILINE)
+    assert place.search(page_run.printed["shell"][1]).groups() == place.search(shown).groups()  # type: ignore[union-attr]
+    # The toner, and not the jam that the demonstration is about, answers "pages come out grey".
+    jam, toner = (float(value) for value in re.findall(r"-?\d\.\d+", page_run.output("python")))
+    assert toner > jam
+
+
+def prepare_encoder(page_run: PageRun, text: str, stack: ExitStack) -> None:
+    """Two model folders, a model in the hub's cache, a GGUF file, an adapter, pairs."""
+    from huggingface_hub import constants
+    from transformers import AutoModel
+
+    tiny = checkpoints.resolve("epic-minilm")
+    page_run.monkeypatch.setattr(constants, "HF_HUB_CACHE", str(page_run.folder / "cache"))
+    make_hub_cache(page_run.folder / "cache", "Qwen/Qwen3-0.6B", tiny)
+    for folder in ("my-model", "my-llm"):
+        shutil.copytree(tiny, folder)
+    Path("downloads").mkdir()
+    write_gguf(make_encoder().backbone.transformer, make_tokenizer(), Path("downloads/model.gguf"))
+    make_adapter(AutoModel.from_pretrained("my-llm"), Path("my-adapter"), target_modules=["q_proj"])
+    write_lines(
+        "pairs.jsonl", ({"query": f"term {number}", "passage": f"what {number} means"} for number in range(12))
+    )
+
+
+def compare_encoder(page_run: PageRun) -> None:
+    page = (ROOT / "docs/encoder.md").read_text(encoding="utf-8")
+    printed = page_run.output("python").splitlines()
+    assert [line.split()[0] for line in printed[-4:-1]] == ["epic", "text", "task-vector"]
+    assert f"print(error)  # {printed[-1]}\n" in page
+
+
+def prepare_demonstrations(page_run: PageRun, text: str, stack: ExitStack) -> None:
+    """An index of one file in the working directory."""
+    Path("manual.md").write_text("# Logs\n\nLog files are rotated every night.\n", encoding="utf-8")
+    assert run(["index", "."]) == 0
+
+
+def compare_demonstrations(page_run: PageRun) -> None:
+    assert len(DemonstrationBank.load("mybank")) == 4
+    assert all(text.strip() for text in page_run.printed["shell"])
+    ranks = [line.split() for line in page_run.output("python").splitlines()]
+    assert [k for k, _ in ranks] == ["0", "1", "2", "4"]
+    assert all(0 < float(score) <= 1 for _, score in ranks)
+    assert np.shape(page_run.names["vectors"])[0] == 3
+
+
+def compare_chroma(page_run: PageRun) -> None:
+    printed = page_run.output("python")
+    assert printed.startswith("1 files, 2 chunks\n1 ")
+    assert "broken.pdf - a broken PDF" in printed
+
+
+def prepare_server(page_run: PageRun, text: str, stack: ExitStack) -> str:
+    """A Chroma server on a free port."""
+    server = stack.enter_context(ChromaProcess(page_run.folder / "database"))
+    page_run.names["close_plain"] = close_plain
+    return text.replace("http://localhost:8000", server.url).replace("client.close()", "close_plain(client)")
+
+
+def compare_search(page_run: PageRun) -> None:
+    lines = page_run.output("python").splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["1", "2"]
+    assert lines[2] == "src/users.py True None"
+    assert lines[3] == "['src/users.py']"
+    assert sorted(re.findall(r"guide/\S+md", lines[4])) == ["guide/remove.md", "guide/undo.md"]
+    assert lines[5] == "['guide/remove.md', 'src/users.py']"
+    assert re.fullmatch(r"guide/(old/)?undo\.md also in guide/(old/)?undo\.md:\d", lines[6])
+    assert lines[7].startswith("2 ")
+    assert lines[8].startswith("src/users.py -")
+    assert len(lines) == 11
+
+
+def prepare_query(page_run: PageRun, text: str, stack: ExitStack) -> None:
+    """Keyword mode, as the vectors of a random model say nothing, and an editor that prints."""
+    editor = page_run.folder / "an-editor"
+    editor.write_text('#!/bin/sh\necho opened "$@"\n')
+    editor.chmod(0o755)
+    page_run.monkeypatch.delenv("VISUAL", raising=False)
+    page_run.monkeypatch.setenv("EDITOR", str(editor))
+    page_run.monkeypatch.setenv("EPIC_RAG_MODE", "keyword")
+
+
+def compare_query(page_run: PageRun) -> None:
+    out = page_run.output("shell")
+    assert out.startswith("5 added, ")
+    assert re.search(r"^    also in (old/)?undo\.txt:1$", out, flags=re.M)
+    assert re.search(r"^1  bm25 \d+\.\d\d  history\.py:1-2  parent_of$", out, flags=re.M)
+    assert re.search(rf"^opened {re.escape(str(page_run.folder))}/manual/", out, flags=re.M)
+    hits = [json.loads(line) for line in out.splitlines() if line.startswith('{"')]
+    assert [(hit["query"], hit["query_id"]) for hit in hits] == [("undo a commit", 1), ("parent of a commit", 2)]
+    assert re.search(r"/manual/history\.py:1 \d", out)
+
+
+def compare_llama_index(page_run: PageRun) -> None:
+    names = page_run.names
+    assert [hit.node.ref_doc_id for hit in names["hits"]]
+    texts = names["collection"].get()["documents"]
+    assert sum("Descale every month with" in text for text in texts) == 1
+    assert len(texts) == 3
+    assert names["found"][0].node.metadata["path"] in ("machine.md", "tap.py")
+
+
+def prepare_training(page_run: PageRun, text: str, stack: ExitStack) -> None:
+    """A folder to index."""
+    Path("manual").mkdir()
+    Path("manual/display.md").write_text("# Display\n\nIf nothing is displayed, hold the power button.\n")
+
+
+def compare_training(page_run: PageRun) -> None:
+    assert all(page_run.printed["shell"])
+    assert "runs/mine-3/final {'step': 5" in page_run.output("python")
+    assert {"faq", "mine", "mine-2", "mine-3"} <= {path.name for path in Path("runs").iterdir()}
+
+
+def prepare_evaluation(page_run: PageRun, text: str, stack: ExitStack) -> None:
+    """Evaluation sets of each kind, files of pairs, and models in the folders that the page names."""
+    page_run.skipped = ("epic-rag ablate",)
+    tiny = checkpoints.resolve("epic-minilm")
+    for folder in ("path/to/an-LLM", "path/to/all-MiniLM-L6-v2", "all-MiniLM-L6-v2"):
+        shutil.copytree(tiny, folder)
+    words = {"q1": "alpha", "q2": "beta"}
+    write_lines("sets/Cranfield/corpus.jsonl.gz", ({"_id": id_, "title": "", "text": words[id_]} for id_ in words))
+    write_lines("sets/Cranfield/queries.jsonl.gz", ({"_id": id_, "text": f"ask {words[id_]}"} for id_ in words))
+    Path("sets/Cranfield/qrels").mkdir()
+    Path("sets/Cranfield/qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tq1\t1\nq2\tq2\t1\n")
+    write_lines("sets/TrecQA/reranking.jsonl.gz", [{"query": "ask", "positive": ["alpha"], "negative": ["beta"]}])
+    for name in ("STSBenchmark", "STS13", "SICK-R"):
+        Path("sets", name).mkdir()
+        rows = (f"a {number}\tb {number}\t{number}\n" for number in range(4))
+        Path("sets", name, "test.tsv").write_text("sentence1\tsentence2\tscore\n" + "".join(rows))
+    for split, count in (("train", 10), ("test", 2)):
+        rows = [{"text": f"{label} {split} {i}", "label": label} for label in ("pay", "lost") for i in range(count)]
+        write_lines(f"sets/Banking77/{split}.jsonl", rows)
+    tasks = {"foldoc": "Find it", "nl2bash": "Find the command"}
+    for name in tasks:
+        rows = [{"query": f"{name} {number}", "positive": f"what {name} {number} is"} for number in range(40)]
+        write_lines(f"pairs/{name}.jsonl.gz", rows)
+    Path("pairs/instructions.json").write_text(json.dumps(tasks))
+
+
+def compare_evaluation(page_run: PageRun) -> None:
+    assert Path("untrained/epic.json").is_file()
+    for command, printed in zip(page_run.commands, page_run.printed["shell"], strict=True):
+        assert "| ---" in printed or "epic-rag eval" not in command
+
+
+def prepare_cli(page_run: PageRun, text: str, stack: ExitStack) -> None:
+    """For each example: a folder with an index, a file of pairs, a bank."""
+    assert run(["index", write_docs("docs"), "--quiet"]) == 0
+    pairs = ({"query": f"term {number}", "positive": f"what {number} means"} for number in range(12))
+    write_lines("pairs.jsonl", pairs)
+    assert run(["bank", "build", "pairs.jsonl", "--out", "mybank", "--task", "docs"]) == 0
+    Path("notes.md").write_text("# Notes\n\nOf today.\n")
+    Path("grid.yaml").write_text(
+        "recipe: {data: ., tasks: [pairs], batch_size: 2, max_demonstrations: 2}\nbudget: {steps: 2}\n"
+        "evaluation: {heldout: [pairs], num_demonstrations: [0, 2]}\narms: {epic: {}, none: {strategy: none}}\n"
+    )
+    shutil.copytree(checkpoints.resolve("epic-minilm"), "runs/mine/final")
+    Path(".epic-rag").symlink_to("docs/.epic-rag")
+    start = Path.cwd().parent / "start"
+    shutil.copytree(".", start, symlinks=True)
+
+    def fresh(line: str) -> None:
+        shutil.rmtree(page_run.folder)
+        shutil.copytree(start, page_run.folder, symlinks=True)
+        page_run.monkeypatch.chdir(page_run.folder)
+
+    page_run.before_command = fresh
+
+
+def write_docs(folder: str) -> str:
+    Path(folder, "drafts").mkdir(parents=True)
+    Path(folder, "undo.md").write_text("# Undo\n\nTo undo the last commit and keep its changes, reset softly.\n")
+    Path(folder, "drafts/idea.md").write_text("# Idea\n\nA draft that nobody has read.\n")
+    return folder
+
+
+Prepare = Callable[[PageRun, str, ExitStack], Any]
+PREPARED: dict[str, Prepare] = {
+    "README.md": prepare_readme,
+    "demos/epic_rag_demos/README.md": prepare_demonstrations,
+    "docs/chroma_server.md": prepare_server,
+    "docs/cli.md": prepare_cli,
+    "docs/demonstrations.md": prepare_demonstrations,
+    "docs/encoder.md": prepare_encoder,
+    "docs/evaluation.md": prepare_evaluation,
+    "docs/query.md": prepare_query,
+    "docs/training.md": prepare_training,
+}
+COMPARED: dict[str, Callable[[PageRun], None]] = {
+    "README.md": compare_readme,
+    "docs/chroma.md": compare_chroma,
+    "docs/demonstrations.md": compare_demonstrations,
+    "docs/encoder.md": compare_encoder,
+    "docs/evaluation.md": compare_evaluation,
+    "docs/llama_index.md": compare_llama_index,
+    "docs/query.md": compare_query,
+    "docs/search.md": compare_search,
+    "docs/training.md": compare_training,
+}
+
+
+def test_every_page_with_a_preparation_exists() -> None:
+    assert set(PREPARED) | set(COMPARED) <= set(WITH_EXAMPLES)
