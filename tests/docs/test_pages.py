@@ -24,7 +24,7 @@ from epic_rag_cli.main import run
 from tests.conftest import make_encoder, make_tokenizer
 from tests.helpers.model_files import make_adapter, make_hub_cache, write_gguf
 from tests.helpers.pages import ROOT, PageRun, blocks
-from tests.helpers.servers import ChromaProcess, close_plain
+from tests.helpers.servers import ChromaProcess, close_plain, plain_client
 
 PAGES = ["README.md", "demos/epic_rag_demos/README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
 WITH_EXAMPLES = sorted(
@@ -107,9 +107,7 @@ def prepare_encoder(page_run: PageRun, text: str, stack: ExitStack) -> None:
     Path("downloads").mkdir()
     write_gguf(make_encoder().backbone.transformer, make_tokenizer(), Path("downloads/model.gguf"))
     make_adapter(AutoModel.from_pretrained("my-llm"), Path("my-adapter"), target_modules=["q_proj"])
-    write_lines(
-        "pairs.jsonl", ({"query": f"term {number}", "passage": f"what {number} means"} for number in range(12))
-    )
+    write_lines("pairs.jsonl", ({"query": f"term {number}", "passage": f"what {number} means"} for number in range(12)))
 
 
 def compare_encoder(page_run: PageRun) -> None:
@@ -128,7 +126,7 @@ def prepare_demonstrations(page_run: PageRun, text: str, stack: ExitStack) -> No
 def compare_demonstrations(page_run: PageRun) -> None:
     assert len(DemonstrationBank.load("mybank")) == 4
     assert all(text.strip() for text in page_run.printed["shell"])
-    ranks = [line.split() for line in page_run.output("python").splitlines()]
+    *ranks, _ = [line.split() for line in page_run.output("python").splitlines()]
     assert [k for k, _ in ranks] == ["0", "1", "2", "4"]
     assert all(0 < float(score) <= 1 for _, score in ranks)
     assert np.shape(page_run.names["vectors"])[0] == 3
@@ -143,8 +141,13 @@ def compare_chroma(page_run: PageRun) -> None:
 def prepare_server(page_run: PageRun, text: str, stack: ExitStack) -> str:
     """A Chroma server on a free port."""
     server = stack.enter_context(ChromaProcess(page_run.folder / "database"))
-    page_run.names["close_plain"] = close_plain
+    page_run.names |= {"close_plain": close_plain, "server": server}
     return text.replace("http://localhost:8000", server.url).replace("client.close()", "close_plain(client)")
+
+
+def compare_server(page_run: PageRun) -> None:
+    with plain_client(page_run.names["server"].url) as client:
+        assert client.list_collections() == []
 
 
 def compare_search(page_run: PageRun) -> None:
@@ -181,13 +184,21 @@ def compare_query(page_run: PageRun) -> None:
     assert re.search(r"/manual/history\.py:1 \d", out)
 
 
+def prepare_llama_index(page_run: PageRun, text: str, stack: ExitStack) -> None:
+    """Chunk sizes of LlamaIndex that the page sets are set back afterwards."""
+    from llama_index.core import Settings
+
+    page_run.monkeypatch.setattr(Settings, "_node_parser", None)
+
+
 def compare_llama_index(page_run: PageRun) -> None:
     names = page_run.names
-    assert [hit.node.ref_doc_id for hit in names["hits"]]
-    texts = names["collection"].get()["documents"]
-    assert sum("Descale every month with" in text for text in texts) == 1
-    assert len(texts) == 3
-    assert names["found"][0].node.metadata["path"] in ("machine.md", "tap.py")
+    assert len(names["documents"]) == len(names["nodes"]) == names["collection"].count() == 3
+    assert {hit.node.ref_doc_id for hit in names["hits"]} <= {"error-e7", "descaling", "changes"}
+    assert {hit.node.metadata["path"] for hit in names["found"]} == {"machine.md", "tap.py"}
+    printed = page_run.output("python").splitlines()
+    assert len(printed) == 3 + 1 + 1
+    assert all(re.search(r"(machine\.md|tap\.py)", line) for line in printed)
 
 
 def prepare_training(page_run: PageRun, text: str, stack: ExitStack) -> None:
@@ -239,11 +250,12 @@ def prepare_cli(page_run: PageRun, text: str, stack: ExitStack) -> None:
     assert run(["index", write_docs("docs"), "--quiet"]) == 0
     pairs = ({"query": f"term {number}", "positive": f"what {number} means"} for number in range(12))
     write_lines("pairs.jsonl", pairs)
+    write_lines("terms.jsonl", ({"query": f"word {number}", "positive": f"its sense {number}"} for number in range(12)))
     assert run(["bank", "build", "pairs.jsonl", "--out", "mybank", "--task", "docs"]) == 0
     Path("notes.md").write_text("# Notes\n\nOf today.\n")
     Path("grid.yaml").write_text(
         "recipe: {data: ., tasks: [pairs], batch_size: 2, max_demonstrations: 2}\nbudget: {steps: 2}\n"
-        "evaluation: {heldout: [pairs], num_demonstrations: [0, 2]}\narms: {epic: {}, none: {strategy: none}}\n"
+        "evaluation: {heldout: [terms], num_demonstrations: [0, 2]}\narms: {epic: {}, none: {strategy: none}}\n"
     )
     shutil.copytree(checkpoints.resolve("epic-minilm"), "runs/mine/final")
     Path(".epic-rag").symlink_to("docs/.epic-rag")
@@ -274,12 +286,14 @@ PREPARED: dict[str, Prepare] = {
     "docs/demonstrations.md": prepare_demonstrations,
     "docs/encoder.md": prepare_encoder,
     "docs/evaluation.md": prepare_evaluation,
+    "docs/llama_index.md": prepare_llama_index,
     "docs/query.md": prepare_query,
     "docs/training.md": prepare_training,
 }
 COMPARED: dict[str, Callable[[PageRun], None]] = {
     "README.md": compare_readme,
     "docs/chroma.md": compare_chroma,
+    "docs/chroma_server.md": compare_server,
     "docs/demonstrations.md": compare_demonstrations,
     "docs/encoder.md": compare_encoder,
     "docs/evaluation.md": compare_evaluation,

@@ -1,66 +1,60 @@
-"""What the README and the pages without a test of their own show is run here, with the shipped checkpoint."""
+"""README.md and the links of all pages."""
 
 from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
+from packaging.requirements import Requirement
 
-PROJECT = Path(__file__).resolve().parents[2]
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
+from tests.helpers.pages import ROOT, blocks, statements
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
-
-
-def test_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(blocks("python")) == 3
-    names: dict[str, object] = {}
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), names)
-    # The toner, and not the jam that the demonstration is about, answers "pages come out grey".
-    jam, toner = (float(value) for value in re.findall(r"-?\d\.\d+", capsys.readouterr().out))
-    assert toner > jam
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [shlex.split(line) for block in blocks(README) if block.language == "sh" for line in statements(block.text)]
 
 
-def test_commands_run(tmp_path: Path) -> None:
-    docs = tmp_path / "docs"
-    docs.mkdir()
-    for name in ("demonstrations.md", "architecture.md"):
-        (docs / name).write_text((PROJECT / "docs" / name).read_text(encoding="utf-8"), encoding="utf-8")
-    (tmp_path / "pairs.jsonl").write_text(blocks("json")[0], encoding="utf-8")
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("epic-rag ")]
-    assert [line.split()[1] for line in lines] == ["index", "query", "bank", "query"]
-    # The second query is asked beside the first one's index.
-    lines[3] += " --index-dir docs/.epic-rag"
-    for line in lines:
-        done = subprocess.run(
-            [sys.executable, "-m", "epic_rag_cli", *shlex.split(line)[1:]],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{line}: {done.stderr}"
-        if line == lines[1]:
-            assert "docs/demonstrations.md:" in done.stdout.splitlines()[0] or "docs/architecture.md:" in done.stdout
-
-
-def test_links_lead_somewhere() -> None:
-    for page in [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]:
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+def test_the_readme_has_at_most_120_lines() -> None:
+    assert README.count("\n") <= 120
 
 
 def test_make_targets_exist() -> None:
-    targets = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.MULTILINE)
-    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = [words[1] for words in COMMANDS if words[0] == "make"]
     assert targets == ["demo", "test"]
-    for target in targets:
-        assert f"\n{target}:" in makefile
+    assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_the_installation_from_a_checkout() -> None:
+    (words,) = [words for words in COMMANDS if words[0] == "pip"]
+    assert words[:3] == ["pip", "install", "-e"]
+    project, constraints, file = words[3:]
+    extras = Requirement(f"epic-rag{project.removeprefix('.')}").extras
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert extras
+    assert extras <= set(known)
+    assert constraints == "-c"
+    assert (ROOT / file).is_file()
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    broken = []
+    for page in [ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demos/*/README.md")]:
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+            if "://" in target:
+                continue
+            file = page.parent / target if target else page
+            if not file.exists() or (anchor and anchor not in anchors(file)):
+                broken.append(f"{page.relative_to(ROOT)}: {target}#{anchor}")
+    assert broken == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

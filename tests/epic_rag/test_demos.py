@@ -1,4 +1,4 @@
-"""The built-in banks: that each loads, fits its task and holds decent demonstrations; and the guide to them runs."""
+"""The built-in banks: that each loads, fits its task and holds decent demonstrations, and that pages list it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 
 from epic_rag import DemonstrationBank, EpicEncoder, get_task, list_checkpoints, list_tasks
 from epic_rag.demonstrations import built_in_banks
-from epic_rag_cli.main import run
 from epic_rag_demos import bank_folder, bank_names
 
 BANKS = ["claims", "code", "commands", "docs", "intent", "papers", "qa", "sts"]
@@ -194,57 +193,3 @@ def test_the_tables_list_every_bank(file: Path) -> None:
         assert ("(symmetric)" in rest) is get_task(name).symmetric
         if file.name == "README.md":
             assert rest.split("|")[-1].strip() == str(len(load(name)))
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", GUIDE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture
-def guide_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the guide's own pairs.jsonl, as the working directory."""
-    [pairs] = blocks("jsonl")
-    (tmp_path / "pairs.jsonl").write_text(pairs, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_the_guides_python_runs(
-    guide_folder: Path,
-    tiny_encoder: EpicEncoder,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(EpicEncoder, "from_pretrained", lambda: tiny_encoder)
-    examples = blocks("python")
-    assert len(examples) == 7
-    state: dict[str, object] = {}
-    for example in examples:
-        exec(compile(example, str(GUIDE), "exec"), state)
-    assert (guide_folder / "mybank" / "bank.json").is_file()
-    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [k for k, _ in printed] == ["0", "1", "2", "4"]
-    assert all(0 < float(score) <= 1 for _, score in printed)
-    vectors = state["vectors"]
-    assert isinstance(vectors, np.ndarray)
-    assert vectors.shape == (3, tiny_encoder.dimension)
-
-
-def test_the_guides_commands_run(
-    guide_folder: Path,
-    tiny_checkpoint: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("EPIC_RAG_MODEL", str(tiny_checkpoint))
-    monkeypatch.delenv("EPIC_RAG_INDEX", raising=False)
-    lines = [line for block in blocks("console") for line in block.splitlines()]
-    assert all(line.startswith("$ epic-rag ") for line in lines)
-    assert len(lines) == 5
-    (guide_folder / "manual.md").write_text("# Logs\n\nLog files are rotated every night.\n", encoding="utf-8")
-    assert run(["index", "."]) == 0
-    for line in lines:
-        capsys.readouterr()
-        assert run(shlex.split(line)[2:]) == 0, line
-        assert capsys.readouterr().out.strip(), line
-    assert len(DemonstrationBank.load(guide_folder / "mybank")) == 4

@@ -1,4 +1,4 @@
-"""The namespace packages, the example script, and the code in docs/llama_index.md."""
+"""The namespace packages and the example script."""
 
 from __future__ import annotations
 
@@ -6,29 +6,16 @@ import importlib.util
 import json
 import re
 import runpy
-import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-from llama_index.core import Settings
 
 from epic_rag import DemonstrationBank, EpicEncoder
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "docs" / "examples" / "llama_index_chroma.py"
-PAGE = ROOT / "docs" / "llama_index.md"
-
-
-@pytest.fixture
-def shipped(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny checkpoint under the name of the shipped one, which would take longer."""
-    from epic_rag import checkpoints
-
-    shutil.copytree(tiny_checkpoint, tmp_path / "shipped" / checkpoints.DEFAULT_CHECKPOINT)
-    monkeypatch.setattr(checkpoints, "_SHIPPED", tmp_path / "shipped")
 
 
 @pytest.fixture(scope="module")
@@ -164,21 +151,3 @@ def test_example_refuses_a_collection_of_another_model(
     assert shown.out == ""
     assert shown.err.startswith("error: The stored vectors were made under")
     assert shown.err.count("\n") == 1
-
-
-def test_page_runs(
-    shipped: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Settings, "_node_parser", None)  # restores the chunk size that the page sets
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 9
-    names: dict[str, Any] = {}
-    for number, block in enumerate(blocks, start=1):
-        exec(compile(block, f"{PAGE.name}, block {number}", "exec"), names)
-    assert len(names["documents"]) == len(names["nodes"]) == names["collection"].count() == 3
-    assert {hit.node.ref_doc_id for hit in names["hits"]} <= {"error-e7", "descaling", "changes"}
-    assert {hit.node.metadata["path"] for hit in names["found"]} == {"machine.md", "tap.py"}
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3 + 1 + 1
-    assert all(re.search(r"(machine\.md|tap\.py)", line) for line in printed)

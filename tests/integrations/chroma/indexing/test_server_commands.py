@@ -1,10 +1,8 @@
-"""The commands with a Chroma server, and the page that describes it."""
+"""The commands with a Chroma server."""
 
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,14 +11,11 @@ from typing import Any
 
 import pytest
 
-from epic_rag import EpicEncoder, checkpoints
+from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.errors import ChromaServerError
-from epic_rag_chroma.store.client import ServerClient
 from epic_rag_cli.main import run
-from tests.helpers.servers import ChromaProcess, close_plain, plain_client
-
-PAGE = Path(__file__).parents[4] / "docs" / "chroma_server.md"
+from tests.helpers.servers import ChromaProcess, plain_client
 
 
 @pytest.fixture(scope="module")
@@ -97,41 +92,3 @@ def test_a_server_that_is_gone_is_one_line(
         mortal.start()
         assert indexer.index([docs]).added == 1
         assert len(indexer.query("cats", k=10)) == 5
-
-
-def test_the_documentation_runs(
-    chroma: ChromaProcess,
-    tmp_path: Path,
-    tiny_checkpoint: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoints, "DEFAULT_CHECKPOINT", str(tiny_checkpoint))
-    text = PAGE.read_text(encoding="utf-8").replace("http://localhost:8000", chroma.url)
-    text = text.replace("client.close()", "close_plain(client)")
-    blocks = re.findall(r"^```(python|bash)\n(.*?)^```$", text, re.M | re.S)
-    assert [kind for kind, _ in blocks].count("python") == 4
-    opened: list[ServerClient] = []
-    start = ServerClient.__init__
-
-    def noted(self: ServerClient, *arguments: Any, **options: Any) -> None:
-        opened.append(self)
-        start(self, *arguments, **options)
-
-    monkeypatch.setattr(ServerClient, "__init__", noted)
-    names: dict[str, Any] = {"close_plain": close_plain}
-    for kind, block in blocks:
-        if kind == "python":
-            exec(compile(block, str(PAGE), "exec"), names)
-            continue
-        for line in block.splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["epic-rag"]:
-                assert run(words[1:]) == 0, (line, capsys.readouterr().err)
-            elif words[:1] == ["export"]:
-                name, _, value = words[1].partition("=")
-                monkeypatch.setenv(name, value)
-    for client in opened:
-        client.close()  # a process that ends has no need to
-    assert collections(chroma.url) == {}
