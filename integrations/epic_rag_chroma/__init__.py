@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from epic_rag_chroma.store.server import ChromaServer
     from epic_rag_chroma.types import (
         DEFAULT_MODE,
+        INDEX_FOLDER,
         SEARCH_MODES,
         Hit,
         IndexPlan,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_MODE",
     "HEADING_SEPARATOR",
+    "INDEX_FOLDER",
     "KNOWN_KEYS",
     "SEARCH_MODES",
     "ChangeFilter",
@@ -94,6 +96,7 @@ _NAMES = {
     "store.server": ("ChromaServer",),
     "types": (
         "DEFAULT_MODE",
+        "INDEX_FOLDER",
         "SEARCH_MODES",
         "Hit",
         "IndexPlan",

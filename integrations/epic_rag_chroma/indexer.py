@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from epic_rag.errors import ConfigError
 from epic_rag_chroma.errors import ChromaServerError, IndexNotFoundError, IndexStateError
-from epic_rag_chroma.indexing.run import check_model, check_place
+from epic_rag_chroma.indexing.compatibility import check_model, check_place
 from epic_rag_chroma.reading.file_types import kind_of
 from epic_rag_chroma.search.request import SearchRequest
 from epic_rag_chroma.search.searcher import IndexView, Searcher
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from epic_rag import EpicEncoder
     from epic_rag.query_prompt import QueryPrompt
-    from epic_rag_chroma.indexing.run import Indexing
+    from epic_rag_chroma.indexing.run import IndexRunner
     from epic_rag_chroma.search.request import SearchSettings
     from epic_rag_chroma.search.searcher import Embedded, Encode
 
@@ -55,9 +55,10 @@ class ChromaIndexer:
             the server that EPIC_RAG_CHROMA names, if any, or the index folder.
         dtype: What a model that is loaded here computes in, as in `EpicEncoder.from_pretrained`.
         device: Where it runs, as there: one device, or several with commas between.
+        batch_chunks: Chunks that are collected, sorted by length and embedded; None for 512. More need more memory.
 
     Raises:
-        ConfigError: If `chroma` is no address.
+        ConfigError: If `chroma` is no address, or `batch_chunks` less than 1.
 
     Example:
         >>> indexer = ChromaIndexer("docs/.epic-rag")
@@ -73,11 +74,15 @@ class ChromaIndexer:
         chroma: str | ChromaServer | None = None,
         dtype: str | None = None,
         device: str | None = None,
+        batch_chunks: int | None = None,
     ) -> None:
+        if batch_chunks is not None and batch_chunks < 1:
+            raise ConfigError(f"batch_chunks is {batch_chunks}. It must be at least 1.")
         self._index_dir = Path(index_dir).resolve()
         self._given = encoder
         self._dtype = dtype
         self._device = device
+        self._batch_chunks = batch_chunks
         self._asked = parse_server(chroma)
         self._encoder: EpicEncoder | None = None
         self._encoder_lock = threading.Lock()
@@ -131,7 +136,7 @@ class ChromaIndexer:
         resolved = [existing_path(path) for path in paths]
         with self._lock:
             self._view.close()
-        return self._indexing().run(resolved, settings, rebuild=rebuild, progress=progress or _silent, wait=wait)
+        return self._runner().run(resolved, settings, rebuild=rebuild, progress=progress or _silent, wait=wait)
 
     def plan(self, paths: Sequence[str | os.PathLike[str]], *, settings: IndexSettings | None = None) -> IndexPlan:
         """Say what `index` would do. Nothing is written, no model is loaded, and no lock is needed.
@@ -144,12 +149,12 @@ class ChromaIndexer:
             DataError: If a path does not exist.
             IndexStateError: If the folder belongs to somebody else, or has an index that cannot be read.
         """
-        return self._indexing().plan([existing_path(path) for path in paths], settings)
+        return self._runner().plan([existing_path(path) for path in paths], settings)
 
-    def _indexing(self) -> Indexing:
-        from epic_rag_chroma.indexing.run import Indexing  # a query needs none of what reads files
+    def _runner(self) -> IndexRunner:
+        from epic_rag_chroma.indexing.run import IndexRunner  # a query needs none of what reads files
 
-        return Indexing(self._index_dir, self._asked, self._load, self._encoder_lock)
+        return IndexRunner(self._index_dir, self._asked, self._load, self._encoder_lock, self._batch_chunks)
 
     def query(
         self,

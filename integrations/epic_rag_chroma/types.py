@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_MODE",
+    "INDEX_FOLDER",
     "SEARCH_MODES",
     "Hit",
     "IndexPlan",
@@ -27,6 +28,8 @@ __all__ = [
     "SkippedFile",
 ]
 
+# Default name of the index folder, inside the first indexed path.
+INDEX_FOLDER = ".epic-rag"
 RunState = Literal["complete", "running", "interrupted"]
 SearchMode = Literal["dense", "hybrid", "keyword"]
 SEARCH_MODES: Sequence[SearchMode] = ("dense", "hybrid", "keyword")

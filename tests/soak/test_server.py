@@ -25,7 +25,6 @@ import pytest
 from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.errors import ChromaServerError
-from epic_rag_chroma.indexing import sync
 from epic_rag_chroma.store.collection import ChunkStore
 from epic_rag_chroma.store.state import IndexState
 from tests.helpers.servers import ChromaProcess, plain_client
@@ -41,9 +40,8 @@ Row = tuple[str, dict[str, Any], "np.ndarray[Any, np.dtype[np.float32]]"]
 INDEX = """
 import sys
 from epic_rag import EpicEncoder
-from epic_rag_chroma import ChromaIndexer, sync
-sync._BATCH_CHUNKS, sync._SLICE_CHUNKS = 40, 8
-with ChromaIndexer(sys.argv[1] + "/.epic-rag", encoder=EpicEncoder.from_pretrained(sys.argv[2])) as indexer:
+from epic_rag_chroma import ChromaIndexer
+with ChromaIndexer(sys.argv[1] + "/.epic-rag", encoder=EpicEncoder.from_pretrained(sys.argv[2]), batch_chunks=8) as indexer:
     print("begins", flush=True)
     indexer.index([sys.argv[1]])
 """
@@ -151,8 +149,6 @@ def embedded_hashes(rows: dict[str, Row]) -> set[str]:
 def test_the_server_is_killed_at_random_moments(
     tmp_path: Path, server: ChromaProcess, encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sync, "_BATCH_CHUNKS", 40)
-    monkeypatch.setattr(sync, "_SLICE_CHUNKS", 8)
     folder, chance = tmp_path / "docs", random.Random(SEED)
     folder.mkdir()
     requests, moment = 0, 0
@@ -187,7 +183,7 @@ def test_the_server_is_killed_at_random_moments(
         killer = threading.Thread(target=kill, args=[chance.uniform(0, 0.03), chance.uniform(0, 1)])
         killer.start()
         try:
-            with ChromaIndexer(folder / ".epic-rag", encoder=encoder, chroma=server.url) as indexer:
+            with ChromaIndexer(folder / ".epic-rag", encoder=encoder, chroma=server.url, batch_chunks=8) as indexer:
                 indexer.index([folder])
         except ChromaServerError as error:
             mended += 1

@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+# Small batches, so that a run of a few hundred chunks has as many steps as a large one.
+BATCH_CHUNKS = 16
 DIMENSION = 48
 
 
@@ -62,14 +64,10 @@ class HashEncoder:
 
 
 def prepare() -> None:
-    """Small batches, so that a run of a few hundred chunks has as many steps as a large one."""
-    from epic_rag_chroma.indexing import sync
+    """Let Chroma write its graph often."""
     from epic_rag_chroma.store import collection as store
 
     store._HNSW.update(batch_size=10, sync_threshold=20)  # how often Chroma writes its graph
-
-    sync._BATCH_CHUNKS = 40
-    sync._SLICE_CHUNKS = 16
 
 
 def do_index(folder: Path, *, rebuild: bool = False, pause: float = 0.0, wait: float | None = 0.0) -> dict[str, Any]:
@@ -77,7 +75,7 @@ def do_index(folder: Path, *, rebuild: bool = False, pause: float = 0.0, wait: f
 
     from epic_rag_chroma import ChromaIndexer, IndexSettings
 
-    with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder(pause)) as indexer:
+    with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder(pause), batch_chunks=BATCH_CHUNKS) as indexer:
         settings = IndexSettings(chunk_tokens=30, chunk_overlap=0)
         return dataclasses.asdict(indexer.index([folder], settings=settings, rebuild=rebuild, wait=wait))
 
@@ -86,7 +84,7 @@ def do_find(folder: Path, texts: list[str], modes: Sequence[str] = ("dense", "ke
     """For each mode and text, (path, text) of the best hits."""
     from epic_rag_chroma import ChromaIndexer
 
-    with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder()) as indexer:
+    with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder(), batch_chunks=BATCH_CHUNKS) as indexer:
         found = {}
         for mode in modes:
             hits = indexer.query_many(texts, k=4, mode=mode, collapse=False)
@@ -100,7 +98,7 @@ def do_keep_indexing(folder: Path, *, until: float, pause: float, rebuild_every:
     from epic_rag_chroma.errors import IndexLockedError
 
     runs = turned_away = 0
-    with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder(pause)) as indexer:
+    with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder(pause), batch_chunks=BATCH_CHUNKS) as indexer:
         while time.time() < until:
             try:
                 indexer.index([folder], rebuild=runs % rebuild_every == rebuild_every - 1)
@@ -123,7 +121,7 @@ def do_keep_asking(folder: Path, *, until: float, kept: dict[str, str], seed: in
     queries = 0
     slowest = 0.0
     while time.time() < until:
-        with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder()) as indexer:
+        with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder(), batch_chunks=BATCH_CHUNKS) as indexer:
             for _ in range(20):
                 mode = chance.choice(["dense", "hybrid", "keyword"])
                 path, text = chance.choice(sorted(kept.items()))

@@ -1,11 +1,13 @@
-"""One run of the indexer: make a collection say what the files say.
+"""Synchronise an index with its files: change detection, chunking, embedding, storing.
 
-The order of writes makes every crash harmless: the run is first marked as begun; a file's new chunks are embedded and
-stored before its stale ones are deleted; the mark goes at the end. Between the two the rows themselves are the truth,
-and each of them says which file and which content it belongs to, so the next run sees what is whole (and keeps it),
-and what is not (and reads that file again).
+`detect_change` compares a file with the manifest: first by its stat result, then by the hash of its bytes. `plan_sync`
+lists what a run would do, without a model and without writing. `Sync` does it.
 
-The model reads a text once: what has a vector already, under whatever file, is stored with that vector.
+The order of writes makes a crash at any moment harmless. The index is marked dirty first; the new chunks of a file are
+stored before its stale ones are deleted; the dirty flag is removed at the end. In between, the stored chunks are the
+truth: each one names its file and the file's content, so the next run keeps what is complete and reads the rest again.
+
+A text is embedded once: if any file has a chunk with the same embedded text, its vector is reused.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from epic_rag.errors import MissingExtraError
-from epic_rag_chroma.chunking import HEADING_SEPARATOR, Chunk, chunk_document
+from epic_rag_chroma.chunking import Chunk, chunk_document
 from epic_rag_chroma.indexing.writer import IndexWriter
-from epic_rag_chroma.reading.document import BrokenFileError, Document, NotTextError
+from epic_rag_chroma.reading.document import HEADING_SEPARATOR, BrokenFileError, Document, NotTextError
 from epic_rag_chroma.reading.file_types import kind_of, language_of
 from epic_rag_chroma.reading.worker import IsolatedReader
 from epic_rag_chroma.store.database import Record
@@ -38,20 +40,32 @@ from epic_rag_chroma.walk.files import FoundFile, Scan, read_file
 if TYPE_CHECKING:
     from epic_rag import EpicEncoder
 
-__all__ = ["Content", "Moves", "Skipped", "Sync", "Unchanged", "Vanished", "gone", "look", "plan"]
-
-
-# --- from looking
-# What has become of a file since it was indexed: found out by looking, without writing and without a model.
+__all__ = [
+    "BATCH_CHUNKS",
+    "Changed",
+    "RenameDetection",
+    "Skipped",
+    "Sync",
+    "Unchanged",
+    "Vanished",
+    "deleted_files",
+    "detect_change",
+    "plan_sync",
+]
 
 logger = logging.getLogger(__name__)
 
-_DIGEST = 32
+# Chunks that are collected before they are embedded: enough to sort by length across files, few enough for the memory.
+BATCH_CHUNKS = 512
+# Chunks that are embedded and stored at a time.
+_WRITE_CHUNKS = 64
+_DELETED_AT_ONCE = 100
+_DIGEST_LENGTH = 32
 
 
 @dataclass(frozen=True)
 class Unchanged:
-    """A file that is what it was; `stamp` is set if it had to be read to know."""
+    """A file with the same content; `stamp` is set if it had to be read to find out."""
 
     stamp: FileStamp | None = None
     checked_ns: int = 0
@@ -64,14 +78,14 @@ class Vanished:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that is not indexed; with `keep`, what was indexed of it stays."""
+    """A file that is not indexed; `keep` keeps the chunks that it has."""
 
     reason: str
     keep: bool
 
 
 @dataclass(frozen=True)
-class Content:
+class Changed:
     """A file with new content."""
 
     digest: str
@@ -80,11 +94,13 @@ class Content:
     document: Document
 
 
-def look(entry: Entry | None, file: FoundFile, reader: IsolatedReader) -> Unchanged | Vanished | Skipped | Content:
-    """See what has become of a file.
+def detect_change(
+    entry: Entry | None, file: FoundFile, reader: IsolatedReader
+) -> Unchanged | Vanished | Skipped | Changed:
+    """Compare a file with its entry in the manifest, and read it if it changed.
 
     Args:
-        entry: What the index has of it.
+        entry: The file's entry; None for a new file.
         file: The file.
         reader: Reads new content.
     """
@@ -100,7 +116,7 @@ def look(entry: Entry | None, file: FoundFile, reader: IsolatedReader) -> Unchan
         return Skipped(f"cannot be read: {error.strerror}", keep=True)
     except NotTextError as error:
         return Skipped(str(error), keep=False)
-    digest = hashlib.sha256(data).hexdigest()[:_DIGEST]
+    digest = hashlib.sha256(data).hexdigest()[:_DIGEST_LENGTH]
     if entry is not None and entry.digest == digest:
         return Unchanged(stamp, checked_ns)
     try:
@@ -109,156 +125,149 @@ def look(entry: Entry | None, file: FoundFile, reader: IsolatedReader) -> Unchan
         return Skipped(str(error), keep=False)
     except (BrokenFileError, MissingExtraError) as error:
         return Skipped(str(error), keep=True)
-    except Exception as error:  # a parser's fault with one file must not cost the others
+    except Exception as error:  # a parser's bug with one file must not stop the run
         logger.warning("cannot parse %s", file.location, exc_info=True)
         return Skipped(f"cannot be parsed: {type(error).__name__}: {error}", keep=True)
-    return Content(digest, stamp, checked_ns, document)
+    return Changed(digest, stamp, checked_ns, document)
 
 
-def gone(
+def deleted_files(
     manifest: Manifest, roots: Iterable[str], scans: dict[str, Scan], kept: Iterable[DocumentKey]
 ) -> Iterator[DocumentKey]:
-    """The files that leave the index.
+    """Yield the indexed files that are gone.
 
     Args:
-        manifest: What the index has.
-        roots: Roots whose files are all either in `scans` or gone.
-        scans: What was found; nothing is gone that may lie in a folder which could not be read.
-        kept: Files that stay.
+        manifest: The indexed files.
+        roots: The roots that were walked or deleted; files of other roots are kept.
+        scans: The result of the walk by root. Files that may lie below an unreadable folder are kept.
+        kept: Files that were found.
     """
-    gone_roots = set(roots)
-    stay = set(kept)
-    hidden = {root: found.unreadable for root, found in scans.items()}
+    known_roots, found = set(roots), set(kept)
     for root, path in manifest.entries:
-        if root in gone_roots and (root, path) not in stay and not _is_below(path, hidden.get(root, [])):
+        if root not in known_roots or (root, path) in found:
+            continue
+        unreadable = scans[root].unreadable if root in scans else []
+        if not any(not folder or path == folder or path.startswith(folder.rstrip("/") + "/") for folder in unreadable):
             yield root, path
 
 
-def _is_below(path: str, folders: list[str]) -> bool:
-    return any(not folder or path == folder or path.startswith(folder.rstrip("/") + "/") for folder in folders)
-
-
-class Moves:
-    """Tells a file that was renamed or moved from one that is new: another with its content is gone.
+class RenameDetection:
+    """Matches new files with deleted ones of the same content.
 
     Args:
-        manifest: What the index has.
-        roots: As for `gone`.
-        scans: As for `gone`.
+        manifest: The indexed files.
+        roots: As for `deleted_files`.
+        scans: As for `deleted_files`.
     """
 
     def __init__(self, manifest: Manifest, roots: Iterable[str], scans: dict[str, Scan]) -> None:
-        self._left: defaultdict[str, list[DocumentKey]] = defaultdict(list)
+        self._deleted: defaultdict[str, list[DocumentKey]] = defaultdict(list)
         found = {(root, file.path) for root, scanned in scans.items() for file in scanned.files}
-        for key in gone(manifest, roots, scans, found):
+        for key in deleted_files(manifest, roots, scans, found):
             entry = manifest.entries[key]
-            if entry.digest and entry.chunks:  # empty files are all alike
-                self._left[entry.digest].append(key)
-        for keys in self._left.values():
+            if entry.digest and entry.chunks:  # all empty files have the same content
+                self._deleted[entry.digest].append(key)
+        for keys in self._deleted.values():
             keys.sort(reverse=True)
 
-    def source(self, digest: str) -> DocumentKey | None:
-        """The file that a new one with this content was; each answers for one."""
-        left = self._left.get(digest)
-        return left.pop() if left else None
+    def take(self, digest: str) -> DocumentKey | None:
+        """Return a deleted file with this content, each only once; None if there is none left."""
+        keys = self._deleted.get(digest)
+        return keys.pop() if keys else None
 
 
-def plan(
+def plan_sync(
     manifest: Manifest,
     roots: Iterable[str],
     scans: dict[str, Scan],
     skipped: Iterable[SkippedFile],
     reader: IsolatedReader,
 ) -> IndexPlan:
-    """What a run would do.
+    """Return what a run would do.
 
     Args:
-        manifest: What the index has.
-        roots: As for `gone`.
-        scans: As for `gone`.
-        skipped: What the walk skipped.
+        manifest: The indexed files.
+        roots: As for `deleted_files`.
+        scans: As for `deleted_files`.
+        skipped: Missing roots.
         reader: Reads new content.
     """
     known_roots = list(roots)
-    moves = Moves(manifest, known_roots, scans)
+    renames = RenameDetection(manifest, known_roots, scans)
     added: list[str] = []
     changed: list[str] = []
     renamed: list[tuple[str, str]] = []
-    skips = [*skipped, *(skip for found in scans.values() for skip in found.skipped)]
+    all_skipped = [*skipped, *(file for scanned in scans.values() for file in scanned.skipped)]
     kept: set[DocumentKey] = set()
-    moved: set[DocumentKey] = set()
+    sources: set[DocumentKey] = set()
     unchanged = 0
-    for root, found in scans.items():
-        for file in found.files:
+    for root, scanned in scans.items():
+        for file in scanned.files:
             key = (root, file.path)
             entry = manifest.entries.get(key)
-            seen = look(entry, file, reader)
-            if isinstance(seen, Skipped):
-                skips.append(SkippedFile(file.path, seen.reason))
-                if seen.keep:
+            change = detect_change(entry, file, reader)
+            if isinstance(change, Skipped):
+                all_skipped.append(SkippedFile(file.path, change.reason))
+                if change.keep:
                     kept.add(key)
-            elif isinstance(seen, Unchanged):
+            elif isinstance(change, Unchanged):
                 unchanged += 1
                 kept.add(key)
-            elif isinstance(seen, Content):
+            elif isinstance(change, Changed):
                 kept.add(key)
-                source = moves.source(seen.digest) if entry is None else None
+                source = renames.take(change.digest) if entry is None else None
                 if source is not None:
-                    moved.add(source)
+                    sources.add(source)
                     renamed.append((source[1], file.path))
                 elif entry is None:
                     added.append(file.path)
                 else:
                     changed.append(file.path)
-    deleted = sorted(path for root, path in gone(manifest, known_roots, scans, kept) if (root, path) not in moved)
-    return IndexPlan(tuple(added), tuple(changed), tuple(deleted), tuple(renamed), unchanged, tuple(skips))
-
-
-# Chunks that are embedded together: enough to sort by length across files, few enough to hold in memory.
-_BATCH_CHUNKS = 512
-_SLICE_CHUNKS = 64
-_GONE_AT_ONCE = 100
+    deleted = sorted(
+        path for root, path in deleted_files(manifest, known_roots, scans, kept) if (root, path) not in sources
+    )
+    return IndexPlan(tuple(added), tuple(changed), tuple(deleted), tuple(renamed), unchanged, tuple(all_skipped))
 
 
 @dataclass
-class _Pending:
-    """A file whose chunks are on their way."""
+class _PendingFile:
+    """A file whose chunks are being stored; `stored` are the ids that it had before, `written` those of this run."""
 
     key: DocumentKey
     entry: Entry
-    total: int
-    known: set[str]
+    stored: set[str]
     written: set[str] = field(default_factory=set)
     failed: bool = False
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A chunk on its way."""
+class _PendingChunk:
+    """A chunk to be stored."""
 
-    owner: _Pending
+    file: _PendingFile
     id: str
     chunk: Chunk
     metadata: dict[str, Any]
 
     @property
     def embedded_hash(self) -> str:
-        """Names what the model reads."""
+        """Hash of the embedded text."""
         return str(self.metadata["embedded_hash"])
 
 
 @dataclass
 class Sync:
-    """The state of a run; `files`, then `forget`, then read the counts.
+    """One synchronisation of an index with its files: call `run`, then read the counts.
 
     Args:
-        writer: What to bring up to date.
-        manifest: What it holds; kept up to date.
-        encoder: Embeds and counts tokens.
-        encoder_lock: Held while the encoder works.
-        chunk_tokens: The most tokens of a chunk.
-        chunk_overlap: The most tokens that chunks share.
-        progress: Told after each step.
+        writer: The index.
+        manifest: The indexed files; updated by the run.
+        encoder: Embeds chunks and counts tokens.
+        encoder_lock: Held while the encoder is used.
+        chunk_tokens: Maximum tokens of a chunk.
+        chunk_overlap: Maximum tokens that chunks share.
+        progress: Called after each step.
+        batch_chunks: Number of chunks that are collected before they are embedded.
     """
 
     writer: IndexWriter
@@ -268,6 +277,7 @@ class Sync:
     chunk_tokens: int
     chunk_overlap: int
     progress: Callable[[IndexProgress], None]
+    batch_chunks: int = BATCH_CHUNKS
     added: int = 0
     changed: int = 0
     deleted: int = 0
@@ -276,192 +286,186 @@ class Sync:
     chunks_embedded: int = 0
     chunks_reused: int = 0
     skipped: list[SkippedFile] = field(default_factory=list)
-    kept: set[DocumentKey] = field(default_factory=set)
-    _moves: Moves | None = None
-    _moved: set[DocumentKey] = field(default_factory=set)
-    _reader: IsolatedReader = field(default_factory=IsolatedReader)
-    _buffer: list[_Row] = field(default_factory=list)
+    _kept: set[DocumentKey] = field(default_factory=set)
+    _sources: set[DocumentKey] = field(default_factory=set)
+    _buffer: list[_PendingChunk] = field(default_factory=list)
     _done: int = 0
     _total: int = 0
-    _waiting: float = 0.0
 
-    def files(self, roots: Iterable[str], scans: dict[str, Scan]) -> None:
-        """Bring the rows of files up to date.
+    def run(self, roots: Iterable[str], scans: dict[str, Scan]) -> None:
+        """Store the chunks of new and changed files, then delete those of deleted files.
 
         Args:
-            roots: Roots whose files are all either in `scans` or gone.
-            scans: For each root (its path relative to the index folder) what was found there.
+            roots: As for `deleted_files`.
+            scans: As for `deleted_files`.
         """
-        self._moves = Moves(self.manifest, roots, scans)
-        self._total = sum(len(found.files) for found in scans.values())
-        for root, found in scans.items():
-            self.skipped += found.skipped
-            with self._reader:
-                for file in found.files:
-                    self._tell("indexing", file.path)
-                    self._file((root, file.path), file)
+        known_roots = list(roots)
+        renames = RenameDetection(self.manifest, known_roots, scans)
+        self._total = sum(len(scanned.files) for scanned in scans.values())
+        with IsolatedReader() as reader:
+            for root, scanned in scans.items():
+                self.skipped += scanned.skipped
+                for file in scanned.files:
+                    self._report(file.path)
+                    key = (root, file.path)
+                    entry = self.manifest.entries.get(key)
+                    change = detect_change(entry, file, reader)
+                    if isinstance(change, Skipped):
+                        self._skip(key, change.reason, keep=change.keep)
+                    elif isinstance(change, Unchanged):
+                        if change.stamp is not None:
+                            self.manifest.restamp(key, change.stamp, change.checked_ns)
+                        self.unchanged += 1
+                        self._kept.add(key)
+                    elif isinstance(change, Changed):
+                        self._kept.add(key)
+                        source = renames.take(change.digest) if entry is None else None
+                        self._add_file(key, change, is_new=entry is None, source=source)
                     self._done += 1
         self._flush()
-        self._tell("indexing", None)
+        self._report(None)
+        self._delete_files(list(deleted_files(self.manifest, known_roots, scans, self._kept)))
 
-    def forget(self, roots: Iterable[str], scans: dict[str, Scan]) -> None:
-        """Delete the rows of files that are gone.
-
-        Args:
-            roots: As for `files`.
-            scans: What was found; nothing is gone that may lie in a folder which could not be read.
-        """
-        leaving = list(gone(self.manifest, roots, scans, self.kept))
-        for start in range(0, len(leaving), _GONE_AT_ONCE):
-            self.progress(IndexProgress("deleting", start, len(leaving), leaving[start][1]))
-            some = leaving[start : start + _GONE_AT_ONCE]
-            self.writer.begin()
-            ids = self.writer.ids_by_document([document_id(key) for key in some])
-            self.writer.delete([row for rows in ids.values() for row in sorted(rows)])
-            for key in some:
-                del self.manifest.entries[key]
-                if key not in self._moved:
-                    self.deleted += 1
-                    logger.info("%s: gone", key[1])
-
-    def _file(self, key: DocumentKey, file: FoundFile) -> None:
-        entry = self.manifest.entries.get(key)
-        seen = look(entry, file, self._reader)
-        if isinstance(seen, Skipped):
-            self._skip(key, seen.reason, keep=seen.keep)
-        elif isinstance(seen, Unchanged):
-            if seen.stamp is not None:
-                self.manifest.restamp(key, seen.stamp, seen.checked_ns)
-            self.unchanged += 1
-            self.kept.add(key)
-        elif isinstance(seen, Content):
-            with self.encoder_lock:
-                chunks = chunk_document(
-                    seen.document,
-                    max_tokens=self.chunk_tokens,
-                    overlap=self.chunk_overlap,
-                    count_tokens=self.encoder.count_tokens,
-                )
-            self.kept.add(key)
-            self._enqueue(key, entry, Entry(seen.digest, len(chunks), seen.stamp, seen.checked_ns), chunks)
-
-    def _enqueue(self, key: DocumentKey, old: Entry | None, new: Entry, chunks: list[Chunk]) -> None:
+    def _add_file(self, key: DocumentKey, change: Changed, *, is_new: bool, source: DocumentKey | None) -> None:
+        """Split a file into chunks and put them into the buffer."""
+        with self.encoder_lock:
+            chunks = chunk_document(
+                change.document,
+                max_tokens=self.chunk_tokens,
+                overlap=self.chunk_overlap,
+                count_tokens=self.encoder.count_tokens,
+            )
         self.writer.begin()
-        known = set() if old is None else self.writer.ids_by_document([document_id(key)])[document_id(key)]
-        pending = _Pending(key, new, len(chunks), known)
-        source = self._moves.source(new.digest) if old is None and self._moves is not None else None
+        stored = set() if is_new else self.writer.ids_by_document([_document_id(key)])[_document_id(key)]
+        file = _PendingFile(key, Entry(change.digest, len(chunks), change.stamp, change.checked_ns), stored)
         if source is not None:
-            self._moved.add(source)
+            self._sources.add(source)
             self.renamed += 1
-        elif old is None:
+        elif is_new:
             self.added += 1
         else:
             self.changed += 1
-        what = "renamed" if source is not None else "new" if old is None else "changed"
-        logger.info("%s: %s, %d passages", key[1], what, len(chunks))
+        what = "renamed" if source is not None else "new" if is_new else "changed"
+        logger.info("%s: %s, %d chunks", key[1], what, len(chunks))
         if not chunks:
-            self._finish(pending)
-        for row in _rows(pending, chunks):
-            self._buffer.append(row)
-            if len(self._buffer) >= _BATCH_CHUNKS:
+            self._complete(file)
+        for chunk in _pending_chunks(file, chunks):
+            self._buffer.append(chunk)
+            if len(self._buffer) >= self.batch_chunks:
                 self._flush()
 
     def _flush(self) -> None:
-        """Store what is in the buffer; then, for each file that is complete, delete what is stale."""
-        rows, self._buffer = self._buffer, []
-        if not rows:
+        """Store the buffered chunks; then delete the stale chunks of each file that is complete."""
+        chunks, self._buffer = self._buffer, []
+        if not chunks:
             return
-        waiting = len({id(row.owner) for row in rows})
-        known = [row for row in rows if row.id in row.owner.known]
-        # A chunk that only moved within its file keeps its row.
-        self.writer.update_metadata([row.id for row in known], [row.metadata for row in known])
-        self.chunks_reused += len(known)
-        for row in known:
-            row.owner.written.add(row.id)
-        new = [row for row in rows if row.id not in row.owner.known]
-        vectors = self.writer.vectors_by_hash({row.embedded_hash for row in new})
-        reused = [row for row in new if row.embedded_hash in vectors]
+        files = {id(chunk.file): chunk.file for chunk in chunks}
+        # A chunk with the same text in the same file keeps its row; only its metadata may change.
+        stored = [chunk for chunk in chunks if chunk.id in chunk.file.stored]
+        self.writer.update_metadata([chunk.id for chunk in stored], [chunk.metadata for chunk in stored])
+        for chunk in stored:
+            chunk.file.written.add(chunk.id)
+        new = [chunk for chunk in chunks if chunk.id not in chunk.file.stored]
+        vectors = self.writer.vectors_by_hash({chunk.embedded_hash for chunk in new})
+        reused = [chunk for chunk in new if chunk.embedded_hash in vectors]
         self._store(reused, vectors)
-        self.chunks_reused += len(reused)
-        to_embed = sorted((row for row in new if row.embedded_hash not in vectors), key=lambda row: row.chunk.tokens)
-        for start in range(0, len(to_embed), _SLICE_CHUNKS):
-            self._embed(to_embed[start : start + _SLICE_CHUNKS], vectors)
-            self._waiting = waiting * (1 - min(1.0, (start + _SLICE_CHUNKS) / len(to_embed)))
-            self._tell("indexing", to_embed[start].owner.key[1])
-        self._waiting = 0.0
-        for pending in {id(row.owner): row.owner for row in rows}.values():
-            if len(pending.written) == pending.total:
-                self._finish(pending)
+        self.chunks_reused += len(stored) + len(reused)
+        to_embed = [chunk for chunk in new if chunk.embedded_hash not in vectors]
+        to_embed.sort(key=lambda chunk: chunk.chunk.tokens)
+        step = min(_WRITE_CHUNKS, self.batch_chunks)
+        for start in range(0, len(to_embed), step):
+            self._embed(to_embed[start : start + step], vectors)
+            share_left = 1 - min(1.0, (start + step) / len(to_embed))
+            self._report(to_embed[start].file.key[1], waiting=len(files) * share_left)
+        for file in files.values():
+            if len(file.written) == file.entry.chunks:
+                self._complete(file)
 
-    def _store(self, rows: list[_Row], vectors: dict[str, npt.NDArray[np.float32]]) -> None:
-        """Store rows whose vectors are known."""
-        for start in range(0, len(rows), _SLICE_CHUNKS):
-            some = rows[start : start + _SLICE_CHUNKS]
-            self.writer.write(
-                [Record(row.id, row.chunk.text, row.metadata, vectors[row.embedded_hash]) for row in some]
-            )
-            for row in some:
-                row.owner.written.add(row.id)
-
-    def _embed(self, rows: list[_Row], known: dict[str, npt.NDArray[np.float32]]) -> None:
-        """Embed rows, each text once, and store them; `known` gets their vectors."""
-        texts = {row.embedded_hash: row.chunk.embedded for row in rows if row.embedded_hash not in known}
+    def _embed(self, chunks: list[_PendingChunk], vectors: dict[str, npt.NDArray[np.float32]]) -> None:
+        """Embed chunks, each text once, and store them; add their vectors to `vectors`."""
+        texts = {chunk.embedded_hash: chunk.chunk.embedded for chunk in chunks if chunk.embedded_hash not in vectors}
         if texts:
             started = time.monotonic()
             with self.encoder_lock:
-                vectors: npt.NDArray[np.float32] = self.encoder.encode_document(list(texts.values()))
-            finite: npt.NDArray[np.bool_] = np.isfinite(vectors).all(axis=1, keepdims=False).reshape(-1)
-            known.update({name: vectors[at] for at, name in enumerate(texts) if finite[at]})
-            logger.info("embedded %d passages in %.2f s", len(texts), time.monotonic() - started)
-        for row in rows:
-            if row.embedded_hash not in known and not row.owner.failed:
-                row.owner.failed = True
-                self.manifest.entries[row.owner.key] = Entry("", 0)
-                self._skip(row.owner.key, "the model gives no finite vector for a part of it", keep=True)
-        kept = [row for row in rows if row.embedded_hash in known]
-        self._store(kept, known)
-        embedded = len(texts.keys() & known.keys())
-        self.chunks_embedded += embedded
-        self.chunks_reused += len(kept) - embedded
+                embedded: npt.NDArray[np.float32] = self.encoder.encode_document(list(texts.values()))
+            finite: npt.NDArray[np.bool_] = np.isfinite(embedded).all(axis=1, keepdims=False).reshape(-1)
+            vectors.update({name: embedded[number] for number, name in enumerate(texts) if finite[number]})
+            logger.info("embedded %d chunks in %.2f s", len(texts), time.monotonic() - started)
+        for chunk in chunks:
+            if chunk.embedded_hash not in vectors and not chunk.file.failed:
+                chunk.file.failed = True
+                self.manifest.entries[chunk.file.key] = Entry("", 0)
+                self._skip(chunk.file.key, "the model returns no finite vector for a part of it", keep=True)
+        finite_chunks = [chunk for chunk in chunks if chunk.embedded_hash in vectors]
+        self._store(finite_chunks, vectors)
+        embedded_count = len(texts.keys() & vectors.keys())
+        self.chunks_embedded += embedded_count
+        self.chunks_reused += len(finite_chunks) - embedded_count
 
-    def _finish(self, pending: _Pending) -> None:
-        self.writer.delete(sorted(pending.known - pending.written))
-        self.manifest.entries[pending.key] = pending.entry
+    def _store(self, chunks: list[_PendingChunk], vectors: dict[str, npt.NDArray[np.float32]]) -> None:
+        for start in range(0, len(chunks), _WRITE_CHUNKS):
+            some = chunks[start : start + _WRITE_CHUNKS]
+            self.writer.write(
+                [Record(chunk.id, chunk.chunk.text, chunk.metadata, vectors[chunk.embedded_hash]) for chunk in some]
+            )
+            for chunk in some:
+                chunk.file.written.add(chunk.id)
+
+    def _complete(self, file: _PendingFile) -> None:
+        """Delete the stale chunks of a file, and update its entry."""
+        self.writer.delete(sorted(file.stored - file.written))
+        self.manifest.entries[file.key] = file.entry
+
+    def _delete_files(self, keys: list[DocumentKey]) -> None:
+        for start in range(0, len(keys), _DELETED_AT_ONCE):
+            self.progress(IndexProgress("deleting", start, len(keys), keys[start][1]))
+            some = keys[start : start + _DELETED_AT_ONCE]
+            self.writer.begin()
+            ids = self.writer.ids_by_document([_document_id(key) for key in some])
+            self.writer.delete([chunk for chunks in ids.values() for chunk in sorted(chunks)])
+            for key in some:
+                del self.manifest.entries[key]
+                if key not in self._sources:
+                    self.deleted += 1
+                    logger.info("%s: deleted", key[1])
 
     def _skip(self, key: DocumentKey, reason: str, *, keep: bool) -> None:
         self.skipped.append(SkippedFile(key[1], reason))
         if keep:
-            self.kept.add(key)
+            self._kept.add(key)
 
-    def _tell(self, stage: str, path: str | None) -> None:
-        # Files that have been read but not embedded are not done.
-        waiting = self._waiting or len({id(row.owner) for row in self._buffer})
-        self.progress(IndexProgress(stage, max(0, self._done - math.ceil(waiting)), self._total, path))
+    def _report(self, path: str | None, *, waiting: float | None = None) -> None:
+        """Report progress; files that were read and whose chunks are `waiting` to be embedded are not done."""
+        if waiting is None:
+            waiting = len({id(chunk.file) for chunk in self._buffer})
+        self.progress(IndexProgress("indexing", max(0, self._done - math.ceil(waiting)), self._total, path))
 
 
-def document_id(key: DocumentKey) -> str:
-    """The id of a file in its index."""
+def _document_id(key: DocumentKey) -> str:
     return _hash(*key)
 
 
 def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_DIGEST]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_DIGEST_LENGTH]
 
 
-def _rows(pending: _Pending, chunks: list[Chunk]) -> Iterator[_Row]:
-    """Rows of a file. An id follows from the file, what is embedded and the text, so an unchanged chunk keeps its."""
-    root, path = pending.key
-    document = document_id(pending.key)
+def _pending_chunks(file: _PendingFile, chunks: list[Chunk]) -> Iterator[_PendingChunk]:
+    """Yield the chunks of a file with ids and metadata.
+
+    An id is derived from the file, the embedded text and the shown text, so an unchanged chunk keeps its id.
+    """
+    root, path = file.key
+    document = _document_id(file.key)
     seen: Counter[tuple[str, str]] = Counter()
     for chunk in chunks:
-        same = (chunk.embedded, chunk.text)
-        row_id = _hash(document, *same, str(seen[same]))
-        seen[same] += 1
+        content = (chunk.embedded, chunk.text)
+        chunk_id = _hash(document, *content, str(seen[content]))
+        seen[content] += 1
         metadata: dict[str, Any] = {
             "path": path,
             "root": root,
             "doc_id": document,
-            "content_hash": pending.entry.digest,
+            "content_hash": file.entry.digest,
             "chunks": len(chunks),
             "heading_path": HEADING_SEPARATOR.join(chunk.heading_path),
             "first_line": chunk.first_line,
@@ -471,5 +475,6 @@ def _rows(pending: _Pending, chunks: list[Chunk]) -> Iterator[_Row]:
             "lang": language_of(path),
             "embedded_hash": _hash(chunk.embedded),
         }
-        # Chroma has no place for None, and what is compared with what it holds must be what it was given.
-        yield _Row(pending, row_id, chunk, {name: value for name, value in metadata.items() if value is not None})
+        # Chroma cannot store None, and stored metadata is compared with this.
+        metadata = {name: value for name, value in metadata.items() if value is not None}
+        yield _PendingChunk(file, chunk_id, chunk, metadata)

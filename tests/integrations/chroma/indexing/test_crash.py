@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.errors import IndexLockedError
-from epic_rag_chroma.indexing import sync
 from epic_rag_chroma.store import state as manifest_module
 from epic_rag_chroma.store.collection import ChunkStore
 from epic_rag_chroma.store.database import RecordStore
@@ -52,8 +51,8 @@ def write(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(text)
 
 
-def run(folder: Path, encoder: EpicEncoder, **options: Any) -> Any:
-    with ChromaIndexer(folder / ".epic-rag", encoder=encoder) as indexer:
+def run(folder: Path, encoder: EpicEncoder, *, batch_chunks: int | None = None, **options: Any) -> Any:
+    with ChromaIndexer(folder / ".epic-rag", encoder=encoder, batch_chunks=batch_chunks) as indexer:
         return indexer.index([folder], **options)
 
 
@@ -191,7 +190,6 @@ def texts_found(folder: Path, encoder: EpicEncoder) -> set[tuple[str, str]]:
 def test_a_run_that_ends_anywhere_is_made_up_for(
     tmp_path: Path, tiny_encoder: EpicEncoder, rows: ReadRows, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sync, "_BATCH_CHUNKS", 3)
     base = start(tmp_path / "base")
     if kind != "first":
         run(base, tiny_encoder)
@@ -211,7 +209,7 @@ def test_a_run_that_ends_anywhere_is_made_up_for(
         with monkeypatch.context() as patch:
             seen = killed_at(patch, moment)
             try:
-                run(folder, tiny_encoder, rebuild=kind == "rebuild")
+                run(folder, tiny_encoder, rebuild=kind == "rebuild", batch_chunks=3)
             except KilledError:
                 pass
             else:
@@ -261,7 +259,6 @@ def test_an_edit_taken_back_after_a_crash_is_seen(
 def test_what_was_stored_before_a_crash_is_not_embedded_again(
     tmp_path: Path, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sync, "_BATCH_CHUNKS", 4)
     folder = tmp_path / "docs"
     for number in range(20):
         write(folder, f"{number:02}.txt", f"file {number}\n")
@@ -277,7 +274,7 @@ def test_what_was_stored_before_a_crash_is_not_embedded_again(
     with monkeypatch.context() as patch:
         patch.setattr(EpicEncoder, "encode_document", fail)
         with pytest.raises(KeyboardInterrupt):
-            run(folder, tiny_encoder)
+            run(folder, tiny_encoder, batch_chunks=4)
     with ChromaIndexer(folder / ".epic-rag", encoder=tiny_encoder) as indexer:
         assert indexer.status().files == 12
         assert len(indexer.query("x", k=50, mode="dense", collapse=False)) == 12
@@ -331,7 +328,7 @@ from epic_rag_chroma import ChromaIndexer
 encoder = EpicEncoder.from_pretrained(sys.argv[2])
 for mode in sys.argv[3:]:
     sys.stdin.readline()
-    with ChromaIndexer(sys.argv[1] + "/.epic-rag", encoder=encoder) as indexer:
+    with ChromaIndexer(sys.argv[1] + "/.epic-rag", encoder=encoder, batch_chunks=5) as indexer:
         indexer.index([sys.argv[1]], rebuild=mode == "rebuild")
     print("done", flush=True)
 """
@@ -370,10 +367,9 @@ def test_a_killed_process_is_made_up_for(tmp_path: Path, tiny_checkpoint: Path, 
     folder = tmp_path / "docs"
     for number in range(30):
         write(folder, f"{number}.md", f"# T{number}\n\n" + f"text {number}\n\n## S\n\nmore\n" * 3)
-    code = "from epic_rag_chroma import sync\nsync._BATCH_CHUNKS = 5\n" + INDEX
     chance = random.Random(7)
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(folder), str(tiny_checkpoint), "update"], stdin=subprocess.DEVNULL
+        [sys.executable, "-c", INDEX, str(folder), str(tiny_checkpoint), "update"], stdin=subprocess.DEVNULL
     ) as process:
         database = folder / ".epic-rag/chroma/chroma.sqlite3"
         while process.poll() is None and not database.exists():

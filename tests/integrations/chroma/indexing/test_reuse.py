@@ -92,12 +92,8 @@ def test_what_was_read_is_not_read_again(
     expected: dict[str, int],
     batch: int,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from epic_rag_chroma.indexing import sync
-
-    monkeypatch.setattr(sync, "_BATCH_CHUNKS", batch)
-    with ChromaIndexer(books / ".epic-rag", encoder=tiny_encoder) as indexer:
+    with ChromaIndexer(books / ".epic-rag", encoder=tiny_encoder, batch_chunks=batch) as indexer:
         indexer.index([books])
         edit(books)
         assert counts(indexer.index([books])) == expected
@@ -167,16 +163,12 @@ def test_a_plan_needs_no_lock(books: Path, tiny_encoder: EpicEncoder) -> None:
     assert planned
 
 
-def test_a_plan_after_a_run_that_died(books: Path, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    from epic_rag_chroma.indexing import sync
-
-    monkeypatch.setattr(sync, "_BATCH_CHUNKS", 1)
-
+def test_a_plan_after_a_run_that_died(books: Path, tiny_encoder: EpicEncoder) -> None:
     def die(event: Any) -> None:
         if event.path == "b.md":
             raise KeyboardInterrupt
 
-    with ChromaIndexer(books / ".epic-rag", encoder=tiny_encoder) as indexer:
+    with ChromaIndexer(books / ".epic-rag", encoder=tiny_encoder, batch_chunks=1) as indexer:
         with pytest.raises(KeyboardInterrupt):
             indexer.index([books], progress=die)
         assert indexer.status().state == "interrupted"

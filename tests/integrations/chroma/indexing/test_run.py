@@ -13,7 +13,7 @@ import pytest
 from epic_rag import EpicEncoder, PromptError
 from epic_rag.query_prompt import QUERY_STRATEGIES
 from epic_rag_chroma import ChromaIndexer, IndexReport
-from epic_rag_chroma.indexing import sync as looking
+from epic_rag_chroma.indexing import sync
 from epic_rag_chroma.store import state as manifest
 from epic_rag_chroma.store.paths import FileStamp
 from epic_rag_chroma.walk.files import FoundFile
@@ -113,7 +113,7 @@ def test_an_edit_that_keeps_size_and_time_is_seen(indexer: ChromaIndexer, docs: 
 def test_an_old_unchanged_file_is_not_read(indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     indexer.index([docs])
     monkeypatch.setattr(manifest, "_RACY_NS", -(10**18))  # as if the files had been old when they were read
-    monkeypatch.setattr(looking, "read_file", lambda _: pytest.fail("read"))
+    monkeypatch.setattr(sync, "read_file", lambda _: pytest.fail("read"))
     assert counts(indexer.index([docs])) == (0, 0, 0, 3)
 
 
@@ -189,14 +189,14 @@ def test_files_that_cannot_be_read_keep_their_chunks(
     (docs / "broken.pdf").write_bytes(b"%PDF-1.4 never good")
     (docs / "notes.txt").write_text("changed\n")
     (docs / "photo.md").write_bytes(b"\x89PNG\0\0")
-    read = looking.read_file
+    read = sync.read_file
 
     def refuse(file: FoundFile) -> tuple[bytes, FileStamp]:
         if file.path == "notes.txt":
             raise PermissionError(13, "Permission denied", file.path)
         return read(file)
 
-    monkeypatch.setattr(looking, "read_file", refuse)
+    monkeypatch.setattr(sync, "read_file", refuse)
     report = indexer.index([docs])
     assert counts(report) == (0, 0, 0, 2)
     reasons = {file.path: file.reason for file in report.skipped}

@@ -63,7 +63,7 @@ def test_the_commands(
     )
     for command in (["query", "cats"], ["status"], ["clear", "--yes"]):
         error = failed(*command, "--chroma", "http://localhost:1")
-        assert f"has its vectors on {chroma.url}, you asked for an index on http://localhost:1" in error
+        assert f"has its vectors on {chroma.url}, not on http://localhost:1" in error
     assert run(["clear", "--yes"]) == 0
     assert collections(chroma.url) == {}
     assert not (docs / ".epic-rag").exists()

@@ -37,7 +37,7 @@ def test_other_patterns_are_taken_over(indexer: ChromaIndexer, docs: Path) -> No
 def test_other_chunk_sizes_need_a_rebuild(indexer: ChromaIndexer, docs: Path, rows: Rows) -> None:
     indexer.index([docs], settings=IndexSettings(chunk_tokens=60, chunk_overlap=5))
     before = rows(docs / ".epic-rag")
-    with pytest.raises(IndexMismatchError, match=r"60 tokens, 5 shared, you asked for 30.*--rebuild"):
+    with pytest.raises(IndexMismatchError, match=r"chunks of 60 tokens with an overlap of 5, not of 30 .*--rebuild"):
         indexer.index([docs], settings=IndexSettings(chunk_tokens=30, chunk_overlap=5))
     assert rows(docs / ".epic-rag") == before
     assert indexer.index([docs], settings=IndexSettings(chunk_tokens=30, chunk_overlap=5), rebuild=True).added == 3
@@ -66,8 +66,8 @@ def test_another_model_needs_a_rebuild(
     before = rows(docs / ".epic-rag")
     with ChromaIndexer("docs/.epic-rag", encoder=second) as other:
         expected = (
-            f"index was built with {first.name} ({first.fingerprint}), you asked for {second.name} "
-            f"({second.fingerprint}); run `epic-rag index --rebuild ./docs --model {second.source}`"
+            f"The index was built with {first.name} ({first.fingerprint}), not with {second.name} "
+            f"({second.fingerprint}). Run `epic-rag index --rebuild ./docs --model {second.source}`."
         )
         for call in (lambda: other.index(["docs"]), lambda: other.query("cats")):
             with pytest.raises(IndexMismatchError) as caught:
@@ -99,7 +99,7 @@ def test_another_version_of_the_chunks_needs_a_rebuild(indexer: ChromaIndexer, d
     indexer.index([docs])
     path = docs / ".epic-rag/index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chunker_version": 0}))
-    with pytest.raises(IndexMismatchError, match=r"version 0 of the chunks, this is version 2; .*--rebuild"):
+    with pytest.raises(IndexMismatchError, match=r"version 0 of the chunker; this is version 2\. .*--rebuild"):
         indexer.index([docs])
     indexer.index([docs], rebuild=True)
     assert counts(indexer.index([docs])) == (0, 0, 0, 3)
@@ -194,11 +194,7 @@ def test_progress(indexer: ChromaIndexer, docs: Path) -> None:
 def test_batches_are_sorted_by_length_and_bounded(
     docs: Path, tree: Tree, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from epic_rag_chroma.indexing import sync
-
-    monkeypatch.setattr(sync, "_BATCH_CHUNKS", 16)
-    monkeypatch.setattr(sync, "_SLICE_CHUNKS", 4)
-    tree(docs, {f"many{n}.txt": "word " * (n % 7 + 1) + f"\n\n{n}\n" for n in range(40)})
+    tree(docs, {f"many{n}.txt": "word " * (n % 7 + 1) + f"\n\n{n}\n" for n in range(146)})
     sizes: list[list[int]] = []
     encode = EpicEncoder.encode_document
 
@@ -207,12 +203,14 @@ def test_batches_are_sorted_by_length_and_bounded(
         return encode(self, texts, **options)
 
     monkeypatch.setattr(EpicEncoder, "encode_document", spy)
-    with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
+    with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder, batch_chunks=100) as indexer:
         report = indexer.index([docs])
-    assert sum(map(len, sizes)) == report.chunks_embedded == 44
-    assert max(map(len, sizes)) <= 4
-    first_batch = [size for batch in sizes[:4] for size in batch]
-    assert first_batch == sorted(first_batch)
+    assert sum(map(len, sizes)) == report.chunks_embedded == 150
+    assert [len(each) for each in sizes] == [64, 36, 50]
+    for batch in (sizes[0] + sizes[1], sizes[2]):
+        assert batch == sorted(batch)
+    with pytest.raises(ConfigError, match="batch_chunks is 0"):
+        ChromaIndexer(docs / ".epic-rag", batch_chunks=0)
 
 
 def test_a_vector_that_is_not_finite_is_not_stored(

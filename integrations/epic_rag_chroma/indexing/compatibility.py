@@ -1,0 +1,131 @@
+"""Check that an index fits the model, the settings and the place of the vectors that are requested.
+
+Each message states both sides and the command that changes the index. Queries use these checks as well as the indexer,
+so this module imports nothing that reads files.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from epic_rag.errors import ConfigError
+from epic_rag_chroma.errors import IndexMismatchError
+from epic_rag_chroma.store.paths import root_path
+from epic_rag_chroma.store.server import IN_FOLDER, ChromaServer, require_known
+from epic_rag_chroma.store.state import CHUNKER_VERSION, IndexState
+from epic_rag_chroma.types import INDEX_FOLDER, IndexSettings
+
+if TYPE_CHECKING:
+    from epic_rag import EpicEncoder
+
+__all__ = ["check_model", "check_place", "check_settings", "chunk_sizes"]
+
+# [CLS] and [SEP], or EOS.
+_SPECIAL_TOKENS = 2
+
+
+def check_model(index_dir: Path, state: IndexState, encoder: EpicEncoder, paths: Sequence[Path]) -> None:
+    """Check that the index has the vectors of a model.
+
+    Raises:
+        IndexMismatchError: If the fingerprints differ.
+    """
+    if state.fingerprint != encoder.fingerprint:
+        from epic_rag.checkpoints import DEFAULT_CHECKPOINT  # imports torch
+
+        # Without --model, the command would rebuild with the default model.
+        model = "" if encoder.source == DEFAULT_CHECKPOINT else f" --model {shlex.quote(encoder.source)}"
+        raise IndexMismatchError(
+            f"The index was built with {state.model} ({state.fingerprint}), not with {encoder.name} "
+            f"({encoder.fingerprint}). Run `epic-rag index --rebuild {_arguments(index_dir, state, paths)}{model}`."
+        )
+
+
+def check_settings(index_dir: Path, state: IndexState, settings: IndexSettings | None, paths: Sequence[Path]) -> None:
+    """Check that the index has the requested chunk sizes, and chunks of this version.
+
+    Raises:
+        IndexMismatchError: If sizes or version differ.
+    """
+    remedy = f"Run `epic-rag index --rebuild {_arguments(index_dir, state, paths)}`."
+    if state.chunker_version != CHUNKER_VERSION:
+        raise IndexMismatchError(
+            f"The index was built with version {state.chunker_version} of the chunker; this is version "
+            f"{CHUNKER_VERSION}. {remedy}"
+        )
+    if settings is not None:
+        old, new = (
+            f"{each.chunk_tokens} tokens with an overlap of {each.chunk_overlap}" for each in (state.settings, settings)
+        )
+        if old != new:
+            raise IndexMismatchError(f"The index was built with chunks of {old}, not of {new}. {remedy}")
+
+
+def check_place(
+    index_dir: Path, state: IndexState, server: ChromaServer | str | None, paths: Sequence[Path] = ()
+) -> None:
+    """Check that the index has its vectors in the requested place.
+
+    Args:
+        index_dir: The index folder.
+        state: The index.
+        server: The requested server, as `parse_server` returns it.
+        paths: The indexed paths, for the message.
+
+    Raises:
+        IndexMismatchError: If the vectors are elsewhere.
+        IndexStateError: If the server was never named by the user, only by the index folder.
+    """
+    if server is None or server == (IN_FOLDER if state.chroma is None else state.chroma.server):
+        if state.chroma is not None:
+            require_known(index_dir, state.chroma.server, is_named=server is not None)
+        return
+    current = "in its folder" if state.chroma is None else f"on {state.chroma}"
+    requested = f"on {server}" if isinstance(server, ChromaServer) else "in its folder"
+    option = server.url if isinstance(server, ChromaServer) else IN_FOLDER
+    raise IndexMismatchError(
+        f"The index in {index_dir} has its vectors {current}, not {requested}. Omit --chroma to use them there, or run "
+        f"`epic-rag index --rebuild --chroma {shlex.quote(option)} {_arguments(index_dir, state, paths)}` to move them."
+    )
+
+
+def _arguments(index_dir: Path, state: IndexState, paths: Sequence[Path]) -> str:
+    """Format the paths of an index for a command line, with --index-dir unless it is the default of the first path."""
+
+    def near(path: Path) -> str:
+        try:
+            relative = os.path.relpath(path)
+        except ValueError:  # another drive
+            return str(path)
+        return str(path) if relative.startswith("..") else relative if relative == "." else os.path.join(".", relative)
+
+    shown = list(paths) or [root_path(root, index_dir) for root in state.roots]
+    if not shown:
+        return f"PATH --index-dir {shlex.quote(near(index_dir))}"
+    words = [shlex.quote(near(path)) for path in shown]
+    first = shown[0] if shown[0].is_dir() else shown[0].parent
+    if (first / INDEX_FOLDER).resolve() != index_dir.resolve():
+        words.append(f"--index-dir {shlex.quote(near(index_dir))}")
+    return " ".join(words)
+
+
+def chunk_sizes(settings: IndexSettings, encoder: EpicEncoder) -> tuple[int, int]:
+    """Return chunk size and overlap for a model: the default size is reduced to the model's limit, any other must fit.
+
+    Raises:
+        ConfigError: If it does not fit.
+    """
+    limit = encoder.max_document_tokens - _SPECIAL_TOKENS
+    tokens = settings.chunk_tokens
+    if tokens > limit:
+        if tokens != IndexSettings().chunk_tokens:
+            raise ConfigError(
+                f"Chunks of {tokens} tokens exceed the {limit} tokens that {encoder.name} reads of a document. "
+                f"Run `epic-rag index --chunk-tokens {limit}`."
+            )
+        tokens = max(1, limit)
+    return tokens, min(settings.chunk_overlap, tokens // 2)
