@@ -106,7 +106,7 @@ $(BIN)/python:
 
 $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing epic-rag into $(VENV) (a few minutes the first time) ..."
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[files]'
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python

@@ -33,20 +33,26 @@ def committed_files() -> list[str]:
     return sorted(name for name in listed.split("\0") if name and (ROOT / name).is_file())
 
 
+BUILD = """
+import sys
+from setuptools.build_meta import build_wheel
+
+build_wheel(sys.argv[1], {"--build-option": ["--compression=stored"]})
+"""
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
-    """The wheel of a copy of what is committed, built with the installed setuptools: the network is not needed."""
+    """The wheel of a copy of what is committed, built offline with the installed setuptools, and not compressed."""
     source = tmp_path_factory.mktemp("source")
     for name in committed_files():
+        if name.startswith(("docs/images/", "tests/")):
+            continue
         target = source / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, target)
     folder = tmp_path_factory.mktemp("wheel")
-    built = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)],
-        capture_output=True,
-        text=True,
-    )
+    built = subprocess.run([sys.executable, "-c", BUILD, str(folder)], cwd=source, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
     shutil.rmtree(source)
     [path] = folder.glob("*.whl")
@@ -81,21 +87,15 @@ def test_llama_index_stays_a_namespace(names: set[str]) -> None:
     assert {name for name in ours if not name.startswith(epic)} == set()
 
 
-def test_every_module_is_in_the_wheel_under_its_own_root(names: set[str]) -> None:
-    roots = ("integrations/", "cli/", "demos/", "")
-    package = re.compile(r"(epic_rag|epic_rag_chroma|epic_rag_cli|epic_rag_demos|llama_index)/.*\.py")
-    expected = set()
-    for name in committed_files():
-        inner = next(name[len(root) :] for root in roots if name.startswith(root))
-        if package.fullmatch(inner):
-            expected.add(inner)
-    assert len(expected) > 20
-    assert {name for name in names if name.endswith(".py")} == expected
-
-
-def test_no_caches_and_no_examples_in_the_wheel(names: set[str]) -> None:
-    assert [name for name in names if "__pycache__" in name or name.endswith(".pyc")] == []
-    assert [name for name in names if "examples" in name.split("/")] == []
+def test_every_module_and_data_file_of_the_packages_is_in_the_wheel(names: set[str]) -> None:
+    packages = ("epic_rag", "integrations/epic_rag_chroma", "integrations/llama_index", "cli/epic_rag_cli")
+    expected = {
+        re.sub(r"^(integrations|cli|demos)/", "", name)
+        for name in committed_files()
+        if name.startswith(tuple(f"{package}/" for package in (*packages, "demos/epic_rag_demos")))
+    }
+    assert len(expected) > 100
+    assert {name for name in names if ".dist-info/" not in name} == expected
 
 
 def test_every_shipped_checkpoint_is_in_the_wheel(names: set[str]) -> None:
@@ -120,21 +120,6 @@ def test_the_shipped_checkpoints_are_under_95_megabytes_together() -> None:
     # Megabytes of the strict kind, here and below: whichever kind a limit of others means, this is under it.
     assert sum(sizes.values()) < 95_000_000
     assert {name: size for name, size in sizes.items() if size >= 50_000_000} == {}
-
-
-def test_every_committed_data_file_of_a_package_is_in_the_wheel(names: set[str]) -> None:
-    data = [
-        name.removeprefix("demos/")
-        for name in committed_files()
-        if name.startswith(("epic_rag/checkpoints/", "demos/epic_rag_demos/"))
-    ]
-    assert sorted(name for name in data if name not in names) == []
-
-
-@pytest.mark.parametrize("task", ["claims", "code", "commands", "docs", "intent", "papers", "qa", "sts"])
-def test_built_in_banks_are_in_the_wheel(names: set[str], task: str) -> None:
-    assert f"epic_rag_demos/{task}/bank.json" in names
-    assert f"epic_rag_demos/{task}/embeddings.safetensors" in names
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """Index a real folder of documentation and ask it three questions; `make demo` runs this.
 
-The folder is the project's own `docs/` and the documentation of what is installed beside it: every
-distribution's long description (its README, from the metadata pip wrote) and, for the standard library, what
-`pydoc` prints of a module. Nothing is downloaded. All the work is done by the `epic-rag` command, as a person
-would call it.
+The folder is the project's `docs/` and the documentation of the installed packages: every distribution's long
+description (its README, from the metadata that pip wrote) and the output of `pydoc` for the standard library. Nothing
+is downloaded. All work is done by the `epic-rag` command.
 
     python demos/examples/demo.py [--work-dir .demo] [--model NAME_OR_FOLDER] [--export-only]
 
@@ -14,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -33,10 +33,9 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 
 # Longer texts are left out whole, and counted: they are change logs (pydantic, yarl) and modules whose pydoc
-# is mostly inherited methods (ssl, mailbox). Indexing the rest takes about two minutes on two cores.
-MAX_README_CHARACTERS = 20_000
-MAX_MODULE_CHARACTERS = 14_000
-MIN_CHARACTERS = 200  # below it a README says "see our site" and nothing more
+# is mostly inherited methods (ssl, mailbox).
+MAX_CHARACTERS = 12_000
+MIN_CHARACTERS = 200  # shorter READMEs only point to a web site
 
 # Modules that do something when imported (open a browser, print a poem, want a display, put the packages that
 # setuptools carries on the path) or that hold no documentation.
@@ -65,7 +64,7 @@ class Question:
 QUESTIONS = (
     Question("Do I have to index my documents again when I change the demonstrations?", "architecture.md"),
     Question("How do I get the text out of a PDF file?", "pypdf.md"),
-    # Its words (token, password, reset) stand in files about something else, so it is asked by meaning alone.
+    # Its words (token, password, reset) occur in files about other subjects: search by meaning alone.
     Question("generate a token for a password reset link that nobody can guess", "secrets.txt", ("--mode", "dense")),
 )
 
@@ -111,7 +110,7 @@ def export_documentation(folder: Path) -> None:
     installed = sorted(f"{d.metadata['Name']} {d.version}" for d in importlib.metadata.distributions())
     state = {
         "python": platform.python_version(),
-        "limits": [MIN_CHARACTERS, MAX_README_CHARACTERS, MAX_MODULE_CHARACTERS],
+        "limits": [MIN_CHARACTERS, MAX_CHARACTERS],
         "installed": installed,
     }
     stamp = folder.parent / "exported.json"
@@ -119,26 +118,21 @@ def export_documentation(folder: Path) -> None:
         print(f"documentation of the installed packages: unchanged in {shown(folder)}", flush=True)
         return
     shutil.rmtree(folder, ignore_errors=True)
-    written = short = 0
-    long: list[str] = []
-    for documents, limit in ((readmes(), MAX_README_CHARACTERS), (module_docs(), MAX_MODULE_CHARACTERS)):
-        for name, text in documents:
-            if len(text) > limit:
-                long.append(Path(name).stem)
-            elif len(text) < MIN_CHARACTERS:
-                short += 1
-            else:
-                path = folder / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, "utf-8")
-                written += 1
+    written = short = long = 0
+    for name, text in itertools.chain(readmes(), module_docs()):
+        if len(text) > MAX_CHARACTERS:
+            long += 1
+        elif len(text) < MIN_CHARACTERS:
+            short += 1
+        else:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, "utf-8")
+            written += 1
     stamp.write_text(json.dumps(state, indent=2), "utf-8")
     print(f"documentation of the installed packages: {written} files written to {shown(folder)}")
-    print(
-        f"  left out: {short} shorter than {MIN_CHARACTERS} characters; {len(long)} longer than "
-        f"{MAX_README_CHARACTERS:,} (READMEs) or {MAX_MODULE_CHARACTERS:,} (modules)",
-        flush=True,
-    )
+    left_out = f"{short} shorter than {MIN_CHARACTERS} characters, {long} longer than {MAX_CHARACTERS:,}"
+    print(f"  left out: {left_out}", flush=True)
 
 
 def shown(path: Path) -> str:
@@ -150,19 +144,19 @@ def epic_rag(*arguments: str, capture: bool = False) -> tuple[str, float]:
     """Run the `epic-rag` command of this environment, offline.
 
     Args:
-        arguments: What a person would type after `epic-rag`.
+        arguments: The command line after `epic-rag`.
         capture: Return its standard output instead of showing it.
 
     Returns:
         The captured output ("" without `capture`) and the seconds the command took, start-up included.
 
     Raises:
-        subprocess.CalledProcessError: If the command fails; it has said why on stderr.
+        subprocess.CalledProcessError: If the command fails; its message is on stderr.
     """
     command = shutil.which("epic-rag", path=sysconfig.get_path("scripts"))
     if command is None:
         raise SystemExit("error: the epic-rag command is not installed beside this Python; run: make demo")
-    # Offline on purpose: the model ships with the package, and a hub look-up would be a bug.
+    # Offline: the model ships with the package, so a hub look-up would be a bug.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
     done = subprocess.run(
@@ -177,8 +171,8 @@ def epic_rag(*arguments: str, capture: bool = False) -> tuple[str, float]:
 
 
 def index(folders: list[str], index_dir: Path, model: list[str]) -> float:
-    """Bring the demo's index up to date; one that another checkpoint made is built anew. Return the seconds."""
-    arguments = ["index", *folders, "--index-dir", shown(index_dir), *model]
+    """Update the demo's index, or rebuild one that another checkpoint made. Return the seconds."""
+    arguments = ["index", *folders, "--exclude", "*.svg", "--index-dir", shown(index_dir), *model]
     print(f"\n$ epic-rag {shlex.join(arguments)}", flush=True)
     existed = index_dir.exists()
     try:
@@ -186,13 +180,13 @@ def index(folders: list[str], index_dir: Path, model: list[str]) -> float:
     except subprocess.CalledProcessError:
         if not existed:
             raise
-    # The index is the demo's own, so nothing of anybody's is lost.
+    # The index belongs to the demo, so a rebuild loses nothing.
     print(f"\n$ epic-rag {shlex.join(arguments)} --rebuild", flush=True)
     return epic_rag(*arguments, "--rebuild")[1]
 
 
-def ask(question: Question, index_dir: Path) -> tuple[bool, float]:
-    """Ask one question and print the answer; return whether the right file came first, and the seconds."""
+def answer(question: Question, index_dir: Path) -> tuple[bool, float]:
+    """Query the index, print the answer, and return True if the right file is first, and the seconds."""
     arguments = ["query", question.text, "-k", "3", *question.options, "--index-dir", shown(index_dir)]
     print(f"\n$ epic-rag {shlex.join(arguments)}", flush=True)
     output, seconds = epic_rag(*arguments, capture=True)
@@ -224,7 +218,7 @@ def main() -> int:
     model = ["--model", options.model] if options.model else []
     try:
         indexed = index([shown(PROJECT / "docs"), shown(work_dir / "docs")], index_dir, model)
-        answers = [ask(question, index_dir) for question in QUESTIONS]
+        answers = [answer(question, index_dir) for question in QUESTIONS]
     except subprocess.CalledProcessError as error:
         print(f"error: epic-rag {error.cmd[1]} failed with exit status {error.returncode}", file=sys.stderr)
         return 1
