@@ -40,7 +40,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
                     ) from error
                 if not isinstance(row, dict):
                     raise DataError(
-                        f"{file}:{number} holds a {type(row).__name__}, not an object. Correct or delete the line."
+                        f"{file}:{number} is not a JSON object ({type(row).__name__}). Correct or delete the line."
                     )
                 yield number, row
     except UnicodeDecodeError as error:

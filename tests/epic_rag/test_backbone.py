@@ -94,7 +94,7 @@ def test_left_padding_gives_the_same_through_the_encoder(family: str, monkeypatc
 def test_left_padding_is_refused_for_bidirectional_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = encoder(family)
     monkeypatch.setattr(made, "padding_side", "left")
-    with pytest.raises(ConfigError, match=r"padding_side is 'left' and the model is bidirectional.*'right'"):
+    with pytest.raises(ConfigError, match=r"padding_side is 'left', but the model is bidirectional.*'right'"):
         made.encode_document(["a"])
 
 
@@ -244,8 +244,8 @@ def test_positions_that_are_counted_from_the_padding_leave_less_room(family: str
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"pooling": "max"}, "pooling is 'max', known are last, mean, cls"),
-        ({"projector": "conv"}, "projector is 'conv', known are scale, linear, mlp"),
+        ({"pooling": "max"}, "Unknown pooling 'max'. Choose one of last, mean, cls"),
+        ({"projector": "conv"}, "Unknown projector 'conv'. Choose one of scale, linear, mlp"),
     ],
 )
 def test_unknown_settings_list_the_known_ones(values: dict[str, Any], message: str) -> None:
@@ -255,7 +255,7 @@ def test_unknown_settings_list_the_known_ones(values: dict[str, Any], message: s
 
 def test_models_that_cannot_be_encoders_are_refused() -> None:
     pair = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(ConfigError, match=r"T5Model is an encoder-decoder.*use a decoder LLM or a bidirectional"):
+    with pytest.raises(ConfigError, match=r"T5Model is an encoder-decoder.*Use a decoder LLM or a bidirectional"):
         Backbone(AutoModel.from_config(pair))
     narrow = transformers.AlbertConfig(
         vocab_size=50,
@@ -265,7 +265,7 @@ def test_models_that_cannot_be_encoders_are_refused() -> None:
         num_attention_heads=2,
         intermediate_size=16,
     )
-    with pytest.raises(ConfigError, match="AlbertModel has token embeddings of width 8 and vectors of width 16"):
+    with pytest.raises(ConfigError, match="AlbertModel has token embeddings of width 8 and states of width 16"):
         Backbone(AutoModel.from_config(narrow))
 
 

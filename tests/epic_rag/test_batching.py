@@ -150,7 +150,7 @@ def test_the_batches_decide_no_vector(tiny_encoder: EpicEncoder, max_tokens: int
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_size_below_one_is_refused(tiny_encoder: EpicEncoder, size: int) -> None:
-    with pytest.raises(ConfigError, match=f"batch_size is {size}; pass 1 or more"):
+    with pytest.raises(ConfigError, match=f"batch_size is {size}. Pass 1 or more"):
         tiny_encoder.encode_document(["a"], batch_size=size)
 
 

@@ -155,9 +155,7 @@ def test_a_bank_can_be_embedded_and_changes_queries_only(name: str, tiny_encoder
     query = bank.demonstrations[0].query
     zero_shot = tiny_encoder.encode_query(query, task=name)
     assert np.allclose(tiny_encoder.encode_query(query, bank=bank, num_demonstrations=0), zero_shot, atol=1e-5)
-    by_task = tiny_encoder.encode_query(query, task=name, num_demonstrations=4)
-    assert np.allclose(tiny_encoder.encode_query(query, bank=name, num_demonstrations=4), by_task, atol=1e-5)
-    assert not np.allclose(by_task, zero_shot, atol=1e-3)
+    assert not np.allclose(tiny_encoder.encode_query(query, bank=name, num_demonstrations=4), zero_shot, atol=1e-3)
 
 
 @pytest.mark.parametrize("checkpoint", [info.name for info in list_checkpoints()])

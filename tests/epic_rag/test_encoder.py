@@ -12,9 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epic_rag import BankError, ConfigError, DemonstrationBank, EpicEncoder, PromptError, TaskError, batching, get_task
+from epic_rag import (
+    BankError,
+    ConfigError,
+    DemonstrationBank,
+    EpicEncoder,
+    PromptError,
+    QueryPrompt,
+    TaskError,
+    batching,
+    get_task,
+)
 from epic_rag.prefix_cache import embed_packed
-from epic_rag.prompt import STRATEGIES
+from epic_rag.query_prompt import QUERY_STRATEGIES
 from tests.conftest import make_encoder
 from tests.helpers.banks import embedded
 
@@ -65,7 +75,7 @@ def test_shapes(encoder: EpicEncoder, method: str) -> None:
     check(encode([], truncate_dim=8), 0, 8)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", QUERY_STRATEGIES)
 def test_shapes_with_demonstrations(encoder: EpicEncoder, strategy: Any) -> None:
     bank = DemonstrationBank(PAIRS)
     check(encoder.encode_query(TEXTS, bank=bank, strategy=strategy), 5, 32)
@@ -118,7 +128,7 @@ def test_very_long_texts_are_cut(encoder: EpicEncoder) -> None:
 
 def test_what_is_no_text_is_named(encoder: EpicEncoder) -> None:
     for encode in (encoder.encode_query, encoder.encode_document, encoder.count_tokens):
-        with pytest.raises(PromptError, match="text 2 of 2 is None, expected a string"):
+        with pytest.raises(PromptError, match="Text 2 of 2 is None, not a string"):
             encode(["a", None])  # type: ignore[operator]
 
 
@@ -154,7 +164,7 @@ def test_the_encoders_own_width_and_that_of_a_call() -> None:
 
 @pytest.mark.parametrize("width", [0, -1, 33])
 def test_a_width_that_is_not_there(encoder: EpicEncoder, width: int) -> None:
-    with pytest.raises(ConfigError, match=f"truncate_dim is {width}, the model has 32 dimensions; ask for 1 to 32"):
+    with pytest.raises(ConfigError, match=f"truncate_dim is {width}, but the model has 32 dimensions. Choose 1 to 32"):
         encoder.encode_document("a", truncate_dim=width)
 
 
@@ -183,9 +193,9 @@ def test_where_the_instruction_comes_from(encoder: EpicEncoder) -> None:
     silent = DemonstrationBank(PAIRS)
     np.testing.assert_array_equal(docs, encode(instruction=get_task("docs").instruction))
     np.testing.assert_array_equal(encode(bank=bank), encode(instruction="of the bank"))
-    # The call's own words go first, then the bank's, then the task's.
+    # Precedence: instruction, task, bank.
     np.testing.assert_array_equal(encode(bank=bank, task="docs", instruction="mine"), mine)
-    np.testing.assert_array_equal(encode(bank=bank, task="docs"), encode(bank=bank))
+    np.testing.assert_array_equal(encode(bank=bank, task="docs"), docs)
     np.testing.assert_array_equal(encode(bank=silent, task="docs"), docs)
     np.testing.assert_array_equal(encode(task="docs", instruction=""), bare)
     np.testing.assert_array_equal(encode(bank=bank, instruction=""), bare)
@@ -227,22 +237,30 @@ def test_how_many_are_shown(tiny_encoder: EpicEncoder, bank: DemonstrationBank) 
     np.testing.assert_array_equal(encode(bank=bank), encode(bank=bank, num_demonstrations=4))
     np.testing.assert_array_equal(encode(bank=bank, num_demonstrations=2), encode(bank=bank.select(2)))
     zero_shot = encode(instruction="find the section")
-    for options in ({"num_demonstrations": 0}, {"strategy": "none"}, {"strategy": "text", "num_demonstrations": 0}):
-        np.testing.assert_array_equal(encode(bank=bank, **options), zero_shot)
+    for strategy in (None, *QUERY_STRATEGIES):
+        np.testing.assert_array_equal(encode(bank=bank, num_demonstrations=0, strategy=strategy), zero_shot)
     steps = [encode(bank=bank, num_demonstrations=k) for k in range(5)]
     assert all(different(left, right) for left, right in itertools.pairwise(steps))
     assert different(encode(bank=bank), encode(bank=bank, strategy="text"))
     np.testing.assert_array_equal(encode(bank=DemonstrationBank([], instruction="find the section")), zero_shot)
 
 
-def test_a_task_shows_its_built_in_bank_when_asked(tiny_encoder: EpicEncoder) -> None:
+def test_a_task_is_only_an_instruction(tiny_encoder: EpicEncoder) -> None:
     alone = tiny_encoder.encode_query("a", task="docs")
     np.testing.assert_array_equal(alone, tiny_encoder.encode_query("a", bank="docs", num_demonstrations=0))
-    np.testing.assert_allclose(
-        tiny_encoder.encode_query("a", task="docs", num_demonstrations=2),
-        tiny_encoder.encode_query("a", bank="docs", num_demonstrations=2),
-        atol=1e-6,
+    assert different(alone, tiny_encoder.encode_query("a", task="docs", bank="docs", num_demonstrations=2))
+
+
+def test_a_prompt_is_the_same_as_its_settings(tiny_encoder: EpicEncoder, bank: DemonstrationBank) -> None:
+    prompt = QueryPrompt(bank=bank, num_demonstrations=2, strategy="epic")
+    np.testing.assert_array_equal(
+        tiny_encoder.encode_query("a", prompt),
+        tiny_encoder.encode_query("a", bank=bank, num_demonstrations=2, strategy="epic"),
     )
+    with pytest.raises(ConfigError, match="Both a prompt and task are given"):
+        tiny_encoder.encode_query("a", prompt, task="docs")
+    with pytest.raises(ConfigError, match="Unknown setting banks"):
+        tiny_encoder.encode_query("a", banks=bank)  # type: ignore[call-arg]
 
 
 def test_a_checkpoint_shows_no_more_than_it_was_trained_with(caplog: pytest.LogCaptureFixture) -> None:
@@ -253,7 +271,7 @@ def test_a_checkpoint_shows_no_more_than_it_was_trained_with(caplog: pytest.LogC
     np.testing.assert_array_equal(encoder.encode_query("a", bank=bank), two)
     assert caplog.text == ""
     np.testing.assert_array_equal(encoder.encode_query("a", bank=bank, num_demonstrations=3), three)
-    assert "asked for 3 demonstrations, tiny was trained with up to 2" in caplog.text
+    assert "3 demonstrations requested, tiny was trained with up to 2" in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["epic", "text"])
@@ -327,7 +345,7 @@ def test_a_symmetric_bank_in_a_call(tiny_encoder: EpicEncoder) -> None:
 
 @pytest.mark.parametrize("selection", ["first", "random", "diverse", "nearest"])
 def test_more_demonstrations_than_there_are(tiny_encoder: EpicEncoder, bank: DemonstrationBank, selection: Any) -> None:
-    with pytest.raises(PromptError, match="asked for 5 demonstrations, the bank has 4; ask for 0 to 4"):
+    with pytest.raises(PromptError, match=r"5 demonstrations requested, but the bank has 4. Use 0 to 4"):
         tiny_encoder.encode_query("a", bank=bank, num_demonstrations=5, selection=selection)
 
 
@@ -337,19 +355,23 @@ def test_more_demonstrations_than_there_are(tiny_encoder: EpicEncoder, bank: Dem
         ({"task": "nothing"}, TaskError, "no task 'nothing'; known are docs, qa, claims"),
         ({"task": "nothing", "instruction": "mine"}, TaskError, "no task 'nothing'"),
         ({"task": "nothing", "num_demonstrations": 2}, TaskError, "no task 'nothing'"),
-        ({"bank": "nothing"}, BankError, "no demonstration bank nothing; built in are"),
+        ({"bank": "nothing"}, BankError, "There is no demonstration bank nothing. Built-in banks are"),
         (
             {"num_demonstrations": 2},
             PromptError,
-            r"asked for 2 demonstrations and there is no bank.*; pass bank=\.\.\.",
+            r"num_demonstrations is 2, but there is no bank",
         ),
-        ({"num_demonstrations": -1, "task": "docs"}, PromptError, "asked for -1 demonstrations; ask for 0 or more"),
-        ({"strategy": "bogus"}, PromptError, "strategy is 'bogus', known are epic, text, none"),
-        ({"strategy": "bogus", "bank": "docs"}, PromptError, "strategy is 'bogus', known are epic, text, none"),
-        ({"selection": "bogus", "bank": "docs"}, PromptError, "selection is 'bogus', known are first, random"),
-        ({"batch_size": 0}, ConfigError, "batch_size is 0; pass 1 or more"),
+        ({"num_demonstrations": -1, "task": "docs"}, PromptError, "num_demonstrations is -1. Use 0 or more"),
+        ({"strategy": "bogus"}, PromptError, "Unknown strategy 'bogus'. Choose one of task-vector, epic, text"),
+        (
+            {"strategy": "bogus", "bank": "docs"},
+            PromptError,
+            "Unknown strategy 'bogus'. Choose one of task-vector, epic, text",
+        ),
+        ({"selection": "bogus", "bank": "docs"}, PromptError, "Unknown selection 'bogus'. Choose one of first, random"),
+        ({"batch_size": 0}, ConfigError, "batch_size is 0. Pass 1 or more"),
         ({"truncate_dim": 99}, ConfigError, "truncate_dim is 99, the model has 32"),
-        ({"instruction": "word " * 2000}, PromptError, r"no room for a query.*; use fewer demonstrations or a shorter"),
+        ({"instruction": "word " * 2000}, PromptError, r"No room for a query.*Use fewer demonstrations or a shorter"),
     ],
 )
 def test_a_call_that_cannot_work(

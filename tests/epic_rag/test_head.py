@@ -85,7 +85,7 @@ def test_a_projector_starts_as_the_identity_as_far_as_the_widths_go(kind: Any, d
 
 def test_a_head_must_fit() -> None:
     encoder = make_encoder()
-    with pytest.raises(ConfigError, match="takes vectors of width 31, the transformer makes some of width 32; give"):
+    with pytest.raises(ConfigError, match=r"The head takes width 31, but the transformer has width 32. Pass"):
         encoder.backbone.set_head(seeded_head(4, inputs=31))
     encoder.backbone.set_head(seeded_head(4))
     encoder.backbone.set_head(None)
@@ -181,9 +181,9 @@ def _too_narrow(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_tanh, "is a dense module with torch.nn.Tanh, an encoder's head here is linear; use another model"),
-        (_no_weights, "has no dense module that loads .*; copy the checkpoint again"),
-        (_other_shape, "has no dense module that loads .*; copy the checkpoint again"),
+        (_tanh, "is a dense module with torch.nn.Tanh, but a head must be linear. Use another model"),
+        (_no_weights, "has no dense module that loads .*Copy the checkpoint again"),
+        (_other_shape, "has no dense module that loads .*Copy the checkpoint again"),
         (_too_narrow, "takes vectors of width 31, the transformer makes some of width 32"),
     ],
 )
@@ -199,7 +199,7 @@ def test_dense_modules_that_do_not_follow_each_other(tmp_path: Path) -> None:
     file = tmp_path / "modules.json"
     modules = json.loads(file.read_text())
     file.write_text(json.dumps([*modules[:3], modules[2], modules[3]]))
-    with pytest.raises(CheckpointError, match="takes vectors of width 32, the one before makes some of width 12"):
+    with pytest.raises(CheckpointError, match="takes width 32, but the one before it returns width 12"):
         EpicEncoder.from_pretrained(tmp_path)
 
 

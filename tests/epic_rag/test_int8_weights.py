@@ -210,7 +210,7 @@ def test_large_models_lie_in_several_files(int8_folder: Path, tmp_path: Path, mo
     (tmp_path / files[1]).unlink()
     with pytest.raises(
         CheckpointError,
-        match=rf"has {len(files) - 1} of its {len(files)} files of weights, {files[1]} is missing; copy the checkpoint",
+        match=rf"has {len(files) - 1} of {len(files)} weight files; {files[1]} is missing. Copy the checkpoint",
     ):
         EpicEncoder.from_pretrained(tmp_path)
     # A smaller one saved over it leaves none of its files.
@@ -233,11 +233,11 @@ def test_saving_over_a_folder_of_the_other_format(order: tuple[str, str], tmp_pa
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("no weights", r"has 0 of its 1 files of weights, model-int8-00001-of-00001\.safetensors is missing; copy"),
-        ("cut", "does not load as a model: .*; it needs config.json and safetensors"),
+        ("no weights", r"has 0 of 1 weight files; model-int8-00001-of-00001\.safetensors is missing. Copy"),
+        ("cut", "does not load as a model: .*It needs config.json and safetensors"),
         ("a matrix less", r"lacks 1 of the weights that its config\.json asks for, layers\.1\.mlp\.up_proj\.weight"),
         ("another shape", "does not load as a model"),
-        ("projector", r"projector\.safetensors does not fit epic\.json .*; copy the checkpoint"),
+        ("projector", r"projector\.safetensors does not fit epic\.json .*Copy the checkpoint"),
     ],
 )
 def test_a_broken_int8_folder_is_one_clear_error(damage: str, message: str, int8_folder: Path, tmp_path: Path) -> None:

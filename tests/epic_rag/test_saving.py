@@ -145,7 +145,7 @@ def test_saving_into_a_folder_that_holds_another_checkpoint(tiny_checkpoint: Pat
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"no folder can be made at .*file .*save the checkpoint elsewhere"):
+    with pytest.raises(CheckpointError, match=r"No folder can be made at .*file .*Save the checkpoint elsewhere"):
         make_encoder().save_pretrained(tmp_path / "file")
 
 
