@@ -1,4 +1,4 @@
-"""A real Chroma server on loopback, which a test can kill and start again, and what may stand before one."""
+"""A Chroma server on loopback that a test can kill and restart, and a proxy with programmed answers in front of it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 class ChromaProcess:
-    """`chroma run` on a folder; the port stays the same from one start to the next."""
+    """`chroma run` on a folder; every start uses the same port."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,11 +47,11 @@ class ChromaProcess:
         return f"http://{HOST}:{self.port}"
 
     def start(self) -> ChromaProcess:
-        """Start it and wait until it answers."""
-        # The script is Python that calls into the wheel; sys.executable finds it in every environment.
-        # After a kill, Chroma may let a file of its graph grow until the disk is full (chroma-core/chroma#7510).
+        """Start the server and wait for its first answer."""
+        # The wheel's own entry point, without the second that importing chromadb takes. A file size limit, because
+        # after a kill Chroma may let a file of its graph grow until the disk is full (chroma-core/chroma#7510).
         limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({_LARGEST_FILE}, {_LARGEST_FILE}))"
-        code = f"{limit}; import sys; from chromadb.cli.cli import app; sys.exit(app())"
+        code = f"{limit}; import sys, chromadb_rust_bindings; chromadb_rust_bindings.cli(['chroma', *sys.argv[1:]])"
         arguments = ["run", "--path", str(self.folder), "--host", HOST, "--port", str(self.port)]
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments],
@@ -67,12 +67,12 @@ class ChromaProcess:
                 with urllib.request.urlopen(f"{self.url}/api/v2/heartbeat", timeout=5):
                     return self
             except (urllib.error.URLError, OSError):
-                time.sleep(0.05)
+                time.sleep(0.02)
         self.kill()
         raise RuntimeError(f"chroma run did not answer within {_START_SECONDS:.0f} s")
 
     def kill(self) -> None:
-        """End it at once, as a power cut would end it."""
+        """Kill the server with SIGKILL, as a power cut would."""
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
@@ -91,12 +91,12 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class Front:
-    """An HTTP server before a Chroma server (or before nothing).
+    """A proxy in front of a Chroma server (or of nothing) that can answer requests itself.
 
     Args:
         answer: Gets method, path, headers (names in lower case) and body of each request, and returns an answer
-            (status, headers, body) of its own, or None to let the request through.
-        behind: The address of the server that requests go on to.
+            (status, headers, body), or None to forward the request.
+        behind: The address of the server that requests are forwarded to.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Front:
         target = urlsplit(self._behind)
         connection = http.client.HTTPConnection(str(target.hostname), target.port, timeout=60)
         try:
-            # No credentials go on: the server behind knows of none.
+            # Without credentials: the server behind checks none.
             connection.request(method, path, body or None, {"Content-Type": "application/json"})
             response = connection.getresponse()
             return response.status, {}, response.read()
@@ -148,7 +148,7 @@ class Front:
             connection.close()
 
     def send(self, method: str, path: str, content: object) -> Answer:
-        """Make a request of one's own to the server behind."""
+        """Send a request to the server behind."""
         status, headers, body = self._forward(method, path, json.dumps(content).encode())
         assert status < 300, body
         return status, headers, body
@@ -167,7 +167,7 @@ class Front:
 
 @contextmanager
 def plain_client(url: str, **where: str) -> Iterator[ClientAPI]:
-    """A client of Chroma's own, which by itself leaves its connections open when it is closed."""
+    """Open chromadb's own client, and close its connections too, which its `close` leaves open."""
     client = chromadb.HttpClient(url, **where)
     try:
         yield client
@@ -176,7 +176,7 @@ def plain_client(url: str, **where: str) -> Iterator[ClientAPI]:
 
 
 def close_plain(client: Any) -> None:
-    """Close a client of Chroma's own, and its connections."""
+    """Close chromadb's own client and its connections."""
     sessions = [client._server._session, client._admin_client._server._session]
     client.close()
     for session in sessions:

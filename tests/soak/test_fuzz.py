@@ -1,14 +1,11 @@
-"""Damaged files of every format: read or refused with one reason, within the limits, and never placed where they are not.
+"""Damaged files of every format are read or skipped with one reason, within the limits, and with true line numbers.
 
-EPIC_RAG_SOAK=1 runs 2,000 files and more; the default is a few of each format. A failure names the file's seed, which
-makes the same file again.
+EPIC_RAG_SOAK=1 reads 2,400 files; the default is a few of each format. A failure names the file's seed.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import os
 import random
 import zipfile
 from collections import Counter
@@ -24,14 +21,13 @@ from epic_rag_chroma.reading.document import BrokenFileError, Document, NotTextE
 from epic_rag_chroma.reading.encoding import decode
 from epic_rag_chroma.reading.worker import IsolatedReader
 from tests.helpers.sample_files import SAMPLES, zipped
+from tests.helpers.soak import SOAK, report
 
-SOAK = os.environ.get("EPIC_RAG_SOAK") == "1"
 # Files of each format, and files in the folder that is indexed.
 PER_FORMAT = -(-2400 // len(SAMPLES)) if SOAK else 5
-IN_FOLDER = 600 if SOAK else 60
-REPORT = Path(__file__).parents[2] / "runs" / "soak" / "fuzz.json"
+IN_FOLDER = 600 if SOAK else 40
 
-# What a reader says when it was not the reader that found the fault.
+# Reasons that mean that no reader noticed the fault.
 UNDECLARED = ("cannot be parsed", "crashes its parser", "takes longer", "needs more than", "the process that")
 TOKENS = (
     b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\x1b[31m", b"\r", b"\r\n", b"\x85", b"\x0c", b"\xed\xa0\x80", b"&#0;", b"&#xD800;", b"<!--",
@@ -41,7 +37,7 @@ TOKENS = (
 
 
 def mutated(name: str, seed: int) -> bytes:
-    """A sample file, damaged."""
+    """Return a sample file with random damage."""
     rng = random.Random(f"{name}:{seed}")
     data = SAMPLES[name]
     if data.startswith(b"PK") and rng.random() < 0.7:
@@ -100,7 +96,7 @@ def _replace(data: bytes, rng: random.Random) -> bytes:
 
 
 def _other(data: bytes, rng: random.Random) -> bytes:
-    """Another format's content under this name."""
+    """Return the content of another format."""
     return SAMPLES[rng.choice(list(SAMPLES))]
 
 
@@ -110,7 +106,7 @@ MUTATIONS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 
 def _inside(data: bytes, rng: random.Random) -> bytes:
-    """An archive that is whole, with damaged, swapped or missing members: it reaches the parsers behind the checksums."""
+    """Damage, swap or empty members of an archive and keep it valid, to reach the parsers behind its checksums."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     names = list(members)
@@ -127,7 +123,7 @@ def _inside(data: bytes, rng: random.Random) -> bytes:
 
 
 def check(name: str, data: bytes, document: Document) -> None:
-    """Everything that must hold for a document, whatever it was read from."""
+    """Check what must hold for every document."""
     lines = document.lines
     assert len(document.split_costs) == len(lines)
     for line in lines:
@@ -178,15 +174,13 @@ def reader() -> Iterator[IsolatedReader]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> Iterator[Counter[str]]:
-    """How many files were read and refused; a soak writes it down."""
+    """Count files that were read and refused, for the report."""
     counted: Counter[str] = Counter()
     yield counted
-    if SOAK:
-        REPORT.parent.mkdir(parents=True, exist_ok=True)
-        REPORT.write_text(json.dumps({"formats": len(SAMPLES), **dict(sorted(counted.items()))}, indent=2) + "\n")
+    report("fuzz", {"formats": len(SAMPLES), **dict(sorted(counted.items()))})
 
 
-def test_the_samples_themselves_are_read(reader: IsolatedReader) -> None:
+def test_undamaged_samples(reader: IsolatedReader) -> None:
     for name, data in SAMPLES.items():
         document = reader.read(name, data)
         check(name, data, document)
@@ -214,9 +208,7 @@ def test_damaged_files(name: str, reader: IsolatedReader, outcomes: Counter[str]
         outcomes["read"] += 1
 
 
-def test_a_folder_of_damaged_files_is_indexed(
-    tmp_path: Path, tiny_encoder: EpicEncoder, outcomes: Counter[str]
-) -> None:
+def test_index_of_damaged_files(tmp_path: Path, tiny_encoder: EpicEncoder, outcomes: Counter[str]) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
     names = list(SAMPLES)

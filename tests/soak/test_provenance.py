@@ -1,11 +1,10 @@
-"""Opening the file at a chunk's lines shows its text, and no line, and no word, is in no chunk; for all text formats.
+"""For all text formats: the file's lines at a chunk's line numbers are its text, and every line is in a chunk.
 
 EPIC_RAG_SOAK=1 tries many more files.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -17,11 +16,12 @@ from epic_rag import EpicEncoder
 from epic_rag_chroma.chunking import chunk_document
 from epic_rag_chroma.reading.reader import read_document
 from epic_rag_chroma.reading.worker import IsolatedReader
+from tests.helpers.soak import SOAK
 
-EXAMPLES = 1000 if os.environ.get("EPIC_RAG_SOAK") == "1" else 25
+EXAMPLES = 1000 if SOAK else 25
 
-# Lines that mean something in a format; each is mixed with lines that mean nothing, and with those of all formats.
-TELLING = {
+# Lines with a meaning in a format; each file mixes them with plain lines and with those of other formats.
+SYNTAX = {
     ".md": ["# One", "## Two", "One", "===", "---", "```", "~~~", "- item", "  more", "| a | b |", "|---|---|", "> q"],
     ".rst": ["Title", "=====", "-----", ".. note::", "   indented", "text::", "+---+", "| a |", "=== ===", "- item"],
     ".adoc": ["= Top", "== Two", "----", "====", "|===", "| a | b", "[source]", ".Title", "* item", "+", "a:: b", "--"],
@@ -70,19 +70,19 @@ TELLING = {
 }
 EVERYWHERE = ["", "", "", "text. And more. " * 9, "\f", "\x85 odd \u2028 ends", "end.", "word", "    four", "\tone tab"]
 ANYTHING = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n\x1b"), max_size=60)
-ALL_TELLING = sorted({line for lines in TELLING.values() for line in lines})
+ALL_SYNTAX = sorted({line for lines in SYNTAX.values() for line in lines})
 
 
 def files(suffix: str) -> st.SearchStrategy[list[str]]:
-    telling = st.sampled_from(TELLING[suffix])
+    syntax = st.sampled_from(SYNTAX[suffix])
     return st.lists(
-        st.one_of(telling, telling, telling, st.sampled_from(EVERYWHERE), st.sampled_from(ALL_TELLING), ANYTHING),
+        st.one_of(syntax, syntax, syntax, st.sampled_from(EVERYWHERE), st.sampled_from(ALL_SYNTAX), ANYTHING),
         max_size=60,
     )
 
 
-@pytest.mark.parametrize("suffix", sorted(TELLING))
-def test_opening_the_file_at_the_lines_shows_the_text(tiny_encoder: EpicEncoder, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", sorted(SYNTAX))
+def test_line_numbers(tiny_encoder: EpicEncoder, suffix: str) -> None:
     @settings(
         deadline=None,
         max_examples=EXAMPLES,
@@ -112,12 +112,12 @@ def test_opening_the_file_at_the_lines_shows_the_text(tiny_encoder: EpicEncoder,
             assert chunk.text.strip()
             assert chunk.embedded.strip()
             there = shown[chunk.first_line - 1 : chunk.last_line]
-            if chunk.text != "\n".join(there):  # then a line is too long for one chunk, and a slice of it is shown
+            if chunk.text != "\n".join(there):  # a slice of a line that is too long for one chunk
                 assert chunk.text in "\n".join(there)
                 assert max(tiny_encoder.count_tokens([line + "\n" for line in there])) > size // 3
             covered.update(range(chunk.first_line, chunk.last_line + 1))
         assert {number for number, line in enumerate(shown, start=1) if line.strip()} <= covered
-        if not overlap:  # then the chunks are the file, in its order
+        if not overlap:  # the chunks are the file, in its order
             assert "".join("".join(chunk.text for chunk in chunks).split()) == "".join("".join(shown).split())
         counts = tiny_encoder.count_tokens([chunk.embedded for chunk in chunks])
         assert all(count <= size or len(chunk.text) == 1 for count, chunk in zip(counts, chunks, strict=True))
@@ -126,8 +126,8 @@ def test_opening_the_file_at_the_lines_shows_the_text(tiny_encoder: EpicEncoder,
     check()
 
 
-def test_a_worker_process_reads_the_same() -> None:
+def test_worker_process_reads_the_same() -> None:
     with IsolatedReader() as reader:
-        for suffix, lines in TELLING.items():
+        for suffix, lines in SYNTAX.items():
             data = "\n".join([*lines, "", *lines, "text", *lines]).encode()
             assert reader.read(f"a{suffix}", data) == read_document(f"a{suffix}", data)

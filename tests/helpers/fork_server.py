@@ -1,9 +1,8 @@
-"""Runs an index's commands in processes that cost next to nothing to start, for tests that kill many.
+"""A fork server that runs an index's commands in processes that start in milliseconds, for tests that kill many.
 
-As a script it imports everything once and forks for each command; a command is a line of JSON on its input, and the
-answer, the child's process id, a line on its output. What the child found is in a file of its own.
-
-The encoder makes a vector of a text's hash: no model, the same vector in every process and every batch.
+As a script it imports everything once and forks for each command: a command is a line of JSON on its input, the child's
+process id a line on its output; the child writes its result to a file. No model is loaded: `HashEncoder` makes a vector
+from a text's hash, the same in every process and every batch.
 """
 
 from __future__ import annotations
@@ -18,20 +17,24 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-# Small batches, so that a run of a few hundred chunks has as many steps as a large one.
+# Small, so that a run of a few hundred chunks has as many steps as a large one.
 BATCH_CHUNKS = 16
 DIMENSION = 48
 
 
 class HashEncoder:
-    """What the indexer needs of an encoder; a text's vector depends on the text alone."""
+    """The part of an encoder that the indexer needs; a text's vector depends on the text only.
+
+    Args:
+        pause: Seconds that a call of `encode_document` takes, as a model takes most of a run's time.
+    """
 
     name = "hash"
     source = "hash"
@@ -42,20 +45,16 @@ class HashEncoder:
 
     def __init__(self, pause: float = 0.0) -> None:
         self.pause = pause
-        self.texts = 0
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(text.split()) for text in texts]
 
     def encode_document(self, texts: Sequence[str]) -> np.ndarray:
-        time.sleep(self.pause)  # a model takes most of a run's time
-        self.texts += len(texts)
+        time.sleep(self.pause)
         return np.stack([self._vector(text) for text in texts])
 
-    def encode_query(self, texts: str | Sequence[str], **_: Any) -> np.ndarray:
-        if isinstance(texts, str):
-            return self._vector(texts)
-        return np.stack([self._vector(text) for text in texts])
+    def encode_query(self, texts: str | Sequence[str], *_: Any, **__: Any) -> np.ndarray:
+        return self._vector(texts) if isinstance(texts, str) else np.stack([self._vector(text) for text in texts])
 
     def _vector(self, text: str) -> np.ndarray:
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
@@ -63,28 +62,27 @@ class HashEncoder:
         return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 
-def prepare() -> None:
-    """Let Chroma write its graph often."""
-    from epic_rag_chroma.store import collection as store
-
-    store._HNSW.update(batch_size=10, sync_threshold=20)  # how often Chroma writes its graph
+# -- commands, run in a forked process --------------------------------------------------------------------------------
 
 
-def do_index(folder: Path, *, rebuild: bool = False, pause: float = 0.0, wait: float | None = 0.0) -> dict[str, Any]:
+def index(
+    folder: Path, *, rebuild: bool = False, pause: float = 0.0, wait: float | None = 0.0, chroma: str | None = None
+) -> dict[str, Any]:
     import dataclasses
 
     from epic_rag_chroma import ChromaIndexer, IndexSettings
 
-    with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder(pause), batch_chunks=BATCH_CHUNKS) as indexer:
+    indexer = ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder(pause), chroma=chroma, batch_chunks=BATCH_CHUNKS)
+    with indexer:
         settings = IndexSettings(chunk_tokens=30, chunk_overlap=0)
         return dataclasses.asdict(indexer.index([folder], settings=settings, rebuild=rebuild, wait=wait))
 
 
-def do_find(folder: Path, texts: list[str], modes: Sequence[str] = ("dense", "keyword")) -> dict[str, Any]:
-    """For each mode and text, (path, text) of the best hits."""
+def search(folder: Path, texts: list[str], modes: Sequence[str] = ("dense", "keyword")) -> dict[str, Any]:
+    """Return (path, text) of the best hits for each mode and text."""
     from epic_rag_chroma import ChromaIndexer
 
-    with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder(), batch_chunks=BATCH_CHUNKS) as indexer:
+    with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder()) as indexer:
         found = {}
         for mode in modes:
             hits = indexer.query_many(texts, k=4, mode=mode, collapse=False)
@@ -92,8 +90,8 @@ def do_find(folder: Path, texts: list[str], modes: Sequence[str] = ("dense", "ke
         return found
 
 
-def do_keep_indexing(folder: Path, *, until: float, pause: float, rebuild_every: int) -> dict[str, int]:
-    """Index again and again, in one process; every so often, make the index anew."""
+def index_repeatedly(folder: Path, *, until: float, pause: float, rebuild_every: int) -> dict[str, int]:
+    """Index again and again with one indexer; rebuild the index every so many runs."""
     from epic_rag_chroma import ChromaIndexer
     from epic_rag_chroma.errors import IndexLockedError
 
@@ -109,8 +107,8 @@ def do_keep_indexing(folder: Path, *, until: float, pause: float, rebuild_every:
     return {"runs": runs, "turned_away": turned_away}
 
 
-def do_keep_asking(folder: Path, *, until: float, kept: dict[str, str], seed: int) -> dict[str, Any]:
-    """Ask again and again, in one process, now and then with a new indexer, as a new process would."""
+def search_repeatedly(folder: Path, *, until: float, kept: dict[str, str], seed: int) -> dict[str, Any]:
+    """Search again and again, with a new indexer every 20 queries, as a new process would."""
     import random
 
     from epic_rag_chroma import ChromaIndexer
@@ -121,7 +119,7 @@ def do_keep_asking(folder: Path, *, until: float, kept: dict[str, str], seed: in
     queries = 0
     slowest = 0.0
     while time.time() < until:
-        with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder(), batch_chunks=BATCH_CHUNKS) as indexer:
+        with ChromaIndexer(folder / ".epic-rag", encoder=HashEncoder()) as indexer:
             for _ in range(20):
                 mode = chance.choice(["dense", "hybrid", "keyword"])
                 path, text = chance.choice(sorted(kept.items()))
@@ -136,18 +134,22 @@ def do_keep_asking(folder: Path, *, until: float, kept: dict[str, str], seed: in
     return {"queries": queries, "slowest": slowest, "missing": missing, "seen": sorted(seen)}
 
 
-COMMANDS = {"index": do_index, "find": do_find, "keep_indexing": do_keep_indexing, "keep_asking": do_keep_asking}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    command.__name__: command for command in (index, search, index_repeatedly, search_repeatedly)
+}
 
 
-def _child(command: dict[str, Any]) -> None:
-    limits = command.get("limits", {})
+def run_command(command: dict[str, Any]) -> None:
+    """Run a command under its limits, and write its result as a line of JSON."""
+    limits = command["limits"]
     for name, value in limits.items():
-        # Address space is counted from what the process has already.
-        least = _address_space() if name == "RLIMIT_AS" else 0
-        resource.setrlimit(getattr(resource, name), (least + value, resource.RLIM_INFINITY))
+        # The limit on address space counts from what the process has already.
+        least = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit = value + (least if name == "RLIMIT_AS" else 0)
+        resource.setrlimit(getattr(resource, name), (limit, resource.RLIM_INFINITY))
     answer: dict[str, Any]
     try:
-        answer = {"result": COMMANDS[command["do"]](Path(command["folder"]), **command.get("options", {}))}
+        answer = {"result": COMMANDS[command["name"]](Path(command["folder"]), **command["options"])}
     except BaseException as error:
         from epic_rag.errors import EpicError
 
@@ -155,21 +157,17 @@ def _child(command: dict[str, Any]) -> None:
         answer["trace"] = traceback.format_exc()
     for name in limits:
         resource.setrlimit(getattr(resource, name), (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    _say(json.dumps(answer))
+    write_line(json.dumps(answer))
 
 
-def _address_space() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-def _say(line: str) -> None:
+def write_line(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def serve() -> None:
     """Fork for each line of the input."""
-    # Everything is imported before the forks; no client, hence no thread, is made.
+    # Everything is imported before the forks. No client is made, hence no thread, which a fork would lose.
     for name in (
         "chromadb.api.rust",
         "epic_rag_chroma.indexing.run",
@@ -177,10 +175,12 @@ def serve() -> None:
         "epic_rag_chroma.store.collection",
     ):
         importlib.import_module(name)
-    prepare()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    from epic_rag_chroma.store import collection
+
+    collection._HNSW.update(batch_size=10, sync_threshold=20)  # Chroma writes its graph often
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _say("ready")
+    write_line("ready")
     for line in sys.stdin:
         command = json.loads(line)
         process = os.fork()
@@ -191,13 +191,16 @@ def serve() -> None:
             with open(command["answer"], "w") as file, open(command["answer"] + ".err", "w") as errors:
                 os.dup2(file.fileno(), 1)
                 os.dup2(errors.fileno(), 2)
-            _child(command)
+            run_command(command)
             os._exit(0)
-        _say(str(process))
+        write_line(str(process))
+
+
+# -- the test's side --------------------------------------------------------------------------------------------------
 
 
 class Job:
-    """A command that goes on in a process of its own."""
+    """A command that runs in a forked process."""
 
     def __init__(self, pid: int, answer: Path) -> None:
         self.pid = pid
@@ -211,11 +214,12 @@ class Job:
         return True
 
     def send(self, number: int) -> None:
+        """Send a signal, if the process is alive."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def wait(self, seconds: float = 120.0) -> dict[str, Any] | None:
-        """What it answered; None if it died first."""
+        """Wait for the end and return the answer, None if the process died first."""
         until = time.monotonic() + seconds
         while self.is_alive():
             if time.monotonic() > until:
@@ -225,60 +229,60 @@ class Job:
         text = self._answer.read_text()
         return json.loads(text) if text.endswith("\n") else None
 
-    def errors(self) -> str:
-        return Path(f"{self._answer}.err").read_text()
+    def result(self, seconds: float = 120.0) -> Any:
+        """Wait for the end and return the command's result."""
+        answer = self.wait(seconds)
+        assert answer is not None, Path(f"{self._answer}.err").read_text()
+        assert "result" in answer, answer.get("trace")
+        return answer["result"]
 
 
-class Pool:
-    """The process that forks."""
+class ForkServer:
+    """The process that forks.
 
-    def __init__(self, place: Path) -> None:
-        self._place = place
+    Args:
+        folder: An existing folder for the answers of commands.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._number = 0
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
 
-    def start(self, do: str, folder: Path, *, limits: dict[str, int] | None = None, **options: Any) -> Job:
+    def start(self, name: str, folder: Path, *, limits: dict[str, int] | None = None, **options: Any) -> Job:
+        """Start a command on a folder, with resource limits by name."""
         self._number += 1
-        answer = self._place / f"answer{self._number}"
-        command = {"do": do, "folder": str(folder), "answer": str(answer), "options": options, "limits": limits or {}}
+        answer = self._folder / f"answer{self._number}"
+        answer.write_text("")
+        command = {"name": name, "folder": str(folder), "answer": str(answer)}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        answer.write_text("")
-        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.write(json.dumps({**command, "options": options, "limits": limits or {}}) + "\n")
         self._process.stdin.flush()
         return Job(int(self._process.stdout.readline()), answer)
 
-    def run(self, do: str, folder: Path, **options: Any) -> Any:
-        job = self.start(do, folder, **options)
-        answer = job.wait()
-        assert answer is not None, f"{do} died: {job.errors()}"
-        assert "result" in answer, answer.get("trace")
-        return answer["result"]
+    def run(self, name: str, folder: Path, **options: Any) -> Any:
+        """Run a command to its end and return its result."""
+        return self.start(name, folder, **options).result()
 
-    def close(self) -> None:
+    def __enter__(self) -> ForkServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._process.kill()
         self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
-
-
-@contextmanager
-def pool(place: Path) -> Iterator[Pool]:
-    made = Pool(place)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 if __name__ == "__main__":
