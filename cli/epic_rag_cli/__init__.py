@@ -1,5 +1,5 @@
-"""The `epic-rag` command line: thin modules that parse, call the libraries and print.
+"""The `epic-rag` command line.
 
-`main.py` lists the commands; each module in `commands/` is one of them and imports the heavy libraries inside
-its function, so that `--help` and `--version` answer at once.
+`main.py` lists the commands. Each function in `commands/` parses its options, calls one method of the libraries and
+prints. It imports them inside the function, so that `--help` and `--version` answer at once.
 """

@@ -1,4 +1,4 @@
-"""`python -m epic_rag_cli` is `epic-rag`."""
+"""`python -m epic_rag_cli` runs `epic-rag`."""
 
 from epic_rag_cli.main import main
 

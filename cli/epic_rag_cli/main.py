@@ -1,8 +1,8 @@
-"""The Typer app and the entry point: which commands there are, and what becomes of an error.
+"""The Typer app and the entry point: the list of commands, and the exit status of each error.
 
 0    done
-1    an error: one line with the facts and the command to run next
-2    the command line itself is wrong
+1    an error: one line with the facts and a remedy
+2    a wrong command line
 130  interrupted (Ctrl-C)
 """
 
@@ -13,22 +13,39 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
 from epic_rag.errors import EpicError
 from epic_rag_cli.commands import bank, config, eval, index, models, query, status, train
-from epic_rag_cli.commands import eval as ablate
-from epic_rag_cli.commands import status as clear
-from epic_rag_cli.commands import train as mine
-from epic_rag_cli.config import add_command, help_when_alone, new_app
-from epic_rag_cli.terminal import USAGE_ERROR, Interrupted, QueryCommand, debugging, emit, message, quieten, reset
+from epic_rag_cli.config import ORIGINS, option_keys
+from epic_rag_cli.options import (
+    CONFIG_HELP,
+    CONFIG_VARIABLE,
+    Command,
+    configure,
+    new_group,
+    quiet,
+    require_command,
+    verbose,
+)
+from epic_rag_cli.terminal import (
+    USAGE_ERROR,
+    Interrupted,
+    debugging,
+    emit,
+    message,
+    reset_verbosity,
+    silence_libraries,
+)
 
 __all__ = ["PROGRAM", "app", "main", "run"]
 
-
 PROGRAM = "epic-rag"
+
+app = new_group(PROGRAM)
 
 
 def _version(wanted: bool) -> None:
@@ -39,34 +56,59 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+@app.callback()
 def epic_rag(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="FILE", envvar=CONFIG_VARIABLE, is_eager=True, callback=configure, help=CONFIG_HELP
+        ),
+    ] = None,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", "-q", is_eager=True, callback=quiet, help="Print errors and data only. Also after a command."
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            is_eager=True,
+            callback=verbose,
+            help="Also report what is read, embedded and reused. Also after a command.",
+        ),
+    ] = False,
 ) -> None:
     """Search your documents by meaning, with an encoder that learns from examples.
 
-    `index` reads a folder and stores its passages as vectors; `query` finds the passages that answer a
-    question. Nothing leaves the machine, unless you name a Chroma server elsewhere.
+    `index` reads a folder and stores its text in chunks as vectors; `query` finds the chunks that answer a question.
+    Nothing leaves the machine, unless you name a Chroma server elsewhere.
 
     Examples:
         epic-rag index docs
         epic-rag query 'how do I undo the last commit?' --index-dir docs/.epic-rag
     """
-    help_when_alone(context)
+    require_command(context)
 
 
-app = new_app(PROGRAM, epic_rag, program=True)
-add_command(app, "index", index.index, configured=True)
-add_command(app, "query", query.query, configured=True, cls=QueryCommand)
-add_command(app, "status", status.status, configured=True)
-add_command(app, "clear", clear.clear, configured=True)
-add_command(app, "config", config.config, configured=True)
-add_command(app, "eval", eval.eval_command)
-add_command(app, "mine", mine.mine)
-add_command(app, "train", train.train)
-add_command(app, "ablate", ablate.ablate)
+for _name, _function, _class in (
+    ("index", index.index, Command),
+    ("query", query.query, query.QueryCommand),
+    ("status", status.status, Command),
+    ("clear", status.clear, Command),
+    ("config", config.config, Command),
+    ("eval", eval.eval_command, Command),
+    ("mine", train.mine, Command),
+    ("train", train.train, Command),
+    ("ablate", eval.ablate, Command),
+):
+    app.command(_name, cls=_class)(_function)
 app.add_typer(models.app)
 app.add_typer(bank.app)
 
@@ -77,69 +119,37 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The command line without the program's name; None for the process's own.
     """
-    reset()
+    reset_verbosity()
     try:
         # Without standalone mode Typer returns the status of `typer.Exit` and leaves errors to us.
-        return _status(app(None if arguments is None else list(arguments), prog_name=PROGRAM, standalone_mode=False))
+        result = app(None if arguments is None else list(arguments), prog_name=PROGRAM, standalone_mode=False)
     except USAGE_ERROR as error:
-        message("error", _usage_line(error))
-        return 2
+        return _report_usage_error(cast(Any, error))
     except (Interrupted, KeyboardInterrupt) as error:
-        message("error", str(error) or "interrupted")
+        message("error", str(error) or "Interrupted.")
         return 130
     except typer.Abort:
-        message("error", "nothing was done: the question was not answered; run the command again")
+        message("error", "Aborted.")
         return 1
     except EpicError as error:
         message("error", str(error))
         return 1
-    except SystemExit as error:
-        # What Typer and rich do about a reader that has gone away while they print.
-        return _status(error.code)
+    except SystemExit as error:  # raised by Typer and rich when the reader of a pipe has gone away
+        result = error.code
     except Exception as error:
         if debugging():
             raise
         message("error", _unexpected_line(error))
         return 1
-
-
-def main() -> None:
-    """The `epic-rag` console script."""
-    quieten()
-    _ensure_streams()
-    status = run()
-    # Python looks for garbage once more before it ends, among all that torch and transformers have made, which takes
-    # as long as importing them. The memory goes anyway.
-    gc.freeze()
-    sys.exit(status)
-
-
-def _status(result: object) -> int:
-    if result == 130:
-        # Typer makes this of a KeyboardInterrupt; a command that can say more raises Interrupted.
-        message("error", "interrupted")
+    if result == 130:  # Typer's status for a KeyboardInterrupt
+        message("error", "Interrupted.")
     return result if isinstance(result, int) else 0
 
 
-def _usage_line(error: Exception) -> str:
-    """Return a usage error and where to read on: "Missing argument 'TEXT'; see `epic-rag query --help`"."""
-    parts = cast(Any, error)
-    command = parts.ctx.command_path if parts.ctx is not None else PROGRAM
-    # Some versions of Typer let pydantic look at a value, which puts these words before Typer's own.
-    text = parts.format_message().rstrip(".").replace(": Value error, ", ": ")
-    return f"{text}{'' if text.endswith('?') else ';'} see `{command} --help`"
-
-
-def _unexpected_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        place = f"{os.fspath(error.filename)!s}: " if isinstance(error.filename, (str, os.PathLike)) else ""
-        return f"{place}{error.strerror}; make it accessible, or give another path, and run the command again"
-    what = f"{type(error).__name__}: {error}"
-    return f"this should not happen ({what}); run the command again with EPIC_RAG_DEBUG=1 for the traceback"
-
-
-def _ensure_streams() -> None:
-    """Make both streams take any text; they can be closed (`>&-`) or lack characters in their encoding."""
+def main() -> None:
+    """Run the `epic-rag` console script."""
+    silence_libraries()
+    # Both streams may be closed (`>&-`) or lack characters in their encoding.
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open for the life of the process
     if sys.stderr is None:
@@ -147,3 +157,29 @@ def _ensure_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    status = run()
+    # Skip Python's last garbage collection, which takes as long as the import of torch and transformers.
+    gc.freeze()
+    sys.exit(status)
+
+
+def _report_usage_error(error: Any) -> int:
+    # Some versions of Typer let pydantic convert a value, which adds these words.
+    text = error.format_message().rstrip(".").replace(": Value error, ", ": ")
+    context, option = error.ctx, getattr(error, "param", None)
+    source = context.get_parameter_source(option.name) if context is not None and option is not None else None
+    if source is not None and source.name == "DEFAULT_MAP":
+        key = next(key for key, known in option_keys(context.command).items() if known is option)
+        message("error", f"{text}. Correct {key} in {context.meta[ORIGINS][option.name]}.")
+        return 1
+    command = context.command_path if context is not None else PROGRAM
+    message("error", f"{text}{'' if text.endswith('?') else '.'} See `{command} --help`.")
+    return 2
+
+
+def _unexpected_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{os.fspath(error.filename)!s}: " if isinstance(error.filename, (str, os.PathLike)) else ""
+        return f"{place}{error.strerror}. Make it accessible or use another path, then run the command again."
+    fact = f"{type(error).__name__}: {error}"
+    return f"Unexpected error ({fact}). Run the command again with EPIC_RAG_DEBUG=1 for the traceback."

@@ -1,69 +1,172 @@
-"""Options that several commands share, so that they read and behave alike."""
+"""Options that several commands share, the shell completion of their values, and the classes of commands.
+
+`--config`, `--quiet` and `--verbose` may stand before or after a command. They are eager: each acts when it is parsed,
+so that the configuration file is known before the other options take their defaults from it.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
+from epic_rag.query_prompt import QUERY_STRATEGIES, QueryStrategy
 from epic_rag.tasks import DEFAULT_TASK
 from epic_rag_chroma import DEFAULT_MODE
+from epic_rag_cli import config
+from epic_rag_cli.terminal import Verbosity, log_info, request_verbosity
+
+if TYPE_CHECKING:
+    from epic_rag_chroma import ChromaIndexer
 
 __all__ = [
+    "CONFIG_HELP",
+    "CONFIG_VARIABLE",
     "DEFAULT_DTYPE",
     "DEFAULT_HITS",
     "DEFAULT_TASK",
-    "INDEX_FOLDER",
-    "MAX_SKIPPED_SHOWN",
     "Bank",
     "Chroma",
+    "Command",
     "ComputeDtype",
+    "ConfigFile",
     "Device",
     "Dtype",
+    "Group",
     "IndexDir",
     "Json",
     "Mode",
     "Model",
-    "ShownBy",
+    "Quiet",
     "Strategy",
     "Task",
+    "Verbose",
     "complete_banks",
     "complete_dtypes",
     "complete_models",
     "complete_modes",
     "complete_strategies",
     "complete_tasks",
+    "configure",
+    "new_group",
+    "open_indexer",
+    "quiet",
+    "require_command",
+    "verbose",
 ]
 
-
-# --- from defaults
-# What the commands do when nothing is said; each value in one place.
-
-# The task whose instruction `query` gives the encoder when neither --task nor --bank is given.
-
-
 DEFAULT_HITS = 5
-"""How many passages `query` prints without -k."""
+"""Hits that `query` prints without -k."""
 
-ComputeDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-"""What a model can compute in."""
-
-ShownBy = Literal["epic", "text", "none", "task-vector"]
-"""How demonstrations reach a query; `epic_rag.task_vector` has the same names, and loads torch."""
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""Number formats that a model can compute in."""
 
 DEFAULT_DTYPE: ComputeDtype = "auto"
-"""What a model computes in without --dtype."""
 
-INDEX_FOLDER = ".epic-rag"
-"""The name of an index folder that stands in the folder it indexes."""
-
-MAX_SKIPPED_SHOWN = 10
-"""How many skipped files `index` names; of more, it says how many there are for each reason, and --json lists all."""
+CONFIG_VARIABLE = "EPIC_RAG_CONFIG"
+CONFIG_HELP = "The configuration file, instead of the user's and the project's. Also after a command."
 
 
-# --- from completion
-# What the shell offers for an option's value: names that are known without loading anything.
+def open_indexer(
+    folder: Path, *, model: str | None, dtype: str, device: str | None, chroma: str | None
+) -> ChromaIndexer:
+    """Return the index in `folder`; its model is loaded when the first text is encoded.
+
+    Args:
+        folder: The index folder.
+        model: The model of `--model`; None uses the index's model, or the default one for a new index.
+        dtype: The number format that the model computes in.
+        device: Where the model runs.
+        chroma: The Chroma server of `--chroma`.
+    """
+    # Imported here, as every library in a command, so that --help answers at once.
+    from epic_rag_chroma import ChromaIndexer
+
+    def load() -> Any:
+        from epic_rag import EpicEncoder
+
+        return EpicEncoder.from_pretrained(model, dtype=dtype, device=device)
+
+    return ChromaIndexer(folder, encoder=None if model is None else load, chroma=chroma, dtype=dtype, device=device)
+
+
+class Command(TyperCommand):
+    """A command whose help keeps the lines of the "Examples:" section as they are."""
+
+    def __init__(self, *args: Any, help: str | None = None, **settings: Any) -> None:
+        super().__init__(*args, help=_keep_examples(help), **settings)
+
+
+class Group(TyperGroup):
+    """A group of commands whose help keeps the lines of the "Examples:" section as they are."""
+
+    def __init__(self, *args: Any, help: str | None = None, **settings: Any) -> None:
+        super().__init__(*args, help=_keep_examples(help), **settings)
+
+
+def _keep_examples(text: str | None) -> str:
+    # A line with \b alone turns off wrapping for the paragraph that follows.
+    return (text or "").replace("\nExamples:\n", "\n\b\nExamples:\n")
+
+
+def new_group(name: str) -> typer.Typer:
+    """Return a Typer app without commands.
+
+    Its help is plain text: it can be piped, compared and copied, and rich need not be imported.
+    """
+    return typer.Typer(
+        name=name,
+        cls=Group,
+        invoke_without_command=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def require_command(context: typer.Context) -> None:
+    """Print a group's help and exit with status 2 if it is called without a command."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
+
+
+def configure(context: typer.Context, value: Path | None) -> Path | None:
+    """Fill the command's `default_map` from the configuration files; a file after the command takes precedence."""
+    if context.resilient_parsing:  # completion needs no configuration
+        return value
+    if context.parent is None:
+        context.obj = value  # inherited by the contexts of the commands
+        return value
+    value = value or context.obj
+    name = context.info_name or ""
+    if name in config.COMMANDS:
+        settings = config.load(context.find_root().command, value)
+        context.default_map = settings.values[name]
+        context.meta[config.ORIGINS] = settings.origins[name]
+    return value
+
+
+def quiet(context: typer.Context, value: bool) -> bool:
+    """Apply `--quiet`."""
+    if value and not context.resilient_parsing:
+        request_verbosity(Verbosity.QUIET, explicit=_on_command_line(context, "quiet"))
+    return value
+
+
+def verbose(context: typer.Context, value: bool) -> bool:
+    """Apply `--verbose`."""
+    if value and not context.resilient_parsing:
+        request_verbosity(Verbosity.VERBOSE, explicit=_on_command_line(context, "verbose"))
+        log_info()
+    return value
+
+
+def _on_command_line(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def complete_models(incomplete: str) -> list[str]:
@@ -81,7 +184,7 @@ def complete_banks(incomplete: str) -> list[str]:
 
 
 def complete_dtypes(incomplete: str) -> list[str]:
-    """Return what a model can compute in."""
+    """Return the values of `--dtype`."""
     return _starting(list(get_args(ComputeDtype)), incomplete)
 
 
@@ -93,15 +196,15 @@ def complete_tasks(incomplete: str) -> list[str]:
 
 
 def complete_modes(incomplete: str) -> list[str]:
-    """Return the ways to search."""
+    """Return the search modes."""
     from epic_rag_chroma import SEARCH_MODES
 
     return _starting(list(SEARCH_MODES), incomplete)
 
 
 def complete_strategies(incomplete: str) -> list[str]:
-    """Return the ways in which demonstrations reach a query."""
-    return _starting(list(get_args(ShownBy)), incomplete)
+    """Return the values of `--strategy`."""
+    return _starting(list(QUERY_STRATEGIES), incomplete)
 
 
 def _starting(names: list[str], incomplete: str) -> list[str]:
@@ -109,7 +212,7 @@ def _starting(names: list[str], incomplete: str) -> list[str]:
 
 
 def _folders(incomplete: str, file: str) -> list[str]:
-    """Return folders whose path begins like this: those that hold `file`, and with a slash those to look further in."""
+    """Return folders whose path starts with `incomplete`; those without `file` get a slash, to complete further."""
     given, slash, _ = incomplete.rpartition("/")
     parent = Path(given or slash or ".")
     found = []
@@ -142,9 +245,13 @@ Chroma = Annotated[
         metavar="URL",
         help=(
             "A Chroma server for the vectors, as http://host:port; `folder` for the index folder. An index remembers "
-            "where it is; a new one takes EPIC_RAG_CHROMA."
+            "its server; a new index uses EPIC_RAG_CHROMA."
         ),
     ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", is_eager=True, hidden=True, callback=configure, help=CONFIG_HELP),
 ]
 Device = Annotated[
     str | None,
@@ -163,7 +270,8 @@ Dtype = Annotated[
         metavar="NAME",
         envvar="EPIC_RAG_DTYPE",
         autocompletion=complete_dtypes,
-        help="What the model computes in; auto is float32, or bfloat16 where that is faster.",
+        help="Number format of the model's computations: auto, float32, bfloat16 or float16. auto is float32, or "
+        "bfloat16 where that is faster.",
     ),
 ]
 IndexDir = Annotated[
@@ -183,7 +291,7 @@ Mode = Annotated[
         metavar="MODE",
         envvar="EPIC_RAG_MODE",
         autocompletion=complete_modes,
-        help="How to search: dense (by meaning), keyword (by words; loads no model) or hybrid (both).",
+        help="Search mode: dense (vectors), keyword (words; loads no model) or hybrid (both).",
         show_default=DEFAULT_MODE,
     ),
 ]
@@ -197,14 +305,25 @@ Model = Annotated[
         help="A name from `epic-rag models`, a checkpoint folder or a Hugging Face name.",
     ),
 ]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        is_eager=True,
+        hidden=True,
+        callback=quiet,
+        help="Print errors and data only. Also after a command.",
+    ),
+]
 Strategy = Annotated[
-    ShownBy | None,
+    QueryStrategy | None,
     typer.Option(
         "--strategy",
         metavar="NAME",
         autocompletion=complete_strategies,
-        help="How demonstrations reach the query: epic (as vectors in its prompt), text (as texts), task-vector (as a "
-        "move of its own vector) or none.",
+        help="How demonstrations reach the query: task-vector (their mean difference is added to its vector), epic (as "
+        "embeddings in its prompt) or text (as texts in its prompt).",
         show_default="the checkpoint's",
     ),
 ]
@@ -215,7 +334,18 @@ Task = Annotated[
         metavar="TASK",
         envvar="EPIC_RAG_TASK",
         autocompletion=complete_tasks,
-        help="The task whose instruction the encoder gets with the query.",
-        show_default=f"{DEFAULT_TASK}, or what the bank says",
+        help="The task whose instruction the query gets. It brings no demonstrations.",
+        show_default=f"{DEFAULT_TASK}, or the bank's instruction",
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        is_eager=True,
+        hidden=True,
+        callback=verbose,
+        help="Also report what is read, embedded and reused. Also after a command.",
     ),
 ]

@@ -1,4 +1,7 @@
-"""What `index` says of a run, or of what a run would do: for people, and as JSON."""
+"""Results as text and JSON: index folders and paths, hits with highlighted snippets, reports of `index`.
+
+A snippet is the part of a chunk around the sentence with the most query words, cut to a width in terminal cells.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,17 @@ from urllib.parse import quote
 from rich.cells import get_character_cell_size
 
 from epic_rag_chroma import IndexNotFoundError, QueryWords
-from epic_rag_cli.options import INDEX_FOLDER, MAX_SKIPPED_SHOWN
-from epic_rag_cli.terminal import Verbosity, message, plural, printable, terminal_width, verbosity
+from epic_rag_cli.terminal import (
+    Verbosity,
+    columns,
+    emit,
+    emit_json,
+    message,
+    plural,
+    printable,
+    terminal_width,
+    verbosity,
+)
 
 if TYPE_CHECKING:
     from rich.style import Style
@@ -27,38 +39,36 @@ if TYPE_CHECKING:
     from epic_rag_chroma import Hit, IndexPlan, IndexReport, SearchMode, SkippedFile, Span
 
 __all__ = [
+    "INDEX_FOLDER",
     "Snippet",
     "display_path",
     "file_of",
     "file_uri",
     "find_index",
     "hit_lines",
-    "index_dir_for",
     "location",
-    "passage_lines",
-    "plan_json",
-    "plan_lines",
-    "plan_summary",
+    "print_plan",
+    "print_skipped",
     "report_json",
     "report_summary",
     "snippet",
-    "tell_skipped",
 ]
 
+INDEX_FOLDER = ".epic-rag"
+"""Name of the index folder in the folder that it indexes."""
 
-# --- from locate
-# Which index folder a command means.
+MAX_SKIPPED_SHOWN = 10
+"""Skipped files that `index` names; of more, it prints the number for each reason."""
 
 
 def find_index(given: Path | None) -> Path:
-    """Return the index folder that a reading command works on.
+    """Return the index folder of a command that reads an index.
 
     Args:
-        given: What `--index-dir` or `EPIC_RAG_INDEX` says; None looks for `.epic-rag` in the working
-            directory and its parents, as git does for its own folder.
+        given: The value of `--index-dir`; None finds `.epic-rag` in the working directory or its parents.
 
     Raises:
-        IndexNotFoundError: None is given and none is found.
+        IndexNotFoundError: If none is given or found.
     """
     if given is not None:
         return given
@@ -67,31 +77,21 @@ def find_index(given: Path | None) -> Path:
         if (folder / INDEX_FOLDER).is_dir():
             return folder / INDEX_FOLDER
     raise IndexNotFoundError(
-        f"no index: neither {here} nor a folder above it holds {INDEX_FOLDER}, and --index-dir is not given; "
-        "run `epic-rag index .` to index this folder"
+        f"No index: neither {here} nor a folder above it has {INDEX_FOLDER}. Run `epic-rag index .` to index this "
+        "folder, or pass --index-dir."
     )
 
 
-def index_dir_for(given: Path | None, first: Path) -> Path:
-    """Return the index folder that `index` writes: the given one, or `.epic-rag` beside the first path."""
-    if given is not None:
-        return given
-    return (first if first.is_dir() else first.parent) / INDEX_FOLDER
-
-
 def display_path(path: str | os.PathLike[str]) -> str:
-    """Return `path` as a person in the working directory would write it."""
+    """Return `path` relative to the working directory if it is below it, absolute otherwise."""
     absolute = os.path.abspath(path)
     relative = os.path.relpath(absolute)
     return absolute if relative.startswith("..") else relative
 
 
-# --- from snippets
-# The part of a passage that is shown for a query: around its best sentence, cut to a width in terminal cells.
-
-# The full stops, exclamation marks, question marks and semicolons of scripts that put no space after them.
+# Sentence ends of scripts that put no space after them.
 _STOPS = "\u3002\uff01\uff1f\uff1b"
-# After a full stop and the like, between paragraphs, and before list items.
+# Boundaries: after sentence ends, between paragraphs and before list items.
 _BOUNDARY = re.compile(
     rf"(?<=[.!?:;…])\s+|(?<=[.!?…][\"')\]])\s+|(?<=[{_STOPS}])|\n[ \t]*\n\s*|\n(?=[ \t]*(?:[-*+#>|]|\d+[.)]) )"
 )
@@ -100,12 +100,12 @@ _ELLIPSIS = "…"
 
 
 class Snippet:
-    """A part of a passage as one printable line, and where the query's words are in it.
+    """Part of a chunk as one printable line, with the spans of the query's words.
 
     Args:
-        pieces: Text of the passage, each piece with whether it is a word of the query.
-        before: Whether something was left out before it.
-        after: Whether something was left out after it.
+        pieces: Consecutive pieces of text, each with whether it is a query word.
+        before: Whether text before it is left out.
+        after: Whether text after it is left out.
     """
 
     def __init__(self, pieces: Sequence[tuple[str, bool]], *, before: bool, after: bool) -> None:
@@ -122,15 +122,12 @@ class Snippet:
 
 
 def snippet(text: str, words: QueryWords, width: int, *, by_line: bool = False) -> Snippet:
-    """Return the part of `text` that says most about a query.
-
-    The sentence with the most different words of the query is in it, with as much as there is room for of what stands
-    around it, whole sentences first. An ellipsis stands where something was left out.
+    """Return the sentence of `text` with the most different query words, and as many sentences around it as fit.
 
     Args:
-        text: The passage.
+        text: The chunk's text.
         words: The words of the query.
-        width: The most terminal cells of the passage to take; escapes of control characters come on top.
+        width: Maximum terminal cells of the text; ellipses and escapes of control characters are added to it.
         by_line: Whether a line is a sentence, as in source code.
     """
     flat, sentences = _sentences(text, by_line)
@@ -148,19 +145,19 @@ def snippet(text: str, words: QueryWords, width: int, *, by_line: bool = False) 
 
 
 def _safe(piece: str) -> str:
-    """Make a piece printable without losing the space at its ends."""
+    """Make a piece printable and keep the space at its ends."""
     left = " " if piece[:1] == " " else ""
     right = " " if piece[-1:] == " " and piece != " " else ""
     return left + printable(piece) + right
 
 
 def _sentences(text: str, by_line: bool) -> tuple[str, list[Span]]:
-    """Return `text` with single spaces, and where its sentences are in that."""
+    """Return `text` with single spaces, and the spans of its sentences."""
     parts = (_LINE_END if by_line else _BOUNDARY).split(text.strip())
     flat, spans = "", []
     for part in (" ".join(part.split()) for part in parts):
         if part:
-            # What follows a stop of a script without spaces had none before it, either.
+            # No space after a sentence end of a script without spaces.
             start = len(flat) + (1 if flat and flat[-1] not in _STOPS else 0)
             flat = flat.ljust(start) + part
             spans.append((start, len(flat)))
@@ -168,7 +165,7 @@ def _sentences(text: str, by_line: bool) -> tuple[str, list[Span]]:
 
 
 def _best(sentences: Sequence[Span], found: Sequence[tuple[Span, str]]) -> int:
-    """Return the number of the first sentence with the most different words of the query."""
+    """Return the index of the first sentence with the most different query words."""
     starts = [start for start, _ in sentences]
     kinds: list[set[str]] = [set() for _ in sentences]
     for (start, _), stem in found:
@@ -187,7 +184,7 @@ def _merged(spans: Sequence[Span]) -> list[Span]:
 
 
 class _Line:
-    """A line of text that is longer than a width, perhaps."""
+    """Text that is cut to a width in terminal cells."""
 
     def __init__(self, text: str, width: int) -> None:
         self._text = text
@@ -195,7 +192,7 @@ class _Line:
         self._cells = [0, *accumulate(map(get_character_cell_size, text))]
 
     def around(self, sentences: Sequence[Span], best: int, found: Sequence[tuple[Span, str]]) -> Span:
-        """Return the part with the best sentence, and what fits of its neighbourhood."""
+        """Return the span of the best sentence with the sentences around it that fit."""
         if self._fits(0, len(self._text)):
             return 0, len(self._text)
         start, end = sentences[best]
@@ -208,7 +205,7 @@ class _Line:
             before = self._fits(sentences[first - 1][0], end) if first > 0 else False
             if not after and not before:
                 break
-            # The best sentence stays in the middle.
+            # Keep the best sentence in the middle.
             if after and (not before or end - sentences[best][1] <= sentences[best][0] - start):
                 last += 1
                 end = sentences[last][1]
@@ -224,14 +221,12 @@ class _Line:
         return self._cells[end] - self._cells[start] <= self._width
 
     def _best_start(self, start: int, end: int, found: Sequence[tuple[Span, str]]) -> int:
-        """Return the word of a long sentence from which most different words of the query follow; the middle one of
-        such words.
-        """
+        """Return the start in a long sentence that shows the most query words; the middle one of several."""
         inside = [(span, stem) for span, stem in found if start <= span[0] < end]
         starts = [start, *(place + 1 for place in range(start, end) if self._text[place] == " ")]
-        # The first words before a word of the query; where there are no spaces, the word itself.
+        # Where there are no spaces, a query word itself is a start.
         starts += [span[0] for span, _ in inside]
-        # A later start would show less text than there is room for.
+        # Later starts would leave room unused.
         starts = [place for place in sorted(set(starts)) if not self._fits(place, end)] or [start]
 
         def shown(place: int) -> int:
@@ -244,7 +239,7 @@ class _Line:
         return best[len(best) // 2]
 
     def _end(self, start: int, limit: int) -> int:
-        """Return where the last word that fits ends; in the middle of it if there is no other."""
+        """Return the end of the last word that fits; within the word if it is the only one."""
         end = bisect_right(self._cells, self._cells[start] + self._width) - 1
         if end >= limit:
             return limit
@@ -254,7 +249,7 @@ class _Line:
         return max(end, start + 1)
 
     def _start(self, end: int) -> int:
-        """Return where the first word that fits before `end` begins."""
+        """Return the start of the first word that fits before `end`."""
         start = next(place for place in range(end + 1) if self._fits(place, end))
         if start == 0 or self._text[start - 1] == " ":
             return start
@@ -262,23 +257,20 @@ class _Line:
         return space + 1 if space >= 0 else start
 
 
-# --- from hits
-# Hits as lines for people: where a passage is, what it scored, and the part of it that says most.
-
 _INDENT = "    "
 _SNIPPET_LINES = 3
-# Room that is lost where lines break between words.
+# Cells lost to line breaks between words.
 _RAGGED = 20
 
 
 def hit_lines(hits: Sequence[Hit], query: str, mode: SearchMode, *, links: bool) -> list[Text]:
-    """Return hits as lines, an empty one between two.
+    """Return hits as lines of text, separated by empty lines: scores, location, headings, snippet, duplicates.
 
     Args:
         hits: The hits, best first.
-        query: What was asked for.
-        mode: How the index was searched.
-        links: Whether places are hyperlinks.
+        query: The query.
+        mode: The search mode.
+        links: Whether locations are hyperlinks.
     """
     from rich.text import Text
 
@@ -302,29 +294,8 @@ def hit_lines(hits: Sequence[Hit], query: str, mode: SearchMode, *, links: bool)
     return lines
 
 
-def passage_lines(hit: Hit, query: str) -> list[Text]:
-    """Return the whole text of a hit, line by line, with the words of the query marked."""
-    from rich.text import Text
-
-    words = QueryWords(query)
-    lines = [Text(printable(location(hit)), style="bold cyan")]
-    for number, raw in enumerate(hit.text.splitlines(), start=hit.first_line or 1):
-        indent = len(raw) - len(raw.lstrip(" \t"))
-        text = " " * len(raw[:indent].expandtabs(4)) + printable(raw)
-        line = Text(_INDENT if hit.first_line is None else f"{number:>6}  ", style="dim")
-        start = len(line)
-        line.append(text, style="not dim")
-        for (first, last), _ in words.find(text):
-            line.stylize("bold yellow", start + first, start + last)
-        lines.append(line)
-    return lines
-
-
 def location(hit: Hit) -> str:
-    """Return where a passage is: `path:first-last`, `path:line`, `path:page 3` or the path alone.
-
-    The path is one that can be opened from the working directory.
-    """
+    """Return `path:first-last`, `path:line`, `path:page 3` or the path alone, relative to the working directory."""
     path = display_path(file_of(hit)) if hit.root else hit.path
     if hit.page is not None:
         return f"{path}:page {hit.page}"
@@ -341,26 +312,27 @@ def file_of(hit: Hit) -> str:
 
 
 def file_uri(path: str) -> str:
-    """Return the file URI of an absolute path, with this machine's name: a terminal may show another's output."""
+    """Return the file URI of an absolute path, with this host's name: the terminal may run on another host."""
     if os.name == "nt":
         path = "/" + path.replace("\\", "/")
-    # The bytes, since a name need not be UTF-8; everything but unreserved characters is escaped.
+    # Bytes, since a name need not be UTF-8.
     try:
         encoded = os.fsencode(path)
-    except UnicodeEncodeError:  # a name that no file on this system can have
+    except UnicodeEncodeError:  # not a possible file name on this system
         encoded = path.encode("utf-8", "replace")
     return f"file://{quote(socket.gethostname())}{quote(encoded)}"
 
 
 def _scores(hit: Hit, mode: SearchMode) -> str:
-    """Return the numbers that a hit is ranked by, each with its name."""
+    """Return the scores that decide a hit's rank, with their names: the reranker's, then those of the search."""
+    scores = {"rerank": hit.rerank_score, "cosine": hit.cosine, "bm25": hit.bm25}
     if mode == "keyword":
-        shown = f"bm25 {hit.bm25 or hit.score:.2f}"
-    else:
-        shown = f"cosine {hit.score if hit.cosine is None else hit.cosine:.3f}"
-        if mode == "hybrid" and hit.bm25 is not None:
-            shown += f", bm25 {hit.bm25:.2f}"
-    return shown if hit.rerank_score is None else f"rerank {hit.rerank_score:.3f}, {shown}"
+        del scores["cosine"]
+    elif mode == "dense":
+        del scores["bm25"]
+    digits = {"rerank": 3, "cosine": 3, "bm25": 2}
+    shown = [f"{name} {score:.{digits[name]}f}" for name, score in scores.items() if score is not None]
+    return ", ".join(shown) or f"score {hit.score:.3f}"
 
 
 def _place_style(hit: Hit, links: bool) -> Style:
@@ -386,79 +358,69 @@ def _snippet_lines(hit: Hit, words: QueryWords) -> list[Text]:
 
 
 def _duplicate_places(hit: Hit) -> list[str]:
-    """Return where near-duplicates are, each place once, as paths from the working directory where that is known."""
+    """Return the distinct locations of near-duplicates, relative to the working directory if the file exists."""
     own = f"{hit.path}:{hit.first_line if hit.page is None else f'page {hit.page}'}"
     shown = []
     for place in dict.fromkeys(hit.duplicates):
         path, colon, line = place.rpartition(":")
         file = os.path.join(hit.root, path)
-        if place != own:  # a passage that starts on the same line says nothing new
-            # Where there are several roots, it may be in another one than the hit.
+        if place != own:
+            # The file may be in another root than the hit's.
             shown.append(display_path(file) + colon + line if hit.root and colon and os.path.exists(file) else place)
     return shown
 
 
 def report_json(report: IndexReport) -> dict[str, Any]:
-    """Return a report with its rate."""
+    """Return the report of a run as JSON has it, with the rate."""
     return {**dataclasses.asdict(report), "chunks_per_second": _rate(report)}
 
 
 def report_summary(report: IndexReport) -> str:
-    """Return the last line of a run."""
+    """Return the summary line of a run."""
     counts = (
         f"{report.added:,} added, {report.changed:,} changed, {report.renamed:,} renamed, {report.deleted:,} deleted, "
         f"{report.unchanged:,} unchanged, {len(report.skipped):,} skipped"
     )
     reused = f", {report.chunks_reused:,} reused" if report.chunks_reused else ""
-    embedded = f"{plural(report.chunks_embedded, 'passage')} embedded{reused} in {report.seconds:.1f} s"
+    embedded = f"{plural(report.chunks_embedded, 'chunk')} embedded{reused} in {report.seconds:.1f} s"
     rate = f" ({_rate(report):,.1f} a second)" if report.chunks_embedded else ""
     return f"{counts}; {embedded}{rate}"
 
 
-def plan_json(plan: IndexPlan) -> dict[str, Any]:
-    """Return a plan; a renamed file has its two names."""
-    return {
-        **dataclasses.asdict(plan),
-        "renamed": [{"from": old, "to": new} for old, new in plan.renamed],
-    }
-
-
-def plan_lines(plan: IndexPlan) -> list[tuple[str, str]]:
-    """Return what would happen to each file: the verb and the path."""
-    lines = [("add", path) for path in plan.added]
-    lines += [("change", path) for path in plan.changed]
-    lines += [("rename", f"{old} -> {new}") for old, new in plan.renamed]
-    lines += [("delete", path) for path in plan.deleted]
-    return lines
-
-
-def plan_summary(plan: IndexPlan) -> str:
-    """Return the last line of a plan."""
-    return (
+def print_plan(plan: IndexPlan, folder: Path, *, as_json: bool) -> None:
+    """Print what a run would do: a line for each file and a summary, or JSON."""
+    if as_json:
+        renamed = [{"from": old, "to": new} for old, new in plan.renamed]
+        emit_json({"index_dir": str(folder), "dry_run": True, **dataclasses.asdict(plan), "renamed": renamed})
+        return
+    print_skipped(plan.skipped, hint=True)
+    rows = [("add", path) for path in plan.added]
+    rows += [("change", path) for path in plan.changed]
+    rows += [("rename", f"{old} -> {new}") for old, new in plan.renamed]
+    rows += [("delete", path) for path in plan.deleted]
+    summary = (
         f"would add {len(plan.added):,}, change {len(plan.changed):,}, rename {len(plan.renamed):,}, "
-        f"delete {len(plan.deleted):,}, leave {plan.unchanged:,} as they are, skip {len(plan.skipped):,}"
+        f"delete {len(plan.deleted):,}, leave {plan.unchanged:,} unchanged, skip {len(plan.skipped):,}"
     )
+    emit([*(columns(rows, styles=("bold",)) if rows else ()), summary])
 
 
-def tell_skipped(skipped: Sequence[SkippedFile], *, hint: bool) -> None:
-    """Say on stderr what was skipped: a few by name (all with --verbose), many by reason.
+def print_skipped(skipped: Sequence[SkippedFile], *, hint: bool) -> None:
+    """Print skipped files on stderr: a few by name (all with --verbose), many by reason.
 
     Args:
         skipped: The files.
-        hint: Whether to say that --json lists all.
+        hint: Whether to mention that --json lists all.
     """
     if len(skipped) <= MAX_SKIPPED_SHOWN or verbosity() is Verbosity.VERBOSE:
         for file in skipped:
             message("skipped", f"{file.path}: {file.reason}")
         return
-    counted = ", ".join(f"{count:,} {reason}" for reason, count in _by_reason(skipped))
-    message("skipped", f"{plural(len(skipped), 'file')}: {counted}" + ("; --json lists all" if hint else ""))
-
-
-def _by_reason(skipped: Iterable[SkippedFile]) -> list[tuple[str, int]]:
-    """Return how often each reason occurs, without what it says of the single file, the most frequent first."""
-    counts = Counter(file.reason.partition(":")[0] for file in skipped)
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    # A reason may continue with details of the single file after a colon.
+    reasons = Counter(file.reason.partition(":")[0] for file in skipped)
+    ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    counted = ", ".join(f"{count:,} {reason}" for reason, count in ordered)
+    message("skipped", f"{plural(len(skipped), 'file')}: {counted}." + (" --json lists all." if hint else ""))
 
 
 def _rate(report: IndexReport) -> float:

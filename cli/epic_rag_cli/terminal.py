@@ -1,6 +1,8 @@
-"""Options whose value may be left out: `--open` is `--open 1`.
+"""The terminal: data on stdout, everything else on stderr, and text that is safe to print.
 
-Typer has no such thing, so the value is put in before it reads the command line.
+Text from documents may hold escape sequences that move the cursor, set the window title or hide text, and bidirectional
+controls that show a line in another order than it has. `printable` and `json_text` escape them; `emit`, `emit_json`
+and `message` are the only writers. `silence_libraries` keeps the output of other libraries away.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 import warnings
@@ -19,7 +22,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import typer
-from typer.core import TyperCommand
 
 from epic_rag.errors import EpicError
 
@@ -33,33 +35,27 @@ __all__ = [
     "USAGE_ERROR",
     "IndexingProgress",
     "Interrupted",
-    "QueryCommand",
     "Verbosity",
-    "ask",
     "columns",
     "debugging",
     "emit",
     "emit_json",
     "hyperlinks",
     "json_text",
-    "listen",
+    "log_info",
     "message",
     "plural",
     "printable",
-    "quieten",
-    "reset",
+    "request_verbosity",
+    "reset_verbosity",
+    "silence_libraries",
     "size",
     "terminal_width",
     "usage_error",
     "verbosity",
 ]
 
-
-# --- from usage
-# The error of a command line that is wrong, for what Typer itself does not check.
-
-# Typer exports BadParameter but not its parent, click's UsageError, which lives in Typer itself in newer
-# versions.
+# Typer exports BadParameter, but not its base class, click's UsageError, which newer versions carry themselves.
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])
 
 
@@ -68,20 +64,9 @@ def usage_error(text: str) -> Exception:
     return cast(Any, USAGE_ERROR)(text)  # type: ignore[no-any-return]
 
 
-# --- from interrupt
-# The error of a command that was interrupted and can say what it had done.
+class Interrupted(Exception):  # noqa: N818 - not an error: the user pressed Ctrl-C
+    """Ctrl-C in a command that reports what is done and how to continue."""
 
-
-class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
-    """Ctrl-C; the message is one line that says what was done and how to go on."""
-
-
-# --- from text
-# Text that comes from documents, paths and messages, made fit for a terminal.
-#
-# A document may hold escape sequences that move the cursor, set the window title or hide text, and
-# bidirectional controls that show a line in another order than it has. Nothing of that may reach a terminal: a
-# character that is not ordinary text is written as its escape.
 
 # C0 and C1 controls, line and paragraph separators, bidirectional controls, invisible operators, byte order
 # marks, interlinear annotations, lone surrogates (undecodable bytes in file names) and tag characters. The
@@ -93,21 +78,21 @@ _UNSAFE = re.compile(
 
 
 def printable(text: str) -> str:
-    """Return `text` as one safe line: runs of white space become a space, controls their escapes."""
+    """Return `text` as one safe line: white space becomes single spaces, controls are escaped."""
     line = " ".join(text.split())
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), line)
 
 
 def json_text(value: object, *, ascii_only: bool = False, one_line: bool = False) -> str:
-    """Return `value` as JSON in which every control and invisible character is escaped.
+    """Return `value` as JSON with every control and invisible character escaped.
 
     Args:
         value: Anything that `json.dumps` takes.
-        ascii_only: Escape all that is not ASCII, for an output that cannot encode it.
-        one_line: Write one line; otherwise it is indented.
+        ascii_only: Escape all characters beyond ASCII.
+        one_line: Return one line instead of indented ones.
     """
     text = json.dumps(value, ensure_ascii=ascii_only, indent=None if one_line else 2, allow_nan=False)
-    # Inside strings json.dumps has escaped the line feeds, so a bare one is layout.
+    # json.dumps escapes line feeds in strings, so a bare one is indentation.
     return _UNSAFE.sub(lambda match: "\n" if match[0] == "\n" else json.dumps(match[0])[1:-1], text)
 
 
@@ -117,7 +102,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def size(count: int) -> str:
-    """Return a number of bytes for people: "512 B", "1.5 MB"."""
+    """Return a number of bytes as "512 B" or "1.5 MB"."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -126,12 +111,8 @@ def size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
-# --- from verbosity
-# How much the commands say on stderr: `--quiet`, `--verbose`, or neither.
-
-
 class Verbosity(enum.Enum):
-    """Errors only; notes, warnings and progress as well; what is read and done as well."""
+    """What stderr gets: errors only; also notes, warnings and progress; also what is read and done."""
 
     QUIET = "--quiet"
     NORMAL = ""
@@ -139,42 +120,37 @@ class Verbosity(enum.Enum):
 
 
 class _State:
-    """What was asked for so far, and whether it was on the command line, which outdoes a configuration file."""
-
     level = Verbosity.NORMAL
-    firm = False
+    explicit = False
 
 
 def verbosity() -> Verbosity:
-    """Return what counts for the command that runs."""
+    """Return the verbosity of the running command."""
     return _State.level
 
 
-def ask(level: Verbosity, *, firm: bool) -> None:
-    """Take note of an option.
+def request_verbosity(level: Verbosity, *, explicit: bool) -> None:
+    """Set the verbosity.
+
+    Args:
+        level: The verbosity.
+        explicit: Whether it is on the command line, which takes precedence over a configuration file.
 
     Raises:
-        typer.BadParameter: The command line asks for both.
+        typer.BadParameter: If the command line has both --quiet and --verbose.
     """
-    if firm and _State.firm and _State.level is not level:
-        raise typer.BadParameter(f"{level.value} and {_State.level.value} exclude each other; give one of them")
-    if firm or not _State.firm:
-        _State.level, _State.firm = level, firm
+    if explicit and _State.explicit and _State.level is not level:
+        raise typer.BadParameter(f"{level.value} and {_State.level.value} exclude each other. Use one of them.")
+    if explicit or not _State.explicit:
+        _State.level, _State.explicit = level, explicit
 
 
-def reset() -> None:
-    """Begin a new command line."""
-    _State.level, _State.firm = Verbosity.NORMAL, False
+def reset_verbosity() -> None:
+    """Return to the normal verbosity, before a new command line is parsed."""
+    _State.level, _State.explicit = Verbosity.NORMAL, False
 
 
-# --- from quiet
-# Keeps the libraries beneath from talking on the user's terminal.
-#
-# Hugging Face's progress bars, Chroma's telemetry, deprecation warnings and the loggers of a dozen packages say
-# nothing that a person who searches a folder could act on. What epic-rag's own packages log at WARNING or above (with
-# `--verbose` at INFO, too) becomes one line on stderr. `EPIC_RAG_DEBUG=1` leaves everything as the libraries want it.
-
-_OWN = ("epic_rag", "epic_rag_chroma", "epic_rag_cli")
+_PACKAGES = ("epic_rag", "epic_rag_chroma", "epic_rag_cli")
 
 # Read when the libraries are imported, so they have to be set before.
 _ENVIRONMENT = {
@@ -189,63 +165,57 @@ _ENVIRONMENT = {
 }
 
 
-class _OwnMessages(logging.Handler):
-    """Prints what epic_rag and its integrations log; drops what others do."""
+class _PackageMessages(logging.Handler):
+    """Log handler that prints the records of epic-rag's packages and drops all others."""
 
     def emit(self, record: logging.LogRecord) -> None:
         wanted = record.levelno >= logging.WARNING or verbosity() is Verbosity.VERBOSE
-        if wanted and record.name.partition(".")[0] in _OWN:
+        if wanted and record.name.partition(".")[0] in _PACKAGES:
             message(record.levelname.lower(), record.getMessage())
 
 
 def debugging() -> bool:
-    """Return whether `EPIC_RAG_DEBUG` asks for tracebacks and the libraries' own messages."""
+    """Return whether EPIC_RAG_DEBUG requests tracebacks and the libraries' own output."""
     return os.environ.get("EPIC_RAG_DEBUG", "") not in ("", "0")
 
 
-def quieten() -> None:
-    """Silence the libraries for this process; call before they are imported."""
+def silence_libraries() -> None:
+    """Turn off other libraries' progress bars, telemetry, warnings and logs; call it before they are imported.
+
+    Records that epic-rag's packages log at WARNING or above (with --verbose: INFO) become lines on stderr.
+    """
     if debugging():
         return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # A handler on the root logger also keeps logging's last resort, which prints to stderr, from being used.
-    logging.getLogger().addHandler(_OwnMessages(logging.WARNING))
+    # A handler on the root logger also replaces logging's handler of last resort, which prints to stderr.
+    logging.getLogger().addHandler(_PackageMessages(logging.WARNING))
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 
 
-def listen() -> None:
-    """Have what epic-rag's own packages log at INFO printed, too, as long as that is what the command asks for."""
+def log_info() -> None:
+    """Print what epic-rag's packages log at INFO."""
     root = logging.getLogger()
-    handler = next((handler for handler in root.handlers if isinstance(handler, _OwnMessages)), None)
+    handler = next((handler for handler in root.handlers if isinstance(handler, _PackageMessages)), None)
     if handler is None:
         if not debugging():
-            return  # not our process: whoever runs the command has a say in what is logged
-        handler = _OwnMessages()
+            return  # `run` was called by another program, which configures logging itself
+        handler = _PackageMessages()
         root.addHandler(handler)
     handler.setLevel(logging.INFO)
-    for name in _OWN:
+    for name in _PACKAGES:
         logging.getLogger(name).setLevel(logging.INFO)
 
 
-# --- from output
-# The two streams: data goes to stdout, everything else to stderr.
-#
-# Every write to stdout is flushed here, so that a reader that has gone away (`| head`) or a full disk is
-# noticed in this module and nowhere else.
-
-
 def emit(lines: Iterable[Text | str]) -> None:
-    """Print lines of data, styled where stdout is a terminal; nothing in them is read as markup.
-
-    Lines are never wrapped or cut: a terminal does that itself, and a pipe wants them whole.
+    """Print lines of data, styled where stdout is a terminal. They are neither wrapped nor parsed as markup.
 
     Raises:
-        EpicError: stdout cannot be written to (a full disk).
-        typer.Exit: The reader has closed the pipe; it has what it wanted, so the status is 0.
+        EpicError: If stdout cannot be written to (a full disk).
+        typer.Exit: If the reader has closed the pipe (`| head`), with status 0.
     """
-    # Imported here because --help has no need of it.
+    # Imported here because --help does not need it.
     from rich.console import Console
 
     buffer = _Buffer()
@@ -256,15 +226,15 @@ def emit(lines: Iterable[Text | str]) -> None:
 
 
 def emit_json(value: object, *, one_line: bool = False) -> None:
-    """Print `value` as JSON, and nothing else, on stdout; indented, or as one line of JSON lines."""
+    """Print `value` on stdout as JSON, indented or on one line. Errors are those of `emit`."""
     encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
     _write(json_text(value, ascii_only=not encoding.startswith("utf"), one_line=one_line) + "\n")
 
 
 def message(kind: str, text: str) -> None:
-    """Print one `kind: text` line ("note", "warning", "error") on stderr; with --quiet only an error.
+    """Print one `kind: text` line ("note", "warning", "error") on stderr; with --quiet only errors.
 
-    A stderr that cannot be written to is no reason to stop.
+    A stderr that cannot be written to is ignored.
     """
     if kind != "error" and verbosity() is Verbosity.QUIET:
         return
@@ -272,15 +242,15 @@ def message(kind: str, text: str) -> None:
         sys.stderr.write(f"{kind}: {printable(text)}\n")
         sys.stderr.flush()
     except OSError:
-        _point_to_nowhere(sys.stderr)
+        _redirect_to_null(sys.stderr)
 
 
 def columns(rows: Sequence[Sequence[str]], *, styles: Sequence[str] = ()) -> list[Text]:
     """Return the rows as lines with aligned columns; the last column is not padded.
 
     Args:
-        rows: Cells of the same number in each row; they are made printable here.
-        styles: A rich style for each column, from the left.
+        rows: Cells, the same number in each row; they are made printable here.
+        styles: A rich style for each of the first columns.
     """
     from rich.cells import cell_len
     from rich.text import Text
@@ -299,21 +269,17 @@ def columns(rows: Sequence[Sequence[str]], *, styles: Sequence[str] = ()) -> lis
 
 
 def terminal_width(limit: int = 100) -> int:
-    """Return how many columns text for reading fills: the terminal's (or `COLUMNS`), at most `limit`."""
-    import shutil
-
+    """Return the number of columns for running text: the terminal's (or `COLUMNS`), at most `limit`."""
     return max(40, min(shutil.get_terminal_size((limit, 24)).columns, limit))
 
 
 def hyperlinks() -> bool:
-    """Return whether stdout is a terminal that takes hyperlinks: one that does not know them ignores them, if it
-    reads escape sequences at all.
-    """
+    """Return whether stdout is a terminal that reads escape sequences; one without hyperlinks ignores them."""
     return sys.stdout.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
 class _Buffer(io.StringIO):
-    """Collects what rich prints; a terminal if stdout is one, so that rich styles it accordingly."""
+    """Text that rich prints, styled as for stdout."""
 
     def isatty(self) -> bool:
         return sys.stdout.isatty()
@@ -324,30 +290,25 @@ def _write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        _point_to_nowhere(sys.stdout)
+        _redirect_to_null(sys.stdout)
         raise typer.Exit(0) from None
     except OSError as error:
-        _point_to_nowhere(sys.stdout)
+        _redirect_to_null(sys.stdout)
         reason = error.strerror or str(error)
-        raise EpicError(f"standard output cannot be written to ({reason}); send it elsewhere and try again") from None
+        raise EpicError(f"Standard output cannot be written to ({reason}). Redirect it elsewhere.") from None
 
 
-def _point_to_nowhere(stream: TextIO) -> None:
-    """Send what `stream` still holds to the null device, or Python reports the failed flush again at exit."""
+def _redirect_to_null(stream: TextIO) -> None:
+    """Redirect `stream` to the null device: Python would report the failed flush again at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
 
 
-# --- from progress
-# The progress bar of `index`, on a terminal only, and the count that an interrupted run reports.
-
-
 class IndexingProgress:
-    """Takes the indexer's events; draws a bar on stderr where that is a terminal.
+    """Progress bar of `index` on a terminal; with --verbose, a line with the duration of each stage.
 
-    With --verbose there is a line with the times of the stages instead, and with --quiet nothing. Use as a context
-    manager and hand it over as the indexer's `progress`.
+    A context manager that is passed to the indexer as `progress`. `last` is the last event.
     """
 
     def __init__(self) -> None:
@@ -386,7 +347,7 @@ class IndexingProgress:
             message("info", f"times: {', '.join(times)}")
 
     def __call__(self, event: IndexProgress) -> None:
-        """Show how far the indexer is."""
+        """Show the event."""
         if self.last is None or event.stage != self.last.stage:
             self._stages.append((event.stage, time.monotonic()))
         self.last = event
@@ -398,25 +359,3 @@ class IndexingProgress:
                 total=event.total,
                 path=printable(event.path or ""),
             )
-
-
-_NUMBER = re.compile(r"\d+")
-
-
-class QueryCommand(TyperCommand):
-    """A command on whose line `--open` may stand without a number."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the command line."""
-        return super().parse_args(ctx, _filled(args, "--open", "1"))
-
-
-def _filled(args: Sequence[str], option: str, value: str) -> list[str]:
-    filled: list[str] = []
-    for place, argument in enumerate(args):
-        if argument == "--":  # what follows are no options
-            return [*filled, *args[place:]]
-        filled.append(argument)
-        if argument == option and not _NUMBER.fullmatch("".join(args[place + 1 : place + 2])):
-            filled.append(value)
-    return filled

@@ -1,4 +1,4 @@
-"""`epic-rag bank`: list, show and build demonstration banks."""
+"""`epic-rag bank`: list, show and build banks of demonstrations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from epic_rag.errors import BankError
-from epic_rag_cli.config import add_command, help_when_alone, new_app
-from epic_rag_cli.options import Json
+from epic_rag_cli.options import Command, Json, Quiet, Verbose, new_group, require_command
 from epic_rag_cli.terminal import columns, emit, emit_json, message, plural, printable, terminal_width
 
 if TYPE_CHECKING:
@@ -22,21 +21,24 @@ __all__ = ["app"]
 
 _BANK_FILE = "bank.json"
 
+app = new_group("bank")
 
-def bank(context: typer.Context) -> None:
+
+@app.callback()
+def bank(context: typer.Context, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List, show and build banks of demonstrations.
 
-    A demonstration is a query with a passage that answers it. A few of them tell the encoder what belongs
-    together.
+    A demonstration is a query with a passage that answers it. A few of them adapt the encoder to a task.
 
     Examples:
         epic-rag bank list
         epic-rag bank show docs
     """
-    help_when_alone(context)
+    require_command(context)
 
 
-def list_banks(as_json: Json = False) -> None:
+@app.command("list", cls=Command)
+def list_banks(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the built-in banks.
 
     Each line has the name, the number of demonstrations and the instruction.
@@ -54,12 +56,15 @@ def list_banks(as_json: Json = False) -> None:
         rows = [(name, f"{len(bank):>2}", bank.instruction or "") for name, bank in banks.items()]
         emit(columns(rows, styles=("bold",)))
     else:
-        message("note", "no bank ships with this installation; run `epic-rag bank build` to make one")
+        message("note", "No bank ships with this installation. Run `epic-rag bank build` to make one.")
 
 
+@app.command("show", cls=Command)
 def show(
     name: Annotated[str, typer.Argument(metavar="BANK", help="A name from `epic-rag bank list`, or a bank folder.")],
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Print a bank: its instruction and its demonstrations.
 
@@ -77,6 +82,7 @@ def show(
         emit(_lines(name, loaded))
 
 
+@app.command("build", cls=Command)
 def build(
     sources: Annotated[
         list[Path],
@@ -87,15 +93,17 @@ def build(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FOLDER", help="The bank folder to write; needed for a file of pairs."),
+        typer.Option("--out", metavar="FOLDER", help="The bank folder to write; required for a file of pairs."),
     ] = None,
     instruction: Annotated[
         str | None,
-        typer.Option("--instruction", metavar="TEXT", help="What to retrieve for a query, in one sentence."),
+        typer.Option(
+            "--instruction", metavar="TEXT", help="The instruction: what to retrieve for a query, in one sentence."
+        ),
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option("--task", metavar="TASK", help="Take the instruction of a known task, for example docs."),
+        typer.Option("--task", metavar="TASK", help="Use the instruction of a known task, for example docs."),
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -103,43 +111,43 @@ def build(
             "--model",
             metavar="MODEL",
             help="A name from `epic-rag models`, a checkpoint folder or a Hugging Face name; repeat it for several. "
-            "Without it: what EPIC_RAG_MODEL names, or the default model.",
+            "Without it: the model of EPIC_RAG_MODEL, or the default model.",
         ),
     ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Make a bank of your own pairs, or embed banks again.
+    """Make a bank from pairs of your own, or embed banks with another model.
 
-    A file of pairs becomes the bank folder --out; a bank folder is embedded with
-    the given model, in place or into --out.
-    Give the folder to `epic-rag query --bank`.
-    With several models, the bank has vectors for each of them and serves each
-    without delay; vectors of models that are not named are dropped.
+    A file of pairs becomes the bank folder --out; a bank folder is embedded with the given model, in place or into
+    --out. Pass the folder to `epic-rag query --bank`. With several models, the bank stores embeddings of each of
+    them; embeddings of other models are deleted.
 
     Examples:
         epic-rag bank build pairs.jsonl --out mybank --instruction 'Given a question, retrieve the answer'
         epic-rag bank build mybank
     """
     if out is not None and len(sources) > 1:
-        raise typer.BadParameter(f"it takes one SOURCE, not {len(sources)}", param_hint="'--out'")
+        raise typer.BadParameter(f"one SOURCE is allowed, not {len(sources)}", param_hint="'--out'")
     if instruction is not None and not instruction.strip():
         raise typer.BadParameter("it is empty", param_hint="'--instruction'")
     if task is not None:
         from epic_rag import get_task
 
         get_task(task)
-    # Everything that can be wrong is found before the model is loaded and the first folder written.
+    # Check all input before a model is loaded and the first folder written.
     planned = [(_read(source, instruction, task), _target(source, out)) for source in sources]
 
     from epic_rag import EpicEncoder
 
-    # Not Typer's own variable: it would cut a list at blanks, and a folder's name may have some.
+    # Typer would split the variable of a list option at spaces, which a folder's name may have.
     names: list[str | None] = [*model] if model else [os.environ.get("EPIC_RAG_MODEL") or None]
     encoders = [EpicEncoder.from_pretrained(name) for name in names]
     used = " and ".join(f"{encoder.name} ({encoder.fingerprint})" for encoder in encoders)
     for built, target in planned:
         built.embed(*encoders)
         built.save(target)
-        message("note", f"{plural(len(built), 'demonstration')} embedded with {used}")
+        message("note", f"{plural(len(built), 'demonstration')} embedded with {used}.")
         emit([printable(str(target))])
 
 
@@ -147,7 +155,7 @@ def _read(source: Path, instruction: str | None, task: str | None) -> Demonstrat
     from epic_rag import DemonstrationBank
 
     if source.is_dir():
-        # A path, never a built-in name: what is written goes back to this folder.
+        # The absolute path cannot be the name of a built-in bank.
         stored = DemonstrationBank.load(source.absolute())
         if instruction is None and task is None:
             return stored
@@ -160,13 +168,13 @@ def _read(source: Path, instruction: str | None, task: str | None) -> Demonstrat
         )
     if not source.exists():
         raise BankError(
-            f"no such file or bank folder: {source}; run `epic-rag bank build PAIRS.jsonl --out FOLDER`, where "
-            'each line of the file is {"query": "...", "passage": "..."}'
+            f"No such file or bank folder: {source}. Run `epic-rag bank build PAIRS.jsonl --out FOLDER` with a file "
+            'of lines {"query": "...", "passage": "..."}.'
         )
     if instruction is None and task is None:
         raise BankError(
-            f"nothing says what the pairs in {source} are examples of; run `epic-rag bank build {source} "
-            "--out FOLDER --instruction 'Given a ..., retrieve ...'` (or --task with a known task)"
+            f"The pairs of {source} need an instruction. Run `epic-rag bank build {source} --out FOLDER --instruction "
+            "'Given a ..., retrieve ...'`, or pass --task."
         )
     return DemonstrationBank.from_jsonl(source, instruction=instruction, task=task)
 
@@ -175,15 +183,12 @@ def _target(source: Path, out: Path | None) -> Path:
     target = out
     if target is None:
         if not source.is_dir():
-            raise BankError(
-                f"{source} is a file and nothing says where its bank goes; "
-                f"run `epic-rag bank build {source} --out FOLDER`"
-            )
+            raise BankError(f"The bank of {source} needs a folder. Run `epic-rag bank build {source} --out FOLDER`.")
         target = source
     if target.exists() and not target.is_dir():
-        raise BankError(f"{target} is a file, a bank is a folder; give --out another name")
+        raise BankError(f"{target} is a file, a bank is a folder. Pass another --out.")
     if target.is_dir() and not (target / _BANK_FILE).is_file() and any(target.iterdir()):
-        raise BankError(f"{target} holds other files and no {_BANK_FILE}; give --out a new folder or a bank's")
+        raise BankError(f"{target} holds other files and no {_BANK_FILE}. Pass a new folder or a bank to --out.")
     return target
 
 
@@ -224,9 +229,3 @@ def _lines(name: str, bank: DemonstrationBank) -> list[Text]:
             Text("    " + part) for part in textwrap.wrap(printable(pair.passage), width, break_on_hyphens=False)
         )
     return lines
-
-
-app = new_app("bank", bank)
-add_command(app, "list", list_banks)
-add_command(app, "show", show)
-add_command(app, "build", build)

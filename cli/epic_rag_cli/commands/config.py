@@ -1,4 +1,4 @@
-"""`epic-rag config`: what counts when an option is not given, and who says so."""
+"""`epic-rag config`: the defaults that configuration files and the environment set."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from epic_rag_cli.config import READERS, CommandOption, Config, command_options, load
-from epic_rag_cli.options import Json
+from epic_rag_cli.config import COMMANDS, load, option_keys
+from epic_rag_cli.options import ConfigFile, Json, Quiet, Verbose
 from epic_rag_cli.results import display_path
 from epic_rag_cli.terminal import columns, emit, emit_json, message
 
@@ -18,46 +18,52 @@ __all__ = ["config"]
 
 def config(
     context: typer.Context,
-    every: Annotated[bool, typer.Option("--all", help="Also show what has its default.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also show options that have their default.")] = False,
     as_json: Json = False,
+    config_file: ConfigFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Show what options are set by the configuration file and the environment.
+    """Show the options that configuration files and the environment set.
 
-    The configuration file is epic-rag.toml, or [tool.epic-rag] in pyproject.toml, in the working directory or the
-    nearest folder above it. --config names another.
+    The configuration files are the user's config.toml and the project's: epic-rag.toml, or [tool.epic-rag] in
+    pyproject.toml, in the working directory or the nearest folder above it. --config names one that replaces both.
 
     Examples:
         epic-rag config
         epic-rag config --all --json
     """
-    given: Path | None = context.obj
-    read = load(given)
-    rows = [
-        {"command": name, "option": option.key, **_value(read, name, option)}
-        for name in READERS
-        for option in command_options(name)
-    ]
-    rows = [row for row in rows if every or row["source"] != "default"]
+    program: Any = context.find_root().command
+    given = config_file or context.obj
+    settings = load(program, given)
+    rows = []
+    for name in COMMANDS:
+        command = program.commands[name]
+        # Parse an empty command line, so that click itself decides the precedence.
+        parsed = command.make_context(name, [] if given is None else ["--config", str(given)], parent=context.parent)
+        for key, option in option_keys(command).items():
+            source = parsed.get_parameter_source(option.name).name
+            if key == "config" or (source == "DEFAULT" and not every):
+                continue
+            origin = settings.origins[name].get(option.name)
+            named = {"ENVIRONMENT": str(option.envvar), "DEFAULT_MAP": str(origin)}.get(source, "default")
+            rows.append({"command": name, "option": key, "value": _plain(parsed.params[option.name]), "source": named})
     if as_json:
-        emit_json({"file": None if read.path is None else str(read.path), "values": rows})
+        files = [str(file.absolute()) for file in settings.files]
+        emit_json({"file": files[-1] if files else None, "files": files, "values": rows})
         return
     if rows:
         shown = [(f"{row['command']} --{row['option']}", _text(row["value"]), _source(row["source"])) for row in rows]
         emit(columns(shown, styles=("bold",)))
-    if read.path is None:
-        message("note", "no configuration file: no epic-rag.toml here or above, and --config is not given")
+    if not settings.files:
+        message("note", "No configuration file. Write epic-rag.toml here, or pass a file to --config.")
 
 
-def _value(read: Config, name: str, option: CommandOption) -> dict[str, Any]:
-    """Return what an option has when the command line does not say, and where that comes from."""
-    said = os.environ.get(option.variable, "") if option.variable else ""
-    if said:
-        return {"value": said, "source": option.variable}
-    setting = read.values.get(name, {}).get(option.name)
-    if setting is not None:
-        return {"value": setting.value, "source": str(read.path)}
-    default = option.default
-    return {"value": default if isinstance(default, (str, int, float, list)) else None, "source": "default"}
+def _plain(value: Any) -> Any:
+    """Return an option's value as JSON can hold it."""
+    if isinstance(value, (list, tuple)):
+        return [str(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _text(value: Any) -> str:
@@ -65,7 +71,7 @@ def _text(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return str(value).lower()
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _source(source: str) -> str:

@@ -1,4 +1,4 @@
-"""`epic-rag eval`: scores of models on evaluation sets and on held-out pairs."""
+"""`epic-rag eval` and `epic-rag ablate`: score models, and train and score the arms of a grid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from epic_rag_cli.options import Json
+from epic_rag_cli.options import Json, Quiet, Verbose
 from epic_rag_cli.terminal import Interrupted, Verbosity, emit, emit_json, message, verbosity
 
 __all__ = ["ablate", "eval_command"]
@@ -27,14 +27,14 @@ def eval_command(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="DIR", help="A folder of evaluation sets, a folder each.")
+        Path | None, typer.Option("--data", metavar="DIR", help="A folder with one folder for each evaluation set.")
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
             "--tasks",
             metavar="NAME,...",
-            help="Sets in --data, or tasks of mteb, which are downloaded.",
+            help="Sets in --data, or MTEB tasks, which are downloaded.",
             show_default="every set in --data",
         ),
     ] = None,
@@ -55,7 +55,7 @@ def eval_command(
         typer.Option(
             "--strategy",
             metavar="NAME",
-            help="How demonstrations are shown: epic (as vectors), text, or task-vector (as one vector).",
+            help="How demonstrations reach the query: task-vector, epic (as embeddings) or text.",
             show_default="the checkpoint's",
         ),
     ] = None,
@@ -64,13 +64,13 @@ def eval_command(
         typer.Option(
             "--bank",
             metavar="SET=SOURCE",
-            help="Where a set's demonstrations come from: a bank, a file of pairs, `train` or `train-labels`.",
+            help="Source of a set's demonstrations: a bank, a file of pairs, `train` or `train-labels`.",
             show_default="a built-in bank that fits",
         ),
     ] = None,
     instructions: Annotated[
         Path | None,
-        typer.Option("--instructions", metavar="FILE", help="JSON: names of sets to instructions."),
+        typer.Option("--instructions", metavar="FILE", help="JSON object from names of sets to instructions."),
     ] = None,
     heldout: Annotated[
         list[Path] | None,
@@ -91,8 +91,8 @@ def eval_command(
         typer.Option(
             "--heldout-collection",
             metavar="NAME,...",
-            help="What their queries are ranked in: own (the file's documents), pooled (those of all files) or "
-            "pooled-with-queries (other rows' queries among them).",
+            help="Collection to search: own (the file's documents), pooled (those of all files) or "
+            "pooled-with-queries (also other rows' queries).",
             show_default="`own`",
         ),
     ] = None,
@@ -101,27 +101,27 @@ def eval_command(
         typer.Option(
             "--heldout-instruction",
             metavar="NAME,...",
-            help="Whose instruction they get: own (the file's), default (the checkpoint's) or none.",
+            help="Instruction of the queries: own (the file's), default (the checkpoint's) or none.",
             show_default="`own`",
         ),
     ] = None,
     draws: Annotated[
-        int, typer.Option("--draws", metavar="N", min=1, help="Draws of demonstrations for each number of them.")
+        int, typer.Option("--draws", metavar="N", min=1, help="Random draws of demonstrations for each number.")
     ] = 3,
     controls: Annotated[
-        bool, typer.Option("--controls", help="Also show shuffled demonstrations and another file's.")
+        bool, typer.Option("--controls", help="Also score shuffled demonstrations and another file's.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of all splits and draws.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all splits and draws.")] = 0,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write everything here as JSON, as it comes."),
+        typer.Option("--output", "-o", metavar="FILE", help="Write all results as JSON, updated after each score."),
     ] = None,
     mteb_output: Annotated[
         Path | None,
-        typer.Option("--mteb-output", metavar="DIR", help="Keep mteb's result files here, and reuse them."),
+        typer.Option("--mteb-output", metavar="DIR", help="Store and reuse MTEB's result files here."),
     ] = None,
     cache_dir: Annotated[
-        Path | None, typer.Option("--cache-dir", metavar="DIR", help="Keep embeddings here, and reuse them.")
+        Path | None, typer.Option("--cache-dir", metavar="DIR", help="Store and reuse embeddings here.")
     ] = None,
     device: Annotated[
         str | None,
@@ -135,25 +135,33 @@ def eval_command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            "--dtype", metavar="NAME", help="auto, float32, bfloat16, float16 or int8.", show_default="the device's"
+            "--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.", show_default="the device's"
         ),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", metavar="N", min=1, help="Most texts in a batch.", show_default="by tokens"),
+        typer.Option("--batch-size", metavar="N", min=1, help="Maximum texts in a batch.", show_default="by tokens"),
     ] = None,
     max_document_tokens: Annotated[
         int | None,
-        typer.Option("--max-document-tokens", metavar="N", min=1, help="Longest document.", show_default="the model's"),
+        typer.Option(
+            "--max-document-tokens",
+            metavar="N",
+            min=1,
+            help="Maximum tokens of a document.",
+            show_default="the model's",
+        ),
     ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Print the scores of one or more models as a Markdown table.
 
-    --data takes sets for retrieval (BEIR's layout), reranking, STS, classification and clustering, which mteb
-    scores. --heldout takes files of pairs: some rows become test queries, scored by nDCG@10, others become
-    demonstrations. A demonstration is never a test query. --heldout-collection and --heldout-instruction take
-    several names: every combination is scored. docs/evaluation.md says what each number means.
+    --data takes sets for retrieval (BEIR's layout), reranking, STS, classification and clustering, which MTEB
+    scores. --heldout takes files of pairs: some rows become test queries, scored by nDCG@10, others
+    demonstrations. A demonstration is never a test query. Every combination of the values of --heldout-collection
+    and --heldout-instruction is scored. docs/evaluation.md explains each number.
 
     Examples:
         epic-rag eval --heldout pairs.jsonl --num-demonstrations 0,1
@@ -176,7 +184,8 @@ def eval_command(
     from epic_rag.query_prompt import QueryPrompt
 
     request = EvaluationRequest(
-        models=parse_models(model or _default_model()),
+        # Typer would split the variable of a list option at spaces, which a folder's name may have.
+        models=parse_models(model or [name for name in [os.environ.get("EPIC_RAG_MODEL")] if name]),
         data=data,
         tasks=None if tasks is None else split_names(tasks),
         kinds=None if kinds is None else parse_choices(kinds, KINDS, "--kinds"),
@@ -213,45 +222,36 @@ def eval_command(
         emit([report.to_markdown()])
 
 
-def _default_model() -> list[str]:
-    """The model of the environment, as for other commands; Typer would cut a list's variable at blanks."""
-    name = os.environ.get("EPIC_RAG_MODEL", "")
-    return [name] if name else []
-
-
-# --- from ablate
-# `epic-rag ablate`: a grid of short trainings at equal budget, and their scores.
-
-
 def ablate(
     grid: Annotated[
         str, typer.Argument(metavar="GRID", help="A YAML or JSON file, or the name of a shipped grid: ablation.")
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Runs and results go here.", show_default="runs/GRID"),
+        typer.Option("--output", "-o", metavar="DIR", help="Folder of runs and results.", show_default="runs/GRID"),
     ] = None,
     only: Annotated[
         str | None,
-        typer.Option("--only", metavar="NAME,...", help="Train and score these arms.", show_default="all arms"),
+        typer.Option("--only", metavar="NAME,...", help="Train and score only these arms.", show_default="all arms"),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Change a setting of all arms, for instance data=pairs, budget.steps=50 or evaluation.queries=100; "
-            "can be repeated. An arm's own setting wins.",
+            help="Override a setting of all arms, for instance data=pairs, budget.steps=50 or evaluation.queries=100; "
+            "can be repeated. Settings of an arm take precedence.",
         ),
     ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train the arms of a grid for an equal number of steps, tokens or minutes, and print their scores as a table.
 
-    Every arm is scored on files that no arm trains on and on rows of trained tasks that training leaves out. DIR
-    gets `ablation.json`, `ablation.md`, `plots/` and a checkpoint an arm. The same command goes on where it was
-    stopped and trains only what is missing. docs/evaluation.md explains the file and the table; the examples take
-    a grid.yaml in the working directory.
+    Every arm is scored on files that no arm trains on, and on rows that training leaves out. The same command
+    continues an interrupted run. docs/evaluation.md explains the grid and the table; the examples use a grid.yaml in
+    the working directory.
 
     Examples:
         epic-rag ablate grid.yaml --quiet
@@ -277,7 +277,7 @@ def ablate(
         )
     except KeyboardInterrupt:
         raise Interrupted(
-            f"interrupted; what is done is in {read.folder}; run the same command again to go on"
+            f"Interrupted. Finished arms are in {read.folder}. Run the same command again to continue."
         ) from None
     if as_json:
         emit_json(report.to_json())

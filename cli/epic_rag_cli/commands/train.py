@@ -1,4 +1,4 @@
-"""`epic-rag train`: train an encoder with EPIC."""
+"""`epic-rag train` and `epic-rag mine`: train an encoder, and add hard negatives to training pairs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from epic_rag_cli.options import Json, Model
+from epic_rag_cli.options import Json, Model, Quiet, Verbose
 from epic_rag_cli.results import display_path
-from epic_rag_cli.terminal import Interrupted, emit, emit_json, message, plural, printable
+from epic_rag_cli.terminal import Interrupted, emit, emit_json, message, plural, printable, usage_error
 
 if TYPE_CHECKING:
     from epic_rag.training import Trainer, TrainingConfig
-    from epic_rag.training.mining import MiningReport
 
 __all__ = ["mine", "train"]
 
@@ -33,7 +32,7 @@ def train(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Change a setting, for instance steps=200 or tasks.faq.weight=2; can be repeated.",
+            help="Override a setting, for instance steps=200 or tasks.faq.weight=2; can be repeated.",
         ),
     ] = None,
     output: Annotated[
@@ -44,16 +43,17 @@ def train(
     ] = None,
     no_resume: Annotated[
         bool,
-        typer.Option("--no-resume", help="Start afresh; checkpoints of an earlier run in the folder are deleted."),
+        typer.Option("--no-resume", help="Start over and delete the checkpoints of an earlier run in the folder."),
     ] = False,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train an encoder and print the folder of the result.
 
-    A run that was interrupted goes on from its newest checkpoint when the same command is run again. Where the
-    configuration names no model, training starts from the one in EPIC_RAG_MODEL, or from the default one.
-    docs/training.md explains every setting and how to train on pairs of your own; the examples train on
-    pairs.jsonl in the working directory.
+    The same command resumes an interrupted run from its newest checkpoint. If the configuration has no model,
+    training starts from the model of EPIC_RAG_MODEL or the default model. docs/training.md explains every setting and
+    how to train on your own pairs; the examples train on pairs.jsonl in the working directory.
 
     Examples:
         epic-rag train own-data --set data=. --set 'tasks=[pairs]'
@@ -76,7 +76,6 @@ def train(
     except KeyboardInterrupt:
         raise Interrupted(_interrupted_line(run, trainer)) from None
     if not trainer.world.is_main:
-        # One of several processes of a run; the first one speaks for all.
         return
     if as_json:
         losses = [entry["loss"] for entry in trainer.metrics if "loss" in entry]
@@ -86,12 +85,12 @@ def train(
 
 
 class _Notes(logging.Handler):
-    """Prints what the trainer reports as notes, above a progress bar if there is one."""
+    """Log handler that prints the trainer's records as notes, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm.auto import tqdm
 
-        # What is more serious is printed for all of epic-rag already.
+        # Warnings and errors are printed by the handler of all packages.
         if record.levelno < logging.WARNING:
             with tqdm.external_write_mode(file=sys.stderr):
                 message("note", record.getMessage())
@@ -113,15 +112,11 @@ def _notes() -> Iterator[None]:
 def _interrupted_line(run: TrainingConfig, trainer: Trainer | None) -> str:
     from epic_rag.training import latest_checkpoint
 
-    at = f"interrupted at step {trainer.step} of {run.steps}" if trainer is not None else "interrupted"
+    at = f"Interrupted at step {trainer.step} of {run.steps}." if trainer is not None else "Interrupted."
     newest = latest_checkpoint(Path(run.output))
     if newest is None:
-        return f"{at}; nothing was saved, save_every is {run.save_every}; run the command again to start over"
-    return f"{at}; {display_path(newest)} is good; run the command again without --no-resume to go on from it"
-
-
-# --- from mine
-# `epic-rag mine`: add hard negatives to training pairs.
+        return f"{at} Nothing was saved (save_every is {run.save_every}). Run the same command again to start over."
+    return f"{at} {display_path(newest)} is complete. Run the command again without --no-resume to continue from it."
 
 
 def mine(
@@ -138,7 +133,7 @@ def mine(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="Rank by words (bm25), by the model's vectors (dense), or take from both in turn (both).",
+            help="Ranking: words (bm25), vectors (dense), or both in turn (both).",
         ),
     ] = "both",
     model: Model = None,
@@ -148,22 +143,19 @@ def mine(
             "--negatives",
             "-n",
             metavar="N",
-            help="How many negatives a row should have; those that it has already are kept and count.",
+            help="Negatives per row. Existing ones are kept and count.",
         ),
     ] = 7,
-    depth: Annotated[
-        int, typer.Option("--depth", metavar="N", help="How many places of a ranking are looked at.")
-    ] = 100,
+    depth: Annotated[int, typer.Option("--depth", metavar="N", help="Candidates of a ranking.")] = 100,
     skip_top: Annotated[
-        int, typer.Option("--skip-top", metavar="N", help="Pass over the first N places of a ranking.")
+        int, typer.Option("--skip-top", metavar="N", help="Skip the first N candidates of a ranking.")
     ] = 0,
     margin: Annotated[
         float,
         typer.Option(
             "--margin",
             metavar="SHARE",
-            help="Leave out passages that the model scores above this share of the positive's score: many of them "
-            "are answers, too.",
+            help="Drop candidates that score above this share of the positive's score, as likely false negatives.",
         ),
     ] = 0.95,
     absolute_margin: Annotated[
@@ -171,24 +163,28 @@ def mine(
         typer.Option(
             "--absolute-margin",
             metavar="X",
-            help="Leave out passages that the model scores above the positive's score minus X, too.",
+            help="Also drop candidates that score above the positive's score minus X.",
         ),
     ] = None,
     no_margin: Annotated[
         bool,
-        typer.Option("--no-margin", help="Leave out none for its score. With bm25, no model is needed then."),
+        typer.Option("--no-margin", help="Drop no candidate for its score. With bm25, no model is needed then."),
     ] = False,
     sampling: Annotated[
         str,
-        typer.Option("--sampling", metavar="NAME", help="Take the best of the rest (top), or draw among it (random)."),
+        typer.Option(
+            "--sampling",
+            metavar="NAME",
+            help="Choice among the remaining candidates: the best (top) or a random draw (random).",
+        ),
     ] = "top",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the draws.")] = 0,
     corpus: Annotated[
         Path | None,
         typer.Option(
             "--corpus",
             metavar="FILE",
-            help='Take negatives from here: lines {"text": "..."}, with a "title" if there is one.',
+            help='Candidates: a file of lines {"text": "..."}, optionally with "title".',
             show_default="the positives of PAIRS",
         ),
     ] = None,
@@ -197,27 +193,29 @@ def mine(
         typer.Option(
             "--instruction",
             metavar="TEXT",
-            help="What to retrieve for a query.",
+            help="The instruction: what to retrieve for a query.",
             show_default="from instructions.json beside PAIRS, or the model's own",
         ),
     ] = None,
     symmetric: Annotated[
-        bool, typer.Option("--symmetric", help="Encode passages like queries, for a task that is symmetric.")
+        bool, typer.Option("--symmetric", help="Encode passages like queries, for a symmetric task.")
     ] = False,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Add hard negatives to a file of training pairs, and print the file written.
 
-    Hard negatives are passages that look like the answer and are not. They come from the other rows' positives
-    or from --corpus. A row's own positive, positives of rows with its query or group, the query itself, and
-    passages with the text of one of these never become its negatives.
+    Hard negatives are passages that resemble the answer but do not answer the query. They come from the other rows'
+    positives or from --corpus. Never negatives of a row are its positive, positives of rows with the same query or
+    group, the query itself, and passages with the same text as one of these.
 
     Examples:
         epic-rag mine pairs.jsonl --out mined.jsonl
         epic-rag mine pairs.jsonl --out mined.jsonl.gz --method bm25 --no-margin --sampling random --json
     """
     if no_margin and absolute_margin is not None:
-        raise typer.BadParameter("--absolute-margin is a margin; give one of the two", param_hint="'--no-margin'")
+        raise usage_error("--no-margin and --absolute-margin exclude each other. Use one of them.")
 
     from epic_rag.training.mining import MiningOptions, mine_file
 
@@ -237,18 +235,15 @@ def mine(
         report = mine_file(pairs, out, options, model=model, corpus=corpus, show_progress=sys.stderr.isatty())
     except KeyboardInterrupt:
         raise Interrupted(
-            f"interrupted; {display_path(out)} is what it was before; run the command again to start over"
+            f"Interrupted. {display_path(out)} is unchanged. Run the same command again to start over."
         ) from None
-    message("note", _line(report, negatives))
+    message(
+        "note",
+        f"{plural(report.rows, 'row')}, {plural(report.mined, 'negative')} added from "
+        f"{plural(report.documents, 'passage')}; {plural(report.short, 'row')} with fewer than {negatives}; "
+        f"{report.dropped_share:.1%} of {plural(report.candidates, 'candidate')} dropped as likely false negatives.",
+    )
     if as_json:
         emit_json({"file": str(out), **report.to_dict()})
     else:
         emit([printable(str(out))])
-
-
-def _line(report: MiningReport, wanted: int) -> str:
-    return (
-        f"{plural(report.rows, 'row')}, {plural(report.mined, 'negative')} added from "
-        f"{plural(report.documents, 'passage')}; {plural(report.short, 'row')} with fewer than {wanted}; "
-        f"{report.dropped_share:.1%} of {plural(report.candidates, 'candidate')} left out as likely false negatives"
-    )
