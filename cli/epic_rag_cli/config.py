@@ -30,7 +30,6 @@ else:
 __all__ = [
     "COMMANDS",
     "CONFIG_NAME",
-    "ORIGINS",
     "SHARED_KEYS",
     "Config",
     "find_project_file",
@@ -41,9 +40,6 @@ __all__ = [
 
 COMMANDS = ("index", "query", "status", "clear")
 """Commands that read configuration files; all but `clear` have a table."""
-
-ORIGINS = "epic_rag.origins"
-"""Key of a click context's `meta`: the files that the command's defaults come from."""
 
 SHARED_KEYS = ("model", "index-dir", "chroma", "quiet", "verbose")
 """Keys above the tables, for every command that has the option."""
@@ -76,26 +72,30 @@ class Config:
     origins: dict[str, dict[str, Path]] = field(default_factory=lambda: {name: {} for name in COMMANDS})
 
 
-def load(program: Any, given: Path | None) -> Config:
-    """Read the configuration files that apply.
+def load(context: Any, given: Path | None) -> Config:
+    """Return the settings of the configuration files that apply; they are read once for each command line.
 
     Args:
-        program: The click group of the whole program, which knows the options.
+        context: The click context; its root command has the options of all commands.
         given: The file that `--config` or EPIC_RAG_CONFIG names; None for the user's and the project's file.
 
     Raises:
         ConfigError: If a file cannot be read, or has an unknown key or a value that is not allowed there.
     """
+    read: dict[Path | None, Config] = context.meta.setdefault(__name__, {})
+    if given in read:
+        return read[given]
     config = Config()
-    options = {name: option_keys(program.commands[name]) for name in COMMANDS}
+    options = {name: option_keys(context.find_root().command.commands[name]) for name in COMMANDS}
     if given is not None:
         _add(config, given, options, trusted=True)
-        return config
-    if user_file().is_file():
-        _add(config, user_file(), options, trusted=True)
-    project = find_project_file(Path.cwd())
-    if project is not None:
-        _add(config, project, options, trusted=False)
+    else:
+        if user_file().is_file():
+            _add(config, user_file(), options, trusted=True)
+        project = find_project_file(Path.cwd())
+        if project is not None:
+            _add(config, project, options, trusted=False)
+    read[given] = config
     return config
 
 

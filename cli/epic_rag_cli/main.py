@@ -20,7 +20,7 @@ import typer
 
 from epic_rag.errors import EpicError
 from epic_rag_cli.commands import bank, config, eval, index, models, query, status, train
-from epic_rag_cli.config import ORIGINS, option_keys
+from epic_rag_cli.config import load, option_keys
 from epic_rag_cli.options import (
     CONFIG_HELP,
     CONFIG_VARIABLE,
@@ -170,7 +170,9 @@ def _report_usage_error(error: Any) -> int:
     source = context.get_parameter_source(option.name) if context is not None and option is not None else None
     if source is not None and source.name == "DEFAULT_MAP":
         key = next(key for key, known in option_keys(context.command).items() if known is option)
-        message("error", f"{text}. Correct {key} in {context.meta[ORIGINS][option.name]}.")
+        given = context.params.get("config_file") or context.obj
+        origin = load(context, given).origins[context.info_name][option.name]
+        message("error", f"{origin}: {key} is {context.default_map[option.name]!r}. {text}.")
         return 1
     command = context.command_path if context is not None else PROGRAM
     message("error", f"{text}{'' if text.endswith('?') else '.'} See `{command} --help`.")

@@ -143,9 +143,7 @@ def configure(context: typer.Context, value: Path | None) -> Path | None:
     value = value or context.obj
     name = context.info_name or ""
     if name in config.COMMANDS:
-        settings = config.load(context.find_root().command, value)
-        context.default_map = settings.values[name]
-        context.meta[config.ORIGINS] = settings.origins[name]
+        context.default_map = config.load(context, value).values[name]
     return value
 
 

@@ -1,7 +1,8 @@
-"""A folder to index, an index of it, and two ways to call the command: in this process and in one of its own."""
+"""A folder to index, an index of it, and three ways to run commands: in this process, each in a new one, all in one."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -40,6 +41,28 @@ class Result:
 
 Cli = Callable[..., Result]
 
+# Runs command lines (JSON on standard input) as `main` does, with file descriptors 1 and 2 in files of their own.
+MANY = """
+import io, json, os, sys, tempfile
+lines = json.load(sys.stdin)
+from epic_rag_cli.main import run
+from epic_rag_cli.terminal import silence_libraries
+silence_libraries()
+results, streams = [], [os.dup(1), os.dup(2)]
+for line in lines:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+        status = run(line)
+        sys.stdout.flush(), sys.stderr.flush()
+        os.dup2(streams[0], 1), os.dup2(streams[1], 2)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+        results.append([status, *texts])
+json.dump(results, sys.stdout)
+"""
+
 
 @pytest.fixture(autouse=True)
 def _plain_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +72,8 @@ def _plain_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -88,6 +113,25 @@ def process() -> Cli:
             **options,
         )
         return Result(done.returncode, (done.stdout or b"").decode(), done.stderr.decode())
+
+    return call
+
+
+@pytest.fixture
+def one_process() -> Callable[..., list[Result]]:
+    """Run several commands in one new process, so that its imports are paid once."""
+
+    def call(*lines: Sequence[object], env: Mapping[str, str] | None = None) -> list[Result]:
+        done = subprocess.run(
+            [sys.executable, "-c", MANY],
+            env={**os.environ, **(env or {})},
+            input=json.dumps([[str(word) for word in line] for line in lines]),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=True,
+        )
+        return [Result(*values) for values in json.loads(done.stdout)]
 
     return call
 

@@ -1,4 +1,4 @@
-"""The configuration file: which one counts, what it may say, and what outdoes it."""
+"""Configuration files: search, precedence, errors, restrictions, `epic-rag config`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from epic_rag_cli.config import SHARED, find
+from epic_rag_cli.config import SHARED_KEYS, find_project_file, user_file
 
 
 def values(result: Any) -> dict[str, tuple[Any, str]]:
@@ -38,34 +38,34 @@ def values(result: Any) -> dict[str, tuple[Any, str]]:
         ({"a/epic-rag.toml": "", "a/.git/config": ""}, "a/b", "a/epic-rag.toml"),
     ],
 )
-def test_which_file_is_found(tmp_path: Path, files: dict[str, str], start: str, expected: str | None) -> None:
+def test_project_file(tmp_path: Path, files: dict[str, str], start: str, expected: str | None) -> None:
     (tmp_path / ".git").mkdir()  # nothing above this test's folder
     top = tmp_path / "top"
     (top / "a/b").mkdir(parents=True)
     for name, text in files.items():
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         (top / name).write_text(text)
-    assert find(top / start) == (None if expected is None else top / expected)
+    assert find_project_file(top / start) == (None if expected is None else top / expected)
 
 
-def test_the_search_ends_at_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_ends_at_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "epic-rag.toml").write_text("")
     (tmp_path / "home/me/docs").mkdir(parents=True)
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home/me")
-    assert find(tmp_path / "home/me/docs") is None
+    assert find_project_file(tmp_path / "home/me/docs") is None
     (tmp_path / "home/me/epic-rag.toml").write_text("")
-    assert find(tmp_path / "home/me/docs") == tmp_path / "home/me/epic-rag.toml"
+    assert find_project_file(tmp_path / "home/me/docs") == tmp_path / "home/me/epic-rag.toml"
 
 
-def test_a_fifo_is_no_configuration(tmp_path: Path) -> None:
+def test_fifos_are_ignored(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "epic-rag.toml")
     os.mkfifo(tmp_path / "pyproject.toml")
     (tmp_path / ".git").mkdir()
-    assert find(tmp_path) is None
+    assert find_project_file(tmp_path) is None
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no owner here")
-def test_a_file_of_another_user_does_not_count(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_of_another_user(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("epic-rag.toml").write_text("[query]\ntop-k = 3\n")
     owner = Path("epic-rag.toml").stat().st_uid
     if owner == 0:
@@ -73,14 +73,14 @@ def test_a_file_of_another_user_does_not_count(cli: Any, monkeypatch: pytest.Mon
     else:
         monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
     result = cli("config", "--json")
-    assert json.loads(result.out) == {"file": None, "values": []}
-    assert re.fullmatch(r"warning: .*epic-rag\.toml belongs to another user .*--config.*\n", result.err)
+    assert json.loads(result.out) == {"file": None, "files": [], "values": []}
+    assert re.fullmatch(
+        r"warning: .*epic-rag\.toml belongs to another user and is ignored\. .*--config\.\n", result.err
+    )
     assert values(cli("config", "--json", "--config", "epic-rag.toml"))["query.top-k"][0] == 3
 
 
-def test_the_command_line_outdoes_the_environment_and_that_the_file(
-    cli: Any, docs: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precedence(cli: Any, docs: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("epic-rag.toml").write_text(
         f'model = "{tiny_checkpoint}"\nindex-dir = "from-file"\n[index]\nexclude = ["drafts/"]\nchunk-tokens = 40\n'
     )
@@ -97,7 +97,7 @@ def test_the_command_line_outdoes_the_environment_and_that_the_file(
     assert Path("from-command-line").is_dir()
 
 
-def test_values_are_shown_with_their_source(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("sub").mkdir()
     Path("sub/epic-rag.toml").write_text('model = "shared"\nindex-dir = "idx"\n[query]\nmodel = "own"\ntop-k = 7\n')
     monkeypatch.chdir("sub")
@@ -124,12 +124,10 @@ def test_values_are_shown_with_their_source(cli: Any, monkeypatch: pytest.Monkey
 def test_without_a_file(cli: Any) -> None:
     result = cli("config")
     assert (result.status, result.out) == (0, "")
-    assert result.err.startswith("note: no configuration file")
+    assert result.err.startswith("note: No configuration file.")
 
 
-def test_config_is_named_before_or_after_the_command_or_in_the_environment(
-    cli: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_named_file(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (1, 2, 3):
         Path(f"{number}.toml").write_text(f"[query]\ntop-k = {number}\n")
     Path("pyproject.toml").write_text("[tool.epic-rag.query]\ntop-k = 9\n")
@@ -146,7 +144,7 @@ def test_config_is_named_before_or_after_the_command_or_in_the_environment(
     assert json.loads(cli("config", "--config", os.devnull, "--json").out)["values"] == []
 
 
-def test_relative_paths_are_relative_to_the_file(cli: Any, tiny_checkpoint: Path, docs: Path) -> None:
+def test_paths_are_relative_to_the_file(cli: Any, tiny_checkpoint: Path, docs: Path) -> None:
     (docs / "tiny").symlink_to(tiny_checkpoint)
     (docs / "epic-rag.toml").write_text('model = "tiny"\nindex-dir = "here/idx"\n')
     assert cli("index", "docs", "--config", "docs/epic-rag.toml").status == 0
@@ -156,41 +154,70 @@ def test_relative_paths_are_relative_to_the_file(cli: Any, tiny_checkpoint: Path
 @pytest.mark.parametrize(
     ("text", "facts"),
     [
-        ("[", ["no TOML"]),
-        ("\xff", ["no TOML"]),
+        ("[", ["not valid TOML"]),
+        ("\xff", ["not valid TOML"]),
         ("colour = true", ["unknown key 'colour'", "index-dir", r"\[query\]"]),
         ("[search]\nk = 1", ["unknown key 'search'", r"\[query\]"]),
         ("top-k = 3", ["unknown key 'top-k'"]),
         ("[query]\ntopk = 3", ["unknown key 'topk'", r"\[query\]", "top-k"]),
         ("query = 3", ["query is 3", "table"]),
-        ('[query]\ntop-k = "3"', ["top-k is '3'", "whole number from 1"]),
-        ("[query]\ntop-k = 0", ["top-k is 0", "whole number from 1"]),
-        ("[query]\ntop-k = true", ["top-k is true", "whole number"]),
-        ("[query]\ntop-k = 1.5", ["top-k is 1.5", "whole number"]),
-        ("[query]\nbank = 3", ["bank is 3", "a string"]),
         ('[query]\nbank = ""', ["bank is empty"]),
-        ("[query]\njson = 1", ["json is 1", "true or false"]),
-        ("[index]\nexclude = [1]", ["exclude is 1", "list"]),
-        ("[index]\nwait = -1", ["wait is -1", "number from 0"]),
+        ("[query]\nbank = ['a']", ["bank is", "Use a string"]),
+        ("[index]\nexclude = [[1]]", ["exclude is", "Use a string"]),
         ("[index]\nrebuild = true", ["unknown key 'rebuild'"]),
         ("[index]\nwatch = true", ["unknown key 'watch'"]),
         ("[clear]\nyes = true", ["unknown key 'clear'"]),
         ("[index]\nquiet = true", ["unknown key 'quiet'"]),
-        ("model = ['a']", ["model is", "a string"]),
         ("x = '''\n" + "y" * 2**20 + "'''", ["larger than 1 MiB"]),
     ],
 )
-def test_what_is_wrong_is_named_with_file_and_key(cli: Any, text: str, facts: list[str]) -> None:
+def test_malformed_files(cli: Any, text: str, facts: list[str]) -> None:
     Path("epic-rag.toml").write_text(text, encoding="latin-1")
     for command in (["config"], ["index", "."], ["query", "x"], ["status"]):
-        result = cli(*command)
-        assert (result.status, result.out) == (1, ""), command
-        assert result.err.startswith("error: "), result.err
-        assert result.err.count("\n") == 1, result.err
-        for fact in (r"epic-rag\.toml", *facts):
-            assert re.search(fact, result.err), f"no {fact!r} in {result.err!r}"
-    # Other commands do not read it, and help comes whatever it says.
+        check_error(cli(*command), r"epic-rag\.toml", *facts)
+    # Other commands do not read it, and help is printed in any case.
     assert cli("models").status == cli("query", "--help").status == cli("--help").status == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "command", "facts"),
+    [
+        ('[query]\ntop-k = "many"', ["query", "x"], ["top-k is 'many'", "'--top-k'", "valid int"]),
+        ("[query]\ntop-k = 0", ["query", "x"], ["top-k is '0'", "1"]),
+        ("[query]\ntop-k = true", ["query", "x"], ["top-k is 'true'", "valid int"]),
+        ("[query]\ntop-k = 1.5", ["query", "x"], ["top-k is '1.5'", "valid int"]),
+        ('[query]\nmode = "sparse"', ["query", "x"], ["mode is 'sparse'", "is not one of"]),
+        ("[query]\njson = 3", ["query", "x"], ["json is '3'", "valid bool"]),
+        ("[index]\nwait = -1", ["index", "."], ["wait is '-1'", "0"]),
+        ('quiet = "x"', ["status"], ["quiet is 'x'", "valid bool"]),
+    ],
+)
+def test_wrong_values(cli: Any, text: str, command: list[str], facts: list[str]) -> None:
+    Path("epic-rag.toml").write_text(text)
+    for line in (command, ["config"]):
+        check_error(cli(*line), *facts, r"epic-rag\.toml")
+
+
+def check_error(result: Any, *facts: str) -> None:
+    assert (result.status, result.out) == (1, ""), result
+    assert result.err.startswith("error: "), result.err
+    assert result.err.count("\n") == 1, result.err
+    for fact in facts:
+        assert re.search(fact, result.err), f"no {fact!r} in {result.err!r}"
+
+
+def test_users_file(cli: Any) -> None:
+    user_file().parent.mkdir(parents=True)
+    user_file().write_text('chroma = "http://mine:8000"\nquiet = true\n[query]\ntop-k = 1\nbank = "docs"\n')
+    Path("epic-rag.toml").write_text("[query]\ntop-k = 2\nwhere = 'lang=python'\n")
+    project, user = str(Path("epic-rag.toml").resolve()), str(user_file())
+    found = values(cli("config", "--json"))
+    assert found["query.top-k"] == (2, project)
+    assert found["query.where"] == (["lang=python"], project)
+    assert found["query.bank"] == ("docs", user)
+    assert found["status.chroma"] == ("http://mine:8000", user)
+    assert found["status.quiet"] == (True, user)
+    assert json.loads(cli("config", "--json", "--config", os.devnull).out)["values"] == []
 
 
 @pytest.mark.parametrize(
@@ -203,35 +230,35 @@ def test_what_is_wrong_is_named_with_file_and_key(cli: Any, text: str, facts: li
         ('index-dir = "/etc"', "index-dir"),
     ],
 )
-def test_what_a_file_from_elsewhere_cannot_do(cli: Any, text: str, key: str) -> None:
+def test_restrictions(cli: Any, text: str, key: str) -> None:
     Path("epic-rag.toml").write_text(text)
     result = cli("config", "--json")
     assert (result.status, result.out) == (1, "")
-    assert re.search(rf"{key}.*counts only in a file that is named.*--config \S*epic-rag\.toml", result.err)
-    # The user may: then it is the user who says so.
+    assert re.search(rf"{key} is .*If you trust the file, run with --config \S*epic-rag\.toml", result.err)
+    # A file that the user names is not restricted.
     named = values(cli("config", "--json", "--config", "epic-rag.toml"))
     assert any(option.endswith(f".{key}") for option in named)
 
 
-def test_a_link_does_not_lead_the_index_out_of_the_folder(cli: Any, tmp_path: Path) -> None:
+def test_index_dir_through_a_link(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     Path("link").symlink_to(tmp_path / "elsewhere")
     Path("epic-rag.toml").write_text('index-dir = "link/idx"')
     assert "outside" in cli("config").err
 
 
-def test_no_file_names_an_editor_or_lets_code_run(cli: Any) -> None:
-    known = {row["option"] for row in json.loads(cli("config", "--all", "--json").out)["values"]} | set(SHARED)
+def test_no_key_for_editors_or_code(cli: Any) -> None:
+    known = {row["option"] for row in json.loads(cli("config", "--all", "--json").out)["values"]} | set(SHARED_KEYS)
     assert not {option for option in known if "trust" in option or "editor" in option or "code" in option}
     for text in ('editor = "x"', "trust-remote-code = true", "[query]\nopen = 1", "[query]\ntrust-remote-code = true"):
         Path("epic-rag.toml").write_text(text)
         assert "unknown key" in cli("config").err
 
 
-def test_through_the_entry_point(process: Any, docs: Path, tiny_checkpoint: Path) -> None:
+def test_through_the_entry_point(one_process: Any, docs: Path, tiny_checkpoint: Path) -> None:
     Path("pyproject.toml").write_text(
         f'[tool.epic-rag]\nmodel = "{tiny_checkpoint}"\n[tool.epic-rag.query]\ntop-k = 2\njson = true\n'
     )
-    assert process("-q", "index", "docs") == type(process("--version"))(0, "", "")
-    result = process("query", "cats", "--index-dir", "docs/.epic-rag")
-    assert len(json.loads(result.out)["hits"]) == 2
+    indexed, found = one_process(["-q", "index", "docs"], ["query", "cats", "--index-dir", "docs/.epic-rag"])
+    assert (indexed.status, indexed.out, indexed.err) == (0, "", "")
+    assert len(json.loads(found.out)["hits"]) == 2

@@ -1,4 +1,4 @@
-"""`epic-rag index` beyond the plain run: a plan, waiting, links, several roots, no path, and what it says of skipped files."""
+"""`epic-rag index` in this process: counts, settings, paths, plans, links, waiting, verbosity."""
 
 from __future__ import annotations
 
@@ -8,21 +8,120 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from epic_rag_chroma.types import SkippedFile
-from epic_rag_cli import results as reports
-from epic_rag_cli.terminal import Verbosity, ask, reset
+SUMMARY = re.compile(
+    r"(\d+) added, (\d+) changed, \d+ renamed, (\d+) deleted, (\d+) unchanged, (\d+) skipped; "
+    r"(\d+) chunks? embedded(?:, \d+ reused)? in \d+\.\d s( \(\d[\d,.]* a second\))?\n"
+)
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Return added, changed, deleted, unchanged, skipped and embedded of the last line of `index`."""
+    found = SUMMARY.fullmatch(text)
+    assert found, text
+    return tuple(map(int, found.groups()[:6]))
+
+
+def test_counts(cli: Any, docs: Path, tiny_checkpoint: Path) -> None:
+    first = cli("index", "docs", "--model", tiny_checkpoint)
+    assert (first.status, first.err) == (0, "")
+    assert counts(first.out)[:5] == (4, 0, 0, 0, 0)
+    (docs / "undo.md").unlink()
+    (docs / "notes.txt").write_text("Dogs sleep at night.\n")
+    (docs / "new.md").write_text("# New\n\nSomething new.\n")
+    # No model given: the index knows its own.
+    second = cli("index", "docs")
+    assert (second.status, second.err) == (0, "")
+    assert counts(second.out)[:5] == (1, 1, 1, 2, 0)
+    third = cli("index", "docs")
+    assert counts(third.out) == (0, 0, 0, 4, 0, 0)
+    assert "a second" not in third.out
+
+
+def test_json(cli: Any, docs: Path, tiny_checkpoint: Path) -> None:
+    result = cli("index", "docs", "--model", tiny_checkpoint, "--json")
+    report = json.loads(result.out)
+    assert {key: report[key] for key in ("index_dir", "added", "changed", "deleted", "unchanged", "skipped")} == {
+        "index_dir": "docs/.epic-rag",
+        "added": 4,
+        "changed": 0,
+        "deleted": 0,
+        "unchanged": 0,
+        "skipped": [],
+    }
+    assert report["chunks_embedded"] == report["chunks_total"] >= 4
+    assert report["chunks_per_second"] > 0
+
+
+def test_skipped_files(cli: Any, docs: Path, tiny_checkpoint: Path) -> None:
+    for number in range(12):
+        (docs / f"broken{number:02}.pdf").write_bytes(b"%PDF-1.4 broken")
+    result = cli("index", "docs", "--model", tiny_checkpoint, "--json")
+    assert result.status == 0
+    skipped = json.loads(result.out)["skipped"]
+    assert [Path(file["path"]).name for file in skipped] == [f"broken{number:02}.pdf" for number in range(12)]
+    assert all(file["reason"] for file in skipped)
+    reason = skipped[0]["reason"].partition(":")[0]
+    assert result.err == f"skipped: 12 files: 12 {reason}.\n"
+    assert cli("index", "docs").err == f"skipped: 12 files: 12 {reason}. --json lists all.\n"
+    for number in range(3, 12):
+        (docs / f"broken{number:02}.pdf").unlink()
+    lines = cli("index", "docs").err.splitlines()
+    assert lines == [f"skipped: {file['path']}: {file['reason']}" for file in skipped[:3]]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--exclude", "drafts/**"], 3),
+        (["--include", "*.txt"], 1),
+        (["--include", "*.txt", "--include", "undo.md"], 2),
+    ],
+)
+def test_include_and_exclude(cli: Any, docs: Path, tiny_checkpoint: Path, options: list[str], expected: int) -> None:
+    result = cli("index", "docs", "--model", tiny_checkpoint, *options)
+    assert counts(result.out)[0] == expected
+
+
+def test_settings(cli: Any, docs: Path, tiny_checkpoint: Path) -> None:
+    assert cli("index", "docs", "--model", tiny_checkpoint, "--exclude", "drafts/**").status == 0
+    rebuilt = cli("index", "docs", "--chunk-tokens", "12", "--rebuild")
+    assert rebuilt.status == 0
+    settings = json.loads(cli("status", "--index-dir", "docs/.epic-rag", "--json").out)["settings"]
+    assert settings["chunk_tokens"] == 12
+    assert settings["chunk_overlap"] < 12
+    assert settings["exclude"] == ["drafts/**"]
+    assert cli("index", "docs", "--chunk-tokens", "200", "--rebuild").status == 0
+    back = json.loads(cli("status", "--index-dir", "docs/.epic-rag", "--json").out)["settings"]
+    assert (back["chunk_tokens"], back["chunk_overlap"], back["exclude"]) == (200, 20, ["drafts/**"])
+
+
+def test_several_paths(cli: Any, docs: Path, tiny_checkpoint: Path) -> None:
+    Path("more").mkdir()
+    Path("more/extra.md").write_text("# Extra\n\nText from elsewhere.\n")
+    result = cli("index", "docs", "more", "--model", tiny_checkpoint, "--index-dir", "one-index")
+    assert counts(result.out)[0] == 5
+    assert not Path("docs/.epic-rag").exists()
+    hits = json.loads(cli("query", "elsewhere", "-k", "5", "--index-dir", "one-index", "--json").out)["hits"]
+    assert any(hit["path"].endswith("extra.md") for hit in hits)
+
+
+def test_single_file(cli: Any, docs: Path, tiny_checkpoint: Path) -> None:
+    result = cli("index", "docs/undo.md", "--model", tiny_checkpoint)
+    assert counts(result.out)[0] == 1
+    assert Path("docs/.epic-rag").is_dir()
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.lstat().st_mtime_ns, path.lstat().st_size) for path in folder.rglob("*")}
 
 
-def test_a_plan_for_a_folder_without_an_index(cli: Any, docs: Path) -> None:
+def test_plan_without_an_index(cli: Any, docs: Path) -> None:
     before = tree(docs)
     result = cli("index", "docs", "--dry-run", "--model", "no/such/model")
     assert (result.status, result.err) == (0, "")
@@ -31,19 +130,19 @@ def test_a_plan_for_a_folder_without_an_index(cli: Any, docs: Path) -> None:
         "add  install.md",
         "add  notes.txt",
         "add  undo.md",
-        "would add 4, change 0, rename 0, delete 0, leave 0 as they are, skip 0",
+        "would add 4, change 0, rename 0, delete 0, leave 0 unchanged, skip 0",
     ]
     assert tree(docs) == before
 
 
-def test_a_plan_says_what_a_run_then_does(cli: Any, process: Any, indexed: Path) -> None:
+def test_plan_equals_the_run(cli: Any, indexed: Path) -> None:
     (indexed / "notes.txt").unlink()
     (indexed / "undo.md").write_text("# Undo\n\nWritten otherwise.\n")
     (indexed / "drafts/idea.md").rename(indexed / "new-idea.md")
     (indexed / "\x1b[31mnew.md").write_text("# New\n\nNew.\n")
     (indexed / "broken.pdf").write_bytes(b"%PDF-1.4 broken")
     before = tree(indexed)
-    text = process("index", "docs", "--dry-run")
+    text = cli("index", "docs", "--dry-run")
     assert tree(indexed) == before
     assert (text.status, text.out.splitlines()) == (
         0,
@@ -52,7 +151,7 @@ def test_a_plan_says_what_a_run_then_does(cli: Any, process: Any, indexed: Path)
             "change  undo.md",
             "rename  drafts/idea.md -> new-idea.md",
             "delete  notes.txt",
-            "would add 1, change 1, rename 1, delete 1, leave 1 as they are, skip 1",
+            "would add 1, change 1, rename 1, delete 1, leave 1 unchanged, skip 1",
         ],
     )
     assert text.err.startswith("skipped: broken.pdf: ")
@@ -76,10 +175,10 @@ def test_a_plan_says_what_a_run_then_does(cli: Any, process: Any, indexed: Path)
     assert done["skipped"] == plan["skipped"]
     assert done["chunks_reused"] >= 1
     nothing = cli("index", "docs", "--dry-run", "-q").out
-    assert nothing == "would add 0, change 0, rename 0, delete 0, leave 4 as they are, skip 1\n"
+    assert nothing == "would add 0, change 0, rename 0, delete 0, leave 4 unchanged, skip 1\n"
 
 
-def test_without_a_path_it_is_the_index_that_is_found(cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_path(cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (indexed / "new.md").write_text("# New\n\nSomething new.\n")
     monkeypatch.chdir(indexed / "drafts")
     assert cli("index", "--dry-run").out.startswith("add  new.md\n")
@@ -126,14 +225,12 @@ def test_roots_in_all_combinations(
     assert (again["unchanged"], again["added"], again["deleted"], again["changed"]) == (files, 0, 0, 0)
 
 
-def test_links_are_followed_when_asked_and_the_index_remembers(
-    cli: Any, process: Any, docs: Path, tiny_checkpoint: Path
-) -> None:
+def test_links(cli: Any, docs: Path, tiny_checkpoint: Path) -> None:
     Path("outside").mkdir()
     Path("outside/secret.md").write_text("# Secret\n\nA secret text.\n")
     (docs / "outside").symlink_to(Path("outside").resolve())
     (docs / "loop").symlink_to(docs)
-    first = process("index", "docs", "--model", tiny_checkpoint)
+    first = cli("index", "docs", "--model", tiny_checkpoint)
     assert first.err == "skipped: outside: a symbolic link that leaves the indexed folder\n"
     assert first.out.startswith("4 added")
     assert cli("index", "docs", "--follow-links").out.startswith(
@@ -153,10 +250,9 @@ HOLDER = """
 """
 
 
-def test_waiting_for_another_process(cli: Any, process: Any, indexed: Path) -> None:
-    index_dir = str(indexed / ".epic-rag")
+def test_waiting_for_another_process(cli: Any, indexed: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(HOLDER), index_dir],
+        [sys.executable, "-c", textwrap.dedent(HOLDER), str(indexed / ".epic-rag")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as holder:  # fmt: skip
         assert holder.stdin is not None
@@ -166,69 +262,45 @@ def test_waiting_for_another_process(cli: Any, process: Any, indexed: Path) -> N
             result = cli("index", "docs", *options)
             assert result.status == 1
             assert re.search(rf"process {holder.pid} ", result.err), result.err
-        waiting = subprocess.Popen(
-            [sys.executable, "-m", "epic_rag_cli", "index", "docs", "--wait", "inf"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(3)
+        statuses: list[int] = []
+        waiting = threading.Thread(target=lambda: statuses.append(run(["index", "docs", "--wait", "inf"])))
+        waiting.start()
+        waiting.join(0.7)
+        assert waiting.is_alive()
         holder.stdin.write("\n")
         holder.stdin.flush()
-        out, _ = waiting.communicate(timeout=180)
-    assert waiting.returncode == 0
-    assert out.startswith("0 added")
+        waiting.join(180)
+    assert statuses == [0]
 
 
-SKIPPED = [
-    *(SkippedFile(f"{number}.png", "not text") for number in range(1204)),
-    *(SkippedFile(f"{number}.log", "larger than 16 MiB") for number in range(3)),
-    SkippedFile("a.pdf", "cannot be parsed: ValueError: page 3"),
-    SkippedFile("b.pdf", "cannot be parsed: ValueError: page 4"),
-]
-
-
-def test_many_skipped_files_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
-    reset()
-    reports.tell_skipped(SKIPPED, hint=True)
-    assert capsys.readouterr().err == (
-        "skipped: 1,209 files: 1,204 not text, 3 larger than 16 MiB, 2 cannot be parsed; --json lists all\n"
-    )
-    reports.tell_skipped(SKIPPED[-2:], hint=True)
-    assert capsys.readouterr().err == (
-        "skipped: a.pdf: cannot be parsed: ValueError: page 3\nskipped: b.pdf: cannot be parsed: ValueError: page 4\n"
-    )
-    ask(Verbosity.VERBOSE, firm=True)
-    reports.tell_skipped(SKIPPED, hint=True)
-    assert len(capsys.readouterr().err.splitlines()) == len(SKIPPED)
-    reset()
-
-
-def test_quiet_and_verbose(process: Any, docs: Path, tiny_checkpoint: Path) -> None:
+def test_quiet_and_verbose(one_process: Any, docs: Path, tiny_checkpoint: Path) -> None:
     (docs / "broken.pdf").write_bytes(b"%PDF-1.4 broken")
-    quiet = process("index", "docs", "--model", tiny_checkpoint, "-q")
+    quiet, as_json, error = one_process(
+        ["index", "docs", "--model", tiny_checkpoint, "-q"],
+        ["--quiet", "index", "docs", "--json"],
+        ["-q", "index", "nowhere"],
+    )
     assert (quiet.status, quiet.out, quiet.err) == (0, "", "")
-    as_json = process("--quiet", "index", "docs", "--json")
     assert (json.loads(as_json.out)["unchanged"], as_json.err) == (4, "")
-    error = process("-q", "index", "nowhere")
     assert (error.status, error.err[:7]) == (1, "error: ")
     (docs / "new.md").write_text("# New\n\nSomething new.\n")
     (docs / "undo.md").write_text("# Undo\n\nWritten otherwise.\n")
     (docs / "notes.txt").unlink()
     shutil.move(docs / "drafts/idea.md", docs / "idea.md")
-    verbose = process("index", "docs", "--verbose")
+    (verbose,) = one_process(["index", "docs", "--verbose"])
     assert verbose.status == 0
     lines = verbose.err.splitlines()
     for expected in (
-        r"info: new\.md: new, 1 passages",
-        r"info: undo\.md: changed, 1 passages",
-        r"info: idea\.md: renamed, 1 passages",
-        r"info: notes\.txt: gone",
-        r"info: embedded 2 passages in \d+\.\d\d s",
+        r"info: new\.md: new, 1 (chunk|passage)s",
+        r"info: undo\.md: changed, 1 (chunk|passage)s",
+        r"info: idea\.md: renamed, 1 (chunk|passage)s",
+        r"info: notes\.txt: (gone|deleted)",
+        r"info: embedded 2 (chunk|passage)s in \d+\.\d\d s",
         r"info: times: scanning .* s, indexing .* s.*",
         r"skipped: broken\.pdf: .*",
     ):
         assert any(re.fullmatch(expected, line) for line in lines), (expected, lines)
-    # Nobody else has something to say.
+    # No other library prints anything.
     assert all(line.startswith(("info: ", "skipped: ")) for line in lines), lines
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from epic_rag_cli.schema import load_schema, schema_names, schema_tables
 from jsonschema import Draft202012Validator
 
-from epic_rag_cli.schema import load_schema, schema_names, schema_tables
 from tests.helpers.terminals import MODULE
 
 INDEX = ("--index-dir", "docs/.epic-rag")

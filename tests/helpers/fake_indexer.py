@@ -1,4 +1,4 @@
-"""An indexer that answers with given hits, for tests of what becomes of them."""
+"""An indexer that returns given hits, for tests of the request that it gets and of what is printed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from epic_rag_chroma import Hit
+from epic_rag_chroma import Hit, SearchRequest
 
 
 def hit(**changes: Any) -> Hit:
     values: dict[str, Any] = {
         "rank": 1,
-        "score": 0.71234,
+        "score": 0.033,
         "path": "guide/install.md",
         "first_line": 3,
         "last_line": 9,
@@ -20,15 +20,18 @@ def hit(**changes: Any) -> Hit:
         "heading_path": ("Guide", "Install"),
         "text": "Run the installer.\n\nThen read the manual.",
         "id": "abc",
+        "cosine": 0.71234,
     }
     return Hit(**{**values, **changes})
 
 
 class FakeIndexer:
-    """Answers with given hits and remembers what it was asked."""
+    """Returns given hits and records the calls."""
 
     hits: tuple[Hit, ...] = ()
-    asked: dict[str, Any]
+    opened: dict[str, Any]
+    request: SearchRequest
+    texts: list[str]
 
     def __init__(
         self,
@@ -39,7 +42,8 @@ class FakeIndexer:
         dtype: str | None = None,
         device: str | None = None,
     ) -> None:
-        type(self).asked = {"index_dir": index_dir, "encoder": encoder, "chroma": chroma}
+        type(self).opened = {"index_dir": index_dir, "encoder": encoder, "chroma": chroma}
+        type(self).texts = []
 
     def __enter__(self) -> FakeIndexer:
         return self
@@ -47,10 +51,12 @@ class FakeIndexer:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def query(self, text: str, **options: Any) -> list[Hit]:
-        type(self).asked.update(options, text=text)
+    def query(self, text: str, request: SearchRequest) -> list[Hit]:
+        type(self).request = request
+        type(self).texts.append(text)
         return list(self.hits)
 
-    def query_many(self, texts: Sequence[str], **options: Any) -> list[list[Hit]]:
-        type(self).asked.update(options, texts=[*type(self).asked.get("texts", []), *texts])
+    def query_many(self, texts: Sequence[str], request: SearchRequest) -> list[list[Hit]]:
+        type(self).request = request
+        type(self).texts += texts
         return [list(self.hits) for _ in texts]

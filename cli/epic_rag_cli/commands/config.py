@@ -35,7 +35,7 @@ def config(
     """
     program: Any = context.find_root().command
     given = config_file or context.obj
-    settings = load(program, given)
+    settings = load(context, given)
     rows = []
     for name in COMMANDS:
         command = program.commands[name]

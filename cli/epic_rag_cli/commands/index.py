@@ -251,8 +251,8 @@ def watch_index(
 ) -> None:
     """Index now, and again after each change of the indexed folders, until Ctrl-C.
 
-    A round that changes nothing takes 25 ms at 1,000 chunks (benchmarks/README.md, measured by benchmarks/growth.py), so
-    every change outside the index folder starts one; such rounds print nothing. A failed round is reported and
+    A round that changes nothing takes 25 ms at 1,000 chunks (benchmarks/README.md, measured by growth.py), so every
+    change outside the index folder starts one; such rounds print nothing. A failed round is reported and
     repeated after the next change or after half a minute; only a failure of the first round ends the watch.
 
     Raises:

@@ -51,7 +51,7 @@ from epic_rag_cli.terminal import emit, emit_json, hyperlinks, message, plural, 
 if TYPE_CHECKING:
     from epic_rag_chroma import ChromaIndexer, Hit, SearchRequest
 
-__all__ = ["QueryCommand", "editor_command", "open_hit", "query", "run_prompt"]
+__all__ = ["QueryCommand", "editor_command", "fill_open_number", "open_hit", "query", "run_prompt"]
 
 _EXAMPLE = '{"query": "..."}'
 _GROUP = 256  # queries that are encoded together
@@ -491,13 +491,17 @@ class QueryCommand(Command):
     """The `query` command, whose option `--open` may stand without a number."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Insert the number 1 where it is left out, and parse the command line."""
-        filled: list[str] = []
-        for place, argument in enumerate(args):
-            if argument == "--":
-                filled += args[place:]
-                break
-            filled.append(argument)
-            if argument == "--open" and not "".join(args[place + 1 : place + 2]).isdecimal():
-                filled.append("1")
-        return super().parse_args(ctx, filled)
+        """Parse the command line."""
+        return super().parse_args(ctx, fill_open_number(args))
+
+
+def fill_open_number(arguments: Sequence[str]) -> list[str]:
+    """Insert the number 1 after an `--open` without a number: Typer has no options with an optional value."""
+    filled: list[str] = []
+    for place, argument in enumerate(arguments):
+        if argument == "--":
+            return [*filled, *arguments[place:]]
+        filled.append(argument)
+        if argument == "--open" and not "".join(arguments[place + 1 : place + 2]).isdecimal():
+            filled.append("1")
+    return filled

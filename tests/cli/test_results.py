@@ -1,7 +1,10 @@
-"""Which part of a passage is shown for a query, and which of its words are marked."""
+"""Snippets, marked words, hits as lines, and reports."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import sqlite3
 import unicodedata
 from typing import Any
@@ -10,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.console import Console
 
-from epic_rag_chroma import QueryWords
+from epic_rag_chroma import Hit, QueryWords, SkippedFile
 from epic_rag_chroma.store.keyword_index import KeywordIndex
-from epic_rag_cli import results as highlight
-from epic_rag_cli.results import snippet
-from epic_rag_cli.terminal import printable
+from epic_rag_cli.results import hit_lines, print_skipped, snippet
+from epic_rag_cli.terminal import Verbosity, columns, emit, message, printable, request_verbosity, reset_verbosity
+from tests.helpers.fake_indexer import hit
 
 
 def marked(text: str, query: str, width: int = 1000) -> list[str]:
@@ -115,7 +119,7 @@ def test_sqlite_without_full_text_search(monkeypatch: pytest.MonkeyPatch) -> Non
             raise sqlite3.OperationalError("no such module: fts5")
 
     real = sqlite3.connect
-    monkeypatch.setattr(highlight.sqlite3, "connect", lambda name: real(name, factory=Plain))
+    monkeypatch.setattr(sqlite3, "connect", lambda name: real(name, factory=Plain))
     assert marked("Commit and commits", "commit") == ["Commit"]
 
 
@@ -136,3 +140,67 @@ def test_any_text(text: str, query: str, width: int, by_line: bool) -> None:
         assert cell_len(core) <= max(width, 1)
     if unicodedata.normalize("NFC", text).isascii() and len(" ".join(text.split())) <= width:
         assert core == printable(text)
+
+
+ANY = st.text(st.characters() | st.sampled_from("\x1b[]0;\x07\x9b\u202e\u2066\n\ta :"), max_size=40)
+HITS = st.builds(
+    hit,
+    path=ANY,
+    heading_path=st.lists(ANY, max_size=2).map(tuple),
+    text=ANY,
+    root=ANY,
+    first_line=st.none() | st.integers(1, 9),
+    page=st.none() | st.integers(1, 9),
+    duplicates=st.lists(ANY, max_size=3).map(tuple),
+    lang=st.sampled_from(["", "python"]),
+)
+# What this command writes for a terminal itself: styles and links.
+OWN = re.compile(r"\x1b\[[\d;]*m|\x1b\]8;(id=[\d-]+)?;(file://[\w.~%/-]*)?\x1b\\")
+UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+
+
+@given(st.lists(HITS, min_size=1, max_size=3), ANY, st.sampled_from(["hybrid", "keyword"]), st.booleans())
+def test_no_text_reaches_a_terminal_with_its_codes(hits: list[Hit], query: str, mode: Any, links: bool) -> None:
+    """Paths, headings, texts, near-duplicates: whatever they are, a terminal gets text, our styles and our links."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, color_system="standard", soft_wrap=True, highlight=False)
+    for line in hit_lines(hits, query, mode, links=links):
+        console.print(line)
+    assert not UNSAFE.search(OWN.sub("", stream.getvalue()))
+
+
+@given(ANY, ANY)
+def test_messages_and_tables_are_safe_for_any_text(kind: str, text: str) -> None:
+    """Errors, notes, what is skipped and why, and the tables of `status`, `models` and `bank list`."""
+    err, out = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
+        message("skipped", f"{kind}: {text}")
+        emit(columns([("path", text), (kind, text)], styles=("bold",)))
+    assert not UNSAFE.search(err.getvalue())
+    assert not UNSAFE.search(out.getvalue())
+    assert err.getvalue().count("\n") == 1
+    assert out.getvalue().count("\n") == 2
+
+
+SKIPPED = [
+    *(SkippedFile(f"{number}.png", "not text") for number in range(1204)),
+    *(SkippedFile(f"{number}.log", "larger than 16 MiB") for number in range(3)),
+    SkippedFile("a.pdf", "cannot be parsed: ValueError: page 3"),
+    SkippedFile("b.pdf", "cannot be parsed: ValueError: page 4"),
+]
+
+
+def test_many_skipped_files_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    reset_verbosity()
+    print_skipped(SKIPPED, hint=True)
+    assert capsys.readouterr().err == (
+        "skipped: 1,209 files: 1,204 not text, 3 larger than 16 MiB, 2 cannot be parsed. --json lists all.\n"
+    )
+    print_skipped(SKIPPED[-2:], hint=True)
+    assert capsys.readouterr().err == (
+        "skipped: a.pdf: cannot be parsed: ValueError: page 3\nskipped: b.pdf: cannot be parsed: ValueError: page 4\n"
+    )
+    request_verbosity(Verbosity.VERBOSE, explicit=True)
+    print_skipped(SKIPPED, hint=True)
+    assert len(capsys.readouterr().err.splitlines()) == len(SKIPPED)
+    reset_verbosity()

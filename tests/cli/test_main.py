@@ -1,4 +1,4 @@
-"""Bad input: one line on stderr that says what is the case and what to run next, a status, and never a traceback."""
+"""Errors: one line on stderr with facts and a remedy, an exit status, no traceback."""
 
 from __future__ import annotations
 
@@ -42,13 +42,15 @@ def check(result: Any, status: int, *facts: str) -> None:
         ),
         (
             ["query", "x", "--strategy", "best"],
-            ["'--strategy': 'best' is not one of 'epic', 'text', 'none', 'task-vector'; see `epic-rag query --help`"],
+            ["'--strategy': 'best' is not one of 'task-vector', 'epic', 'text'. See `epic-rag query --help`."],
         ),
         (["query", ""], ["TEXT", "empty", "epic-rag query --help"]),
         (["query", " \n"], ["TEXT", "empty", "epic-rag query --help"]),
         (["query", "x", "-k", "0"], ["-k", "1", "epic-rag query --help"]),
         (["query", "x", "-k", "-3"], ["-k", "1", "epic-rag query --help"]),
         (["query", "x", "-n", "-1"], ["--num-demonstrations", "0", "epic-rag query --help"]),
+        (["query", "x", "-n", "2"], ["-n needs demonstrations", "--bank", "epic-rag query --help"]),
+        (["query", "x", "--dtype", "int8"], ["--dtype", "epic-rag query --help"]),
         (["query", "two", "words"], ["words", "epic-rag query --help"]),
         (["query", "x", "--colour"], ["--colour", "epic-rag query --help"]),
         (["qeury", "x"], ["qeury", "epic-rag --help"]),
@@ -71,7 +73,7 @@ def test_no_command_prints_the_help_on_stderr(cli: Any, arguments: list[str]) ->
 @pytest.mark.parametrize("command", ["index", "query", "status", "clear"])
 def test_no_index_anywhere(cli: Any, command: str) -> None:
     arguments = ["x"] if command == "query" else []
-    check(cli(command, *arguments), 1, r"no index", re.escape(os.getcwd()), r"`epic-rag index \.`")
+    check(cli(command, *arguments), 1, r"No index", re.escape(os.getcwd()), r"`epic-rag index \.`")
 
 
 @pytest.mark.parametrize("command", ["query", "status", "clear"])
@@ -84,7 +86,7 @@ def test_no_index_in_the_given_folder(cli: Any, command: str) -> None:
 
 
 def test_missing_path(cli: Any, docs: Path) -> None:
-    check(cli("index", "docs", "dosc"), 1, "dosc", "`epic-rag index`")
+    check(cli("index", "docs", "dosc"), 1, "No such file or folder: dosc. Check the path.")
     assert not (docs / ".epic-rag").exists()
 
 
@@ -99,7 +101,7 @@ def test_nothing_to_index(cli: Any, tiny_checkpoint: Path, name: str | None) -> 
     for _ in range(2):  # the second run finds what the first may have left
         result = cli("index", "empty", "--model", tiny_checkpoint)
         error = result.err.splitlines()[-1] + "\n"
-        check(type(result)(result.status, result.out, error), 1, "nothing to index: empty", "`epic-rag index`")
+        check(type(result)(result.status, result.out, error), 1, "Nothing to index: empty", "--include")
 
 
 def test_emptied_folder_is_no_error(cli: Any, indexed: Path) -> None:
@@ -111,7 +113,7 @@ def test_emptied_folder_is_no_error(cli: Any, indexed: Path) -> None:
     assert result.out.startswith("0 added, 0 changed, 0 renamed, 4 deleted, 0 unchanged")
     query = cli("query", "cats", "--index-dir", "docs/.epic-rag")
     assert (query.status, query.out) == (0, "")
-    assert query.err.startswith("note: docs/.epic-rag holds no passages")
+    assert query.err.startswith("note: docs/.epic-rag holds no chunks.")
 
 
 @pytest.mark.parametrize("command", [["query", "cats", "--index-dir", "docs/.epic-rag"], ["index", "docs"]])
@@ -155,7 +157,7 @@ def test_broken_index_file(
     check(cli(*command), 1, r"index\.json", "`epic-rag |`pip ")
 
 
-def test_rebuild_mends_a_broken_index(cli: Any, indexed: Path, tiny_checkpoint: Path) -> None:
+def test_rebuild_repairs_a_broken_index(cli: Any, indexed: Path, tiny_checkpoint: Path) -> None:
     (indexed / ".epic-rag/index.json").write_text("{")
     result = cli("index", "docs", "--rebuild", "--chunk-tokens", "50", "--model", tiny_checkpoint)
     assert result.status == 0, result.err
@@ -201,8 +203,8 @@ def test_bank_show_of_a_missing_bank(cli: Any) -> None:
     check(cli("bank", "show", "nothing"), 1, "nothing", "`epic-rag bank list`")
 
 
-def test_clear_without_anybody_to_ask(cli: Any, indexed: Path) -> None:
-    check(cli("clear", "--index-dir", "docs/.epic-rag"), 1, "4 files", "`epic-rag clear --yes`")
+def test_clear_without_a_terminal(cli: Any, indexed: Path) -> None:
+    check(cli("clear", "--index-dir", "docs/.epic-rag"), 1, "4 files", "Pass --yes")
     assert (indexed / ".epic-rag").is_dir()
 
 
@@ -214,12 +216,12 @@ def test_messages_are_safe_for_a_terminal(cli: Any) -> None:
 @pytest.mark.parametrize(
     ("raised", "status", "line"),
     [
-        (KeyboardInterrupt(), 130, "error: interrupted before anything was stored; run the same command again\n"),
-        (PermissionError(13, "Permission denied", "docs/x"), 1, "error: docs/x: Permission denied; make it accessible, or give another path, and run the command again\n"),
-        (RuntimeError("boom\nsecond line"), 1, "error: this should not happen (RuntimeError: boom second line); run the command again with EPIC_RAG_DEBUG=1 for the traceback\n"),
+        (KeyboardInterrupt(), 130, "error: Interrupted before anything was stored. Run the same command again.\n"),
+        (PermissionError(13, "Permission denied", "docs/x"), 1, "error: docs/x: Permission denied. Make it accessible or use another path, then run the command again.\n"),
+        (RuntimeError("boom\nsecond line"), 1, "error: Unexpected error (RuntimeError: boom second line). Run the command again with EPIC_RAG_DEBUG=1 for the traceback.\n"),
     ],
 )  # fmt: skip
-def test_what_the_indexer_may_raise(
+def test_unexpected_errors(
     cli: Any, docs: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, status: int, line: str
 ) -> None:
     def index(*_: object, **__: object) -> None:
@@ -230,23 +232,23 @@ def test_what_the_indexer_may_raise(
     assert (result.status, result.out, result.err) == (status, "", line)
 
 
-def test_interrupt_of_another_command(cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_query(cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def query(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(epic_rag_chroma.ChromaIndexer, "query", query)
     result = cli("query", "cats", "--index-dir", "docs/.epic-rag")
-    assert (result.status, result.out, result.err) == (130, "", "error: interrupted\n")
+    assert (result.status, result.out, result.err) == (130, "", "error: Interrupted.\n")
 
 
 @pytest.mark.parametrize(
     ("options", "rest"),
     [
-        ([], "keeps what was stored; run the same command again to go on"),
-        (["--rebuild"], "is what it was; run the same command again to start over"),
+        ([], "keeps what was stored. Run the same command again to continue."),
+        (["--rebuild"], "is unchanged. Run the same command again to start over."),
     ],
 )
-def test_interrupt_says_how_far_it_came(
+def test_interrupted_index(
     cli: Any, docs: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], rest: str
 ) -> None:
     def index(*_: object, progress: Callable[[object], None], **__: object) -> None:
@@ -255,7 +257,7 @@ def test_interrupt_says_how_far_it_came(
 
     monkeypatch.setattr(epic_rag_chroma.ChromaIndexer, "index", index)
     error = cli("index", "docs", *options).err
-    assert error == f"error: interrupted at indexing 12 of 40; docs/.epic-rag {rest}\n"
+    assert error == f"error: Interrupted at indexing 12 of 40. docs/.epic-rag {rest}\n"
 
 
 def test_debugging_shows_the_traceback(docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

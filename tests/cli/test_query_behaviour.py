@@ -1,8 +1,9 @@
-"""`epic-rag query` through its real entry point: standard input, batches, modes, filters, terminals, editors."""
+"""`epic-rag query` on a real index: models, modes, filters, standard input, batches, terminals, editors, the prompt."""
 
 from __future__ import annotations
 
 import json
+import re
 import socket
 import stat
 import subprocess
@@ -11,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from epic_rag import EpicEncoder
+from epic_rag.checkpoints import parse_dtype
 from tests.helpers.model_files import save_cross_encoder
 from tests.helpers.terminals import MODULE, Terminal, plain
 
@@ -51,6 +55,78 @@ def editor(name: str, status: int = 0) -> tuple[Path, Path]:
     return program, log
 
 
+def test_text_is_exact(cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(indexed / "drafts")
+    result = cli("query", "A draft that nobody has read.", "-k", "2", "--json")
+    assert (result.status, result.err) == (0, "")
+    answer = json.loads(result.out)
+    assert answer["index_dir"] == str(indexed / ".epic-rag")
+    assert [hit["rank"] for hit in answer["hits"]] == [1, 2]
+    assert answer["hits"][0]["score"] >= answer["hits"][1]["score"]
+    for hit in answer["hits"]:
+        lines = (indexed / hit["path"]).read_text().splitlines()
+        assert hit["text"].strip().splitlines()[0] in lines[hit["first_line"] - 1 : hit["last_line"]]
+
+
+def test_text_output(cli: Any, indexed: Path) -> None:
+    result = cli("query", "cats", "--index-dir", "docs/.epic-rag", "-k", "50")
+    assert (result.status, result.err) == (0, "")
+    heads = [
+        line for line in result.out.splitlines() if re.match(r" *\d+  cosine -?\d\.\d{3}(, bm25 \d+\.\d\d)?  ", line)
+    ]
+    assert heads[0].startswith(" 1  ") or heads[0].startswith("1  ")
+    assert any(re.search(r"  docs/notes\.txt:1-2$", line) for line in heads)
+    assert any(re.search(r"  docs/install\.md:\d+(-\d+)?  Guide > Install$", line) for line in heads)
+
+
+def test_demonstrations_change_the_scores(cli: Any, indexed: Path, pairs: Path, tiny_checkpoint: Path) -> None:
+    built = cli("bank", "build", pairs, "--out", "mine", "--instruction", "Find it", "--model", tiny_checkpoint)
+    assert built.status == 0
+
+    def scores(*options: str) -> list[float]:
+        result = cli("query", "undo", "--index-dir", "docs/.epic-rag", "--json", *options)
+        assert (result.status, result.err) == (0, "")
+        return [hit["score"] for hit in json.loads(result.out)["hits"]]
+
+    with_none, with_one, with_all = (scores("--bank", "mine", "-n", str(n)) for n in (0, 1, 2))
+    assert with_none != with_one != with_all
+    assert scores("--bank", "mine") == with_all
+    assert scores("--task", "qa") != scores("--task", "docs") == scores()
+
+
+def test_environment(cli: Any, docs: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPIC_RAG_INDEX", "elsewhere")
+    monkeypatch.setenv("EPIC_RAG_MODEL", str(tiny_checkpoint))
+    assert cli("index", "docs").status == 0
+    assert Path("elsewhere").is_dir()
+    assert not Path("docs/.epic-rag").exists()
+    assert cli("query", "cats").status == 0
+    assert json.loads(cli("status", "--json").out)["files"] == 4
+
+
+def test_dtype_and_device(cli: Any, docs: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    load = EpicEncoder.from_pretrained
+
+    def seen(*arguments: Any, **options: Any) -> EpicEncoder:
+        encoder = load(*arguments, **options)
+        used.append(str(encoder.dtype))
+        return encoder
+
+    monkeypatch.setattr(EpicEncoder, "from_pretrained", seen)
+    fastest = str(parse_dtype("auto", torch.device("cpu")))
+    assert cli("index", "docs", "--model", tiny_checkpoint).status == 0
+    assert cli("query", "cats", "--index-dir", "docs/.epic-rag", "--dtype", "float32").status == 0
+    monkeypatch.setenv("EPIC_RAG_DTYPE", "bfloat16")
+    assert cli("query", "cats", "--index-dir", "docs/.epic-rag", "--model", tiny_checkpoint).status == 0
+    assert used == [fastest, "torch.float32", "torch.bfloat16"]
+    assert cli("query", "cats", "--index-dir", "docs/.epic-rag", "--dtype", "int1").status == 2
+    assert cli("query", "cats", "--index-dir", "docs/.epic-rag", "--device", "cpu,cpu").status == 0
+    nowhere = cli("query", "cats", "--index-dir", "docs/.epic-rag", "--device", "nowhere")
+    assert nowhere.status == 1
+    assert nowhere.err.startswith("error: device is 'nowhere', ")
+
+
 def test_keyword_search_loads_neither_a_model_nor_chroma(process: Any, indexed: Path) -> None:
     result = process("-c", REPORT_IMPORTS, *QUERY, "--mode", "keyword", command=[sys.executable])
     assert result.status == 0
@@ -63,14 +139,14 @@ def test_text_from_standard_input(indexed: Path) -> None:
     assert (status, err) == (0, "")
     assert json.loads(out)["query"] == "cats\n  sleep"
     for text, code, said in (
-        (" \n", 2, "error: Invalid value for 'TEXT': standard input is empty; see `epic-rag query --help`\n"),
-        (b"\xff", 1, "error: standard input is not UTF-8 (byte 0); send it as UTF-8\n"),
+        (" \n", 2, "error: Invalid value for 'TEXT': it is empty. See `epic-rag query --help`.\n"),
+        (b"\xff", 1, "error: Standard input is not UTF-8 (byte 0). Send it as UTF-8.\n"),
     ):
         assert fed(text, "query", "-", *INDEX) == (code, "", said)
 
 
 def test_without_text_and_without_a_terminal(indexed: Path) -> None:
-    expected = (2, "", "error: Missing argument 'TEXT'; see `epic-rag query --help`\n")
+    expected = (2, "", "error: Missing argument 'TEXT'. See `epic-rag query --help`.\n")
     assert fed("cats\n", "query", *INDEX) == expected
 
 
@@ -96,12 +172,12 @@ def test_batch_from_standard_input_and_from_a_file(cli: Any, indexed: Path) -> N
     assert [hit["id"] for hit in single["hits"]] == [hits[2]["id"], hits[3]["id"]]
     status, out, err = fed("nonsense", "query", "--batch", "-", *INDEX)
     assert (status, out) == (1, "")
-    assert err.startswith("error: standard input:1 is no JSON")
+    assert err.startswith("error: standard input:1 is not valid JSON")
 
 
-def test_modes_and_filters(cli: Any, process: Any, indexed: Path) -> None:
-    def paths(run: Any, *options: str) -> list[str]:
-        result = run("query", "a folder to read", *INDEX, "--json", "-k", "20", *options)
+def test_modes_and_filters(cli: Any, indexed: Path) -> None:
+    def paths(*options: str) -> list[str]:
+        result = cli("query", "a folder to read", *INDEX, "--json", "-k", "20", *options)
         assert result.status == 0, result.err
         answer = json.loads(result.out)
         assert answer["mode"] == (options[1] if options[0] == "--mode" else "hybrid")
@@ -109,39 +185,39 @@ def test_modes_and_filters(cli: Any, process: Any, indexed: Path) -> None:
 
     everything = ["drafts/idea.md", "install.md", "notes.txt", "undo.md"]
     keyword = ("--mode", "keyword")
-    assert paths(cli, "--mode", "dense") == everything
-    assert paths(process, *keyword) == ["drafts/idea.md", "install.md"]
-    assert paths(process, *keyword, "--path", "drafts/**", "--where", "first_line>=1") == ["drafts/idea.md"]
-    assert paths(cli, "--where", "kind=text") == ["notes.txt"]
-    assert paths(cli, "--path", "*.md", "--path", "!drafts/**", "--where", "kind!=text") == ["install.md", "undo.md"]
-    assert paths(cli, "--since", "1d") == everything
-    result = process("query", "folder", *INDEX, *keyword, "--since", "2999-01-01")
+    assert paths("--mode", "dense") == everything
+    assert paths(*keyword) == ["drafts/idea.md", "install.md"]
+    assert paths(*keyword, "--path", "drafts/**", "--where", "first_line>=1") == ["drafts/idea.md"]
+    assert paths("--where", "kind=text") == ["notes.txt"]
+    assert paths("--path", "*.md", "--path", "!drafts/**", "--where", "kind!=text") == ["install.md", "undo.md"]
+    assert paths("--since", "1d") == everything
+    result = cli("query", "folder", *INDEX, *keyword, "--since", "2999-01-01")
     assert (result.status, result.out) == (0, "")
-    assert result.err.startswith("note: no passage satisfies all of --where, --path and --since")
+    assert result.err.startswith("note: No chunk matches --where, --path and --since.")
 
 
-def test_near_duplicates_fold_and_unfold(cli: Any, process: Any, indexed: Path) -> None:
+def test_near_duplicates(cli: Any, indexed: Path) -> None:
     (indexed / "copy.txt").write_text((indexed / "notes.txt").read_text())
     assert cli("index", "docs").status == 0
     # The better of two equal ones is the one whose id comes first.
-    shown = process(*QUERY, "--mode", "keyword").out.splitlines()
+    shown = cli(*QUERY, "--mode", "keyword").out.splitlines()
     assert len(shown) == 3
     assert sorted((shown[0].split()[3], shown[2].split()[2])) in (
         ["docs/copy.txt:1", "docs/notes.txt:1-2"],
         ["docs/copy.txt:1-2", "docs/notes.txt:1"],
     )
-    answer = json.loads(process(*QUERY, "--mode", "keyword", "--all", "--json").out)
+    answer = json.loads(cli(*QUERY, "--mode", "keyword", "--all", "--json").out)
     assert sorted(hit["path"] for hit in answer["hits"]) == ["copy.txt", "notes.txt"]
 
 
-def test_reranking(process: Any, indexed: Path, tmp_path: Path) -> None:
+def test_reranking(cli: Any, indexed: Path, tmp_path: Path) -> None:
     model = save_cross_encoder(tmp_path / "cross-encoder")
-    result = process(*QUERY, "--rerank", model, "--json")
+    result = cli(*QUERY, "--rerank", model, "--json")
     assert (result.status, result.err) == (0, "")
     scores = [hit["rerank_score"] for hit in json.loads(result.out)["hits"]]
     assert len(scores) > 1
     assert scores == sorted(scores, reverse=True)
-    missing = process(*QUERY, "--rerank", "./no-such-folder")
+    missing = cli(*QUERY, "--rerank", "./no-such-folder")
     assert (missing.status, missing.out) == (1, "")
     assert missing.err.startswith("error: there is no folder ./no-such-folder")
 
@@ -170,35 +246,35 @@ def test_on_a_terminal_places_are_links_and_words_are_marked(indexed: Path) -> N
     ("name", "options", "expected"),
     [
         ("vim", ["--open"], ["+1", "{}/notes.txt"]),
-        ("code", ["--open", "1"], ["-g", "{}/notes.txt:1"]),
-        ("hx", ["--open=1"], ["{}/notes.txt:1"]),
-        ("kate", ["--open"], ["--line", "1", "{}/notes.txt"]),
-        ("some-editor", ["--open"], ["{}/notes.txt"]),
+        ("code", ["--open", "1"], ["--goto", "{}/notes.txt:1"]),
+        ("some-editor", ["--open=1"], ["{}/notes.txt"]),
     ],
 )
-def test_a_hit_opens_in_the_editor(
-    process: Any, indexed: Path, name: str, options: list[str], expected: list[str]
+def test_open(
+    cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: list[str], expected: list[str]
 ) -> None:
     program, log = editor(name)
-    result = process("query", *options, "cats sleep", *INDEX, "--mode", "keyword", env={"EDITOR": str(program)})
+    monkeypatch.setenv("EDITOR", str(program))
+    result = cli("query", *options, "cats sleep", *INDEX, "--mode", "keyword")
     assert (result.status, result.err) == (0, "")
     assert "notes.txt:1-2" in result.out
     assert json.loads(log.read_text())[0] == [word.replace("{}", str(indexed)) for word in expected]
 
 
-def test_the_editor_is_started_without_a_shell(cli: Any, process: Any, indexed: Path) -> None:
+def test_editor_without_a_shell(cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, log = editor("my vim")
     (indexed / "; touch pwned; $(touch pwned).txt").write_text("Zebras graze.\n")
     assert cli("index", "docs").status == 0
-    env = {"VISUAL": f"'{program}' --wait ';' touch pwned", "EDITOR": "/bin/false"}
-    result = process("query", "zebras", *INDEX, "--mode", "keyword", "--open", env=env)
+    monkeypatch.setenv("VISUAL", f"'{program}' --wait ';' touch pwned")
+    monkeypatch.setenv("EDITOR", "/bin/false")
+    result = cli("query", "zebras", *INDEX, "--mode", "keyword", "--open")
     assert (result.status, result.err) == (0, "")
     (arguments, _) = json.loads(log.read_text())
     assert arguments == ["--wait", ";", "touch", "pwned", f"{indexed}/; touch pwned; $(touch pwned).txt"]
     assert not Path("pwned").exists()
 
 
-def test_an_editor_gets_the_terminal_when_the_text_comes_through_a_pipe(indexed: Path) -> None:
+def test_editor_gets_the_terminal(indexed: Path) -> None:
     program, log = editor("vim")
     command = f"echo cats | {' '.join(MODULE)} query - {' '.join(INDEX)} --mode keyword --open"
     with Terminal(env={"EDITOR": str(program)}, command=["sh", "-c", command]) as terminal:
@@ -206,102 +282,65 @@ def test_an_editor_gets_the_terminal_when_the_text_comes_through_a_pipe(indexed:
     assert json.loads(log.read_text()) == [["+1", f"{indexed}/notes.txt"], True]
 
 
-def test_what_cannot_be_opened(process: Any, indexed: Path) -> None:
+def test_open_errors(cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search = ("query", "cats", *INDEX, "--mode", "keyword")
     program, _ = editor("vim", status=3)
-    for env, options, status, said in (
-        ({"EDITOR": "no-such-editor"}, ["--open"], 1, "error: there is no editor no-such-editor; set EDITOR to"),
-        ({"EDITOR": "'"}, ["--open"], 1, 'error: EDITOR is "\'", which is no command line (No closing quotation)'),
-        ({"EDITOR": str(indexed)}, ["--open"], 1, "error: there is no editor"),
-        ({"EDITOR": str(program)}, ["--open", "2"], 1, "error: there is no hit 2 to open, only 1 hit; give -k"),
-        ({"EDITOR": str(program)}, ["--open"], 0, f"warning: {program} ended with status 3\n"),
-        ({"PATH": "/nowhere"}, ["--open"], 1, "error: EDITOR is not set, and there is no nano or vi; set EDITOR"),
+    for setting, options, status, expected in (
+        ("no-such-editor", ["--open"], 1, "error: The editor no-such-editor cannot be started (No such file or"),
+        ("'", ["--open"], 1, 'error: The editor "\'" is not a command line (No closing quotation). Set EDITOR to'),
+        (str(indexed), ["--open"], 1, f"error: The editor {indexed} cannot be started (Permission denied). Set"),
+        (str(program), ["--open", "2"], 1, "error: There is no hit 2, only 1 hit. Raise -k."),
+        (str(program), ["--open"], 0, f"warning: {program} ended with status 3.\n"),
     ):
-        result = process(*search, *options, env={"VISUAL": "", "EDITOR": "", **env})
+        monkeypatch.setenv("EDITOR", setting)
+        result = cli(*search, *options)
         assert result.status == status, result
-        assert result.err.startswith(said)
+        assert result.err.startswith(expected)
         assert result.err.count("\n") == 1
         assert "notes.txt:1-2" in result.out
     (indexed / "notes.txt").unlink()
-    result = process(*search, "--open", env={"EDITOR": str(program)})
+    result = cli(*search, "--open")
     assert result.status == 1
-    assert result.err.startswith("error: docs/notes.txt is gone since it was indexed; run `epic-rag index`")
+    assert result.err.startswith("error: docs/notes.txt no longer exists. Run `epic-rag index`")
 
 
-def test_status(process: Any, indexed: Path) -> None:
-    lines = process("status", *INDEX).out.splitlines()
-    table = {line[:8].strip(): line[10:] for line in lines}
-    assert table["kinds"] == "3 markdown, 1 text"
-    assert table["last run"].startswith("4 added; ")
-    assert "state" not in table
-    state = json.loads(process("status", *INDEX, "--json").out)
-    assert state["kinds"] == {"markdown": 3, "text": 1}
-    assert state["last_run"]["added"] == 4
-    assert state["state"] == "complete"
-    (indexed / ".epic-rag/running.json").write_text("{}")
-    assert process("status", *INDEX).out.splitlines()[-1].startswith("state     the last run did not end; ")
-
-
-def test_a_conversation(indexed: Path, tmp_path: Path) -> None:
-    program, log = editor("vim")
-    env = {"EDITOR": str(program), "XDG_STATE_HOME": str(tmp_path / "state")}
-    with Terminal("query", *INDEX, env=env) as terminal:
-        terminal.wait_for(r"note: \d+ passages of 4 files; :help lists what can be changed, Ctrl-D ends")
+def test_prompt(indexed: Path, tmp_path: Path) -> None:
+    with Terminal("query", *INDEX) as terminal:
+        terminal.wait_for(r"note: \d+ chunks of 4 files\. Ctrl-D quits\.")
         terminal.wait_for("epic-rag> ")
         terminal.type("cats sleep\r")
         terminal.wait_for(r"1  .*cosine .*\x1b\]8;.*notes\.txt:1-2.*epic-rag> ")
-        terminal.type(":k 1\r:mode keyword\rlast commit\r")
-        terminal.wait_for(r"1  .*bm25 .*undo\.md:.*epic-rag> ")
-        terminal.type(":show\r")
-        terminal.wait_for(r"     1.*# Undo.*epic-rag> ")
-        terminal.type(":open\r")
-        terminal.wait_for("epic-rag> ")
-        for line, said in (
-            (":k 0", "error: :k takes a whole number from 1, not '0'"),
-            (":mode sparse", "error: :mode takes dense, hybrid, keyword, not 'sparse'"),
-            (":strategy best", "error: :strategy takes epic, text, none, task-vector, not 'best'"),
-            (":where nonsense", 'error: "nonsense" is no condition'),
-            (":bank docs/notes.txt", "error: docs/notes.txt is a file, a bank is a folder"),
-            (":sesame", "error: unknown command :sesame; :help lists those that there are"),
-            (":show 2", "error: there is no hit 2, only 1 hit; :k sets how many"),
-            ("nothingofthekind", "note: no passage has a word of the query"),
-        ):
-            terminal.type(f"{line}\r")
-            terminal.wait_for(said.replace("(", r"\(").replace(".", r"\.") + ".*epic-rag> ")
-        terminal.type(":bank no-such-bank\r:mode dense\rcats\r")
-        terminal.wait_for("error: .*no-such-bank.*epic-rag> ")
-        terminal.type(":he\t\r")
-        terminal.wait_for(r":mode MODE.*now: dense.*epic-rag> ")
+        terminal.type("\r last commit\r")
+        terminal.wait_for(r"cosine .*undo\.md:.*epic-rag> ")
         terminal.type("half a line")
         terminal.wait_for("half a line")
         terminal.type("\x03")
         terminal.type("\r")  # Python notices a signal that comes just before it waits for keys with the next key
         terminal.wait_for("epic-rag> ")
-        terminal.type(" a secret\r")
-        terminal.wait_for("epic-rag> ")
         terminal.type("\x04")
         assert terminal.finish() == 0
-    assert json.loads(log.read_text())[0] == ["+1", f"{indexed}/undo.md"]
     assert "Traceback" not in terminal.shown
     history = tmp_path / "state/epic-rag/query_history"
-    kept = history.read_text().splitlines()
-    assert kept[:5] == ["cats sleep", ":k 1", ":mode keyword", "last commit", ":show"]
-    assert kept[-1] == ":help"
+    assert history.read_text() == "cats sleep\n"
     assert [stat.S_IMODE(path.stat().st_mode) for path in (history.parent, history)] == [0o700, 0o600]
-    # The next session has it, and Ctrl-C ends a search, not the session.
-    history.write_text("cats sleep\n")
+    # The next session has the history; an error ends a search, not the session.
     history.chmod(0o644)
-    with Terminal("query", *INDEX, "--mode", "keyword", env=env) as terminal:
+    with Terminal("query", *INDEX, "--mode", "keyword") as terminal:
         terminal.wait_for("epic-rag> ")
         terminal.type("\x1b[A\r")
         terminal.wait_for(r"notes\.txt:1-2.*epic-rag> ")
-        terminal.type(":quit\r")
+        terminal.type("nothingofthekind\r")
+        terminal.wait_for("note: No chunk has a word of the query.*epic-rag> ")
+        (indexed / ".epic-rag/index.json").write_text("{")
+        terminal.type("cats\r")
+        terminal.wait_for("error: .*epic-rag> ")
+        terminal.type("\x04")
         assert terminal.finish() == 0
-    assert history.read_text() == "cats sleep\ncats sleep\n:quit\n"
+    assert history.read_text() == "cats sleep\ncats sleep\nnothingofthekind\ncats\n"
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
 
 
-def test_ctrl_c_ends_a_search_and_not_the_conversation(indexed: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_search(indexed: Path, tmp_path: Path) -> None:
     code = (
         "import time, epic_rag_chroma\nfrom epic_rag_cli.main import main\n"
         "def query(*_, **__):\n    print('searching', flush=True)\n    time.sleep(60)\n"
@@ -313,16 +352,18 @@ def test_ctrl_c_ends_a_search_and_not_the_conversation(indexed: Path, tmp_path: 
         terminal.type("cats\r")
         terminal.wait_for("searching")
         terminal.type("\x03")
-        terminal.wait_for("note: interrupted; Ctrl-D ends the session.*epic-rag> ")
+        terminal.wait_for("note: Interrupted. Ctrl-D quits.*epic-rag> ")
         terminal.type("\x04")
         assert terminal.finish() == 0
 
 
-def test_a_history_that_cannot_be_kept(indexed: Path, tmp_path: Path) -> None:
+def test_history_that_cannot_be_kept(indexed: Path, tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file")
     env = {"XDG_STATE_HOME": str(tmp_path / "state")}
     with Terminal("query", *INDEX, "--mode", "keyword", env=env) as terminal:
-        terminal.wait_for("warning: .*query_history: Not a directory; what you type is not kept.*epic-rag> ")
+        terminal.wait_for(
+            "warning: .*query_history: Not a directory. The history of this session is not kept.*epic-rag> "
+        )
         terminal.type("cats\r")
         terminal.wait_for(r"notes\.txt:1-2.*epic-rag> ")
         terminal.type("\x04")
@@ -330,7 +371,7 @@ def test_a_history_that_cannot_be_kept(indexed: Path, tmp_path: Path) -> None:
     assert terminal.shown.count("warning") == 1
 
 
-def test_no_conversation_in_json(indexed: Path) -> None:
+def test_no_prompt_with_json(indexed: Path) -> None:
     with Terminal("query", *INDEX, "--json") as terminal:
         assert terminal.finish() == 2
     assert "error: Missing argument 'TEXT'" in terminal.shown

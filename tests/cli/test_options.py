@@ -1,4 +1,4 @@
-"""Completion in the shell: names that are known without loading a library."""
+"""Shell completion: names that are known without loading a library."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from epic_rag import list_checkpoints
 from epic_rag.demonstrations import built_in_banks
-from epic_rag.task_vector import QUERY_STRATEGIES
+from epic_rag.query_prompt import QUERY_STRATEGIES
 from epic_rag.tasks import list_tasks
-from epic_rag_chroma.types import SEARCH_MODES
+from epic_rag_chroma import SEARCH_MODES
 from epic_rag_cli.options import (
     complete_banks,
     complete_models,
@@ -60,7 +60,7 @@ def test_through_the_entry_point(process: Any, words: str, expected: set[str]) -
     assert imported == "[]\n"
 
 
-def test_a_broken_configuration_does_not_disturb_it(process: Any) -> None:
+def test_broken_configuration(process: Any) -> None:
     Path("epic-rag.toml").write_text("[")
     assert complete(process, "epic-rag query x --mode d") == (["dense"], "[]\n")
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from epic_rag_cli.docs import commands
 
 from epic_rag import DemonstrationBank, __version__
-from epic_rag_cli.docs import commands
 
 HEAVY = ("chromadb", "llama_index", "torch", "transformers")
 MODULE = (sys.executable, "-m", "epic_rag_cli")
