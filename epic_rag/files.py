@@ -8,17 +8,21 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from epic_rag.errors import DataError
 
 __all__ = ["read_jsonl", "write_atomically"]
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: str | os.PathLike[str], *, stream: BinaryIO | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield line number (from 1) and object of each line of a `.jsonl` or `.jsonl.gz` file; skip blank lines.
+
+    Args:
+        path: The file.
+        stream: An open binary stream to read instead; `path` is then its name in messages.
 
     Raises:
         DataError: If the file cannot be read, or a line is not a JSON object; names file and line.
@@ -27,7 +31,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
     opener: Any = gzip.open if file.suffix == ".gz" else open
     number = 0
     try:
-        with opener(file, "rb") as lines:
+        with opener(file, "rb") if stream is None else nullcontext(stream) as lines:
             for number, raw in enumerate(lines, start=1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not line.strip():

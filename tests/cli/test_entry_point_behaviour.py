@@ -1,4 +1,4 @@
-"""The command in a process of its own: streams, signals, pipes, and what it imports."""
+"""The command in its own process: imports, streams, signals, pipes, permissions, terminals."""
 
 from __future__ import annotations
 
@@ -18,27 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from epic_rag_cli.docs import commands
 
 from epic_rag import DemonstrationBank, __version__
+from tests.helpers.cli_pages import commands
+from tests.helpers.model_files import save_cross_encoder
 
 HEAVY = ("chromadb", "llama_index", "torch", "transformers")
 MODULE = (sys.executable, "-m", "epic_rag_cli")
 
-REPORT_IMPORTS = f"""
-import sys
-from epic_rag_cli.main import run
-status = run(sys.argv[1:])
-print("imported:", *(name for name in {HEAVY!r} if name in sys.modules), file=sys.stderr)
-sys.exit(status)
-"""
 
-
-def test_help_and_version_import_nothing_heavy(process: Any) -> None:
-    # One process for all: what one of them imports stays for the others, so nothing can hide.
+def test_help_version_and_completion_import_nothing_heavy(process: Any) -> None:
+    # One process for all: an import by any of them would be seen at the end.
     lines = [[*name.split()[1:], "--help"] for name, _ in commands()] + [["--version"]]
-    code = "import sys\nfrom epic_rag_cli.main import run\n"
+    code = "import sys\nfrom epic_rag_cli import options\nfrom epic_rag_cli.main import run\n"
     code += "".join(f"assert run({line!r}) == 0\n" for line in lines)
+    code += "for name in dir(options):\n    if name.startswith('complete_'): assert getattr(options, name)('')\n"
     code += f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
     result = process("-c", code, command=[sys.executable])
     assert (result.status, result.err) == (0, "[]\n")
@@ -46,19 +40,22 @@ def test_help_and_version_import_nothing_heavy(process: Any) -> None:
     assert result.out.endswith(f"epic-rag {__version__}\n")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "imported"),
-    [
-        (["query", "cats", "--index-dir", "docs/.epic-rag"], ["chromadb", "torch", "transformers"]),
-        (["bank", "list"], []),
-        (["bank", "show", "docs"], []),
-        (["models"], []),
-        (["query", "cats"], []),  # no index is found
-    ],
-)
-def test_commands_import_what_they_need(process: Any, indexed: Path, arguments: list[str], imported: list[str]) -> None:
-    result = process("-c", REPORT_IMPORTS, *arguments, command=[sys.executable])
-    assert result.err.splitlines()[-1] == " ".join(["imported:", *imported])
+def test_light_commands_import_nothing_heavy(process: Any, indexed: Path) -> None:
+    index = ["--index-dir", "docs/.epic-rag"]
+    lines = [
+        (["bank", "list"], 0),
+        (["bank", "show", "docs"], 0),
+        (["models"], 0),
+        (["query", "cats"], 1),  # no index is found
+        (["query", "cats", *index, "--mode", "keyword", "--path", "*.txt"], 0),
+    ]
+    code = "import sys\nfrom epic_rag_cli.main import run\n"
+    code += "".join(f"assert run({line!r}) == {status}\n" for line, status in lines)
+    code += f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
+    result = process("-c", code, command=[sys.executable])
+    assert result.status == 0, result.err
+    assert result.err.endswith("\n[]\n")
+    assert "notes.txt:1-2" in result.out
 
 
 def test_console_script(process: Any) -> None:
@@ -68,28 +65,31 @@ def test_console_script(process: Any) -> None:
     assert (result.status, result.out, result.err) == (0, f"epic-rag {__version__}\n", "")
 
 
-def test_every_command_through_the_entry_point(process: Any, docs: Path, pairs: Path, tiny_checkpoint: Path) -> None:
+def test_every_command_through_the_entry_point(
+    one_process: Any, docs: Path, pairs: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     env = {"EPIC_RAG_MODEL": str(tiny_checkpoint), "EPIC_RAG_INDEX": "docs/.epic-rag"}
-    built = process("bank", "build", pairs, "--out", "mine", "--task", "docs", env=env)
-    assert (built.status, built.out) == (0, "mine\n")
-    assert re.fullmatch(r"note: 2 demonstrations embedded with .*\n", built.err)
-    outputs = {}
-    for line in (
+    lines = [
+        ["bank", "build", pairs, "--out", "mine", "--task", "docs"],
         ["index", "docs", "--json"],
         ["query", "cats", "--bank", "mine", "--json"],
+        ["query", "cats", "--rerank", save_cross_encoder(tmp_path / "cross-encoder"), "--json"],
         ["status", "--json"],
         ["bank", "list", "--json"],
         ["bank", "show", "mine", "--json"],
         ["models", "--json"],
-    ):
-        result = process(*line, env=env)
-        # Not a word on stderr: no progress bars of libraries, no warnings.
-        assert (result.status, result.err) == (0, ""), line
-        outputs[" ".join(line[:2])] = json.loads(result.out)
-    assert outputs["index docs"]["added"] == 4
-    assert len(outputs["query cats"]["hits"]) >= 4
-    cleared = process("clear", "--yes", env=env)
-    assert (cleared.status, cleared.out, cleared.err) == (0, "", "note: deleted docs/.epic-rag\n")
+        ["clear", "--yes"],
+    ]
+    built, *results, cleared = one_process(*lines, env=env)
+    assert (built.status, built.out) == (0, "mine\n")
+    assert re.fullmatch(r"note: 2 demonstrations embedded with .*\n", built.err)
+    # Nothing on stderr: no progress bars and no warnings of libraries.
+    assert [(result.status, result.err) for result in results] == [(0, "")] * len(results)
+    indexed, found, reranked, *_ = (json.loads(result.out) for result in results)
+    assert indexed["added"] == 4
+    assert len(found["hits"]) >= 4
+    assert reranked["hits"][0]["rerank_score"] is not None
+    assert (cleared.status, cleared.out, cleared.err) == (0, "", "note: Deleted docs/.epic-rag.\n")
 
 
 def test_errors_have_no_traceback(process: Any, docs: Path) -> None:
@@ -115,7 +115,7 @@ def test_full_disk_behind_stdout(process: Any) -> None:
     with open("/dev/full", "w") as full:
         result = process("bank", "list", stdout=full)
     assert result.status == 1
-    assert re.fullmatch(r"error: standard output cannot be written to \(No space left on device\); .*\n", result.err)
+    assert re.fullmatch(r"error: Standard output cannot be written to \(No space left on device\)\. .*\n", result.err)
 
 
 def test_closed_streams(process: Any) -> None:
@@ -156,8 +156,8 @@ def test_interrupt_by_signal(docs: Path) -> None:
         out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (130, "")
     assert err == (
-        "error: interrupted at embedding 3 of 9; docs/.epic-rag keeps what was stored; "
-        "run the same command again to go on\n"
+        "error: Interrupted at embedding 3 of 9. docs/.epic-rag keeps what was stored. "
+        "Run the same command again to continue.\n"
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from epic_rag_cli.main import run
+
 SUMMARY = re.compile(
     r"(\d+) added, (\d+) changed, \d+ renamed, (\d+) deleted, (\d+) unchanged, (\d+) skipped; "
     r"(\d+) chunks? embedded(?:, \d+ reused)? in \d+\.\d s( \(\d[\d,.]* a second\))?\n"

@@ -60,5 +60,5 @@ def test_export_overwrites_nothing(cli: Any, tiny_checkpoint: Path) -> None:
         assert (result.status, result.out, result.err) == (1, "", f"error: {said}\n")
     result = cli("models", "export", tiny_checkpoint, "new", "--dtype", "int4")
     assert (result.status, result.out) == (1, "")
-    assert "dtype is 'int4', known are float32, bfloat16, float16, int8; choose one of them" in result.err
+    assert "Unknown dtype 'int4'. Choose one of float32, bfloat16, float16, int8." in result.err
     assert not Path("new").exists()

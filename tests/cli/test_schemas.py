@@ -1,20 +1,18 @@
-"""What the reading commands print as JSON is what their schemas, and docs/cli.md, say."""
+"""JSON output of the commands matches the JSON Schemas."""
 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
-from epic_rag_cli.schema import load_schema, schema_names, schema_tables
 from jsonschema import Draft202012Validator
 
-from tests.helpers.terminals import MODULE
+from epic_rag_chroma import ChromaIndexer
+from tests.helpers.cli_pages import SCHEMAS, load_schema, schema_tables
 
 INDEX = ("--index-dir", "docs/.epic-rag")
 
@@ -31,10 +29,10 @@ def nested(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nested(part) if part else ()
 
 
-def test_every_schema_is_one_and_is_listed() -> None:
+def test_schemas_are_valid_and_documented() -> None:
     there = {file.name for file in (files("epic_rag_cli") / "schemas").iterdir()}
-    assert there == {f"{name}.schema.json" for name in schema_names()}
-    for name in schema_names():
+    assert there == {f"{name}.schema.json" for name in SCHEMAS}
+    for name in SCHEMAS:
         schema = load_schema(name)
         Draft202012Validator.check_schema(schema)
         assert schema["title"].startswith("epic-rag ")
@@ -43,13 +41,12 @@ def test_every_schema_is_one_and_is_listed() -> None:
             assert all(each.get("description") for each in part.get("properties", {}).values()), name
 
 
-def test_a_hit_is_the_same_in_each_schema() -> None:
+def test_hits_are_equal() -> None:
     hits = [load_schema(name)["$defs"]["hit"] for name in ("query", "query-lines", "query-batch")]
     assert hits[0] == hits[1] == hits[2]
 
 
-def test_schemas_say_no(cli: Any) -> None:
-    """A schema that anything satisfies would show nothing."""
+def test_schemas_reject(cli: Any) -> None:
     good = json.loads(cli("bank", "show", "docs", "--json").out)
     for change in ({"num_demonstrations": "8"}, {"demonstrations": [{"query": "q"}]}, {"encoder_fingerprints": None}):
         with pytest.raises(AssertionError):
@@ -60,17 +57,18 @@ def test_schemas_say_no(cli: Any) -> None:
     check("bank-show", {**good, "new": 1})
 
 
-def test_tables_name_every_key_once() -> None:
+def test_tables() -> None:
     tables = schema_tables()
     assert tables.count("| `hits[].rank` |") == 1
-    for name in schema_names():
+    for name in SCHEMAS:
         assert f"### `{load_schema(name)['title']}`" in tables
     assert "`settings.follow_links`" in tables
     assert "`skipped[].reason`" in tables
 
 
-def test_reading_commands_through_the_entry_point(process: Any, docs: Path, tiny_checkpoint: Path) -> None:
-    env = {"EPIC_RAG_MODEL": str(tiny_checkpoint), "EPIC_RAG_INDEX": "docs/.epic-rag"}
+def test_commands(cli: Any, docs: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPIC_RAG_MODEL", str(tiny_checkpoint))
+    monkeypatch.setenv("EPIC_RAG_INDEX", "docs/.epic-rag")
     (docs / "broken.pdf").write_bytes(b"%PDF-1.4 broken")
     for name, line in (
         ("index-dry-run", ["index", "docs", "--dry-run", "--json"]),
@@ -83,18 +81,18 @@ def test_reading_commands_through_the_entry_point(process: Any, docs: Path, tiny
         ("config", ["config", "--json"]),
         ("config", ["config", "--all", "--json"]),
     ):
-        result = process(*line, env=env)
+        result = cli(*line)
         assert result.status == 0, result.err
         value = json.loads(result.out)
         check(name, value)
         assert not (name == "query" and not value["hits"])
     (docs / "undo.md").rename(docs / "renamed.md")
-    plan = json.loads(process("index", "--dry-run", "--json", env=env).out)
+    plan = json.loads(cli("index", "--dry-run", "--json").out)
     check("index-dry-run", plan)
     assert plan["renamed"] == [{"from": "undo.md", "to": "renamed.md"}]
 
 
-def test_answers_of_every_shape(cli: Any, indexed: Path) -> None:
+def test_queries(cli: Any, indexed: Path) -> None:
     Path("batch.jsonl").write_text('{"query": "cats", "id": 1.5}\n{"query": "commit", "id": "b"}\n{"query": "x"}\n')
     (indexed / "copy.txt").write_text((indexed / "notes.txt").read_text())
     assert cli("index", "docs").status == 0
@@ -108,14 +106,21 @@ def test_answers_of_every_shape(cli: Any, indexed: Path) -> None:
             check("query-lines", json.loads(line))
 
 
-def test_rounds_of_a_watch(indexed: Path) -> None:
-    with subprocess.Popen(
-        [*MODULE, "index", "docs", "--watch", "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as child:
-        assert child.stdout is not None
-        check("index-watch", json.loads(child.stdout.readline()))
-        child.send_signal(signal.SIGINT)
-        child.communicate(timeout=60)
+def test_rounds_of_a_watch(cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = ChromaIndexer.index
+    calls: list[int] = []
+
+    def twice(self: ChromaIndexer, *arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        (indexed / "new.md").write_text("# New\n\nSomething new.\n")
+        return index(self, *arguments, **options)
+
+    monkeypatch.setattr(ChromaIndexer, "index", twice)
+    lines = cli("index", "docs", "--watch", "--json").out.splitlines()
+    assert len(lines) == 1
+    check("index-watch", json.loads(lines[0]))
     check("index-watch", {"round": 2, "time": "2026-01-01T00:00:00+00:00", "error": "no"})
     with pytest.raises(AssertionError):
         check("index-watch", {"round": 2, "time": "2026-01-01T00:00:00+00:00"})

@@ -341,9 +341,8 @@ def _read_batch(source: str) -> list[_BatchQuery]:
         DataError: If it cannot be read, has no queries, or has a malformed line, which the message names.
     """
     name = "standard input" if source == "-" else source
-    rows = read_jsonl(name, _stdin()) if source == "-" else read_jsonl(source)
     queries = []
-    for number, row in rows:
+    for number, row in read_jsonl(name, stream=_stdin() if source == "-" else None):
         text, identity = row.get("query"), row.get("id")
         if not isinstance(text, str) or not text.strip():
             raise DataError(f'{name}:{number}: "query" must be a string with text. Write a line like {_EXAMPLE}.')

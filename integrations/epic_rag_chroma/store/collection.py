@@ -27,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 
 from epic_rag.errors import EpicError
-from epic_rag_chroma.embedding_function import EpicEmbeddingFunction
 from epic_rag_chroma.errors import ChromaServerError, IndexStateError
 from epic_rag_chroma.store.client import READER_PATIENCE, WRITER_PATIENCE, ServerClient, folder_client
 from epic_rag_chroma.store.database import Record
@@ -96,6 +95,8 @@ class ChunkStore:
         Raises:
             ChromaServerError: If the server cannot be reached or refuses, as in all that follows.
         """
+        from epic_rag_chroma.embedding_function import EpicEmbeddingFunction  # imports chromadb
+
         client = _client(place, WRITER_PATIENCE)
         try:
             function = EpicEmbeddingFunction(source, truncate_dim=truncate_dim, fingerprint=fingerprint)
