@@ -136,7 +136,7 @@ def test_rebuild_changes_the_model(cli: Any, indexed: Path, other_checkpoint: Pa
         (["--bank", "drafts"], ["drafts", r"bank\.json", "`epic-rag bank list`"]),
         (["--bank", "notes.txt"], ["notes.txt is a file", "`epic-rag bank build notes.txt --out FOLDER --task docs`"]),
         (["--bank", "docs", "-n", "500"], ["500", r"\d+"]),
-        (["--model", "no/such/model"], ["no/such/model", "`epic-rag models`"]),
+        (["--model", "no/such/model"], ["no/such/model", "epic-minilm"]),
         (["--model", "drafts"], ["drafts"]),
     ],
 )

@@ -110,14 +110,14 @@ def test_a_missing_extra_is_named(cli: Any, run_file: Path, monkeypatch: pytest.
 def test_wrong_command_line(cli: Any) -> None:
     result = cli("train")
     assert (result.status, result.out) == (2, "")
-    assert result.err == "error: Missing argument 'CONFIG'; see `epic-rag train --help`\n"
+    assert result.err == "error: Missing argument 'CONFIG'. See `epic-rag train --help`.\n"
 
 
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        (4, "interrupted at step 4 of 6; run/checkpoint-3 is good; run the command again without --no-resume to go on"),
-        (2, "interrupted at step 2 of 6; nothing was saved, save_every is 3; run the command again to start over"),
+        (4, "Interrupted at step 4 of 6. run/checkpoint-3 is complete. Run the command again"),
+        (2, "Interrupted at step 2 of 6. Nothing was saved (save_every is 3). Run the same command again"),
     ],
 )
 def test_interrupted(cli: Any, run_file: Path, monkeypatch: pytest.MonkeyPatch, step: int, expected: str) -> None:
