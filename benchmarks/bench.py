@@ -1,7 +1,7 @@
 """All benchmarks of speed, and the tables of benchmarks/README.md.
 
-    python benchmarks/bench.py --smollm2 FOLDER --data DIR [--only prompt_cache,throughput,devices,growth,report]
-    python benchmarks/bench.py --quick     # tiny random models and generated data: does everything still run?
+    python benchmarks/bench.py --smollm2 FOLDER --data DIR [--only prompt_cache,throughput,growth,report]
+    python benchmarks/bench.py --quick     # tiny random models and generated data: a smoke test
 
 FOLDER holds SmolLM2-135M (docs/training.md says how to get it), DIR the training files. Results go to runs/bench, and
 `report` puts their tables between the markers of benchmarks/README.md. --quick writes no document and judges no time.
@@ -25,7 +25,6 @@ README = HERE / "README.md"
 STAGES = (
     "prompt_cache",
     "prompt_cache_bf16",
-    "selection",
     "task_vector",
     "throughput",
     "devices",
@@ -35,7 +34,6 @@ STAGES = (
     "report",
 )
 PAIRS = "docs_questions.jsonl.gz"
-SELECTION = ("docs_questions", "medquad", "snips_intent")
 TASKS = ("docs_questions", "medquad", "python_docstring_code", "squad_sentence", "wikitablequestions", "tldr_pages")
 SECTIONS = "docs_sections.jsonl.gz"
 
@@ -53,16 +51,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def commands(options: argparse.Namespace) -> dict[str, list[str]]:
-    """What each stage runs."""
+    """Return the command of each stage."""
     train = Path(options.data or "") / "train"
     prompt = ["prompt_cache.py", "--model", str(options.smollm2), "--num-layers", "12"]
     prompt += ["--demonstrations", str(train / PAIRS)]
-    selection = ",".join(str(train / f"{name}.jsonl.gz") for name in SELECTION)
     tasks = ",".join(str(train / f"{name}.jsonl.gz") for name in TASKS)
     return {
         "prompt_cache": [*prompt, "--output", str(options.output)],
         "prompt_cache_bf16": [*prompt, "--dtype", "bfloat16", "--output", str(options.output / "bf16")],
-        "selection": ["selection.py", "--pairs", selection, "--output", str(options.output)],
         "task_vector": ["task_vector.py", "--pairs", tasks, "--output", str(options.output)],
         "throughput": ["throughput.py", "--texts", str(train / SECTIONS), "--output", str(options.output)],
         "devices": ["devices.py", "--texts", str(train / SECTIONS), "--output", str(options.output)],
@@ -76,7 +72,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def quick_commands(folder: Path) -> dict[str, list[str]]:
-    """The same on tiny models and data, made in `folder`."""
+    """Return the same commands on tiny models and data, made in `folder`."""
     from results_quick import make_encoder  # imports torch, which the real stages do in processes of their own
 
     model = str(folder / "model")
@@ -89,7 +85,7 @@ def quick_commands(folder: Path) -> dict[str, list[str]]:
         ),
         encoding="utf-8",
     )
-    # Of many more tokens, or one device would be enough for them.
+    # Many more tokens, so that several devices share them.
     long = folder / "long.jsonl"
     long.write_text(
         "".join(json.dumps({"query": f"thing {n}?", "positive": f"box {n} " * 90}) + "\n" for n in range(80)),
@@ -110,10 +106,6 @@ def quick_commands(folder: Path) -> dict[str, list[str]]:
         ],
         "devices": [
             *("devices.py", "--model", model, "--texts", str(long), "--runs", "2", "--output", out),
-        ],
-        "selection": [
-            *("selection.py", "--model", model, "--pairs", str(pairs), "--bank", "20", "--queries", "5", "--k", "2"),
-            *("--output", out),
         ],
         "task_vector": [
             *("task_vector.py", "--model", model, "--pairs", str(pairs), "--strengths", "0.7", "--k", "2"),
@@ -154,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = [stage for stage in options.only.split(",") if stage]
     unknown = sorted(set(wanted) - set(STAGES))
     if unknown:
-        sys.stderr.write(f"error: {unknown[0]} is no stage, known are {', '.join(STAGES)}; correct --only\n")
+        sys.stderr.write(f"error: {unknown[0]} is not a stage. Use {', '.join(STAGES)}.\n")
         return 2
     try:
         if options.quick:
@@ -164,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         for stage in ("prompt_cache", "prompt_cache_bf16"):
             if stage in wanted and not options.smollm2:
-                sys.stderr.write(f"error: {stage} needs --smollm2, which is not given; give it, or leave {stage} out\n")
+                sys.stderr.write(f"error: {stage} needs --smollm2. Pass it, or leave {stage} out.\n")
                 return 2
         chosen = commands(options)
         for stage in wanted:

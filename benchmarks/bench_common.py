@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import Spread, machine, spread_of, timed
 
 from epic_rag.errors import EpicError
-from epic_rag.evaluation.measuring import Spread, machine, spread_of, timed
 from epic_rag.evaluation.report import markdown_table, versions
 
 __all__ = ["Bar", "bars_table", "encoding_options", "interleaved", "milliseconds", "ratio", "run_main", "say", "write"]

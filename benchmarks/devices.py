@@ -17,11 +17,11 @@ from functools import partial
 import numpy as np
 import torch
 from bench_common import Bar, bars_table, encoding_options, interleaved, ratio, run_main, write
+from measuring import spread_of
 from throughput import read_texts
 
 from epic_rag import EpicEncoder
 from epic_rag.errors import ConfigError
-from epic_rag.evaluation.measuring import spread_of
 from epic_rag.evaluation.report import markdown_table
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}

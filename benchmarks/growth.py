@@ -27,11 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 from bench_common import Bar, bars_table, say, write
+from measuring import require_matplotlib, spread_of
 
 from epic_rag import EpicEncoder
 from epic_rag.errors import EpicError
-from epic_rag.evaluation.measuring import spread_of
-from epic_rag.evaluation.plots import require_matplotlib
 from epic_rag.evaluation.report import markdown_table
 from epic_rag_chroma import ChromaIndexer
 

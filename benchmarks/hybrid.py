@@ -38,7 +38,7 @@ from epic_rag.evaluation.datasets import (
     load_local_set,
     set_kind,
 )
-from epic_rag.evaluation.embedding import EmbeddingStore
+from epic_rag.evaluation.embedding_store import EmbeddingStore
 from epic_rag.evaluation.report import markdown_table
 from epic_rag.evaluation.runner import plan_prompts
 from epic_rag.metrics import ndcg_of_scores

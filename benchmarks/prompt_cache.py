@@ -1,4 +1,4 @@
-"""What a bank's prompt costs when it is computed once: EPIC, text ICL and zero-shot side by side.
+"""Cost of a bank's prompt with the prefix cache: EPIC, text ICL and zero-shot side by side.
 
     python benchmarks/prompt_cache.py --model FOLDER --num-layers 12 --demonstrations pairs.jsonl.gz --output DIR
 
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import Bar, bars_table, interleaved, milliseconds, ratio, run_main, write
-from efficiency import load_bank, split
+from efficiency import load_bank
 
 from epic_rag import DemonstrationBank, EpicEncoder
+from epic_rag.errors import DataError
 from epic_rag.evaluation.report import markdown_table
 from epic_rag.prefix_cache import PrefixCache
 
@@ -41,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-class Asked:
-    """One way to encode queries, with the prompt kept or computed every time."""
+class Way:
+    """One way to encode queries, with the prompt's keys and values cached or computed every time."""
 
     def __init__(self, encoder: EpicEncoder, cached: bool, **options: Any) -> None:
         self.encoder = encoder
@@ -57,18 +58,17 @@ class Asked:
             self.encoder.prefix_cache = kept
 
 
-def ways(encoder: EpicEncoder, bank: DemonstrationBank, k: int) -> dict[str, Asked]:
-    """Every case; the names are the table's."""
-    shown = {"bank": bank, "num_demonstrations": k}
+def ways(encoder: EpicEncoder, bank: DemonstrationBank, k: int) -> dict[str, Way]:
+    """Every case, by its name in the table."""
+    shown = {"bank": bank, "num_demonstrations": k, "strategy": "epic"}
     return {
-        "zero-shot, no cache": Asked(encoder, False, bank=bank, num_demonstrations=0),
-        "zero-shot, cache": Asked(encoder, True, bank=bank, num_demonstrations=0),
-        "EPIC, no cache": Asked(encoder, False, **shown),
-        "EPIC, cache": Asked(encoder, True, **shown),
-        "EPIC, nearest per query": Asked(encoder, True, selection="nearest", **shown),
-        "EPIC, nearest-early per query": Asked(encoder, True, selection="nearest-early", **shown),
-        "text, no cache": Asked(encoder, False, strategy="text", **shown),
-        "text, cache": Asked(encoder, True, strategy="text", **shown),
+        "zero-shot, no cache": Way(encoder, False, bank=bank, num_demonstrations=0),
+        "zero-shot, cache": Way(encoder, True, bank=bank, num_demonstrations=0),
+        "EPIC, no cache": Way(encoder, False, **shown),
+        "EPIC, cache": Way(encoder, True, **shown),
+        "EPIC, nearest per query": Way(encoder, True, selection="nearest", **shown),
+        "text, no cache": Way(encoder, False, **{**shown, "strategy": "text"}),
+        "text, cache": Way(encoder, True, **{**shown, "strategy": "text"}),
     }
 
 
@@ -80,13 +80,15 @@ def measure(options: argparse.Namespace) -> int:
         num_layers=options.num_layers,
         pooling=options.pooling,
     )
-    encoder.config.max_demonstrations = None
     encoder.prompt.template = type(encoder.prompt.template)(separators=options.separators)
     # For text demonstrations of any length to be read whole.
     encoder.prompt.max_demonstration_tokens = max(encoder.prompt.max_demonstration_tokens, 2 * options.passage_tokens)
-    bank = load_bank(options.demonstrations, encoder, 4 * options.k + BATCH, options.passage_tokens)
-    shown, queries, _ = split(bank, 4 * options.k)
-    # The bank has more demonstrations than are shown, so that there is something to choose from.
+    # The bank has more demonstrations than are shown, so that "nearest" has a choice.
+    rows = load_bank(options.demonstrations, encoder, 4 * options.k + BATCH, options.passage_tokens)
+    if len(rows) <= 4 * options.k:
+        raise DataError(f"{len(rows)} demonstrations are too few for k = {options.k}. Pass more, or a smaller --k.")
+    shown = DemonstrationBank(rows.demonstrations[: 4 * options.k], instruction=rows.instruction)
+    queries = [item.query for item in rows.demonstrations[4 * options.k :][:BATCH]]
     built = shown.copy()
     built.embed(encoder)
     by_length = sorted(queries, key=lambda text: encoder.count_tokens([text])[0])
@@ -118,7 +120,7 @@ def measure(options: argparse.Namespace) -> int:
         "seconds": seconds,
         "cache_bytes": memory,
     }
-    rows = [
+    lines = [
         [
             name,
             milliseconds(seconds[f"{name}; single"]),
@@ -127,7 +129,7 @@ def measure(options: argparse.Namespace) -> int:
         ]
         for name in cases
     ]
-    table = markdown_table(["way", "one query, ms", f"batch of {BATCH}, ms", "cache, MB"], rows, text_columns=1)
+    table = markdown_table(["way", "one query, ms", f"batch of {BATCH}, ms", "cache, MB"], lines, text_columns=1)
     head = (
         f"{Path(options.model).name}, {facts['layers']} layers, {facts['dtype']}, k = {options.k}, passages of "
         f"{facts['mean_passage_tokens']:.0f} tokens, a query of {facts['query_tokens']}; median (quartiles) of "
@@ -154,10 +156,6 @@ def _bars(seconds: dict[str, list[float]], memory: dict[str, int]) -> list[Bar]:
             ratio(f"text without cache / EPIC with, {kind}", text, epic, faster, at_most=False),
             ratio(f"EPIC with cache / text with, {kind}", epic, seconds[f"text, cache; {kind}"], 1.0, at_most=True),
         ]
-        for way in ("nearest-early", "nearest"):
-            name = f"EPIC, {way} per query"
-            near = seconds[f"{name}; {kind}"]
-            found.append(ratio(f"{name} / zero-shot without cache, {kind}", near, zero, 1.4, at_most=True))
     share = memory["EPIC, cache"] / memory["text, cache"]
     return [*found, Bar("cache memory, EPIC / text", share, 1 / 15, True)]
 

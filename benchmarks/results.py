@@ -1,26 +1,27 @@
-"""Everything that docs/results.md reports: run it, and write its tables and plots. `make results` runs this.
+"""Run the commands of docs/results.md and write its tables. `make results` runs this.
 
     python benchmarks/results.py --data DIR --minilm DIR --llm DIR --plain DIR
                                  [--only STAGE,...] [--output DIR]
     python benchmarks/results.py --quick
 
-The stages and their commands are in benchmarks/results/STAGE.yaml. Every step of a stage has a folder of its own under
-the output folder, with the table that its command printed and the files that it wrote. A step that is finished is not
-run again as long as its command, its models and its data are the same; one that was killed is, and takes vectors that
-it has computed from the cache. The stage `report` writes what the finished steps have found between the markers of a
-document:
+The stages and their commands are in benchmarks/results/STAGE.yaml. Every step of a stage has a folder under the output
+folder, with the table that its command printed and its files. A finished step is skipped as long as its command, its
+models and its data are the same; an interrupted one runs again, with the vectors in the cache. The stage `report`
+writes the tables of the finished steps between the markers of a document:
 
     <!-- begin STAGE-STEP -->
     <!-- end STAGE-STEP -->
 
-`--quick` runs the same commands on generated data with tiny random models in a temporary folder, in a few minutes: it
-shows that everything works, and its numbers mean nothing. It touches no document.
+`--quick` runs the same commands on generated data with tiny random models in a temporary folder, in one process: a
+smoke test that changes no document.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import importlib
 import json
 import os
 import shlex
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +41,21 @@ from epic_rag import __version__
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT, list_checkpoints
 from epic_rag.cpu_kernels import has_bfloat16_instructions
 from epic_rag.errors import ConfigError, EpicError
+from epic_rag.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 LLM_CHECKPOINT = "epic-smollm2"
 STAGES = ("ablations", "efficiency", "heldout", "evaluation", "quantisation")
 REPORT = "report"
-# What each program is told beyond the command that is shown, so that its files lie in the step's folder.
+# Options beyond the command that is shown, so that a program's files are in the step's folder.
 PLUMBING = {
     ("epic-rag", "eval"): "--output {step}/result.json --cache-dir {cache} --mteb-output {step}/mteb",
     ("epic-rag", "ablate"): "--output {step}",
     ("python", "benchmarks/efficiency.py"): "--output {step}",
 }
-# Without instructions for it, bfloat16 takes many times as long as float32.
+# Without hardware support bfloat16 takes many times as long as float32.
 DTYPE = "bfloat16" if has_bfloat16_instructions() else "float32"
-# What a reader sees in the place of a folder that is somewhere else on every machine.
+# Placeholders for folders in the commands of the document.
 SHOWN = {
     "data": "data",
     "minilm": "path/to/all-MiniLM-L6-v2",
@@ -80,9 +82,8 @@ class Step:
     Args:
         stage: The stage's name.
         name: The step's name.
-        command: With places like {data} left open.
-        table: "all" of what the command prints, or its lines of "means".
-        plot: Whether the report draws the step's held-out scores.
+        command: With placeholders like {data}.
+        table: "all" for the printed table, "heldout" for a short one of held-out scores.
         quick: Arguments that make the command small, added under `--quick`.
     """
 
@@ -90,7 +91,6 @@ class Step:
     name: str
     command: str
     table: str = "all"
-    plot: bool = False
     quick: str = ""
 
     @property
@@ -101,21 +101,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Run:
-    """Where things are.
+    """Folders of a run.
 
     Args:
         output: Folder of all steps.
-        places: What stands for {data} and the other places; None for a folder that was not given.
+        places: Values of {data} and the other placeholders; None for a folder that was not given.
         shipped: Label (or "") and source of each shipped checkpoint.
-        quick: Whether everything is tiny.
-        environment: Variables for the commands, beside this process's own.
+        quick: Whether everything is tiny, and commands run in this process.
     """
 
     output: Path
     places: Mapping[str, str | None]
     shipped: Sequence[tuple[str, str]]
     quick: bool = False
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_stage(name: str, folder: Path = ROOT / "benchmarks" / "results") -> list[Step]:
@@ -126,22 +124,24 @@ def load_stage(name: str, folder: Path = ROOT / "benchmarks" / "results") -> lis
     """
     path = folder / f"{name}.yaml"
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {"command", "table", "plot", "quick"}
+    known = {"command", "table", "quick"}
     steps = []
     for step, values in content["steps"].items():
         unknown = sorted(values.keys() - known)
-        if unknown or values.get("table", "all") not in ("all", "means"):
-            raise ConfigError(f"{path}, step {step}: unknown {unknown or values['table']}; known are {sorted(known)}")
+        if unknown or values.get("table", "all") not in ("all", "heldout"):
+            raise ConfigError(
+                f"{path}, step {step}: unknown {unknown or values['table']}. Known are {', '.join(sorted(known))}."
+            )
         steps.append(Step(name, step, **{**values, "command": " ".join(values["command"].split())}))
     return steps
 
 
 def fill(command: str, places: Mapping[str, str | None], shipped: Sequence[tuple[str, str]], stage: str) -> list[str]:
-    """Return a command's words with its places filled.
+    """Return a command's words with its placeholders filled.
 
     Args:
-        command: With places like {data}; {shipped} becomes a --model for each shipped checkpoint.
-        places: What to put there.
+        command: With placeholders like {data}; {shipped} becomes a --model for each shipped checkpoint.
+        places: Their values.
         shipped: Label (or "") and source of each shipped checkpoint.
         stage: For the message.
 
@@ -157,8 +157,8 @@ def fill(command: str, places: Mapping[str, str | None], shipped: Sequence[tuple
             if "{" + place + "}" in word:
                 if value is None:
                     raise ConfigError(
-                        f"the stage {stage} needs {SHOWN[place]}, which was not given; "
-                        f"pass {OPTION_OF[place]} DIR, or leave the stage out with --only"
+                        f"The stage {stage} needs {SHOWN[place]}. Pass {OPTION_OF[place]} DIR, or leave the stage out "
+                        "with --only."
                     )
                 word = word.replace("{" + place + "}", value)
         words.append(word)
@@ -176,7 +176,7 @@ def content_hash(path: Path) -> str:
 
 
 def settings_of(words: Sequence[str]) -> dict[str, Any]:
-    """What decides a step's result: the command, and the contents of every file, folder and checkpoint in it."""
+    """Return everything that decides a step's result: the command and the contents of its files and checkpoints."""
     shipped = {info.name: info.path for info in list_checkpoints()}
     inputs: dict[str, str] = {}
     for word in words[2:]:
@@ -200,7 +200,7 @@ def run_step(step: Step, run: Run) -> Finished:
     command = f"{step.command} {step.quick}" if run.quick else step.command
     words = fill(command, run.places, run.shipped, step.stage)
     shown = fill(step.command, SHOWN, run.shipped, step.stage)
-    finished = Finished(step.title, tuple(shown), folder, step.table, step.plot)
+    finished = Finished(step.title, tuple(shown), folder, step.table)
     settings = settings_of(words)
     state = folder / "state.json"
     if state.is_file() and json.loads(state.read_text(encoding="utf-8"))["settings"] == settings:
@@ -214,31 +214,34 @@ def run_step(step: Step, run: Run) -> Finished:
     started = time.monotonic()
     draft = folder / "table.md.tmp"
     with draft.open("w", encoding="utf-8") as table:
-        status = subprocess.run(
-            [*interpreter(call)], stdout=table, env={**os.environ, **run.environment}, check=False
-        ).returncode
+        if run.quick:
+            with contextlib.redirect_stdout(table):
+                status = run_here(call)
+        else:
+            status = subprocess.run(interpreter(call), stdout=table, check=False).returncode
     if status:
-        raise EpicError(
-            f"{step.title} ended with status {status} (see above); when the cause is gone, run the same command again"
-        )
+        raise EpicError(f"{step.title} ended with status {status}; see above. Then run the same command again.")
     os.replace(draft, folder / "table.md")
     record = {"settings": settings, "seconds": round(time.monotonic() - started, 1)}
-    write_text(state, json.dumps(record, indent=1) + "\n")
+    write_atomically(state, json.dumps(record, indent=1) + "\n")
     say(f"{step.title}: {record['seconds']} s")
     return finished
 
 
 def interpreter(words: Sequence[str]) -> list[str]:
-    """A command as this interpreter runs it, whatever is on the path."""
+    """Return a command for this interpreter, whatever is on the path."""
     if words[0] == "epic-rag":
         return [sys.executable, "-m", "epic_rag_cli", *words[1:]]
     return [sys.executable, str(ROOT / words[1]), *words[2:]]
 
 
-def write_text(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+def run_here(words: Sequence[str]) -> int:
+    """Run a command in this process, which spares the imports of every single one."""
+    if words[0] == "epic-rag":
+        from epic_rag_cli.main import run
+
+        return run(words[1:])
+    return int(importlib.import_module(Path(words[1]).stem).main(words[2:]))
 
 
 def say(line: str) -> None:
@@ -252,7 +255,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minilm", default=environment("EPIC_RAG_MINILM"), metavar="DIR", help="all-MiniLM-L6-v2")
     parser.add_argument("--llm", default=environment("EPIC_RAG_LLM"), metavar="DIR", help="an untrained LLM")
     parser.add_argument(
-        "--plain", default=environment("EPIC_RAG_PLAIN"), metavar="DIR", help="where ablations start: see their grids"
+        "--plain",
+        default=environment("EPIC_RAG_PLAIN"),
+        metavar="DIR",
+        help="the start of the ablations: see their grids",
     )
     parser.add_argument(
         "--float-weights", default=environment("EPIC_RAG_FLOAT_WEIGHTS"), metavar="DIR", help="epic-smollm2 before int8"
@@ -265,7 +271,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen_stages(only: str | None) -> list[str]:
-    """The stages to run, in order.
+    """Return the stages to run, in order.
 
     Raises:
         ConfigError: There is no such stage.
@@ -274,12 +280,12 @@ def chosen_stages(only: str | None) -> list[str]:
     wanted = known if only is None else tuple(name.strip() for name in only.split(",") if name.strip())
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
-        raise ConfigError(f"--only names {', '.join(unknown) or 'no stage'}; use one or more of {', '.join(known)}")
+        raise ConfigError(f"--only names {', '.join(unknown) or 'no stage'}. Use one or more of {', '.join(known)}.")
     return [name for name in known if name in wanted]
 
 
 def run_stages(stages: Sequence[str], run: Run, document: Path) -> None:
-    """Run stages and write what they and earlier runs have found.
+    """Run stages and write the tables of them and of earlier runs.
 
     Raises:
         EpicError: Something is missing or has failed; what is finished stays.
@@ -293,7 +299,7 @@ def run_stages(stages: Sequence[str], run: Run, document: Path) -> None:
             folder = run.output / stage / step.name
             if step.title not in found and (folder / "state.json").is_file():
                 shown = fill(step.command, SHOWN, run.shipped, stage)
-                found[step.title] = Finished(step.title, tuple(shown), folder, step.table, step.plot)
+                found[step.title] = Finished(step.title, tuple(shown), folder, step.table)
     for line in write_report(list(found.values()), document):
         say(line)
 
@@ -323,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def quick(stages: Sequence[str]) -> int:
-    """Run stages on tiny things and print the document that a report of them would be.
+    """Run stages on tiny models and data, and print the document.
 
     Raises:
         EpicError: A command failed, or its table did not arrive in the document.
@@ -338,7 +344,6 @@ def quick(stages: Sequence[str]) -> int:
             places,
             [(DEFAULT_CHECKPOINT, places["default"])],
             quick=True,
-            environment={"HF_HUB_OFFLINE": "1"},
         )
         document = Path(folder) / "results.md"
         document.write_text(placeholder_document([step.title for step in steps]), encoding="utf-8")
@@ -346,7 +351,7 @@ def quick(stages: Sequence[str]) -> int:
         written = document.read_text(encoding="utf-8")
         missing = [step.title for step in steps if REPORT in stages and f"<!-- end {step.title}" not in written]
         if missing or (REPORT in stages and written.count("| ---") < len(steps)):
-            raise EpicError(f"the document lacks tables of {', '.join(missing) or 'some steps'}; look into its stages")
+            raise EpicError(f"The document lacks tables of {', '.join(missing) or 'some steps'}.")
         print(written)
     return 0
 

@@ -1,4 +1,4 @@
-"""Tiny models and data for `benchmarks/results.py --quick`, in the places that the real commands name."""
+"""Tiny models and data for `benchmarks/results.py --quick`."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def make_tiny_world(folder: Path, commands: Sequence[str]) -> dict[str, str]:
 
     Args:
         folder: Empty.
-        commands: With places like {data}; every file of pairs that they name is made.
+        commands: With placeholders like {data}; every file of pairs that they name is made.
 
     Returns:
-        What stands for {data} and for each of the models.
+        Values of {data} and of the models' placeholders.
     """
     make_encoder(folder / "llm", seed=0, trained=True)
     make_encoder(folder / "minilm", seed=1, trained=False)
@@ -54,7 +54,7 @@ def make_tiny_world(folder: Path, commands: Sequence[str]) -> dict[str, str]:
 
 
 def grid_files(name: str) -> set[str]:
-    """The files of pairs that a shipped grid trains and scores on."""
+    """Return the files of pairs that a shipped grid trains and scores on."""
     from epic_rag.evaluation.ablation import load_grid
 
     grid = load_grid(name, ["model=tiny", "data=nowhere"])
@@ -65,8 +65,8 @@ def make_encoder(folder: Path, *, seed: int, trained: bool) -> None:
     """Save a causal encoder with random weights: 2 layers, 32 wide; any text tokenises.
 
     Args:
-        folder: Where to.
-        seed: Of the weights.
+        folder: The checkpoint's folder.
+        seed: Seed of the weights.
         trained: Whether it has a training record, as a shipped checkpoint has; its queries get prompts then.
     """
     import torch
@@ -101,8 +101,11 @@ def make_encoder(folder: Path, *, seed: int, trained: bool) -> None:
     builder = PromptBuilder(
         fast, append_eos=True, max_query_tokens=128, max_document_tokens=128, max_positions=backbone.max_positions
     )
-    settings = {"training": {"steps": 0}, "default_instruction": INSTRUCTION} if trained else {}
-    EpicEncoder(backbone, builder, name="tiny", source="tiny", settings=settings).save_pretrained(folder)
+    EpicEncoder(backbone, builder, name="tiny", source="tiny").save_pretrained(folder)
+    if trained:
+        record = json.loads((folder / "epic.json").read_text(encoding="utf-8"))
+        record |= {"training": {"steps": 0}, "default_instruction": INSTRUCTION}
+        (folder / "epic.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def sentence(rng: random.Random, words: int) -> str:
@@ -115,7 +118,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 
 
 def make_pairs(folder: Path, stems: Sequence[str]) -> None:
-    """Files of 80 pairs; a query shares words with its passage."""
+    """Write files of 80 pairs; a query shares words with its passage."""
     for stem in stems:
         rng = random.Random(stem)
         rows = []
@@ -130,7 +133,7 @@ def make_pairs(folder: Path, stems: Sequence[str]) -> None:
 
 
 def make_sets(folder: Path) -> None:
-    """One set of each kind, under names for which there are built-in demonstrations."""
+    """Write one set of each kind, under names for which there are built-in demonstrations."""
     rng = random.Random(0)
     texts = [f"{number} {sentence(rng, 8)}" for number in range(40)]
     write_jsonl(

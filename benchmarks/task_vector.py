@@ -21,7 +21,7 @@ from bench_common import Bar, bars_table, interleaved, ratio, run_main, say, wri
 
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag.demonstrations import unit_rows
-from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt, Vectors
+from epic_rag.evaluation.embedding_store import EmbeddingStore, Vectors, make_prompt
 from epic_rag.evaluation.heldout import (
     Collection,
     HeldoutScore,
@@ -33,6 +33,7 @@ from epic_rag.evaluation.heldout import (
 )
 from epic_rag.evaluation.report import markdown_table
 from epic_rag.evaluation.runner import COLLECTIONS, parse_choices
+from epic_rag.query_prompt import QueryPrompt
 from epic_rag.task_vector import task_vector
 
 
@@ -55,14 +56,14 @@ class Moving:
     def encode_query(
         self,
         texts: Sequence[str],
-        *,
-        bank: DemonstrationBank | None = None,
-        instruction: str | None = None,
+        prompt: QueryPrompt | None = None,
         **options: Any,
     ) -> Vectors:
+        prompt = prompt or make_prompt(None)
+        bank = prompt.resolve_bank()
         if bank is None:
-            return self._store.queries(texts, QueryPrompt(instruction or ""))
-        zero_shot = self._store.queries(texts, QueryPrompt(bank.instruction or ""))
+            return self._store.queries(texts, prompt)
+        zero_shot = self._store.queries(texts, make_prompt(bank.instruction))
         copied = bank.copy()
         copied.embed(self._encoder)
         pairs = copied.embeddings_for(self._encoder.fingerprint)

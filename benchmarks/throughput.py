@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from bench_common import Bar, bars_table, encoding_options, interleaved, ratio, run_main, say, write
+from measuring import count_flops, spread_of, timed
 from torch import nn
 
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag.batching import token_batches
 from epic_rag.checkpoint_io import parse_dtype
 from epic_rag.cpu_kernels import use_onednn
-from epic_rag.evaluation.measuring import count_flops, spread_of, timed
 from epic_rag.evaluation.report import markdown_table
 
 DEFAULT_BATCH = 32
@@ -152,11 +152,6 @@ def measure(options: argparse.Namespace) -> int:
             ratio(f"epic-rag / {name}", seconds[f"epic-rag, {name.split(', ')[1]}"], each, 1.1, at_most=False)
             for name, each in seconds.items()
             if name in compiling
-        ),
-        *(
-            ratio("epic-rag, float32 / epic-rag, int8", ours, seconds[name], 1.0, at_most=False)
-            for name in ("epic-rag, int8",)
-            if name in seconds
         ),
         Bar("rate of matrix products / the machine's, float32", _share(rates["epic-rag, float32"]), 0.6, False),
         Bar("share of padding", padded, 0.05, True),

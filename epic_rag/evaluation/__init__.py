@@ -1,13 +1,11 @@
-"""Evaluation: mteb's tasks and metrics over local folders, and held-out files of training pairs.
+"""Evaluation: mteb's tasks and metrics over local folders, held-out files of training pairs, and ablations.
 
     epic-rag eval --data FOLDER --model epic-minilm --num-demonstrations 0,8
-    python -m epic_rag.evaluation --help
     epic-rag ablate GRID.yaml
 
-Arrows point one way: runner -> {scorers, set_plans, collection} -> {mteb_runs, heldout_scores, report} ->
-{embedding, bm25, prompts, heldout, pairs, local_sets}. ablation -> {plots, ablation_report} ->
-ablation_arms -> {training, ablation_scores, ablation_grid}. Only the modules called mteb_... import mteb
-(`pip install 'epic-rag[eval]'`).
+`runner` runs an evaluation; it uses `datasets` (local sets), `heldout` (tests made of pairs), `mteb`, `bm25` and
+`report`. `embedding_store` caches vectors for all of them. `ablation` trains and scores the arms of a grid. Only the
+module `mteb` imports mteb (`pip install 'epic-rag[eval]'`).
 """
 
 from __future__ import annotations
@@ -18,44 +16,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from epic_rag.evaluation.ablation import AblationGrid, AblationReport, load_grid, run_ablation
     from epic_rag.evaluation.datasets import LocalSet, find_local_sets, load_local_set
-    from epic_rag.evaluation.efficiency import EfficiencyReport, measure_queries
-    from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt
+    from epic_rag.evaluation.embedding_store import EmbeddingStore
     from epic_rag.evaluation.heldout import HeldoutResult, HeldoutSplit, make_split, score_heldout
     from epic_rag.evaluation.mteb import EpicMtebEncoder, make_task
     from epic_rag.evaluation.report import EvaluationReport
     from epic_rag.evaluation.runner import EvaluationRequest, ModelSpec, run_evaluation
-    from epic_rag.evaluation.training_cost import measure_training
 
 # Resolved on first use: mteb takes seconds to import and need not be installed.
-_HOMES = {
-    "AblationGrid": "ablation",
-    "AblationReport": "ablation",
-    "EfficiencyReport": "efficiency",
-    "EmbeddingStore": "embedding",
-    "EpicMtebEncoder": "mteb",
-    "EvaluationReport": "report",
-    "EvaluationRequest": "runner",
-    "HeldoutResult": "heldout",
-    "HeldoutSplit": "heldout",
-    "LocalSet": "datasets",
-    "ModelSpec": "runner",
-    "QueryPrompt": "embedding",
-    "find_local_sets": "datasets",
-    "load_grid": "ablation",
-    "load_local_set": "datasets",
-    "make_split": "heldout",
-    "make_task": "mteb",
-    "measure_queries": "efficiency",
-    "measure_training": "training_cost",
-    "run_ablation": "ablation",
-    "run_evaluation": "runner",
-    "score_heldout": "heldout",
+_MODULES = {
+    "ablation": ["AblationGrid", "AblationReport", "load_grid", "run_ablation"],
+    "datasets": ["LocalSet", "find_local_sets", "load_local_set"],
+    "embedding_store": ["EmbeddingStore"],
+    "heldout": ["HeldoutResult", "HeldoutSplit", "make_split", "score_heldout"],
+    "mteb": ["EpicMtebEncoder", "make_task"],
+    "report": ["EvaluationReport"],
+    "runner": ["EvaluationRequest", "ModelSpec", "run_evaluation"],
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "AblationGrid",
     "AblationReport",
-    "EfficiencyReport",
     "EmbeddingStore",
     "EpicMtebEncoder",
     "EvaluationReport",
@@ -64,14 +45,11 @@ __all__ = [
     "HeldoutSplit",
     "LocalSet",
     "ModelSpec",
-    "QueryPrompt",
     "find_local_sets",
     "load_grid",
     "load_local_set",
     "make_split",
     "make_task",
-    "measure_queries",
-    "measure_training",
     "run_ablation",
     "run_evaluation",
     "score_heldout",
@@ -79,10 +57,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+        module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
     except ModuleNotFoundError as error:
         if error.name not in ("mteb", "datasets"):
             raise

@@ -1,6 +1,6 @@
-"""Evaluation sets that lie in local folders: what kind one is, and its contents.
+"""Evaluation sets in local folders, and the catalogue of their instructions and demonstrations.
 
-A folder is recognised by its files:
+A folder's kind is known from its files:
 
     retrieval       corpus.jsonl[.gz], queries.jsonl[.gz], qrels/test.tsv     (the BEIR layout)
     sts             test.tsv with sentence1, sentence2, score
@@ -8,21 +8,21 @@ A folder is recognised by its files:
     clustering      clustering.jsonl[.gz] with text, label
     reranking       reranking.jsonl[.gz] with query, positive (list), negative (list)
 
-Nothing here needs mteb; `epic_rag.evaluation.mteb` turns the contents into mteb tasks.
+This module does not need mteb; `epic_rag.evaluation.mteb` turns the contents into mteb tasks.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from epic_rag.errors import DataError
+from epic_rag.files import read_jsonl
 from epic_rag.tasks import get_task
 
 __all__ = [
@@ -46,26 +46,26 @@ __all__ = [
     "entry_for",
     "find_local_sets",
     "load_local_set",
-    "read_jsonl",
+    "normalize_text",
     "read_mapping",
+    "read_rows",
     "read_tsv",
     "set_kind",
 ]
 
-
-# --- from files
-# Reading the plain files that evaluation data comes in: JSON lines, gzipped or not, and tab-separated text.
-#
-# Every complaint names the file and the line, because such files are written by other people's scripts.
+Kind = Literal["retrieval", "reranking", "sts", "classification", "clustering"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""All kinds, in the order in which reports list them."""
 
 
-def normalised(text: str) -> str:
-    """A text without regard to case and spacing, for asking whether two texts are the same one."""
+def normalize_text(text: str) -> str:
+    """Return a text without case and with single blanks, for comparing texts."""
     return " ".join(text.split()).casefold()
 
 
+@dataclass(frozen=True)
 class JsonRow:
-    """One line of a JSON lines file that knows where it came from.
+    """A line of a JSON lines file, with typed access to its fields.
 
     Args:
         values: The decoded JSON object.
@@ -73,148 +73,115 @@ class JsonRow:
         line: Its 1-based line number.
     """
 
-    def __init__(self, values: dict[str, object], path: Path, line: int) -> None:
-        self.values = values
-        self.path = path
-        self.line = line
+    values: Mapping[str, Any]
+    path: Path
+    line: int
 
     def error(self, problem: str) -> DataError:
-        """Return a `DataError` that says where the problem is."""
-        return DataError(f"{self.path}, line {self.line}: {problem}")
+        """Return a `DataError` that names the file and the line."""
+        return DataError(f"{self.path}:{self.line} {problem}")
 
     def text(self, key: str, default: str | None = None) -> str:
         """Return a string field.
 
         Raises:
-            DataError: The field is missing (and no default is given) or is no string.
+            DataError: The field is missing (and no default is given) or not a string.
         """
         value = self.values.get(key, default)
         if not isinstance(value, str):
-            raise self.error(f'"{key}" must be a string, found {value!r}; correct this line')
+            raise self.error(f'has {value!r} as "{key}". Write a string.')
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
         """Return a field that holds a list of strings.
 
         Raises:
-            DataError: The field is missing or is no list of strings.
+            DataError: The field is missing or not a list of strings.
         """
         value = self.values.get(key)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(f'"{key}" must be a list of strings, found {value!r}; correct this line')
+            raise self.error(f'has {value!r} as "{key}". Write a list of strings.')
         return tuple(cast("list[str]", value))
 
     def label(self, key: str) -> str | int:
         """Return a class label: a string or an integer.
 
         Raises:
-            DataError: The field is missing or something else.
+            DataError: The field is missing or has another type.
         """
         value = self.values.get(key)
         if not isinstance(value, (str, int)) or isinstance(value, bool):
-            raise self.error(f'"{key}" must be a string or an integer, found {value!r}; correct this line')
+            raise self.error(f'has {value!r} as "{key}". Write a string or an integer.')
         return value
 
 
-def _open_text(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
-    return path.open("r", encoding="utf-8-sig", newline="\n")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (1-based number, line without its end); turn every reading problem into a `DataError`."""
-    number = 0
-    try:
-        with _open_text(path) as stream:
-            for number, line in enumerate(stream, start=1):
-                yield number, line.rstrip("\r\n")
-    except FileNotFoundError:
-        raise DataError(f"there is no file {path}; check the path with `ls {path.parent}`") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read after line {number} ({error}); write the file again") from error
-
-
-def read_jsonl(path: Path) -> Iterator[JsonRow]:
-    """Yield the objects of a JSON lines file; blank lines are skipped.
-
-    Args:
-        path: A `.jsonl` file, or `.jsonl.gz`.
+def read_rows(path: Path) -> Iterator[JsonRow]:
+    """Yield the rows of a `.jsonl` or `.jsonl.gz` file; skip blank lines.
 
     Raises:
-        DataError: The file is missing, is broken, or a line is no JSON object.
+        DataError: The file cannot be read, or a line is not a JSON object.
     """
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: no valid JSON ({error}); correct this line") from error
-        if not isinstance(values, dict):
-            raise DataError(f"{path}, line {number}: expected a JSON object, found {type(values).__name__}")
+    for number, values in read_jsonl(path):
         yield JsonRow(values, path, number)
 
 
 def read_tsv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Yield (1-based line number, the wanted columns) of a tab-separated file with a header line.
+    """Yield line number (from 1) and the wanted columns of a tab-separated file with a header line.
 
-    Quotes mean nothing in it, as in the STS and BEIR files.
-
-    Args:
-        path: The file.
-        columns: Names in the header, in the order in which they are wanted.
+    Quotes are ordinary characters, as in BEIR's and the STS files. Blank lines are skipped.
 
     Raises:
-        DataError: The file is missing, lacks one of the columns, or a line is too short.
+        DataError: The file cannot be read, a column is missing, or a line is short.
     """
     positions: list[int] = []
-    for number, line in _lines(path):
-        cells = line.split("\t")
-        if not positions:
-            missing = [name for name in columns if name not in cells]
-            if missing:
-                raise DataError(f"{path}, line 1: the header {cells} lacks {missing}; add these columns")
-            positions = [cells.index(name) for name in columns]
-        elif line.strip():
-            if len(cells) <= max(positions):
-                raise DataError(f"{path}, line {number}: {len(cells)} columns, needs {max(positions) + 1}")
-            yield number, tuple(cells[position] for position in positions)
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as lines:
+            for number, line in enumerate(lines, start=1):
+                cells = line.rstrip("\r\n").split("\t")
+                if not positions:
+                    missing = [name for name in columns if name not in cells]
+                    if missing:
+                        raise DataError(f"{path}:{number} has the header {cells}. Add the columns {missing}.")
+                    positions = [cells.index(name) for name in columns]
+                elif line.strip():
+                    if len(cells) <= max(positions):
+                        raise DataError(
+                            f"{path}:{number} has {len(cells)} columns. Write {max(positions) + 1} or more."
+                        )
+                    yield number, tuple(cells[position] for position in positions)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}). Check the path and the file.") from error
 
 
 def read_mapping(path: Path) -> dict[str, str]:
     """Read a JSON file that maps names to strings, such as `instructions.json`.
 
     Raises:
-        DataError: The file is missing or holds something else.
+        DataError: The file cannot be read or holds something else.
     """
-    text = "\n".join(line for _, line in _lines(path))
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: no valid JSON ({error}); correct the file") from error
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}). Check the path and the file.") from error
     if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
-        raise DataError(f"{path}: expected one JSON object that maps names to strings; correct the file")
+        raise DataError(f"{path} does not map names to strings. Write one JSON object with strings as values.")
     return cast("dict[str, str]", values)
 
 
 def content_revision(paths: Sequence[Path]) -> str:
-    """Return a short hash over the bytes of some files, so that a result says which data it belongs to."""
+    """Return a short hash over the bytes of some files, which identifies the data of a result."""
     digest = hashlib.sha256()
     for path in paths:
         try:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error}); check the path") from error
+            raise DataError(f"{path} cannot be read ({error}). Check the path.") from error
     return digest.hexdigest()[:16]
 
 
-# --- from catalogue
-# What is known of data sets by name: their queries' instruction, and where demonstrations come from.
-#
-# Evaluation sets bring test queries and nothing else, and a demonstration may never be a test query. So each
-# set names one of the built-in banks (made of other data), or, where it has a training split, that split.
-# Everything here can be overridden on the command line (`--instructions FILE.json`, `--bank SET=SOURCE`).
+# Evaluation sets bring test queries and nothing else, and a demonstration may never be a test query. So each set names
+# one of the built-in banks (made of other data), or, where it has a training split, that split. The command line
+# overrides both: `--instructions FILE.json`, `--bank SET=SOURCE`.
 
 TRAIN_PAIRS = "train"
 """Demonstrations from a classification set's training split: two texts with the same label."""
@@ -227,12 +194,12 @@ SYMMETRIC_PAIRS = frozenset({"coco_captions_val2017", "newsgroup_same_topic", "s
 
 @dataclass(frozen=True)
 class SetEntry:
-    """How one evaluation set is asked.
+    """Instruction and demonstrations of an evaluation set.
 
     Args:
         instruction: The task in words.
         demonstrations: A built-in bank's name, the path of a bank folder or of a JSONL file, `TRAIN_PAIRS`,
-            `TRAIN_LABELS`, or None when there are none to be had.
+            `TRAIN_LABELS`, or None when there are none.
     """
 
     instruction: str
@@ -240,7 +207,7 @@ class SetEntry:
 
 
 def _of_task(name: str) -> SetEntry:
-    """A known task's own instruction and bank."""
+    """Return a known task's instruction and bank."""
     task = get_task(name)
     return SetEntry(task.instruction, task.bank)
 
@@ -282,18 +249,13 @@ _BY_KIND: dict[Kind, SetEntry] = {
 
 
 def entry_for(name: str, kind: Kind) -> SetEntry:
-    """Return a set's entry, or what its kind gets when its name is not known."""
+    """Return a set's entry in the catalogue, or the default of its kind."""
     return CATALOGUE.get(name, _BY_KIND[kind])
-
-
-Kind = Literal["retrieval", "reranking", "sts", "classification", "clustering"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-"""All kinds, in the order in which reports list them."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A document of a retrieval corpus; encoded as title, a space, text."""
+    """Document of a retrieval corpus; encoded as title, a space, text."""
 
     id: str
     title: str
@@ -302,7 +264,7 @@ class Document:
 
 @dataclass(frozen=True)
 class RetrievalData:
-    """A corpus, queries by id, and for each judged query its documents' relevance grades."""
+    """Corpus, queries by id, and relevance grades of documents by query."""
 
     corpus: tuple[Document, ...]
     queries: Mapping[str, str]
@@ -310,7 +272,7 @@ class RetrievalData:
 
     @property
     def test_texts(self) -> frozenset[str]:
-        """The texts that no demonstration may come from."""
+        """Test texts, which may not be demonstrations."""
         return frozenset(self.queries.values())
 
 
@@ -324,7 +286,7 @@ class StsData:
 
     @property
     def test_texts(self) -> frozenset[str]:
-        """The texts that no demonstration may come from."""
+        """Test texts, which may not be demonstrations."""
         return frozenset(self.first) | frozenset(self.second)
 
 
@@ -338,7 +300,7 @@ class ClassificationData:
 
     @property
     def test_texts(self) -> frozenset[str]:
-        """The texts that no demonstration may come from."""
+        """Test texts, which may not be demonstrations."""
         return frozenset(text for text, _ in self.test)
 
 
@@ -351,7 +313,7 @@ class ClusteringData:
 
     @property
     def test_texts(self) -> frozenset[str]:
-        """The texts that no demonstration may come from."""
+        """Test texts, which may not be demonstrations."""
         return frozenset(self.texts)
 
 
@@ -365,7 +327,7 @@ class RerankingData:
 
     @property
     def test_texts(self) -> frozenset[str]:
-        """The texts that no demonstration may come from."""
+        """Test texts, which may not be demonstrations."""
         return frozenset(self.queries)
 
 
@@ -374,12 +336,12 @@ SetData = RetrievalData | StsData | ClassificationData | ClusteringData | Rerank
 
 @dataclass(frozen=True)
 class LocalSet:
-    """An evaluation set with its contents.
+    """Evaluation set with its contents.
 
     Args:
         name: The folder's name.
-        kind: What is measured.
-        folder: Where it lies.
+        kind: Its kind.
+        folder: Its folder.
         revision: A hash of its files.
         data: The contents.
     """
@@ -420,7 +382,7 @@ def _detect(folder: Path) -> tuple[Kind, tuple[Path, ...]] | None:
 
 
 def set_kind(folder: Path) -> Kind | None:
-    """Return what an evaluation set measures, or None for a folder that is none; reads no file."""
+    """Return the kind of an evaluation set from its file names, or None for another folder."""
     found = _detect(folder)
     return found[0] if found else None
 
@@ -432,12 +394,12 @@ def find_local_sets(folder: Path) -> list[str]:
         DataError: The folder does not exist, or is an evaluation set itself.
     """
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder} with evaluation sets; check --data")
+        raise DataError(f"No folder {folder}. Give --data the folder that holds the evaluation sets.")
     if _detect(folder):
         home = folder.resolve()
         raise DataError(
-            f"{folder} is an evaluation set, and not the folder that holds them; "
-            f"write --data {home.parent} --tasks {home.name}"
+            f"{folder} is an evaluation set, not the folder that holds the sets. "
+            f"Use --data {home.parent} --tasks {home.name}."
         )
     kinds = {entry.name: set_kind(entry) for entry in folder.iterdir() if entry.is_dir()}
     found = [(KINDS.index(kind), name) for name, kind in kinds.items() if kind is not None]
@@ -456,42 +418,39 @@ def load_local_set(folder: Path) -> LocalSet:
     found = _detect(folder)
     if found is None:
         raise DataError(
-            f"{folder} is no evaluation set: it has neither corpus, queries and qrels/test.tsv, nor test.tsv "
-            f"nor train and test, clustering or reranking .jsonl[.gz]; look into it with `ls {folder}`"
+            f"{folder} is not an evaluation set. It needs corpus, queries and qrels/test.tsv, or test.tsv, or train "
+            "and test, or clustering, or reranking (.jsonl or .jsonl.gz)."
         )
     kind, paths = found
-    data: SetData
-    if kind == "retrieval":
-        data = _load_retrieval(*paths)
-    elif kind == "sts":
-        data = _load_sts(*paths)
-    elif kind == "classification":
-        data = _load_classification(*paths)
-    elif kind == "clustering":
-        data = _load_clustering(*paths)
-    else:
-        data = _load_reranking(*paths)
-    return LocalSet(name=folder.resolve().name, kind=kind, folder=folder, revision=content_revision(paths), data=data)
+    loaders: dict[Kind, Callable[..., SetData]] = {
+        "retrieval": _load_retrieval,
+        "sts": _load_sts,
+        "classification": _load_classification,
+        "clustering": _load_clustering,
+        "reranking": _load_reranking,
+    }
+    data = loaders[kind](*paths)
+    return LocalSet(folder.resolve().name, kind, folder, content_revision(paths), data)
 
 
 def _load_retrieval(corpus_path: Path, queries_path: Path, qrels_path: Path) -> RetrievalData:
     corpus: dict[str, Document] = {}
-    for row in read_jsonl(corpus_path):
+    for row in read_rows(corpus_path):
         document = Document(row.text("_id"), row.text("title", ""), row.text("text"))
         if document.id in corpus:
-            raise row.error(f'the document id "{document.id}" was used before; ids must differ')
+            raise row.error(f'repeats the document id "{document.id}". Give every document its own id.')
         corpus[document.id] = document
-    texts = {row.text("_id"): row.text("text") for row in read_jsonl(queries_path)}
+    texts = {row.text("_id"): row.text("text") for row in read_rows(queries_path)}
     relevant: dict[str, dict[str, int]] = {}
     for number, (query, document_id, grade) in read_tsv(qrels_path, ("query-id", "corpus-id", "score")):
         if query not in texts or document_id not in corpus:
-            raise DataError(f'{qrels_path}, line {number}: no such query or document: "{query}", "{document_id}"')
+            raise DataError(f'{qrels_path}:{number} names an unknown query or document: "{query}", "{document_id}".')
         try:
             relevant.setdefault(query, {})[document_id] = int(grade)
         except ValueError:
-            raise DataError(f'{qrels_path}, line {number}: the score "{grade}" is no whole number') from None
+            raise DataError(f'{qrels_path}:{number} has the score "{grade}". Write a whole number.') from None
     if not relevant:
-        raise DataError(f"{qrels_path} judges no query; a retrieval set needs at least one line below the header")
+        raise DataError(f"{qrels_path} has no judgements. Add a line below the header.")
     # Queries without a judgement have no score; leaving them out here saves encoding them.
     return RetrievalData(
         tuple(corpus.values()), {query: texts[query] for query in texts if query in relevant}, relevant
@@ -508,39 +467,39 @@ def _load_sts(path: Path) -> StsData:
         except ValueError:
             score = math.nan
         if not math.isfinite(score):
-            raise DataError(f'{path}, line {number}: the score "{cell}" is no number; correct this line')
+            raise DataError(f'{path}:{number} has the score "{cell}". Write a finite number.')
         first.append(sentence1)
         second.append(sentence2)
         scores.append(score)
     if len(scores) < 2:
-        raise DataError(f"{path} has {len(scores)} pairs, a rank correlation needs at least 2; check the file")
+        raise DataError(f"{path} has {len(scores)} pairs. A rank correlation needs at least 2.")
     return StsData(tuple(first), tuple(second), tuple(scores))
 
 
 def _load_classification(train_path: Path, test_path: Path) -> ClassificationData:
-    splits = [[(row.text("text"), row.label("label")) for row in read_jsonl(path)] for path in (train_path, test_path)]
+    splits = [[(row.text("text"), row.label("label")) for row in read_rows(path)] for path in (train_path, test_path)]
     for rows, path in zip(splits, (train_path, test_path), strict=True):
         if not rows:
-            raise DataError(f"{path} is empty; a classification set needs rows in both splits")
+            raise DataError(f"{path} is empty. A classification set needs rows in both splits.")
     train_rows, test_rows = splits
-    # Sorted as text, so that integer and string labels may not depend on the order of the rows.
+    # Sorted as text, so that the numbers of labels do not depend on the order of the rows.
     names = sorted({str(label) for _, label in train_rows})
     numbers = {name: number for number, name in enumerate(names)}
     unknown = sorted({str(label) for _, label in test_rows} - numbers.keys())
     if unknown:
-        raise DataError(f"{test_path} has labels that {train_path.name} lacks: {unknown}; add training rows for them")
+        raise DataError(f"{test_path} has labels that {train_path.name} lacks: {unknown}. Add training rows for them.")
     if len(names) < 2:
-        raise DataError(f"{train_path} has one label, {names}; a classifier needs at least two")
+        raise DataError(f"{train_path} has one label, {names}. A classifier needs at least two.")
     train = tuple((text, numbers[str(label)]) for text, label in train_rows)
     test = tuple((text, numbers[str(label)]) for text, label in test_rows)
     return ClassificationData(train, test, tuple(names))
 
 
 def _load_clustering(path: Path) -> ClusteringData:
-    rows = [(row.text("text"), row.label("label")) for row in read_jsonl(path)]
+    rows = [(row.text("text"), row.label("label")) for row in read_rows(path)]
     names = sorted({str(label) for _, label in rows})
     if len(names) < 2:
-        raise DataError(f"{path} has {len(names)} labels; a clustering set needs at least two")
+        raise DataError(f"{path} has {len(names)} labels. A clustering set needs at least two.")
     numbers = {name: number for number, name in enumerate(names)}
     return ClusteringData(tuple(text for text, _ in rows), tuple(numbers[str(label)] for _, label in rows))
 
@@ -549,12 +508,12 @@ def _load_reranking(path: Path) -> RerankingData:
     queries: list[str] = []
     positives: list[tuple[str, ...]] = []
     negatives: list[tuple[str, ...]] = []
-    for row in read_jsonl(path):
+    for row in read_rows(path):
         queries.append(row.text("query"))
         positives.append(row.texts("positive"))
         negatives.append(row.texts("negative"))
         if not positives[-1]:
-            raise row.error('"positive" is empty; a query without a relevant passage has no score')
+            raise row.error('has an empty "positive". Give every query a relevant passage.')
     if not queries:
-        raise DataError(f"{path} is empty; a reranking set needs at least one query")
+        raise DataError(f"{path} is empty. A reranking set needs at least one query.")
     return RerankingData(tuple(queries), tuple(positives), tuple(negatives))

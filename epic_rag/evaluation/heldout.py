@@ -1,9 +1,12 @@
-"""Test queries, a corpus and demonstrations from one file of training pairs that a model has not seen.
+"""Retrieval tests made of a file of training pairs that a model has not seen, and scores on them.
 
-The evaluation sets have no demonstrations of their own; a file of (query, positive) pairs has both. It is
-split by *components*: rows that share a group, a query or a positive, directly or through other rows, belong
-together. Some components give demonstrations, the others give test queries, so a demonstration shares nothing
-with any test query.
+Evaluation sets have no demonstrations; a file of (query, positive) pairs has. It is split by *components*: rows that
+share a group, a query or a positive, directly or through other rows. Some components give demonstrations, the others
+give test queries, so a demonstration shares nothing with any test query.
+
+`make_split` reads a file, `in_collection` merges the corpora of several files into one, and `score_heldout` computes
+nDCG@10 without demonstrations, with draws of them, and with controls: passages shuffled, or demonstrations of another
+file.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -23,10 +26,10 @@ import numpy.typing as npt
 from epic_rag.demonstrations import Demonstration
 from epic_rag.errors import ConfigError, DataError
 from epic_rag.evaluation.bm25 import Bm25Index
-from epic_rag.evaluation.datasets import content_revision, normalised, read_jsonl, read_mapping
-from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt, Vectors
+from epic_rag.evaluation.datasets import content_revision, normalize_text, read_mapping, read_rows
+from epic_rag.evaluation.embedding_store import EmbeddingStore, Vectors, make_prompt
 from epic_rag.metrics import mean_and_error, ndcg_at_k, ndcg_of_scores
-from epic_rag.task_vector import QueryStrategy
+from epic_rag.query_prompt import QueryStrategy
 
 __all__ = [
     "CONDITIONS",
@@ -37,38 +40,58 @@ __all__ = [
     "HeldoutScore",
     "HeldoutSplit",
     "InstructionSource",
-    "Observe",
     "Pair",
+    "QueryScores",
     "assemble_split",
+    "condition_scores",
     "draw_demonstrations",
     "file_stem",
     "in_collection",
     "load_pairs",
     "make_split",
-    "mismatch",
     "passage_key",
     "query_rows",
     "rows_of_queries",
     "score_heldout",
     "score_heldout_bm25",
+    "shuffle_passages",
+    "summarize",
     "with_components",
     "with_instruction",
 ]
 
+logger = logging.getLogger(__name__)
 
-# --- from pairs
-# Rows of (query, positive) pairs: reading a file of them, which rows belong together, drawing demonstrations.
+GENERIC_INSTRUCTION = "Given a query, retrieve what belongs to it"
+"""For a file that comes without an instruction."""
+POOL_SHARE = 0.25
+"""Share of a file's components that demonstrations are drawn from."""
+
+Collection = Literal["own", "pooled", "pooled-with-queries"]
+"""Documents that queries are ranked in: the file's, those of all files, or those and other rows' queries."""
+InstructionSource = Literal["own", "default", "none"]
+"""Instruction of the queries: the file's, the checkpoint's default, or none."""
+Condition = Literal["none", "own", "shuffled", "foreign"]
+CONDITIONS: dict[Condition, str] = {
+    "none": "none",
+    "own": "own",
+    "shuffled": "own, passages shuffled",
+    "foreign": "of another task",
+}
+"""Kinds of demonstrations, and their names in reports."""
+QueryScores = npt.NDArray[np.float64]
+"""(draws, queries) nDCG@10; (1, queries) without demonstrations."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A row of a pairs file.
+    """Row of a pairs file.
 
     Args:
         query: The query.
         passage: Its positive.
-        group: Rows with the same group are each other's positives; None for a row of its own.
-        component: Number of the rows that this one shares anything with; set by `load_pairs`.
+        group: Rows with the same group are each other's positives; None for a row without one.
+        component: Number of the connected rows that this one belongs to; set by `with_components`.
     """
 
     query: str
@@ -77,17 +100,51 @@ class Pair:
     component: int = -1
 
 
+@dataclass(frozen=True)
+class HeldoutSplit:
+    """Retrieval test made of a pairs file, and the rows that demonstrations are drawn from.
+
+    Args:
+        name: The file's name without its endings.
+        instruction: The task in words.
+        revision: A hash of the file.
+        queries: Test queries, all different.
+        documents: The corpus, all different.
+        relevant: For each query the corpus rows that answer it.
+        excluded: For each query the corpus rows that are the query itself (and would come first).
+        pool: Rows that share nothing with a test query.
+        symmetric: Whether documents are encoded like queries.
+        other_queries: Queries of rows that are neither in the test nor in the pool, all different and none of
+            them a test query; a corpus can hold them as documents that answer nothing.
+        collection: The kind of corpus.
+        instruction_source: The origin of the instruction.
+        parts: The lists of texts that a pooled corpus was made of, each encoded once for all of its files; empty
+            for a file's own corpus.
+    """
+
+    name: str
+    instruction: str
+    revision: str
+    queries: tuple[str, ...]
+    documents: tuple[str, ...]
+    relevant: tuple[tuple[int, ...], ...]
+    excluded: tuple[tuple[int, ...], ...]
+    pool: tuple[Pair, ...]
+    symmetric: bool = False
+    other_queries: tuple[str, ...] = ()
+    collection: Collection = "own"
+    instruction_source: InstructionSource = "own"
+    parts: tuple[tuple[str, ...], ...] = ()
+
+
 def file_stem(path: Path) -> str:
     """Return a file's name without `.jsonl` and `.gz`."""
-    name = path.name
-    for ending in (".gz", ".jsonl"):
-        name = name.removesuffix(ending)
-    return name
+    return path.name.removesuffix(".gz").removesuffix(".jsonl")
 
 
 def passage_key(text: str) -> str:
-    """A passage without regard to spacing, for asking whether two passages are the same one."""
-    return " ".join(text.split())  # case says something in a command, spacing does not
+    """Return a passage with single blanks, for comparing passages; case counts, as in commands."""
+    return " ".join(text.split())
 
 
 def load_pairs(path: Path) -> list[Pair]:
@@ -97,31 +154,23 @@ def load_pairs(path: Path) -> list[Pair]:
         The rows in order, with their components.
 
     Raises:
-        DataError: The file is missing or a line is malformed.
+        DataError: The file cannot be read or a line is malformed.
     """
     rows: list[tuple[str, str, str | None]] = []
-    for row in read_jsonl(path):
+    for row in read_rows(path):
         group = row.values.get("group")
         query, passage = row.text("query"), row.text("passage" if "passage" in row.values else "positive")
         if not (query.strip() and passage.strip()):
-            raise row.error('"query" and "positive" may not be empty; correct this line')
+            raise row.error('has an empty "query" or "positive". Write a text, or delete the line.')
         rows.append((query, passage, None if group is None else str(group)))
     return with_components(rows)
 
 
 def with_components(rows: Sequence[tuple[str, str, str | None]]) -> list[Pair]:
-    """Turn (query, passage, group) rows into pairs with the numbers of their components.
+    """Turn (query, passage, group) rows into pairs with the numbers of their connected components.
 
     Rows that share a query, a passage or a group, directly or through other rows, form a component.
     """
-    return [
-        Pair(query, passage, group, component)
-        for (query, passage, group), component in zip(rows, _components(rows), strict=True)
-    ]
-
-
-def _components(rows: Sequence[tuple[str, str, str | None]]) -> list[int]:
-    """Number the connected components of rows that share a query, a passage or a group."""
     parent = list(range(len(rows)))
 
     def root(row: int) -> int:
@@ -132,12 +181,12 @@ def _components(rows: Sequence[tuple[str, str, str | None]]) -> list[int]:
 
     first_with: dict[Hashable, int] = {}
     for number, (query, passage, group) in enumerate(rows):
-        keys: list[Hashable] = [("query", normalised(query)), ("passage", passage_key(passage))]
+        keys: list[Hashable] = [("query", normalize_text(query)), ("passage", passage_key(passage))]
         if group is not None:
             keys.append(("group", group))
         for key in keys:
             parent[root(number)] = root(first_with.setdefault(key, number))
-    return [root(number) for number in range(len(rows))]
+    return [Pair(*row, component=root(number)) for number, row in enumerate(rows)]
 
 
 def draw_demonstrations(pool: Sequence[Pair], k: int, *, seed: int) -> list[Pair]:
@@ -147,9 +196,7 @@ def draw_demonstrations(pool: Sequence[Pair], k: int, *, seed: int) -> list[Pair
         DataError: The pool has fewer than k rows.
     """
     if k > len(pool):
-        raise DataError(
-            f"{k} demonstrations were asked, {len(pool)} rows are free for them; lower --num-demonstrations"
-        )
+        raise DataError(f"{len(pool)} rows are free for {k} demonstrations. Lower --num-demonstrations.")
     rng = random.Random(seed)
     order = rng.sample(range(len(pool)), len(pool))
     # Rows of new components first, then rows of new passages, then the rest.
@@ -170,7 +217,7 @@ def draw_demonstrations(pool: Sequence[Pair], k: int, *, seed: int) -> list[Pair
     return [pool[row] for row in list(chosen)[:k]]
 
 
-def mismatch(demonstrations: Sequence[Pair], pool: Sequence[Pair], *, seed: int) -> list[Demonstration] | None:
+def shuffle_passages(demonstrations: Sequence[Pair], pool: Sequence[Pair], *, seed: int) -> list[Demonstration] | None:
     """Give each demonstration's query the passage of another one, of another component, so that it is wrong.
 
     Passages come from the demonstrations themselves where they can (the same vectors, paired wrongly),
@@ -194,139 +241,6 @@ def mismatch(demonstrations: Sequence[Pair], pool: Sequence[Pair], *, seed: int)
     return wrong
 
 
-# --- from collection
-# Held-out files in one collection, and with other instructions than their own.
-#
-# In a file's own corpus all documents are of the kind that its queries want, so an encoder need not know what is
-# wanted. A person's index holds many kinds side by side. `pooled` is such an index: one corpus of all files'
-# documents, in which each file's queries look for theirs. `pooled-with-queries` holds the queries of other rows,
-# too, as a collection holds questions and headings beside answers; what is most like a query there is not what
-# answers it.
-
-
-def in_collection(splits: Sequence[HeldoutSplit], collection: Collection) -> list[HeldoutSplit]:
-    """Put the documents of some files into one corpus, or leave each file its own.
-
-    Equal documents (but for spacing) are one document, and relevant to every query that it answers by any
-    file. A text that is a test query of any file is never put in as another row's query.
-
-    Args:
-        splits: The files, each with its own corpus.
-        collection: What the queries are ranked in.
-
-    Returns:
-        The same tests, in order, over the collection.
-
-    Raises:
-        ConfigError: A file is symmetric: its documents are encoded with its instruction, others bare.
-    """
-    if collection == "own":
-        return list(splits)
-    symmetric = [split.name for split in splits if split.symmetric]
-    if symmetric:
-        raise ConfigError(
-            f"the documents of {', '.join(symmetric)} are encoded like queries, those of a {collection} collection "
-            "bare; leave the file out, or use --heldout-collection own for it"
-        )
-    rows: dict[str, int] = {}
-    texts: list[str] = []
-    for text in (text for split in splits for text in split.documents):
-        if passage_key(text) not in rows:
-            rows[passage_key(text)] = len(texts)
-            texts.append(text)
-    parts = [split.documents for split in splits]
-    if collection == "pooled-with-queries":
-        taken = {normalised(text) for text in texts}
-        taken.update(normalised(query) for split in splits for query in split.queries)
-        for split in splits:
-            added = [query for query in split.other_queries if normalised(query) not in taken]
-            taken.update(normalised(query) for query in added)
-            texts += added
-            parts.append(tuple(added))
-    documents = tuple(texts)
-    return [_over(split, documents, rows, tuple(parts), collection) for split in splits]
-
-
-def _over(
-    split: HeldoutSplit,
-    documents: tuple[str, ...],
-    rows: dict[str, int],
-    parts: tuple[tuple[str, ...], ...],
-    collection: Collection,
-) -> HeldoutSplit:
-    """One file's test over a pooled corpus; `rows` has the row of each passage key."""
-    place = [rows[passage_key(text)] for text in split.documents]
-    excluded = rows_of_queries(split.queries, documents)
-    relevant = tuple(
-        tuple(sorted({place[row] for row in found} - {*skip}))
-        for found, skip in zip(split.relevant, excluded, strict=True)
-    )
-    return replace(split, documents=documents, relevant=relevant, excluded=excluded, parts=parts, collection=collection)
-
-
-def with_instruction(split: HeldoutSplit, source: InstructionSource, *, default: str | None) -> HeldoutSplit:
-    """Return the same test with the file's own instruction, a checkpoint's default, or none.
-
-    Args:
-        split: The test.
-        source: Which one.
-        default: The checkpoint's default instruction; None for one that has none, whose queries then go
-            without.
-    """
-    if source == "own":
-        return split
-    return replace(split, instruction=(default or "") if source == "default" else "", instruction_source=source)
-
-
-logger = logging.getLogger(__name__)
-
-GENERIC_INSTRUCTION = "Given a query, retrieve what belongs to it"
-"""For a file that comes without an instruction."""
-_DEMONSTRATION_SHARE = 0.25
-
-Collection = Literal["own", "pooled", "pooled-with-queries"]
-"""What the queries are ranked in: the file's own documents, those of all files, or those and queries as documents."""
-InstructionSource = Literal["own", "default", "none"]
-"""Whose instruction the queries get: the file's, the checkpoint's default, or none."""
-
-
-@dataclass(frozen=True)
-class HeldoutSplit:
-    """A retrieval test made of a pairs file, and the rows that demonstrations are drawn from.
-
-    Args:
-        name: The file's name without its endings.
-        instruction: The task in words.
-        revision: A hash of the file.
-        queries: Test queries, all different.
-        documents: The corpus, all different.
-        relevant: For each query the corpus rows that answer it.
-        excluded: For each query the corpus rows that are the query itself (and would come first).
-        pool: Rows that share nothing with a test query.
-        symmetric: Whether documents are encoded like queries.
-        other_queries: Queries of rows that are neither in the test nor in the pool, all different and none of
-            them a test query; a corpus can hold them as documents that answer nothing.
-        collection: What the corpus is.
-        instruction_source: Whose instruction it is.
-        parts: The lists of texts that a pooled corpus was put together from, each encoded once for all of its
-            files; empty for a file's own corpus.
-    """
-
-    name: str
-    instruction: str
-    revision: str
-    queries: tuple[str, ...]
-    documents: tuple[str, ...]
-    relevant: tuple[tuple[int, ...], ...]
-    excluded: tuple[tuple[int, ...], ...]
-    pool: tuple[Pair, ...]
-    symmetric: bool = False
-    other_queries: tuple[str, ...] = ()
-    collection: Collection = "own"
-    instruction_source: InstructionSource = "own"
-    parts: tuple[tuple[str, ...], ...] = ()
-
-
 def make_split(
     path: Path,
     *,
@@ -343,20 +257,19 @@ def make_split(
 
     Args:
         path: The file.
-        queries: Test queries wanted; fewer if the file has not so many.
-        documents: Documents wanted in the corpus; fewer if the file has not so many.
-        seed: Of everything that is drawn.
+        queries: Test queries wanted; fewer if the file has fewer.
+        documents: Documents wanted in the corpus; fewer if the file has fewer.
+        seed: Seed of all draws.
         instruction: The task in words; None takes it from `instructions.json` beside the file, or a generic
             one where there is no such file.
         symmetric: Whether documents are encoded like queries.
 
     Raises:
         ConfigError: `queries` or `documents` is below 1.
-        DataError: The file is malformed, `instructions.json` lacks it, or all its rows share something with each
-            other.
+        DataError: The file is malformed, `instructions.json` lacks it, or all its rows are connected.
     """
     if queries < 1 or documents < 1:
-        raise ConfigError(f"{queries} test queries and {documents} documents were asked; ask for 1 or more of each")
+        raise ConfigError(f"{queries} test queries and {documents} documents are too few. Use 1 or more of each.")
     name = file_stem(path)
     if instruction is None:
         instruction = _instruction_beside(path, name)
@@ -364,21 +277,21 @@ def make_split(
     components = sorted({pair.component for pair in pairs})
     if len(components) < 2:
         raise DataError(
-            f"{path} has {len(pairs)} rows that all share a query, a positive or a group with each other, so "
-            "no demonstration could be kept apart from the test queries; use another file"
+            f"All {len(pairs)} rows of {path} are connected by a query, a positive or a group, so no demonstration "
+            "can be kept apart from the test queries. Use another file."
         )
     rng = random.Random(seed)
     rng.shuffle(components)
-    for_pool = set(components[: math.ceil(len(components) * _DEMONSTRATION_SHARE)])
+    for_pool = set(components[: math.ceil(len(components) * POOL_SHARE)])
     pool = [pair for pair in pairs if pair.component in for_pool]
     rest = [pair for pair in pairs if pair.component not in for_pool]
     rng.shuffle(pool)
     rng.shuffle(rest)
     test = query_rows(rest, queries)
     if not test:
-        raise DataError(f"{path} has no row whose query differs from its positive outside the pool; use another file")
+        raise DataError(f"No row of {path} has a query that differs from its positive. Use another file.")
     if len(test) < queries:
-        logger.info("%s has %d test queries, %d were asked for", name, len(test), queries)
+        logger.info("%s has %d test queries (%d were requested).", name, len(test), queries)
     return assemble_split(
         name,
         test=test,
@@ -389,6 +302,29 @@ def make_split(
         revision=content_revision([path]),
         symmetric=symmetric,
     )
+
+
+def _instruction_beside(path: Path, name: str) -> str:
+    """Return a file's instruction from the `instructions.json` in its folder."""
+    beside = path.parent / "instructions.json"
+    if not beside.is_file():
+        logger.warning('No %s: queries get "%s". Pass --instructions FILE.json.', beside, GENERIC_INSTRUCTION)
+        return GENERIC_INSTRUCTION
+    instructions = read_mapping(beside)
+    if name not in instructions:
+        raise DataError(f'{beside} has no instruction for "{name}". Add one, or pass --instructions FILE.json.')
+    return instructions[name]
+
+
+def query_rows(rows: Sequence[Pair], count: int) -> list[Pair]:
+    """Return the first `count` rows with different queries that are not their own answer."""
+    chosen: dict[str, Pair] = {}
+    for pair in rows:
+        if len(chosen) == count:
+            break
+        if normalize_text(pair.query) != normalize_text(pair.passage):
+            chosen.setdefault(normalize_text(pair.query), pair)
+    return list(chosen.values())
 
 
 def assemble_split(
@@ -402,20 +338,49 @@ def assemble_split(
     revision: str,
     symmetric: bool = False,
 ) -> HeldoutSplit:
-    """Make a retrieval test of rows that have been chosen already.
+    """Make a retrieval test of chosen rows.
 
     Args:
-        name: What the report calls it.
-        test: Rows whose queries are asked, all different.
-        rest: Rows that fill the corpus up and say what else is relevant; the test rows among them.
+        name: Name of the test in reports.
+        test: Rows of the test queries, all different.
+        rest: Rows that fill the corpus up and decide further relevant documents; the test rows among them.
         pool: Rows that demonstrations are drawn from.
         documents: Documents wanted in the corpus, which is never cut below the test rows' passages.
         instruction: The task in words.
         revision: A hash of the data.
         symmetric: Whether documents are encoded like queries.
     """
-    rows, texts = _corpus(test, rest, documents)
-    relevant = _relevant(test, rest, rows)
+    # The corpus: the test rows' passages, then those of other rows.
+    rows: dict[str, int] = {}
+    texts: list[str] = []
+    for number, pair in enumerate([*test, *rest]):
+        if number >= len(test) and len(texts) >= documents:
+            break
+        key = passage_key(pair.passage)
+        if key not in rows:
+            rows[key] = len(texts)
+            texts.append(pair.passage)
+    # Relevant: the query's passage, and those of rows with the same query or group.
+    by_group: dict[str, set[int]] = {}
+    by_query: dict[str, set[int]] = {}
+    for pair in rest:
+        row = rows.get(passage_key(pair.passage))
+        if row is not None:
+            by_query.setdefault(normalize_text(pair.query), set()).add(row)
+            if pair.group is not None:
+                by_group.setdefault(pair.group, set()).add(row)
+    relevant = []
+    for pair in test:
+        same_group = by_group.get(pair.group, set()) if pair.group is not None else set()
+        same_query = by_query[normalize_text(pair.query)]
+        relevant.append({rows[passage_key(pair.passage)]} | same_query | same_group)
+    tested = {normalize_text(pair.query) for pair in test}
+    others: dict[str, str] = {}
+    for pair in rest:
+        if len(others) == documents:
+            break
+        if normalize_text(pair.query) not in tested:
+            others.setdefault(normalize_text(pair.query), pair.query)
     excluded = rows_of_queries([pair.query for pair in test], texts)
     return HeldoutSplit(
         name=name,
@@ -427,112 +392,97 @@ def assemble_split(
         excluded=excluded,
         pool=tuple(pool),
         symmetric=symmetric,
-        other_queries=_other_queries(test, rest, documents),
+        other_queries=tuple(others.values()),
     )
 
 
 def rows_of_queries(queries: Sequence[str], documents: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """For each query the rows of the documents that are the query itself but for case and spacing."""
-    rows: dict[str, list[int]] = {normalised(query): [] for query in queries}
+    """Return for each query the rows of the documents that equal it but for case and spacing."""
+    rows: dict[str, list[int]] = {normalize_text(query): [] for query in queries}
     for row, text in enumerate(documents):
-        found = rows.get(normalised(text))
+        found = rows.get(normalize_text(text))
         if found is not None:
             found.append(row)
-    return tuple(tuple(rows[normalised(query)]) for query in queries)
+    return tuple(tuple(rows[normalize_text(query)]) for query in queries)
 
 
-def _other_queries(test: Sequence[Pair], rest: Sequence[Pair], count: int) -> tuple[str, ...]:
-    """The first `count` different queries of rows that ask none of the test's queries."""
-    asked = {normalised(pair.query) for pair in test}
-    found: dict[str, str] = {}
-    for pair in rest:
-        if len(found) == count:
-            break
-        if normalised(pair.query) not in asked:
-            found.setdefault(normalised(pair.query), pair.query)
-    return tuple(found.values())
+def in_collection(splits: Sequence[HeldoutSplit], collection: Collection) -> list[HeldoutSplit]:
+    """Merge the documents of some files into one corpus, or leave each file its own.
 
+    In a file's own corpus all documents are of the kind that its queries want; an index of a real folder holds many
+    kinds. Equal documents (but for spacing) are one document, and relevant to every query that it answers by any
+    file. A text that is a test query of any file is never added as another row's query.
 
-def _instruction_beside(path: Path, name: str) -> str:
-    beside = path.parent / "instructions.json"
-    if not beside.is_file():
-        logger.warning(
-            'there is no %s, so the queries get "%s"; --instructions FILE.json gives others',
-            beside,
-            GENERIC_INSTRUCTION,
+    Args:
+        splits: The files, each with its own corpus.
+        collection: The documents that queries are ranked in.
+
+    Returns:
+        The same tests, in order, over the collection.
+
+    Raises:
+        ConfigError: A file is symmetric: its documents are encoded with its instruction, others bare.
+    """
+    if collection == "own":
+        return list(splits)
+    symmetric = [split.name for split in splits if split.symmetric]
+    if symmetric:
+        raise ConfigError(
+            f"Documents of {', '.join(symmetric)} are encoded like queries and cannot be in a {collection} collection. "
+            "Leave the file out, or use --heldout-collection own."
         )
-        return GENERIC_INSTRUCTION
-    instructions = read_mapping(beside)
-    if name not in instructions:
-        raise DataError(
-            f'{beside} has no instruction for "{name}", it has {", ".join(sorted(instructions))}; '
-            "add one, or pass --instructions FILE.json"
-        )
-    return instructions[name]
-
-
-def query_rows(rows: Sequence[Pair], count: int) -> list[Pair]:
-    """The first `count` rows with different queries, none of which is its own answer."""
-    chosen: dict[str, Pair] = {}
-    for pair in rows:
-        if len(chosen) == count:
-            break
-        if normalised(pair.query) != normalised(pair.passage):
-            chosen.setdefault(normalised(pair.query), pair)
-    return list(chosen.values())
-
-
-def _corpus(test: Sequence[Pair], rest: Sequence[Pair], count: int) -> tuple[dict[str, int], list[str]]:
-    """Row by passage key, and the texts: the test rows' passages, then others' until there are `count`."""
     rows: dict[str, int] = {}
     texts: list[str] = []
-    for number, pair in enumerate([*test, *rest]):
-        if number >= len(test) and len(texts) >= count:
-            break
-        key = passage_key(pair.passage)
-        if key not in rows:
-            rows[key] = len(texts)
-            texts.append(pair.passage)
-    return rows, texts
+    for text in (text for split in splits for text in split.documents):
+        if passage_key(text) not in rows:
+            rows[passage_key(text)] = len(texts)
+            texts.append(text)
+    parts = [split.documents for split in splits]
+    if collection == "pooled-with-queries":
+        taken = {normalize_text(text) for text in texts}
+        taken.update(normalize_text(query) for split in splits for query in split.queries)
+        for split in splits:
+            added = [query for query in split.other_queries if normalize_text(query) not in taken]
+            taken.update(normalize_text(query) for query in added)
+            texts += added
+            parts.append(tuple(added))
+    pooled = []
+    for split in splits:
+        place = [rows[passage_key(text)] for text in split.documents]
+        excluded = rows_of_queries(split.queries, texts)
+        relevant = tuple(
+            tuple(sorted({place[row] for row in found} - {*skip}))
+            for found, skip in zip(split.relevant, excluded, strict=True)
+        )
+        pooled.append(
+            replace(
+                split,
+                documents=tuple(texts),
+                relevant=relevant,
+                excluded=excluded,
+                parts=tuple(parts),
+                collection=collection,
+            )
+        )
+    return pooled
 
 
-def _relevant(test: Sequence[Pair], rest: Sequence[Pair], rows: dict[str, int]) -> list[set[int]]:
-    """For each test row the corpus rows of its passage, its group and its query."""
-    by_group: dict[str, set[int]] = {}
-    by_query: dict[str, set[int]] = {}
-    for pair in rest:
-        row = rows.get(passage_key(pair.passage))
-        if row is not None:
-            by_query.setdefault(normalised(pair.query), set()).add(row)
-            if pair.group is not None:
-                by_group.setdefault(pair.group, set()).add(row)
-    found = []
-    for pair in test:
-        same_group = by_group.get(pair.group, set()) if pair.group is not None else set()
-        found.append({rows[passage_key(pair.passage)]} | by_query[normalised(pair.query)] | same_group)
-    return found
+def with_instruction(split: HeldoutSplit, source: InstructionSource, *, default: str | None) -> HeldoutSplit:
+    """Return the same test with the file's own instruction, a checkpoint's default, or none.
 
-
-# --- from heldout_scores
-# Scores of one model, or of BM25, on held-out pairs: without demonstrations, with them, and with wrong ones.
-
-Condition = Literal["none", "own", "shuffled", "foreign"]
-CONDITIONS: dict[Condition, str] = {
-    "none": "none",
-    "own": "own",
-    "shuffled": "own, passages shuffled",
-    "foreign": "of another task",
-}
-"""What is shown to the model, and how the report calls it."""
-
-_Scores = npt.NDArray[np.float64]
-Observe = Callable[[Condition, int, _Scores], None]
-"""Takes a condition, its k, and (draws, queries) scores."""
+    Args:
+        split: The test.
+        source: The instruction to use.
+        default: The checkpoint's default instruction; None for one that has none.
+    """
+    if source == "own":
+        return split
+    return replace(split, instruction=(default or "") if source == "default" else "", instruction_source=source)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired difference of nDCG@10 over the test queries, averaged over draws first.
+    """Paired difference of nDCG@10 over the test queries, averaged over draws first.
 
     Args:
         difference: Its mean.
@@ -548,8 +498,8 @@ class HeldoutScore:
     """nDCG@10 at one k under one condition.
 
     Args:
-        condition: What is shown.
-        k: How many.
+        condition: The kind of demonstrations.
+        k: Their number.
         ndcg_at_10: Mean over draws and queries.
         draws: nDCG@10 of each draw of demonstrations.
         spread: Standard deviation over the draws (0 for one draw).
@@ -575,14 +525,14 @@ class HeldoutResult:
     Args:
         name: The file's name.
         revision: A hash of the file.
-        instruction: What the queries got, "" for none; None for a plain model and for BM25.
+        instruction: The queries' instruction, "" for none; None for a plain model and for BM25.
         queries: Number of test queries.
         documents: Number of documents.
         pool: Number of rows that demonstrations were drawn from.
         scores: By condition and k.
         seconds: Wall time.
-        collection: What the queries were ranked in.
-        instruction_source: Whose instruction it is; "plain" for a model that gets none at all.
+        collection: The kind of corpus.
+        instruction_source: The origin of the instruction; "plain" for a model without one.
     """
 
     name: str
@@ -607,7 +557,6 @@ def score_heldout(
     foreign_pool: Sequence[Pair] | None = None,
     plain: bool = False,
     strategy: QueryStrategy = "epic",
-    observe: Observe | None = None,
 ) -> HeldoutResult:
     """Score a model on held-out pairs.
 
@@ -616,35 +565,108 @@ def score_heldout(
         split: The test.
         ks: Numbers of demonstrations; 0 is always scored, because differences are taken to it.
         draws: Draws of demonstrations for each k.
-        controls: Also show shuffled demonstrations and, given `foreign_pool`, another task's.
+        controls: Also score shuffled demonstrations and, given `foreign_pool`, another task's.
         foreign_pool: Rows of another file.
         plain: No instruction and no demonstrations; `ks` above 0 are left out.
-        strategy: How demonstrations are shown.
-        observe: Called with the single queries' scores behind every line of the result, for example to compare two
-            models query by query.
+        strategy: How demonstrations are used.
     """
     started = time.monotonic()
+    scores = condition_scores(
+        store,
+        split,
+        ks=() if plain else ks,
+        draws=draws,
+        controls=controls,
+        foreign_pool=foreign_pool,
+        plain=plain,
+        strategy=strategy,
+    )
+    return _result(split, summarize(scores), started, plain=plain)
+
+
+def condition_scores(
+    store: EmbeddingStore,
+    split: HeldoutSplit,
+    *,
+    ks: Sequence[int],
+    draws: int = 3,
+    controls: bool = False,
+    foreign_pool: Sequence[Pair] | None = None,
+    plain: bool = False,
+    strategy: QueryStrategy = "epic",
+) -> dict[tuple[Condition, int], QueryScores]:
+    """Return the scores of single queries under each condition and k, k = 0 first; see `score_heldout`."""
     instruction = None if plain else split.instruction
-    wanted = [] if plain else sorted({k for k in ks if k > 0})
-    documents = _documents(store, split, instruction)
+    if split.symmetric:
+        # The documents of a symmetric task are queries without demonstrations, as in training.
+        documents = store.queries(split.documents, make_prompt(instruction))
+    else:
+        documents = _corpus_vectors(store, split)
 
-    def score(demonstrations: Sequence[Demonstration]) -> _Scores:
-        prompt = QueryPrompt(instruction, tuple(demonstrations), split.symmetric, strategy)
-        return ndcg_at_k(store.queries(split.queries, prompt), documents, split.relevant, excluded=split.excluded)
+    def score(variants: Sequence[Sequence[Demonstration]]) -> QueryScores:
+        prompts = [make_prompt(instruction, shown, symmetric=split.symmetric, strategy=strategy) for shown in variants]
+        return np.stack(
+            [
+                ndcg_at_k(store.queries(split.queries, prompt), documents, split.relevant, excluded=split.excluded)
+                for prompt in prompts
+            ]
+        )
 
-    zero = score(())
-    see = observe or (lambda condition, k, scores: None)
-    see("none", 0, zero[None])
-    scores = [_without(zero)]
-    for k in wanted:
-        shown = {
-            condition: np.stack([score(demonstrations) for demonstrations in variants])
-            for condition, variants in _variants(split, k, draws, controls, foreign_pool).items()
-        }
-        for condition, values in shown.items():
-            see(condition, k, values)
-            scores.append(_summary(condition, k, shown, zero))
-    return _result(split, instruction, scores, started)
+    found: dict[tuple[Condition, int], QueryScores] = {("none", 0): score([()])}
+    for k in sorted({k for k in ks if k > 0}):
+        drawn = [draw_demonstrations(split.pool, k, seed=draw) for draw in range(draws)]
+        found["own", k] = score([_as_demonstrations(rows) for rows in drawn])
+        if controls:
+            wrong = [shuffle_passages(rows, split.pool, seed=draw) for draw, rows in enumerate(drawn)]
+            if None in wrong:
+                logger.warning("%s has no wrong passages to shuffle in at k = %d. They are left out.", split.name, k)
+            else:
+                found["shuffled", k] = score([rows for rows in wrong if rows is not None])
+        if controls and foreign_pool is not None:
+            foreign = [draw_demonstrations(foreign_pool, k, seed=draw) for draw in range(draws)]
+            found["foreign", k] = score([_as_demonstrations(rows) for rows in foreign])
+    return found
+
+
+def _corpus_vectors(store: EmbeddingStore, split: HeldoutSplit) -> Vectors:
+    """Return (m, dim) vectors of the corpus; texts that several corpora share are encoded once."""
+    if not split.parts:
+        return store.documents(split.documents)
+    vectors = np.concatenate([store.documents(part) for part in split.parts])
+    rows = {text: row for row, text in enumerate(text for part in split.parts for text in part)}
+    return vectors[[rows[text] for text in split.documents]]
+
+
+def _as_demonstrations(rows: Sequence[Pair]) -> list[Demonstration]:
+    return [Demonstration(row.query, row.passage) for row in rows]
+
+
+def summarize(scores: Mapping[tuple[Condition, int], QueryScores]) -> list[HeldoutScore]:
+    """Return means over draws and queries, and paired differences to k = 0 and to the controls."""
+    zero = scores["none", 0]
+
+    def versus(condition: Condition, k: int, other: QueryScores | None) -> Comparison | None:
+        if other is None:
+            return None
+        return Comparison(*mean_and_error(scores[condition, k].mean(axis=0) - other.mean(axis=0)))
+
+    found = []
+    for (condition, k), values in scores.items():
+        draws = values.mean(axis=1)
+        own = condition == "own"
+        found.append(
+            HeldoutScore(
+                condition=condition,
+                k=k,
+                ndcg_at_10=float(draws.mean()),
+                draws=tuple(map(float, draws)),
+                spread=float(draws.std(ddof=1)) if len(draws) > 1 else 0.0,
+                versus_zero=versus(condition, k, zero if k else None),
+                versus_shuffled=versus(condition, k, scores.get(("shuffled", k)) if own else None),
+                versus_foreign=versus(condition, k, scores.get(("foreign", k)) if own else None),
+            )
+        )
+    return found
 
 
 def score_heldout_bm25(split: HeldoutSplit) -> HeldoutResult:
@@ -655,87 +677,20 @@ def score_heldout_bm25(split: HeldoutSplit) -> HeldoutResult:
     """
     started = time.monotonic()
     index = Bm25Index(split.documents)
-    zero = ndcg_of_scores(index.found(split.queries), split.relevant, excluded=split.excluded)
-    return _result(split, None, [_without(zero)], started)
+    zero = ndcg_of_scores(index.scores(split.queries), split.relevant, excluded=split.excluded)
+    return _result(split, summarize({("none", 0): zero[None]}), started, plain=True)
 
 
-def _documents(store: EmbeddingStore, split: HeldoutSplit, instruction: str | None) -> Vectors:
-    """(m, dim) vectors of the corpus; texts that several corpora share are encoded once."""
-    if split.symmetric:
-        # The documents of a symmetric task are queries without demonstrations, as in training.
-        return store.queries(split.documents, QueryPrompt(instruction))
-    if not split.parts:
-        return store.documents(split.documents)
-    vectors = np.concatenate([store.documents(part) for part in split.parts])
-    rows = {text: row for row, text in enumerate(text for part in split.parts for text in part)}
-    return vectors[[rows[text] for text in split.documents]]
-
-
-def _result(
-    split: HeldoutSplit, instruction: str | None, scores: Sequence[HeldoutScore], started: float
-) -> HeldoutResult:
+def _result(split: HeldoutSplit, scores: Sequence[HeldoutScore], started: float, *, plain: bool) -> HeldoutResult:
     return HeldoutResult(
         name=split.name,
         revision=split.revision,
-        instruction=instruction,
+        instruction=None if plain else split.instruction,
         queries=len(split.queries),
         documents=len(split.documents),
         pool=len(split.pool),
         scores=tuple(scores),
         seconds=time.monotonic() - started,
         collection=split.collection,
-        instruction_source="plain" if instruction is None else split.instruction_source,
+        instruction_source="plain" if plain else split.instruction_source,
     )
-
-
-def _without(zero: _Scores) -> HeldoutScore:
-    """The line without demonstrations."""
-    mean = float(zero.mean())
-    return HeldoutScore("none", 0, mean, (mean,), 0.0)
-
-
-def _variants(
-    split: HeldoutSplit, k: int, draws: int, controls: bool, foreign_pool: Sequence[Pair] | None
-) -> dict[Condition, list[list[Demonstration]]]:
-    """For each condition the demonstrations of every draw."""
-    rows = [draw_demonstrations(split.pool, k, seed=draw) for draw in range(draws)]
-    variants: dict[Condition, list[list[Demonstration]]] = {"own": [_shown(drawn) for drawn in rows]}
-    if controls:
-        wrong = [mismatch(drawn, split.pool, seed=draw) for draw, drawn in enumerate(rows)]
-        if all(item is not None for item in wrong):
-            variants["shuffled"] = [item for item in wrong if item is not None]
-        else:
-            logger.warning("%s has no wrong passages to shuffle in at k = %d; left out", split.name, k)
-        if foreign_pool is not None:
-            variants["foreign"] = [_shown(draw_demonstrations(foreign_pool, k, seed=draw)) for draw in range(draws)]
-    return variants
-
-
-def _shown(rows: Sequence[Pair]) -> list[Demonstration]:
-    return [Demonstration(row.query, row.passage) for row in rows]
-
-
-def _summary(condition: Condition, k: int, shown: Mapping[Condition, _Scores], zero: _Scores) -> HeldoutScore:
-    """One line of the report from (draws, queries) scores."""
-    means = shown[condition].mean(axis=1)
-
-    def versus(other: Condition) -> Comparison | None:
-        if condition != "own" or other not in shown:
-            return None
-        return _compare(shown["own"], shown[other].mean(axis=0))
-
-    return HeldoutScore(
-        condition=condition,
-        k=k,
-        ndcg_at_10=float(means.mean()),
-        draws=tuple(float(mean) for mean in means),
-        spread=float(means.std(ddof=1)) if len(means) > 1 else 0.0,
-        versus_zero=_compare(shown[condition], zero),
-        versus_shuffled=versus("shuffled"),
-        versus_foreign=versus("foreign"),
-    )
-
-
-def _compare(scores: _Scores, baseline: _Scores) -> Comparison:
-    """Paired over queries: (draws, queries) scores, averaged over draws, minus (queries,) ones."""
-    return Comparison(*mean_and_error(scores.mean(axis=0) - baseline))

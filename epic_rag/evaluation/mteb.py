@@ -1,4 +1,15 @@
-"""Running one mteb task with one prompt, quietly."""
+"""mteb: local sets as mteb tasks, `EpicEncoder` as an mteb encoder, and runs of one task.
+
+Protocols and metrics of evaluation sets are mteb's, and nothing is downloaded for a local set:
+
+| kind | mteb class | main score |
+|---|---|---|
+| retrieval | AbsTaskRetrieval | ndcg_at_10 |
+| reranking | AbsTaskRetrieval over each query's candidates | map_at_1000 |
+| sts | AbsTaskSTS | cosine_spearman |
+| classification | AbsTaskClassification: logistic regression on 8 rows a label, 10 draws | accuracy |
+| clustering | AbsTaskClustering: mini-batch k-means on 10 samples | v_measure |
+"""
 
 from __future__ import annotations
 
@@ -12,7 +23,6 @@ from typing import Any, Literal, cast
 
 import datasets  # type: ignore[import-untyped]
 import mteb
-import numpy as np
 from datasets import Dataset, DatasetDict
 from mteb.abstasks import AbsTask, AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
@@ -20,18 +30,11 @@ from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
-from mteb.types import (
-    CorpusDatasetType,
-    EncodeKwargs,
-    PromptType,
-    QueryDatasetType,
-    RetrievalOutputType,
-    TopRankedDocumentsType,
-)
+from mteb.models.models_protocols import SearchProtocol
+from mteb.types import EncodeKwargs, PromptType
 from sklearn.exceptions import ConvergenceWarning, UndefinedMetricWarning  # type: ignore[import-untyped]
 
 from epic_rag.errors import TaskError
-from epic_rag.evaluation.bm25 import Bm25Index
 from epic_rag.evaluation.datasets import (
     ClassificationData,
     ClusteringData,
@@ -41,31 +44,19 @@ from epic_rag.evaluation.datasets import (
     RetrievalData,
     StsData,
 )
-from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt, Vectors
+from epic_rag.evaluation.embedding_store import EmbeddingStore, Vectors, prompt_fingerprint
+from epic_rag.query_prompt import QueryPrompt
 
 __all__ = [
     "MAIN_SCORES",
-    "Bm25Search",
     "EpicMtebEncoder",
+    "bm25_model",
     "hub_instruction",
     "hub_task",
     "make_task",
-    "meta_name",
-    "run_model",
     "run_task",
 ]
 
-
-# --- from mteb_tasks
-# Local evaluation sets as mteb tasks, so that protocol and metrics are mteb's own and nothing is downloaded.
-#
-# | kind | mteb class | main score |
-# |---|---|---|
-# | retrieval | AbsTaskRetrieval | ndcg_at_10 |
-# | reranking | AbsTaskRetrieval over each query's candidates | map_at_1000 |
-# | sts | AbsTaskSTS | cosine_spearman |
-# | classification | AbsTaskClassification: logistic regression on 8 rows a label, 10 draws | accuracy |
-# | clustering | AbsTaskClustering: mini-batch k-means on 10 samples | v_measure |
 
 _MtebType = Literal["Retrieval", "Reranking", "STS", "Classification", "Clustering"]
 _TYPES: dict[Kind, _MtebType] = {
@@ -99,7 +90,7 @@ def _metadata(local_set: LocalSet) -> TaskMetadata:
     )
 
 
-# mteb wants the metadata of a task on its class; each set has its own, so `make_task` derives a class for it.
+# mteb expects the metadata on the task's class, so `make_task` derives a class for each set.
 
 
 class _Retrieval(AbsTaskRetrieval):
@@ -182,8 +173,8 @@ class _Clustering(AbsTaskClustering):
 def make_task(local_set: LocalSet) -> AbsTask:
     """Return a new mteb task over a local set.
 
-    A task draws its samples from a generator that it carries along, so a task that runs twice draws twice:
-    make a new one for each run, and every model and k sees the same samples.
+    A task has a generator of samples with a state. Make a new task for each run, so that every model and k is scored
+    on the same samples.
     """
     bases: dict[Kind, type[AbsTask]] = {
         "retrieval": _Retrieval,
@@ -197,28 +188,23 @@ def make_task(local_set: LocalSet) -> AbsTask:
     return task_class()
 
 
-# --- from mteb_encoder
-# `EpicEncoder` as an encoder that mteb can evaluate: prompts on queries, none on documents.
-
-
-def meta_name(label: str) -> str:
-    """A label as mteb wants a model's name, "organisation/model", which becomes a folder's name."""
-    return f"epic-rag/{re.sub(r'[^A-Za-z0-9._-]+', '_', label).strip('_.') or 'model'}"
+MtebModel = AbsEncoder | SearchProtocol
+"""What mteb can evaluate: a model of vectors, or one that searches by itself."""
 
 
 class EpicMtebEncoder(AbsEncoder):
-    """One model under one prompt.
+    """One model under one prompt, as an encoder for mteb.
 
-    mteb would give documents a generic prompt where a task has none of its own; here documents are always
-    bare. Everything else (both sides of symmetric tasks, too) is encoded as a query behind the prompt.
+    Documents are always bare: mteb's generic prompt for documents is ignored. Everything else (both sides of
+    symmetric tasks too) is encoded as a query behind the prompt.
 
     k, strategy and a hash of the prompt are in the model's `experiment_kwargs`, so that mteb's stored results
     of different prompts do not collide; the model's fingerprint is its revision.
 
     Args:
-        store: Encodes and remembers.
-        prompt: What stands before queries: a prompt, or a function from a task's metadata to one.
-        name: What to call the model.
+        store: The model's embeddings.
+        prompt: The queries' prompt, or a function from a task's metadata to one.
+        name: The model's name in mteb's files.
     """
 
     mteb_model_meta: ModelMeta
@@ -234,12 +220,12 @@ class EpicMtebEncoder(AbsEncoder):
         self._prompt = prompt
         experiment: dict[str, Any] | None = None
         if isinstance(prompt, QueryPrompt):
-            experiment = {"k": len(prompt.demonstrations), "prompt": prompt.fingerprint}
-            if prompt.demonstrations:
+            experiment = {"k": prompt.num_demonstrations or 0, "prompt": prompt_fingerprint(prompt)}
+            if prompt.bank is not None:
                 experiment["strategy"] = prompt.strategy
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={
-                "name": meta_name(name),
+                "name": _model_name(name),
                 "revision": store.revision,
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "embed_dim": store.encoder.dimension,
@@ -258,15 +244,15 @@ class EpicMtebEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> Vectors:
-        """Encode what mteb hands over.
+        """Encode batches of texts.
 
         Args:
             inputs: Batches with a "text" list each; a document's text is its title and text already.
             task_metadata: Of the task; a prompt function gets it.
-            hf_split: Not used.
-            hf_subset: Not used.
+            hf_split: Ignored.
+            hf_subset: Ignored.
             prompt_type: Document, query, or None for symmetric tasks.
-            **kwargs: mteb's batch size and progress flag; the store has its own.
+            **kwargs: mteb's batch size and progress flag are ignored; the store has its own.
 
         Returns:
             (n, dim) float32, unit rows, in order.
@@ -279,97 +265,15 @@ class EpicMtebEncoder(AbsEncoder):
         return store.queries(texts, prompt)
 
 
-# --- from mteb_bm25
-# BM25 as a search model that mteb can evaluate on retrieval and reranking tasks.
+def _model_name(label: str) -> str:
+    """Return a label in the form of mteb's model names, "organisation/model", which become folders."""
+    return f"epic-rag/{re.sub(r'[^A-Za-z0-9._-]+', '_', label).strip('_.') or 'model'}"
 
 
-class Bm25Search:
-    """BM25 behind mteb's protocol for models that search by themselves.
-
-    Args:
-        name: What to call it.
-        revision: What decides its scores; mteb reuses a stored result under the same one alone.
-    """
-
-    mteb_model_meta: ModelMeta
-
-    def __init__(self, *, name: str, revision: str) -> None:
-        self.mteb_model_meta = ModelMeta.create_empty(
-            overwrites={"name": meta_name(name), "revision": revision, "modalities": ["text"]}
-        )
-        self._ids: list[str] = []
-        self._index: Bm25Index | None = None
-
-    def index(
-        self,
-        corpus: CorpusDatasetType,
-        *,
-        task_metadata: TaskMetadata,
-        hf_split: str,
-        hf_subset: str,
-        encode_kwargs: EncodeKwargs,
-        num_proc: int | None,
-        **kwargs: Any,
-    ) -> None:
-        """Index a corpus; a document is its title, a space and its text, as for encoders.
-
-        Args:
-            corpus: Rows with "id", "text" and perhaps "title".
-            task_metadata: Not used.
-            hf_split: Not used.
-            hf_subset: Not used.
-            encode_kwargs: Not used.
-            num_proc: Not used.
-            **kwargs: Not used.
-        """
-        self._ids = [row["id"] for row in corpus]
-        self._index = Bm25Index([f"{row.get('title') or ''} {row['text']}".strip() for row in corpus])
-
-    def search(
-        self,
-        queries: QueryDatasetType,
-        *,
-        task_metadata: TaskMetadata,
-        hf_split: str,
-        hf_subset: str,
-        top_k: int,
-        encode_kwargs: EncodeKwargs,
-        top_ranked: TopRankedDocumentsType | None = None,
-        num_proc: int | None,
-        **kwargs: Any,
-    ) -> RetrievalOutputType:
-        """Rank the corpus, or each query's candidates, for every query.
-
-        Args:
-            queries: Rows with "id" and "text".
-            task_metadata: Not used.
-            hf_split: Not used.
-            hf_subset: Not used.
-            top_k: Most documents for a query.
-            encode_kwargs: Not used.
-            top_ranked: Candidates by query id, of a reranking task.
-            num_proc: Not used.
-            **kwargs: Not used.
-
-        Returns:
-            Document id to score, by query id. Documents without a word in common are left out of a retrieval
-            task's ranking; all candidates of a reranking task are ranked.
-
-        Raises:
-            RuntimeError: `index` was not called.
-        """
-        if self._index is None:
-            raise RuntimeError("search was called before index; call index with the corpus first")
-        rows = {document: row for row, document in enumerate(self._ids)}
-        found: RetrievalOutputType = {}
-        for query, scores in zip(queries, self._index.scores([row["text"] for row in queries]), strict=True):
-            if top_ranked is not None:
-                best = np.array([rows[document] for document in top_ranked[query["id"]]], dtype=np.intp)
-            else:
-                best = np.flatnonzero(scores > 0)
-            best = best[np.argsort(-scores[best], kind="stable")[:top_k]]
-            found[query["id"]] = {self._ids[row]: float(scores[row]) for row in best}
-        return found
+def bm25_model() -> SearchProtocol:
+    """Return mteb's BM25 baseline: bm25s with k1 = 1.5, b = 0.75, English stems, no stop words."""
+    with _quiet():
+        return cast("SearchProtocol", mteb.get_model("mteb/baseline-bm25s"))
 
 
 def hub_task(name: str) -> AbsTask:
@@ -383,45 +287,20 @@ def hub_task(name: str) -> AbsTask:
     except KeyError as error:
         raise TaskError(
             f'"{name}" is neither a local evaluation set nor a task of mteb {mteb.__version__} '
-            f"({str(error.args[0]).splitlines()[0]}); name a folder of --data, or one of mteb's tasks"
+            f"({str(error.args[0]).splitlines()[0]}). Name a folder of --data, or one of mteb's tasks."
         ) from error
 
 
 def hub_instruction(task: AbsTask) -> str:
-    """Return the instruction that mteb itself gives a task's queries."""
+    """Return mteb's instruction for a task's queries."""
     prompt = task.metadata.prompt
     if isinstance(prompt, dict):
         prompt = prompt.get(PromptType.query.value)
     return prompt or task.abstask_prompt
 
 
-def run_task(
-    task: AbsTask,
-    store: EmbeddingStore,
-    prompt: QueryPrompt,
-    *,
-    model_name: str,
-    output: Path | None = None,
-) -> tuple[float, dict[str, float]]:
-    """Run a task with an encoder, or read its result where `output` has it.
-
-    Args:
-        task: A task that has not run yet.
-        store: The model.
-        prompt: What stands before queries.
-        model_name: What mteb's files call the model.
-        output: Folder for mteb's result files.
-
-    Returns:
-        As `run_model`.
-    """
-    return run_model(task, EpicMtebEncoder(store, prompt, name=model_name), output=output)
-
-
-def run_model(
-    task: AbsTask, model: EpicMtebEncoder | Bm25Search, *, output: Path | None = None
-) -> tuple[float, dict[str, float]]:
-    """Run a task with a model of mteb's protocols, or read its result where `output` has it.
+def run_task(task: AbsTask, model: MtebModel, *, output: Path | None = None) -> tuple[float, dict[str, float]]:
+    """Run a task, or read its result where `output` has it.
 
     Args:
         task: A task that has not run yet.
@@ -433,8 +312,7 @@ def run_model(
         more).
     """
     cache = mteb.ResultCache(output) if output is not None else None
-    # mteb's protocols ask for a constructor from a model's name; a model that is handed over needs none.
-    ready: Any = model
+    ready: Any = model  # mteb's protocol includes a constructor, which a finished model does not need
     with _quiet():
         results = mteb.evaluate(
             ready,
@@ -455,8 +333,8 @@ def run_model(
     return float(result.get_score()), numbers
 
 
-def _is_current(cache: mteb.ResultCache | None, task: AbsTask, model: EpicMtebEncoder | Bm25Search) -> bool:
-    """Whether a stored result is of this data and this mteb; mteb itself compares neither when one is complete."""
+def _is_current(cache: mteb.ResultCache | None, task: AbsTask, model: Any) -> bool:
+    """Return whether a stored result is of this data and this version; mteb does not compare them."""
     stored = cache.load_task_result(task.metadata.name, model.mteb_model_meta) if cache is not None else None
     return (
         stored is not None
@@ -467,12 +345,12 @@ def _is_current(cache: mteb.ResultCache | None, task: AbsTask, model: EpicMtebEn
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars from datasets, which draws one for every table, no remarks on what mteb's protocol fixes."""
+    """Hide the progress bars of datasets and warnings about settings that mteb's protocol fixes."""
     drawing = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            # A label that a poor classifier never predicts, and the 100 steps that mteb allows it.
+            # A label that a poor classifier never predicts, and its limit of 100 steps.
             warnings.simplefilter("ignore", UndefinedMetricWarning)
             warnings.simplefilter("ignore", ConvergenceWarning)
             yield

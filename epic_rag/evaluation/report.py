@@ -1,4 +1,4 @@
-"""Results of an evaluation run: as one Markdown table for people, as JSON with everything for programs."""
+"""Results of an evaluation run, as a Markdown table and as JSON."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
-import os
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from epic_rag.evaluation.heldout import CONDITIONS, Comparison, HeldoutResult, HeldoutScore
+from epic_rag.files import write_atomically
 
 __all__ = [
     "EvaluationReport",
@@ -32,20 +32,20 @@ _PACKAGES = ("bm25s", "epic-rag", "mteb", "numpy", "scikit-learn", "torch", "tra
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """A model as it was evaluated.
+    """Model as it was evaluated.
 
     Args:
-        label: What tables call it.
-        source: Where it was loaded from.
+        label: Its name in tables.
+        source: The name or folder that it was loaded from.
         fingerprint: Hash of everything that decides its vectors.
         dimension: Length of a vector.
-        plain: Whether queries went bare.
+        plain: Whether queries were encoded bare.
         max_query_tokens: Limit of a query.
         max_document_tokens: Limit of a document.
-        device: Where it ran.
-        dtype: In which precision.
+        device: Its device.
+        dtype: Its precision.
         lexical: Whether it is BM25, which has no vectors; dimension and limits are 0 then.
-        strategy: How demonstrations were shown.
+        strategy: How demonstrations were used.
     """
 
     label: str
@@ -63,18 +63,18 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class SetScore:
-    """One model on one evaluation set at one k.
+    """Score of one model on one evaluation set at one k.
 
     Args:
         model: The model's label.
         set_name: The set.
-        kind: What is measured.
+        kind: The set's kind.
         revision: A hash of the data, or the hub's revision.
         metric: Name of the main score.
         k: Number of demonstrations.
         score: The main score, between 0 and 1 (or -1 and 1).
-        instruction: What the queries got; None for a plain model.
-        demonstrations: Where the demonstrations came from; None without any.
+        instruction: The queries' instruction; None for a plain model.
+        demonstrations: Origin of the demonstrations; None without any.
         prompt: Hash of instruction and demonstrations.
         scores: All of mteb's numbers.
         seconds: Wall time.
@@ -96,10 +96,10 @@ class SetScore:
 
 @dataclass
 class EvaluationReport:
-    """Everything that a run has found so far.
+    """Results of a run so far.
 
     Args:
-        settings: The request as JSON values.
+        settings: The request's settings as JSON values.
         command: The command line.
         started: ISO time.
         models: In the order of the table's columns.
@@ -117,14 +117,14 @@ class EvaluationReport:
     seconds: float = 0.0
 
     def columns(self) -> list[tuple[str, int]]:
-        """The (model, k) pairs that have scores on sets: models as given, k rising."""
+        """Return the (model, k) pairs that have scores on sets: models as given, k rising."""
         present = {(score.model, score.k) for score in self.sets}
         return [
             (model.label, k) for model in self.models for k in sorted(k for label, k in present if label == model.label)
         ]
 
     def mean(self, model: str, k: int, kind: str | None = None) -> float | None:
-        """Mean main score of a column over all sets of a kind, or over all sets.
+        """Return the mean main score of a column over all sets of a kind, or over all sets.
 
         Returns:
             None if the column lacks one of the sets: its mean could not be compared with the others'.
@@ -136,14 +136,14 @@ class EvaluationReport:
         return sum(found) / len(found) if found and len(found) == len(wanted) else None
 
     def shared_sets(self) -> list[str]:
-        """The sets that every column has a score on, over which all columns can be compared."""
+        """Return the sets that every column has a score on, over which all columns can be compared."""
         columns = self.columns()
         cells = {(score.set_name, score.model, score.k) for score in self.sets}
         names = dict.fromkeys(score.set_name for score in self.sets)
         return [name for name in names if all((name, *column) in cells for column in columns)]
 
     def shared_mean(self, model: str, k: int) -> float | None:
-        """Mean main score of a column over `shared_sets`; None if there are none."""
+        """Return the mean main score of a column over `shared_sets`; None if there are none."""
         shared = set(self.shared_sets())
         found = [
             score.score for score in self.sets if (score.model, score.k) == (model, k) and score.set_name in shared
@@ -151,7 +151,7 @@ class EvaluationReport:
         return sum(found) / len(found) if found else None
 
     def to_markdown(self) -> str:
-        """The tables, scores times 100."""
+        """Return the tables, scores times 100."""
         parts = []
         if self.sets:
             parts.append(self._set_table())
@@ -185,7 +185,7 @@ class EvaluationReport:
         return markdown_table(header, rows, text_columns=2)
 
     def _heldout_table(self) -> str:
-        # Columns that would say the same in every line are left out.
+        # A column with the same value in every line is left out.
         collections = {result.collection for _, result in self.heldout}
         sources = {result.instruction_source for _, result in self.heldout} - {"plain"}
         show = (len(collections) > 1 or collections != {"own"}, len(sources) > 1 or not sources <= {"own"})
@@ -228,7 +228,7 @@ class EvaluationReport:
         return markdown_table(header, rows, text_columns=3 + sum(show))
 
     def to_json(self) -> dict[str, object]:
-        """Everything, as JSON values; scores are fractions."""
+        """Return everything as JSON values; scores are fractions."""
         return {
             "format_version": FORMAT_VERSION,
             "command": list(self.command),
@@ -264,7 +264,7 @@ def _mean_row(title: str, means: Iterable[float | None]) -> list[str]:
 
 
 def _mean_rows(who: Sequence[str], results: Sequence[HeldoutResult]) -> list[list[str]]:
-    """Means over the files of one model in one collection with one kind of instruction, where there are several."""
+    """Return the mean lines of one model in one collection with one kind of instruction, for several files."""
     keys = dict.fromkeys((score.condition, score.k) for result in results for score in result.scores)
     rows = []
     for condition, k in keys:
@@ -285,7 +285,7 @@ def _mean_rows(who: Sequence[str], results: Sequence[HeldoutResult]) -> list[lis
 
 
 def _own_minus(result: HeldoutResult, score: HeldoutScore) -> Comparison | None:
-    """For a control: how much better the right demonstrations are than it."""
+    """Return the right demonstrations minus a control; None for other lines."""
     own = next((other for other in result.scores if (other.condition, other.k) == ("own", score.k)), None)
     if own is None:
         return None
@@ -293,7 +293,7 @@ def _own_minus(result: HeldoutResult, score: HeldoutScore) -> Comparison | None:
 
 
 def pool_comparisons(comparisons: Sequence[Comparison | None]) -> Comparison | None:
-    """Mean of differences on different files, which are independent of each other."""
+    """Return the mean of differences on different files, which are independent samples."""
     known = [comparison for comparison in comparisons if comparison is not None]
     if not known or len(known) < len(comparisons):
         return None
@@ -302,19 +302,19 @@ def pool_comparisons(comparisons: Sequence[Comparison | None]) -> Comparison | N
 
 
 def percent(value: float | None) -> str:
-    """A fraction times 100, with two decimals; a dash for what was not scored."""
+    """Format a fraction times 100, with two decimals; a dash for None."""
     return "–" if value is None else f"{100 * value:.2f}"  # noqa: RUF001 - the sign for "nothing here"
 
 
 def difference(comparison: Comparison | None) -> str:
-    """A difference and its standard error, times 100; empty for one that was not taken."""
+    """Format a difference and its standard error, times 100; empty for None."""
     if comparison is None:
         return ""
     return f"{100 * comparison.difference:+.2f} ± {100 * comparison.standard_error:.2f}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> str:
-    """A Markdown table whose columns also line up as plain text; numbers to the right."""
+    """Format a Markdown table whose columns also line up as plain text; numbers to the right."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
     lines = []
@@ -330,7 +330,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, the system and what scores depend on; None for a package that is not there."""
+    """Return the versions of Python, the system and the packages that decide scores; None for a missing package."""
     found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -341,8 +341,6 @@ def versions() -> dict[str, str | None]:
 
 
 def write_json(report: EvaluationReport, path: Path) -> None:
-    """Write a report, so that a reader never sees half of it."""
+    """Write a report atomically; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_atomically(path, json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n")

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import ConfigError, DataError, MissingExtraError
-from epic_rag.evaluation.datasets import read_jsonl, read_mapping
+from epic_rag.evaluation.datasets import read_mapping, read_rows
 from epic_rag.training.data import Pair, load_pairs
 
 __all__ = [
@@ -490,7 +490,7 @@ def mine_file(
     options = options or MiningOptions()
     # Everything that can be wrong with files is found before hours of work.
     pairs, _ = load_pairs(source)
-    rows = [row.values for row in read_jsonl(source)]
+    rows = [row.values for row in read_rows(source)]
     documents = None if corpus is None else _read_corpus(Path(corpus).expanduser())
     _check_target(target)
     if options.instruction is None:
@@ -518,7 +518,7 @@ def mine_file(
 
 def _read_corpus(path: Path) -> Sequence[tuple[str, str]]:
     """(title, text) of every document; documents without text are left out."""
-    documents = [(row.text("title", ""), row.text("text")) for row in read_jsonl(path)]
+    documents = [(row.text("title", ""), row.text("text")) for row in read_rows(path)]
     documents = [(title, text) for title, text in documents if text.strip()]
     if not documents:
         raise DataError(f'{path} has no documents; each line is {{"text": "..."}}, with a "title" if there is one')

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
+import hybrid
 import pytest
 
 from epic_rag.errors import EpicError
 
-ROOT = Path(__file__).resolve().parents[2]
 PASSAGES = [f"passage about topic{number} and nothing else" for number in range(30)]
-
-
-@pytest.fixture
-def hybrid(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("hybrid")
 
 
 @pytest.fixture
@@ -45,7 +37,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def test_it_scores_three_modes_and_writes_the_tables(
-    hybrid: Any, data: Path, tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = tmp_path / "page.md"
     document.write_text("before\n<!-- begin hybrid -->\nold\n<!-- end hybrid -->\nafter\n")
@@ -74,7 +66,6 @@ def test_it_scores_three_modes_and_writes_the_tables(
     ],
 )
 def test_what_it_cannot_do_it_says(
-    hybrid: Any,
     data: Path,
     tmp_path: Path,
     tiny_checkpoint: Path,

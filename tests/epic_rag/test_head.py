@@ -16,7 +16,6 @@ from torch import nn
 from epic_rag import CheckpointError, ConfigError, DemonstrationBank, EpicEncoder
 from epic_rag.backbone import Backbone, Projector
 from epic_rag.cpu_kernels import use_onednn
-from epic_rag.evaluation.measuring import analytic_flops
 from epic_rag.prompt import collate
 from epic_rag.training.inputs import Forward, SlotTable
 from tests.conftest import make_encoder
@@ -201,11 +200,6 @@ def test_dense_modules_that_do_not_follow_each_other(tmp_path: Path) -> None:
     file.write_text(json.dumps([*modules[:3], modules[2], modules[3]]))
     with pytest.raises(CheckpointError, match="takes width 32, but the one before it returns width 12"):
         EpicEncoder.from_pretrained(tmp_path)
-
-
-def test_floating_point_operations_count_it() -> None:
-    plain, wide = make_encoder(), with_head(12)
-    assert analytic_flops(wide, 10) - analytic_flops(plain, 10) == 2 * 32 * 12
 
 
 def test_width_and_dimension(tiny_encoder: EpicEncoder) -> None:

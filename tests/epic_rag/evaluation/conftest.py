@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
+
+from epic_rag.query_prompt import QueryPrompt
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class Call:
     texts: tuple[str, ...]
     instruction: str | None = None
     demonstrations: tuple[tuple[str, str], ...] = ()
-    strategy: str = "epic"
+    strategy: str | None = None
 
 
 @dataclass
 class WrittenEncoder:
-    """Gives each text the vector that the test wrote for it, scaled to length 1, and remembers what it was asked."""
+    """Encoder with given vectors, scaled to length 1, and a list of its calls."""
 
     vectors: Mapping[str, Sequence[float]]
     fingerprint: str = "written"
@@ -41,17 +42,17 @@ class WrittenEncoder:
     def encode_query(
         self,
         texts: Sequence[str],
+        prompt: QueryPrompt | None = None,
         *,
-        bank: Any = None,
-        instruction: str | None = None,
-        num_demonstrations: int | None = None,
-        strategy: str = "epic",
         batch_size: int | None = None,
         show_progress: bool = False,
     ) -> Any:
-        shown = tuple((item.query, item.passage) for item in bank.demonstrations[:num_demonstrations]) if bank else ()
-        given = bank.instruction if bank else instruction
-        self.calls.append(Call("query", tuple(texts), given, shown, strategy))
+        assert prompt is not None
+        bank = prompt.resolve_bank()
+        items = bank.demonstrations[: prompt.num_demonstrations] if bank is not None else ()
+        shown = tuple((item.query, item.passage) for item in items)
+        given = prompt.resolve_instruction(bank, "the default")
+        self.calls.append(Call("query", tuple(texts), given, shown, prompt.strategy))
         if shown and callable(self.with_demonstrations):
             return _unit([self.with_demonstrations(text, shown) for text in texts])
         source = self.with_demonstrations if shown and self.with_demonstrations is not None else self.vectors
@@ -140,55 +141,3 @@ def sets(tmp_path: Path) -> Path:
     (root / "empty").mkdir()
     (root / "README.md").write_text("not a set\n", encoding="utf-8")
     return root
-
-
-GRID_WORDS = [
-    f"{first}{second}" for first in ("cat", "dog", "pen", "cup", "hat", "sun") for second in ("ly", "er", "ing", "s")
-]
-GRID_TASKS = {"up": "+ {}", "down": "- {}", "far": "go to {}", "near": "stay by {}"}
-
-
-@pytest.fixture(name="values")
-def _grid_values(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A grid of two arms over two tasks, with two files held out."""
-    monkeypatch.chdir(tmp_path)
-    for name, text in GRID_TASKS.items():
-        rows = [{"query": word, "positive": text.format(word)} for word in GRID_WORDS]
-        write_jsonl(tmp_path / f"data/{name}.jsonl", rows)
-    (tmp_path / "data/instructions.json").write_text(
-        json.dumps({name: f"Go {name}" for name in GRID_TASKS}), encoding="utf-8"
-    )
-    return {
-        "recipe": {
-            "model": str(tiny_checkpoint),
-            "data": "data",
-            "tasks": ["up", "down"],
-            "batch_size": 8,
-            "temperature": 0.1,
-            "learning_rate": 1.0e-3,
-            "max_query_tokens": 16,
-            "max_document_tokens": 16,
-            "save_every": 2,
-        },
-        "base": {"max_demonstrations": 2, "evaluation_tasks": ["up", "down"], "evaluation_rows": 5},
-        "budget": {"steps": 3},
-        "reference": "epic",
-        "evaluation": {
-            "heldout": ["far", "near"],
-            "num_demonstrations": [0, 1, 2],
-            "queries": 6,
-            "documents": 12,
-        },
-        "arms": {"epic": {"axis": "strategy"}, "none": {"axis": "strategy", "strategy": "none"}},
-    }
-
-
-@pytest.fixture
-def write_grid(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
-    """Write a grid."""
-
-    def write(values: dict[str, Any]) -> str:
-        (tmp_path / "grid.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        return "grid.yaml"
-
-    return write

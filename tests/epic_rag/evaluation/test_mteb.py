@@ -14,17 +14,17 @@ from mteb.types import PromptType
 from epic_rag.demonstrations import Demonstration
 from epic_rag.errors import TaskError
 from epic_rag.evaluation.datasets import load_local_set
-from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt
+from epic_rag.evaluation.embedding_store import EmbeddingStore, make_prompt
 from epic_rag.evaluation.mteb import (
     MAIN_SCORES,
-    Bm25Search,
     EpicMtebEncoder,
+    bm25_model,
     hub_instruction,
     hub_task,
     make_task,
-    run_model,
     run_task,
 )
+from epic_rag.query_prompt import QueryPrompt
 
 LIBRARY = {
     "Alpha first": (1.0, 0.0),
@@ -39,7 +39,7 @@ SHOWN = (Demonstration("shown query", "shown passage"),)
 
 def _run(sets: Path, name: str, encoder: Any, prompt: QueryPrompt | None = None, **options: Any) -> Any:
     task = make_task(load_local_set(sets / name))
-    return run_task(task, EmbeddingStore(encoder), prompt or QueryPrompt("find it"), model_name="tiny", **options)
+    return run_task(task, EpicMtebEncoder(EmbeddingStore(encoder), prompt or make_prompt("find it")), **options)
 
 
 def test_retrieval(sets: Path, written: Any) -> None:
@@ -60,8 +60,8 @@ def test_documents_are_encoded_once_for_all_k(sets: Path, written: Any) -> None:
     store = EmbeddingStore(encoder)
     local = load_local_set(sets / "library")
     scores = [
-        run_task(make_task(local), store, prompt, model_name="tiny")[0]
-        for prompt in (QueryPrompt("find it"), QueryPrompt("find it", SHOWN))
+        run_task(make_task(local), EpicMtebEncoder(store, prompt))[0]
+        for prompt in (make_prompt("find it"), make_prompt("find it", SHOWN, strategy="epic"))
     ]
     assert [call.role for call in encoder.calls].count("document") == 1
     assert [call.demonstrations for call in encoder.calls if call.role == "query"] == [
@@ -84,7 +84,7 @@ def test_sts(sets: Path, written: Any) -> None:
     angles = {"b1": 80, "b2": 40, "b3": 60, "b4": 10}  # gold order 1 2 3 4, found 1 3 2 4
     vectors = {name: (math.cos(math.radians(angle)), math.sin(math.radians(angle))) for name, angle in angles.items()}
     encoder = written({**dict.fromkeys(["a1", "a2", 'a"3', "a4"], (1.0, 0.0)), **vectors})
-    score, _ = _run(sets, "likeness", encoder, QueryPrompt("same meaning", SHOWN))
+    score, _ = _run(sets, "likeness", encoder, make_prompt("same meaning", SHOWN, strategy="epic"))
     assert score == pytest.approx(1 - 6 * 2 / (4 * 15))
     assert {call.role for call in encoder.calls} == {"query"}, "both sides of a symmetric task are queries"
     assert all(call.demonstrations for call in encoder.calls)
@@ -128,7 +128,7 @@ def test_every_run_draws_the_same_samples(sets: Path, written: Any) -> None:
 def test_results_of_different_prompts_do_not_collide(sets: Path, written: Any, tmp_path: Path) -> None:
     output = tmp_path / "mteb"
     better = {"ask one": (0.866, 0.5), "ask two": (1.0, 0.1)}
-    prompts = [QueryPrompt("find it"), QueryPrompt("find it", SHOWN), QueryPrompt("look for it")]
+    prompts = [make_prompt("find it"), make_prompt("find it", SHOWN, strategy="epic"), make_prompt("look for it")]
     scores = [
         _run(sets, "library", written(LIBRARY, with_demonstrations=better), prompt, output=output)[0]
         for prompt in prompts
@@ -152,7 +152,7 @@ def test_the_prompt_can_follow_the_task(sets: Path, written: Any) -> None:
     task = make_task(load_local_set(sets / "likeness"))
 
     def prompt(metadata: TaskMetadata) -> QueryPrompt:
-        return QueryPrompt(f"instruction of {metadata.name}")
+        return QueryPrompt(instruction=f"instruction of {metadata.name}")
 
     model = EpicMtebEncoder(EmbeddingStore(encoder), prompt, name="./runs/my model!")
     assert model.mteb_model_meta.name == "epic-rag/runs_my_model"
@@ -175,46 +175,24 @@ def test_mtebs_own_tasks_by_name() -> None:
         hub_task("SciFakt")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_bm25_is_mtebs_own_baseline(tmp_path: Path, jsonl: Any) -> None:
-    from mteb.models.model_implementations.bm25 import BM25Search
-    from mteb.models.model_meta import ModelMeta
-
-    words = ["red", "green", "apple", "pear", "plum", "wine", "cellar", "garden", "tree", "stone", "river", "boat"]
-    rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(words, size=int(length))) for length in rng.integers(2, 9, 40)]
-    corpus = [{"_id": f"d{number}", "title": text.split()[0], "text": text} for number, text in enumerate(texts)]
-    jsonl(tmp_path / "garden" / "corpus.jsonl", corpus)
-    jsonl(
-        tmp_path / "garden" / "queries.jsonl",
-        [{"_id": "q1", "text": "red trees"}, {"_id": "q2", "text": "pears, wine"}],
-    )
+def test_bm25_ranks_by_words(tmp_path: Path, jsonl: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    corpus = [("d1", "red", "apples"), ("d2", "", "a green pear"), ("d3", "", "the red wine of the cellar")]
+    jsonl(tmp_path / "garden" / "corpus.jsonl", [{"_id": i, "title": title, "text": text} for i, title, text in corpus])
+    jsonl(tmp_path / "garden" / "queries.jsonl", [{"_id": "q1", "text": "red apple"}, {"_id": "q2", "text": "wine"}])
     (tmp_path / "garden" / "qrels").mkdir()
-    judged = "".join(f"q{1 + number % 2}\td{number}\t1\n" for number in range(12))
-    (tmp_path / "garden" / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
-    local = load_local_set(tmp_path / "garden")
-    score, _ = run_model(make_task(local), Bm25Search(name="BM25", revision="1"))
-    theirs: Any = BM25Search()
-    theirs.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": "x/y", "revision": "1", "modalities": ["text"]})
-    expected, _ = run_model(make_task(local), theirs)
-    assert score == pytest.approx(expected, abs=1e-5)
-    assert score > 0
+    judged = "query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td1\t1\n"
+    (tmp_path / "garden" / "qrels" / "test.tsv").write_text(judged)
+    score, numbers = run_task(make_task(load_local_set(tmp_path / "garden")), bm25_model())
+    assert numbers["ndcg_at_1"] == pytest.approx(1 / 2)
+    assert score < 1
+    assert capfd.readouterr().err == "", "no progress bars"
 
 
-def test_bm25_ranks_all_candidates(tmp_path: Path, jsonl: Any) -> None:
+def test_bm25_ranks_candidates(tmp_path: Path, jsonl: Any) -> None:
     rows = [
         {"query": "red apple", "positive": ["the red apples"], "negative": ["a green pear", "red wine"]},
         {"query": "blue plum", "positive": ["nothing shared"], "negative": ["a blue plum"]},
     ]
     jsonl(tmp_path / "fruit" / "reranking.jsonl", rows)
-    task = make_task(load_local_set(tmp_path / "fruit"))
-    score, _ = run_model(task, Bm25Search(name="BM25", revision="1"))
+    score, _ = run_task(make_task(load_local_set(tmp_path / "fruit")), bm25_model())
     assert score == pytest.approx((1 + 1 / 2) / 2)
-
-
-def test_bm25_needs_an_index_first() -> None:
-    nothing: Any = None
-    with pytest.raises(RuntimeError, match="call index with the corpus first"):
-        Bm25Search(name="BM25", revision="1").search(
-            nothing, task_metadata=nothing, hf_split="", hf_subset="", top_k=1, encode_kwargs=nothing, num_proc=None
-        )

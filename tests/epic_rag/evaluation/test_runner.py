@@ -1,4 +1,4 @@
-"""Whole runs with tiny models on tiny sets."""
+"""Requests, plans of prompts, and whole runs with tiny models on tiny sets."""
 
 from __future__ import annotations
 
@@ -12,12 +12,203 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from epic_rag.demonstrations import DemonstrationBank
+from epic_rag.demonstrations import Demonstration, DemonstrationBank
 from epic_rag.encoder import EpicEncoder
-from epic_rag.errors import ConfigError, DataError, MissingExtraError, PromptError, TaskError
-from epic_rag.evaluation.__main__ import main
-from epic_rag.evaluation.runner import EvaluationRequest, ModelSpec, run_evaluation
+from epic_rag.errors import BankError, ConfigError, DataError, MissingExtraError, PromptError, TaskError
+from epic_rag.evaluation.datasets import (
+    CATALOGUE,
+    ClassificationData,
+    SetEntry,
+    entry_for,
+    load_local_set,
+    normalize_text,
+)
+from epic_rag.evaluation.runner import (
+    COLLECTIONS,
+    EvaluationRequest,
+    ModelSpec,
+    PromptPlan,
+    parse_banks,
+    parse_choices,
+    parse_ks,
+    parse_models,
+    plan_prompts,
+    run_evaluation,
+    split_names,
+    training_demonstrations,
+)
+from epic_rag.query_prompt import QueryPrompt
+from epic_rag.tasks import list_tasks
+
+
+@pytest.mark.parametrize(
+    ("specs", "expected"),
+    [
+        ([], [("epic-minilm", "epic-minilm", "auto")]),
+        (["epic-minilm", "runs/a/final"], [("epic-minilm", "epic-minilm", "auto"), ("runs/a/final", "final", "auto")]),
+        (
+            ["runs/a/final", "runs/b/final"],
+            [("runs/a/final", "runs/a/final", "auto"), ("runs/b/final", "runs/b/final", "auto")],
+        ),
+        (
+            ["a=runs/x/final:prompted", "b=runs/x/final:plain"],
+            [("runs/x/final", "a", "prompted"), ("runs/x/final", "b", "plain")],
+        ),
+        (["runs/lr=1e-4/final"], [("runs/lr=1e-4/final", "final", "auto")]),
+        (
+            ["sentence-transformers/all-MiniLM-L6-v2:plain"],
+            [("sentence-transformers/all-MiniLM-L6-v2", "all-MiniLM-L6-v2", "plain")],
+        ),
+        (["bm25", "words=bm25"], [("bm25", "bm25", "bm25"), ("bm25", "words", "bm25")]),
+        (["./bm25", "a/bm25:prompted"], [("./bm25", "./bm25", "auto"), ("a/bm25", "a/bm25", "prompted")]),
+    ],
+)
+def test_models(specs: list[str], expected: list[tuple[str, str, Any]]) -> None:
+    assert parse_models(specs) == tuple(ModelSpec(*item) for item in expected)
+
+
+@pytest.mark.parametrize("specs", [["a=x", "a=y"], ["x", "x"], ["a="], [":plain"]])
+def test_models_with_equal_or_missing_names(specs: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"Two models are called|names no model"):
+        parse_models(specs)
+
+
+def test_options_with_several_values() -> None:
+    assert parse_ks("8, 0,1,8") == (0, 1, 8)
+    assert parse_banks(["Cranfield=papers", "x=a=b"]) == {"Cranfield": "papers", "x": "a=b"}
+    assert split_names(" a, b,,") == ("a", "b")
+    assert parse_choices(["pooled, own", "pooled"], COLLECTIONS, "--x") == ("pooled", "own")
+    for text in ("", "a", "-1", "1.5"):
+        with pytest.raises(ConfigError, match="not a list of numbers"):
+            parse_ks(text)
+    for text in ("Cranfield", "=papers", "Cranfield="):
+        with pytest.raises(ConfigError, match="is not SET=SOURCE"):
+            parse_banks([text])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"models": ()}, "No model to evaluate"),
+        ({"num_demonstrations": ()}, "numbers of demonstrations"),
+        ({"num_demonstrations": (-1,)}, "numbers of demonstrations"),
+        ({"strategy": "magic"}, "Unknown strategy 'magic'. Choose one of task-vector"),
+        ({"draws": 0}, "draws is 0"),
+        ({"data": None}, "Nothing to evaluate on"),
+        ({"kinds": ("retrieval", "poems")}, '--kinds names "poems". Use one or more of retrieval, reranking'),
+        ({"heldout_collections": ()}, "--heldout-collection names nothing. Use one or more of own, pooled"),
+        ({"heldout_instructions": ("mine",)}, '--heldout-instruction names "mine". Use one or more of own, default'),
+    ],
+)
+def test_requests_that_cannot_work(changes: dict[str, Any], said: str) -> None:
+    good: dict[str, Any] = {"models": (ModelSpec("m", "m"),), "data": Path("data")}
+    assert EvaluationRequest(**good).record()["data"] == "data"
+    with pytest.raises((ConfigError, PromptError), match=said):
+        EvaluationRequest(**{**good, **changes})
+
+
+LABELLED = st.lists(
+    st.tuples(st.sampled_from(["one", "One ", "two", "three", "four", "five", "six", " "]), st.integers(0, 2)),
+    max_size=20,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(train=LABELLED, test=LABELLED, labels=st.booleans(), count=st.integers(0, 6), seed=st.integers(0, 3))
+def test_training_demonstrations_are_no_test_texts(
+    train: list[tuple[str, int]], test: list[tuple[str, int]], labels: bool, count: int, seed: int
+) -> None:
+    data = ClassificationData(tuple(train), tuple(test), ("a", "b", "c"))
+    drawn = training_demonstrations(data, labels=labels, count=count, seed=seed)
+    assert len(drawn) <= count
+    forbidden = {normalize_text(text) for text, _ in test}
+    rows = {text: {label for other, label in train if other == text} for text, _ in train}
+    for shown in drawn:
+        assert normalize_text(shown.query) not in forbidden
+        if labels:
+            assert "abc".index(shown.passage) in rows[shown.query]
+        else:
+            assert normalize_text(shown.passage) not in forbidden
+            assert rows[shown.query] & rows[shown.passage]
+    assert drawn == training_demonstrations(data, labels=labels, count=count, seed=seed)
+
+
+def test_training_demonstrations_go_round_the_labels() -> None:
+    rows = tuple((f"text {number} of {label}", label) for number in range(6) for label in range(3))
+    data = ClassificationData(rows, (("other", 0),), ("a", "b", "c"))
+    drawn = training_demonstrations(data, labels=True, count=6)
+    assert sorted(item.passage for item in drawn[:3]) == ["a", "b", "c"]
+    assert len({item.query for item in drawn}) == 6
+    assert drawn[:3] == training_demonstrations(data, labels=True, count=3)
+
+
+def test_a_plan_gives_the_first_k() -> None:
+    shown = tuple(Demonstration(f"q{number}", f"p{number}") for number in range(3))
+    plan = PromptPlan("find it", "bank", shown, symmetric=True)
+    assert plan.prompt(0) == QueryPrompt(instruction="find it")
+    prompt = plan.prompt(2, strategy="text")
+    bank = prompt.resolve_bank()
+    assert bank is not None
+    assert (bank.instruction, bank.demonstrations, bank.symmetric) == ("find it", shown[:2], True)
+    assert (prompt.num_demonstrations, prompt.strategy) == (2, "text")
+    assert plan.prompt(0, plain=True) == QueryPrompt(instruction="")
+    with pytest.raises(PromptError, match=r"bank has 3 demonstrations, and k is 4. Lower --num-demonstrations"):
+        plan.prompt(4)
+    with pytest.raises(PromptError, match="A plain model takes no demonstrations"):
+        plan.prompt(1, plain=True)
+
+
+def test_a_source_is_a_bank_a_file_or_the_training_split(sets: Path, tmp_path: Path) -> None:
+    requests = load_local_set(sets / "requests")
+    entry = entry_for("requests", "classification")
+    plan = plan_prompts(requests, entry, max_k=4)
+    assert plan.source == "requests/train"
+    assert plan.symmetric
+    assert len(plan.demonstrations) == 4
+    labels = plan_prompts(requests, entry, max_k=2, banks={"requests": "train-labels"})
+    assert {item.passage for item in labels.demonstrations} == {"pay", "lost"}
+    assert not labels.symmetric
+
+    built_in = plan_prompts(requests, SetEntry("classify", "intent"), max_k=2, instructions={"requests": "mine"})
+    bank = DemonstrationBank.load("intent")
+    assert built_in.instruction == "mine"
+    assert built_in.demonstrations == bank.demonstrations
+    assert built_in.symmetric == bank.symmetric
+
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"query": "q", "positive": "p"}\n', encoding="utf-8")
+    from_file = plan_prompts(requests, entry, max_k=1, banks={"requests": str(file)})
+    assert from_file.demonstrations == (Demonstration("q", "p"),)
+    DemonstrationBank([("q", "p")], symmetric=True).save(tmp_path / "bank")
+    assert plan_prompts(requests, entry, max_k=1, banks={"requests": str(tmp_path / "bank")}).symmetric
+    with pytest.raises(BankError, match="no demonstration bank nothing"):
+        plan_prompts(requests, entry, max_k=1, banks={"requests": "nothing"})
+    assert plan_prompts(requests, entry, max_k=0, banks={"requests": "nothing"}).source is None
+    with pytest.raises(DataError, match=r"library has no training split for --bank SET=train"):
+        plan_prompts(load_local_set(sets / "library"), entry, max_k=1)
+
+
+@pytest.mark.parametrize("row", ['{"query": "Ask  ONE", "passage": "p"}', '{"query": "q", "passage": "ask one"}'])
+def test_a_demonstration_may_not_be_a_test_text(sets: Path, tmp_path: Path, row: str) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(row + "\n", encoding="utf-8")
+    with pytest.raises(
+        DataError, match=r'(?i)"ask +one" is a demonstration of .*pairs\.jsonl and a test text of library'
+    ):
+        plan_prompts(load_local_set(sets / "library"), SetEntry("find", str(file)), max_k=1)
+
+
+def test_the_catalogue_names_banks_that_are_there() -> None:
+    known = {task.bank for task in list_tasks()}
+    for name, entry in CATALOGUE.items():
+        assert entry.instruction, name
+        assert entry.demonstrations in known | {"train", "train-labels"}, name
+    for kind in ("retrieval", "reranking", "sts", "classification", "clustering"):
+        assert entry_for("unheard of", kind).instruction
+    assert entry_for("Cranfield", "retrieval").demonstrations == "papers"
 
 
 @pytest.fixture
@@ -127,23 +318,23 @@ def test_a_model_without_a_training_record_is_plain(
     assert scores["bare", 0] == scores["untrained", 0]
 
 
-def test_everything_is_checked_before_a_model_is_loaded(sets: Path, bank: Path, pairs: Path) -> None:
+def test_checks_before_a_model_is_loaded(sets: Path, bank: Path, pairs: Path) -> None:
     nowhere = Path("no-such-model")
-    with pytest.raises(PromptError, match=r"3 demonstrations were asked, .*bank has 2"):
+    with pytest.raises(PromptError, match=r"bank has 2 demonstrations, and k is 3"):
         run_evaluation(_request(nowhere, sets, bank, num_demonstrations=(0, 3)))
     with pytest.raises(TaskError, match='"bookshop" is neither a local evaluation set'):
         run_evaluation(_request(nowhere, sets, bank, tasks=("bookshop",)))
-    with pytest.raises(DataError, match=r"is an evaluation set, .* write --data .*sets --tasks library"):
+    with pytest.raises(DataError, match=r"is an evaluation set, .* Use --data .*sets --tasks library"):
         run_evaluation(_request(nowhere, sets / "library", bank))
-    with pytest.raises(DataError, match="holds no evaluation set"):
+    with pytest.raises(DataError, match="No evaluation set in"):
         run_evaluation(_request(nowhere, sets / "empty", bank))
-    with pytest.raises(DataError, match="none of topics is of the kinds retrieval, sts"):
+    with pytest.raises(DataError, match="None of topics is of the kinds retrieval, sts"):
         run_evaluation(_request(nowhere, sets, bank, tasks=("topics",), kinds=("retrieval", "sts")))
     symmetric = pairs.rename(pairs.with_name("snips_same_intent.jsonl.gz"))
     request = _request(nowhere, sets, bank, data=None, heldout=(symmetric,), heldout_collections=("pooled",))
-    with pytest.raises(ConfigError, match=r"of snips_same_intent are encoded like queries, those of a pooled coll"):
+    with pytest.raises(ConfigError, match=r"of snips_same_intent are encoded like queries and cannot be in a pooled"):
         run_evaluation(replace(request, instructions={"snips_same_intent": "x"}))
-    with pytest.raises(DataError, match="there is no file"):
+    with pytest.raises(DataError, match=r"other.jsonl cannot be read"):
         run_evaluation(
             _request(nowhere, sets, bank, heldout=(pairs.with_name("other.jsonl"),), instructions={"other": "x"})
         )
@@ -271,41 +462,3 @@ def test_missing_mteb_names_the_extra(
         MissingExtraError, match=r"needs mteb, which is not installed; run `pip install 'epic-rag\[eval\]'`"
     ):
         run_evaluation(_request(tiny_checkpoint, sets, bank))
-
-
-def test_the_module_command(
-    tiny_checkpoint: Path, sets: Path, bank: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "results.json"
-    instructions = tmp_path / "mine.json"
-    instructions.write_text('{"library": "Find the book"}', encoding="utf-8")
-    arguments = [
-        "--model",
-        f"tiny={tiny_checkpoint}:prompted",
-        "--data",
-        sets,
-        "--tasks",
-        "library",
-        "--bank",
-        f"library={bank}",
-    ]
-    arguments += ["--num-demonstrations", "0,1", "--instructions", instructions, "--output", output]
-    arguments += ["--heldout", pairs, "--heldout-queries", "4", "--heldout-documents", "8", "--draws", "1"]
-    arguments += ["--heldout-instruction", "own", "--heldout-collection", "own,pooled", "--kinds", "retrieval"]
-    status = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    assert status == 0
-    assert "tiny, k = 1" in captured.out
-    assert "terms" in captured.out
-    assert "tiny, library, k = 1:" in captured.err
-    data = json.loads(output.read_text(encoding="utf-8"))
-    assert data["sets"][0]["instruction"] == "Find the book"
-    assert data["command"][:2] == ["--model", f"tiny={tiny_checkpoint}:prompted"]
-    assert len(data["heldout"][0]["scores"]) == 2
-    assert [result["collection"] for result in data["heldout"]] == ["own", "pooled"]
-
-    assert main(["--model", "x", "--data", str(tmp_path / "nowhere")]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: there is no folder")
-    assert captured.err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Instruments: floating-point operations, seconds and bytes of a call, and the machine it runs on."""
+"""Instruments: floating-point operations, seconds and bytes of a call, the machine, and plots without a display."""
 
 from __future__ import annotations
 
@@ -8,29 +8,22 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from epic_rag.cpu_kernels import disable_fast_kernels
+from epic_rag.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from epic_rag.encoder import EpicEncoder
 
-__all__ = ["Spread", "analytic_flops", "count_flops", "machine", "memory_method", "peak_bytes", "spread_of", "timed"]
-
 
 @dataclass(frozen=True)
 class Spread:
-    """Repeated measurements.
-
-    Attributes:
-        median: Of all of them.
-        low: Lower quartile.
-        high: Upper quartile.
-        runs: How many.
-    """
+    """Repeated measurements: median, quartiles and number of runs."""
 
     median: float
     low: float
@@ -38,25 +31,30 @@ class Spread:
     runs: int
 
     def text(self, number: str, scale: float = 1.0) -> str:
-        """Median and quartiles, "1.5 (1.2-1.9)", each formatted as `number` says."""
+        """Return median and quartiles, "1.5 (1.2-1.9)", each in the number format given."""
         low, median, high = (format(scale * value, number) for value in (self.low, self.median, self.high))
         return f"{median} ({low}\N{EN DASH}{high})"
 
 
-def count_flops(call: Callable[[], object]) -> int:
-    """Floating-point operations of a call, by `torch.utils.flop_counter`; a multiply-add is two.
+def spread_of(values: Sequence[float]) -> Spread:
+    """Return median and quartiles of at least two values."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, low, high, len(values))
 
-    Matrix products and attention are counted, element-wise operations are not. Attention counts in full, as if nothing
-    were masked.
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Count the floating-point operations of a call with `torch.utils.flop_counter`; a multiply-add is two.
+
+    Matrix products and attention are counted, element-wise operations are not. Attention counts in full, masked
+    positions too. The fast CPU kernels are off during the call, because the counter does not know them.
     """
-    # The counter does not know oneDNN's products.
     with disable_fast_kernels(), FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         call()
     return int(counter.get_total_flops())
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
-    flops: Any = sdpa_flop_count  # which has no types
+    flops: Any = sdpa_flop_count  # untyped in torch
     return int(flops(query, key, value))
 
 
@@ -67,7 +65,7 @@ def _attention_backward_flops(
     return int(flops(gradient, query, key, value))
 
 
-# torch's counter knows the attention kernels of GPUs alone; without these a CPU's attention would count nothing.
+# torch's counter only knows the attention kernels of GPUs.
 _CPU_ATTENTION: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
@@ -75,7 +73,7 @@ _CPU_ATTENTION: dict[Any, Any] = {
 
 
 def analytic_flops(encoder: EpicEncoder, positions: int, *, slots: int = 0) -> int:
-    """FLOPs of encoding one row by formula, as a check on what is counted.
+    """Return the FLOPs of encoding one row by formula, to check `count_flops`.
 
     2 m n for each position and each m x n matrix of the transformer, 4 L n^2 d for the attention of n positions in L
     layers of width d, the projector's matrices for each slot, and a head's for the row (cf. Kaplan et al. 2020, section
@@ -96,42 +94,36 @@ def analytic_flops(encoder: EpicEncoder, positions: int, *, slots: int = 0) -> i
 
 
 def _matrices(module: torch.nn.Module) -> int:
-    # A pooler sees one position, and nothing reads what it makes of it.
+    # A pooler reads one position, and its output is not used.
     parts = (part for name, part in module.named_modules() if not name.startswith("pooler."))
     return sum(2 * part.in_features * part.out_features for part in parts if isinstance(part, torch.nn.Linear))
 
 
-def spread_of(values: Sequence[float]) -> Spread:
-    """Median and quartiles of at least two values."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, low, high, len(values))
-
-
 def timed(device: torch.device, call: Callable[[], object]) -> float:
-    """Wall time of a call in seconds; a GPU finishes its work before and within it."""
-    _wait(device)
+    """Return the wall time of a call in seconds; a GPU is synchronized before and after it."""
+    _synchronize(device)
     started = time.perf_counter()
     call()
-    _wait(device)
+    _synchronize(device)
     return time.perf_counter() - started
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_bytes(device: torch.device, call: Callable[[], object]) -> int:
-    """Most bytes allocated at once during a call, beyond what was there before."""
+    """Return the most bytes allocated at once during a call, beyond those allocated before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return int(torch.cuda.max_memory_allocated(device) - before)
-    profiler: Any = torch.profiler  # which has no types
+    profiler: Any = torch.profiler  # untyped in torch
     with profiler.profile(activities=[profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
-    # The allocator's own record: every allocation as its bytes, every release as minus them.
+    # The allocator's record: every allocation as its bytes, every release as minus them.
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -141,14 +133,14 @@ def peak_bytes(device: torch.device, call: Callable[[], object]) -> int:
 
 
 def memory_method(device: torch.device) -> str:
-    """What `peak_bytes` does, in words."""
+    """Describe the method of `peak_bytes`."""
     if device.type == "cuda":
         return "rise of torch.cuda.max_memory_allocated"
     return "allocations minus releases recorded by torch.profiler, at their highest"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What it was measured on."""
+    """Describe the machine: device, processor, cores, threads, system."""
     cuda = device.type == "cuda"
     return {
         "device": str(device),
@@ -160,12 +152,22 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name where the system tells it, otherwise its architecture."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    """Return the processor's name if the system knows it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def require_matplotlib() -> None:
+    """Check that plots can be drawn, before anything is measured.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "eval", "drawing plots") from error

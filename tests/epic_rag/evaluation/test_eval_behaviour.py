@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,14 +41,14 @@ def test_table_json_and_file(
     assert [score["k"] for score in printed["heldout"][0]["scores"]] == [0]
 
 
-def test_collections_instructions_and_bm25_in_a_process_of_its_own(tiny_checkpoint: Path) -> None:
+def test_collections_instructions_and_bm25(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("other.jsonl").write_text(Path("pairs.jsonl").read_text().replace("term", "name").replace("what", "whose"))
-    command = [sys.executable, "-m", "epic_rag_cli", "eval", "--heldout", "pairs.jsonl", "--heldout", "other.jsonl"]
-    command += ["--heldout-collection", "own", "--heldout-collection", "pooled,pooled-with-queries", "-n", "0,1"]
+    command = ["eval", "--heldout", "pairs.jsonl", "--heldout", "other.jsonl", "-n", "0,1"]
+    command += ["--heldout-collection", "own", "--heldout-collection", "pooled,pooled-with-queries"]
     command += ["--heldout-instruction", "own,none", "--model", f"{tiny_checkpoint}:prompted", "--model", "bm25"]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    assert run(command) == 0
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     assert rows[0][:6] == ["held-out file", "model", "collection", "instruction", "demonstrations", "k"]
     # Two files and their mean, three collections; two instructions with k = 0 and 1, and BM25 once.
     assert len(rows) - 2 == 3 * 3 * (2 * 2 + 1)
@@ -60,16 +58,16 @@ def test_collections_instructions_and_bm25_in_a_process_of_its_own(tiny_checkpoi
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        ([], 1, "there is nothing to evaluate on; add --data"),
-        (["--data", "nowhere"], 1, "there is no folder nowhere"),
-        (["--heldout", "none.jsonl"], 1, "there is no file none.jsonl"),
-        (["--heldout", "pairs.jsonl", "-n", "many"], 1, '"many" is no list of numbers'),
+        ([], 1, "Nothing to evaluate on. Add --data"),
+        (["--data", "nowhere"], 1, "No folder nowhere"),
+        (["--heldout", "none.jsonl"], 1, "none.jsonl cannot be read"),
+        (["--heldout", "pairs.jsonl", "-n", "many"], 1, '"many" is not a list of numbers'),
         (
             ["--heldout", "pairs.jsonl", "--strategy", "magic"],
             1,
-            "strategy is 'magic', known are epic, text, none, task-vector",
+            "Unknown strategy 'magic'",
         ),
-        (["--heldout", "pairs.jsonl", "--model", "a=b", "--model", "a=c"], 1, "two models are called"),
+        (["--heldout", "pairs.jsonl", "--model", "a=b", "--model", "a=c"], 1, "Two models are called"),
         (["--heldout", "pairs.jsonl", "--draws", "0"], 2, "--draws"),
         (["--heldout", "pairs.jsonl", "--heldout-collection", "both"], 1, '--heldout-collection names "both"'),
         (["--heldout", "pairs.jsonl", "--heldout-instruction", ","], 1, "--heldout-instruction names nothing"),

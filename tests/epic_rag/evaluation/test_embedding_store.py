@@ -9,7 +9,8 @@ import pytest
 
 from epic_rag.demonstrations import Demonstration, DemonstrationBank
 from epic_rag.encoder import EpicEncoder
-from epic_rag.evaluation.embedding import EmbeddingStore, QueryPrompt
+from epic_rag.evaluation.embedding_store import EmbeddingStore, make_prompt, prompt_fingerprint
+from epic_rag.query_prompt import QueryPrompt
 
 VECTORS = {"a": (1.0, 0.0), "b": (0.0, 1.0), "c": (1.0, 1.0)}
 SHOWN = (Demonstration("q1", "p1"), Demonstration("q2", "p2"))
@@ -27,41 +28,43 @@ def test_texts_are_encoded_once_and_come_back_in_order(written: Any) -> None:
     assert store.documents([]).shape == (0, 2)
 
 
-def test_what_a_query_is_encoded_with(written: Any) -> None:
+def test_prompts_reach_the_encoder(written: Any) -> None:
     encoder = written(VECTORS)
     store = EmbeddingStore(encoder)
-    store.queries(["a"], QueryPrompt())
-    store.queries(["a"], QueryPrompt("find it"))
-    store.queries(["a"], QueryPrompt("find it", SHOWN))
-    store.queries(["a"], QueryPrompt("find it", SHOWN, strategy="text"))
-    store.queries(["a"], QueryPrompt("find it", SHOWN, strategy="text"))
+    store.queries(["a"], make_prompt(None))
+    store.queries(["a"], make_prompt("find it"))
+    store.queries(["a"], make_prompt("find it", SHOWN, strategy="epic"))
+    store.queries(["a"], make_prompt("find it", SHOWN, strategy="text"))
+    store.queries(["a"], make_prompt("find it", SHOWN, strategy="text"))
     store.documents(["a"])
     pairs = (("q1", "p1"), ("q2", "p2"))
     assert [(call.role, call.instruction, call.demonstrations, call.strategy) for call in encoder.calls] == [
-        ("query", "", (), "epic"),  # "" and not None: no default instruction may come in
-        ("query", "find it", (), "epic"),
+        ("query", "", (), None),  # "" and not None: the default instruction is not used
+        ("query", "find it", (), None),
         ("query", "find it", pairs, "epic"),
         ("query", "find it", pairs, "text"),
-        ("document", None, (), "epic"),
+        ("document", None, (), None),
     ]
 
 
 def test_prompts_that_differ_have_different_fingerprints() -> None:
     prompts = [
-        QueryPrompt(),
-        QueryPrompt("x"),
-        QueryPrompt("x", SHOWN),
-        QueryPrompt("x", SHOWN[:1]),
-        QueryPrompt("x", SHOWN[::-1]),
-        QueryPrompt("x", SHOWN, symmetric=True),
-        QueryPrompt("x", SHOWN, strategy="text"),
+        make_prompt(None),
+        make_prompt("x"),
+        make_prompt("x", SHOWN, strategy="epic"),
+        make_prompt("x", SHOWN[:1], strategy="epic"),
+        make_prompt("x", SHOWN[::-1], strategy="epic"),
+        make_prompt("x", SHOWN, symmetric=True, strategy="epic"),
+        make_prompt("x", SHOWN, strategy="text"),
+        QueryPrompt(task="docs"),
     ]
-    assert len({prompt.fingerprint for prompt in prompts}) == len(prompts)
-    assert QueryPrompt("x", strategy="text").fingerprint == QueryPrompt("x", symmetric=True).fingerprint
+    assert len({prompt_fingerprint(prompt) for prompt in prompts}) == len(prompts)
+    assert prompt_fingerprint(make_prompt("x", strategy="text")) == prompt_fingerprint(make_prompt("x", symmetric=True))
+    assert prompt_fingerprint(prompts[2].without_demonstrations()) == prompt_fingerprint(prompts[1])
 
 
-def test_vectors_outlive_the_process_and_belong_to_one_checkpoint(written: Any, tmp_path: Path) -> None:
-    prompt = QueryPrompt("x", SHOWN)
+def test_vectors_are_kept_by_checkpoint(written: Any, tmp_path: Path) -> None:
+    prompt = make_prompt("x", SHOWN, strategy="epic")
     for fingerprint, made in (("one", 2), ("one", 0), ("two", 2)):
         encoder = written(VECTORS, fingerprint=fingerprint)
         store = EmbeddingStore(encoder, folder=tmp_path)
@@ -89,7 +92,7 @@ def test_a_broken_cache_file_is_made_again(
         rows = EmbeddingStore(encoder, folder=tmp_path).documents(["a", "b"])
     assert np.array_equal(rows, [[1, 0], [0, 1]])
     assert len(encoder.calls) == 1
-    assert "made again" in caplog.text
+    assert "computed again" in caplog.text
 
 
 def test_with_a_real_encoder(tiny_encoder: EpicEncoder) -> None:
@@ -97,6 +100,6 @@ def test_with_a_real_encoder(tiny_encoder: EpicEncoder) -> None:
     texts = ["how do I install the package", "42 cats"]
     bank = DemonstrationBank(SHOWN, instruction="Answer", symmetric=True)
     expected = tiny_encoder.encode_query(texts, bank=bank)
-    assert store.queries(texts, QueryPrompt("Answer", SHOWN, symmetric=True)) == pytest.approx(expected, abs=1e-6)
-    assert store.queries(texts, QueryPrompt()) == pytest.approx(tiny_encoder.encode_query(texts), abs=1e-6)
+    assert store.queries(texts, make_prompt("Answer", SHOWN, symmetric=True)) == pytest.approx(expected, abs=1e-6)
+    assert store.queries(texts, make_prompt(None)) == pytest.approx(tiny_encoder.encode_query(texts), abs=1e-6)
     assert store.documents(texts) == pytest.approx(tiny_encoder.encode_document(texts), abs=1e-6)
