@@ -122,8 +122,9 @@ class QueryPrompt:
         Raises:
             TaskError: If the task is unknown.
         """
+        of_task = None if self.task is None else get_task(self.task).instruction
         if self.instruction is not None:
             return self.instruction
-        if self.task is not None:
-            return get_task(self.task).instruction
+        if of_task is not None:
+            return of_task
         return default if bank is None or bank.instruction is None else bank.instruction

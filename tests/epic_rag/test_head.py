@@ -183,7 +183,7 @@ def _too_narrow(folder: Path) -> None:
         (_tanh, "is a dense module with torch.nn.Tanh, but a head must be linear. Use another model"),
         (_no_weights, "has no dense module that loads .*Copy the checkpoint again"),
         (_other_shape, "has no dense module that loads .*Copy the checkpoint again"),
-        (_too_narrow, "takes vectors of width 31, the transformer makes some of width 32"),
+        (_too_narrow, "takes width 31, but the transformer has width 32"),
     ],
 )
 def test_a_head_that_does_not_load(spoil: Any, message: str, tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def broken(folder: Path, target: Path, what: str) -> None:
         ("cut weights", "does not load as a model"),
         ("other shapes", "does not load as a model"),
         ("pickled weights", "does not load as a model.*safetensors"),
-        ("missing weights", r"lacks 3 of the weights that its config\.json asks for, layers\.1\.mlp"),
+        ("missing weights", r"lacks 3 of the weights that its config\.json needs, for instance layers\.1\.mlp"),
     ],
 )
 def test_a_broken_folder_is_one_clear_error(llama_folder: Path, tmp_path: Path, what: str, message: str) -> None:

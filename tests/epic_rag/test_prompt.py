@@ -310,7 +310,7 @@ def test_no_room_names_the_numbers_and_the_remedy(
 ) -> None:
     made = builder(max_query_tokens=limit, max_document_tokens=limit, max_positions=positions)
     with pytest.raises(
-        PromptError, match=rf"limit is {limit} tokens, .* takes {positions} .*Use fewer demonstr"
+        PromptError, match=rf"limit is {limit} tokens, .* takes {positions}, .*Use fewer demonstr"
     ) as caught:
         make(made)
     if before:
