@@ -23,9 +23,15 @@ FILES: dict[str, str] = {
 Nearest = Callable[[Sequence[str]], list[str]]
 
 
-@pytest.fixture
-def embedding(tiny_checkpoint: Path) -> EpicEmbedding:
+@pytest.fixture(scope="session")
+def loaded_embedding(tiny_checkpoint: Path) -> EpicEmbedding:
     return EpicEmbedding(model=str(tiny_checkpoint))
+
+
+@pytest.fixture
+def embedding(loaded_embedding: EpicEmbedding) -> EpicEmbedding:
+    """A copy, which shares the weights."""
+    return loaded_embedding.model_copy()
 
 
 @pytest.fixture(scope="session")

@@ -38,9 +38,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, encoder: EpicEncoder) -> dict[s
     calls: dict[str, list[str]] = {"query": [], "document": []}
 
     def watch(role: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(texts: list[str], *prompt: Any, **options: Any) -> Any:
+        def call(texts: list[str], *prompt: Any) -> Any:
             calls[role].extend(texts)
-            return method(texts, *prompt, **options)
+            return method(texts, *prompt)
 
         return call
 
@@ -245,9 +245,9 @@ def gate(embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     opened = threading.Event()
 
     def hold(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(texts: list[str], *prompt: Any, **options: Any) -> Any:
+        def call(texts: list[str], *prompt: Any) -> Any:
             assert opened.wait(timeout=20), "the event loop is blocked"
-            return method(texts, *prompt, **options)
+            return method(texts, *prompt)
 
         return call
 

@@ -464,7 +464,7 @@ class EpicEmbedding(BaseEmbedding):
             if role == "document" and not self._is_symmetric(prompt):
                 rows = encoder.encode_document(texts)
             else:
-                rows = encoder.encode_query(texts, **vars(prompt))
+                rows = encoder.encode_query(texts, prompt)
         vectors: list[Embedding] = rows.tolist()
         return vectors
 
