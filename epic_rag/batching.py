@@ -374,7 +374,8 @@ def _run_in_threads(work: Callable[[Worker], None], workers: Sequence[Worker], q
         try:
             # A context can be entered by one thread only, so each gets a copy of the caller's.
             futures = [pool.submit(copy_context().run, run, worker) for worker in workers]
-            wait(futures)
+            while wait(futures, timeout=0.1).not_done:
+                pass  # returning to the interpreter lets an interrupt through on every platform
         finally:
             queue.stop()
         for future in futures:

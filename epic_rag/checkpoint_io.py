@@ -307,7 +307,7 @@ def _save_tokenizer(prompt: PromptBuilder, folder: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = prompt.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     is_complete = backend is None or tokenizer("a")["input_ids"] == [*prompt.start, *bare, *prompt.stop]
     padding, processor = tokenizer.pad_token, None if backend is None else backend.post_processor

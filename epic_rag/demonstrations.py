@@ -20,14 +20,13 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from epic_rag.errors import BankError, DataError, FingerprintError, PromptError, TaskError
 from epic_rag.files import read_jsonl, write_atomically
-from epic_rag.query_prompt import SELECTIONS, Selection
 from epic_rag.tasks import get_task
 
 __all__ = [
@@ -37,12 +36,16 @@ __all__ = [
     "DemonstrationBank",
     "Selection",
     "built_in_banks",
+    "check_selection",
     "unit_rows",
 ]
 
 logger = logging.getLogger(__name__)
 
 Vectors = npt.NDArray[np.float32]
+Selection = Literal["first", "random", "diverse", "nearest"]
+"""How demonstrations are picked from a bank that holds more than are used."""
+SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 
 BANK_FILE = "bank.json"
 EMBEDDINGS_FILE = "embeddings.safetensors"
@@ -293,8 +296,7 @@ class DemonstrationBank:
         """
         if not 0 <= k <= len(self):
             raise PromptError(f"{k} demonstrations requested, but the bank has {len(self)}. Use 0 to {len(self)}.")
-        if method not in SELECTIONS:
-            raise PromptError(f"Unknown selection {method!r}. Choose one of {', '.join(SELECTIONS)}.")
+        check_selection(method)
         if method == "first":
             return self.subset(range(k))
         if method == "random":
@@ -365,6 +367,12 @@ def built_in_banks() -> dict[str, Path]:
     spec = importlib.util.find_spec("epic_rag_demos")
     roots = list(spec.submodule_search_locations or []) if spec is not None else []
     return {file.parent.name: file.parent for root in roots for file in sorted(Path(root).glob(f"*/{BANK_FILE}"))}
+
+
+def check_selection(name: str) -> None:
+    """Raise PromptError unless a selection has this name."""
+    if name not in SELECTIONS:
+        raise PromptError(f"Unknown selection {name!r}. Choose one of {', '.join(SELECTIONS)}.")
 
 
 def unit_rows(vectors: Vectors) -> Vectors:

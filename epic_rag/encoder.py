@@ -24,10 +24,10 @@ from epic_rag.backbone import Backbone, hash_tensors
 from epic_rag.batching import DeviceNames, Replicas, batch_tokens, embed, parse_devices, prefetch
 from epic_rag.checkpoint_io import Checkpoint, check_width, fingerprint_of, load_checkpoint, save_checkpoint
 from epic_rag.checkpoints import EncoderConfig
-from epic_rag.demonstrations import DemonstrationBank, unit_rows
+from epic_rag.demonstrations import DemonstrationBank, Selection, unit_rows
 from epic_rag.prefix_cache import PrefixCache
 from epic_rag.prompt import EncoderInput, Prefix, PromptBuilder
-from epic_rag.query_prompt import PromptSettings, QueryPrompt, QueryStrategy, Selection
+from epic_rag.query_prompt import PromptSettings, QueryPrompt, QueryStrategy
 from epic_rag.task_vector import apply_task_vector
 
 __all__ = ["EpicEncoder"]

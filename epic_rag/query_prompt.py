@@ -14,17 +14,13 @@ from epic_rag.errors import ConfigError, PromptError
 from epic_rag.tasks import get_task
 
 if TYPE_CHECKING:
-    from epic_rag.demonstrations import DemonstrationBank
+    from epic_rag.demonstrations import DemonstrationBank, Selection
 
-__all__ = ["QUERY_STRATEGIES", "SELECTIONS", "PromptSettings", "QueryPrompt", "QueryStrategy", "Selection"]
+__all__ = ["QUERY_STRATEGIES", "PromptSettings", "QueryPrompt", "QueryStrategy"]
 
 QueryStrategy = Literal["task-vector", "epic", "text"]
 """How demonstrations reach a query: added to its vector, or before it in the prompt as embeddings or as texts."""
 QUERY_STRATEGIES: tuple[QueryStrategy, ...] = get_args(QueryStrategy)
-
-Selection = Literal["first", "random", "diverse", "nearest"]
-"""How demonstrations are picked from a bank that holds more than are used."""
-SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 
 
 class PromptSettings(TypedDict, total=False):
@@ -70,8 +66,10 @@ class QueryPrompt:
     def __post_init__(self) -> None:
         if self.strategy is not None and self.strategy not in QUERY_STRATEGIES:
             raise PromptError(f"Unknown strategy {self.strategy!r}. Choose one of {', '.join(QUERY_STRATEGIES)}.")
-        if self.selection not in SELECTIONS:
-            raise PromptError(f"Unknown selection {self.selection!r}. Choose one of {', '.join(SELECTIONS)}.")
+        if self.selection != "first":
+            from epic_rag.demonstrations import check_selection
+
+            check_selection(self.selection)
         number = self.num_demonstrations
         if number is not None and number < 0:
             raise PromptError(f"num_demonstrations is {number}. Use 0 or more.")

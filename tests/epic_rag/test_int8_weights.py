@@ -235,7 +235,10 @@ def test_saving_over_a_folder_of_the_other_format(order: tuple[str, str], tmp_pa
     [
         ("no weights", r"has 0 of 1 weight files; model-int8-00001-of-00001\.safetensors is missing. Copy"),
         ("cut", "does not load as a model: .*It needs config.json and safetensors"),
-        ("a matrix less", r"lacks 1 of the weights that its config\.json asks for, layers\.1\.mlp\.up_proj\.weight"),
+        (
+            "a matrix less",
+            r"lacks 1 of the weights that its config\.json needs, for instance layers\.1\.mlp\.up_proj\.weight",
+        ),
         ("another shape", "does not load as a model"),
         ("projector", r"projector\.safetensors does not fit epic\.json .*Copy the checkpoint"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epic_rag import DemonstrationBank, EpicEncoder
+from epic_rag import CheckpointError, DemonstrationBank, EpicEncoder
 from epic_rag.demonstrations import unit_rows
 from epic_rag.errors import PromptError
 from epic_rag.task_vector import apply_task_vector, task_vector
@@ -151,8 +151,8 @@ def test_a_checkpoint_has_its_own_strategy(tmp_path: Path) -> None:
 
     file = tmp_path / "epic.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "strategy": "magic"}))
-    with pytest.raises(PromptError, match=r"Unknown strategy 'magic'. Choose one of task-vector, epic, text"):
-        EpicEncoder.from_pretrained(tmp_path).encode_query("hello", bank=bank)
+    with pytest.raises(CheckpointError, match=r"Unknown strategy 'magic' in epic\.json"):
+        EpicEncoder.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["code", "commands"])

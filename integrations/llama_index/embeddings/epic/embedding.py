@@ -44,10 +44,10 @@ from llama_index.core.storage.kvstore.types import BaseKVStore
 from typing_extensions import Unpack
 
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
-from epic_rag.demonstrations import DemonstrationBank
+from epic_rag.demonstrations import DemonstrationBank, Selection
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import BankError, FingerprintError, PromptError
-from epic_rag.query_prompt import PromptSettings, QueryPrompt, QueryStrategy, Selection
+from epic_rag.query_prompt import PromptSettings, QueryPrompt, QueryStrategy
 from epic_rag.tasks import get_task
 from llama_index.embeddings.epic._cache import Role, RoleKeyedCache
 
