@@ -1,11 +1,11 @@
-"""Index documents with LlamaIndex and Chroma, and ask with and without demonstrations of your own.
+"""Index documents with LlamaIndex and Chroma, and search with and without demonstrations.
 
     python docs/examples/llama_index_chroma.py
     python docs/examples/llama_index_chroma.py ~/notes --index-dir notes.chroma --question "renew passport"
     python docs/examples/llama_index_chroma.py ~/notes --demonstrations pairs.jsonl --question "renew it"
 
 Without a folder it indexes a few pages of the manual of a coffee machine. `pairs.jsonl` has one
-{"query": ..., "passage": ...} a line. Nothing is embedded again when the demonstrations change.
+{"query": ..., "passage": ...} per line. Changed demonstrations need no new embeddings.
 """
 
 from __future__ import annotations
@@ -42,21 +42,15 @@ MANUAL = {
     "spelling of several menus.",
 }
 QUESTIONS = ["it says E7 again, what now", "coffee runs through too fast", "white crust in the tank"]
-# What this household wants: the page that helps, not the list of changes. Two are enough to show the way.
-OWN_EXAMPLES = [
-    (
-        "E3 flashing",
-        "Error E3 means that the tray is full. Pull it out, empty it and wait for ten seconds.",
-    ),
-    (
-        "tastes of nothing",
-        "If coffee tastes thin, use more beans: press the bean button until three beans show.",
-    ),
+# These queries want the page that helps, not the list of changes.
+DEMONSTRATIONS = [
+    ("E3 flashing", "Error E3 means that the tray is full. Pull it out, empty it and wait for ten seconds."),
+    ("tastes of nothing", "If coffee tastes thin, use more beans: press the bean button until three beans show."),
 ]
 
 
 def read_documents(folder: str | None) -> list[Document]:
-    """The pages of the manual, or the text files in a folder; ids stay the same from run to run."""
+    """Return the pages of the manual, or the text files in a folder; ids are the same in every run."""
     if folder is None:
         return [Document(text=text, id_=name) for name, text in MANUAL.items()]
     reader = SimpleDirectoryReader(folder, recursive=True, required_exts=[".md", ".rst", ".txt"], filename_as_id=True)
@@ -64,10 +58,10 @@ def read_documents(folder: str | None) -> list[Document]:
 
 
 def open_collection(client: ClientAPI, name: str, embedding: EpicEmbedding) -> chromadb.Collection:
-    """A cosine collection that remembers which encoder filled it.
+    """Open or create a cosine collection with the fingerprint of the encoder that fills it.
 
-    Not `get_or_create_collection`: for a collection that exists it ignores what it is told. Chroma's default
-    is squared Euclidean distance, and its default `ef_search` misses neighbours.
+    `get_or_create_collection` ignores the configuration of a collection that exists. Chroma's default is squared
+    Euclidean distance, and its default `ef_search` misses neighbours.
     """
     if name in {collection.name for collection in client.list_collections()}:
         collection = client.get_collection(name, embedding_function=None)
@@ -75,14 +69,14 @@ def open_collection(client: ClientAPI, name: str, embedding: EpicEmbedding) -> c
         return collection
     return client.create_collection(
         name,
-        embedding_function=None,  # LlamaIndex hands over vectors
+        embedding_function=None,  # LlamaIndex passes vectors
         configuration={"hnsw": {"space": "cosine", "ef_search": 200}},
         metadata={"fingerprint": embedding.document_fingerprint},
     )
 
 
 def ingest(documents: Sequence[Document], embedding: EpicEmbedding) -> Sequence[BaseNode]:
-    """Chunks with their vectors. `for_documents()` keeps demonstrations out of the pipeline's cache keys."""
+    """Return chunks with vectors. `for_documents()` keeps demonstrations out of the pipeline's cache keys."""
     splitter = SentenceSplitter(chunk_size=200, chunk_overlap=20)
     return IngestionPipeline(transformations=[splitter, embedding.for_documents()]).run(documents=list(documents))
 
@@ -90,8 +84,8 @@ def ingest(documents: Sequence[Document], embedding: EpicEmbedding) -> Sequence[
 def replace(client: ClientAPI, collection: chromadb.Collection, nodes: Sequence[BaseNode]) -> None:
     """Store new chunks, then delete the old ones of the same documents.
 
-    In this order a crash leaves a document twice, and the next run mends it. `docstore_strategy=UPSERTS`
-    deletes first: a crash while it embeds loses the document.
+    In this order a crash leaves a document twice, and the next run repairs it. `docstore_strategy=UPSERTS` deletes
+    first: a crash while it embeds loses the document.
     """
     documents = sorted({node.ref_doc_id or "" for node in nodes})
     stale = set(collection.get(where={"document_id": {"$in": documents}}, include=[])["ids"])
@@ -104,19 +98,19 @@ def replace(client: ClientAPI, collection: chromadb.Collection, nodes: Sequence[
         collection.delete(ids=sorted(stale))
 
 
-def ask(collection: chromadb.Collection, embedding: EpicEmbedding, question: str, top_k: int) -> list[NodeWithScore]:
-    """The best chunks, with their cosine as the score."""
+def search(collection: chromadb.Collection, embedding: EpicEmbedding, query: str, top_k: int) -> list[NodeWithScore]:
+    """Return the best chunks, with their cosine as the score."""
     store = ChromaVectorStore(chroma_collection=collection)
     index = VectorStoreIndex.from_vector_store(store, embed_model=embedding)
-    hits = index.as_retriever(similarity_top_k=top_k).retrieve(question)
+    hits = index.as_retriever(similarity_top_k=top_k).retrieve(query)
     for hit in hits:
-        # ChromaVectorStore reports exp(-distance), and a cosine collection's distance is 1 - cosine.
+        # ChromaVectorStore returns exp(-distance), and a cosine collection's distance is 1 - cosine.
         hit.score = 1 + math.log(hit.get_score())
     return hits
 
 
 def show(title: str, hits: Sequence[NodeWithScore]) -> None:
-    """Print hits, one a line."""
+    """Print one hit per line."""
     print(f"  {title}")
     for hit in hits:
         snippet = " ".join(hit.node.get_content().split())[:60]
@@ -124,7 +118,7 @@ def show(title: str, hits: Sequence[NodeWithScore]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Index, then ask every question twice."""
+    """Index, then search every question twice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="folder of .md, .rst and .txt files")
     parser.add_argument("--question", action="append", help="may be given several times")
@@ -141,10 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         client = chromadb.EphemeralClient(settings=settings)
     try:
         embedding = EpicEmbedding(model=options.model, task="docs")
+        bank = DemonstrationBank(DEMONSTRATIONS, task="docs")
         if options.demonstrations:
             bank = DemonstrationBank.from_jsonl(options.demonstrations, task="docs")
-        else:
-            bank = DemonstrationBank(OWN_EXAMPLES, task="docs")
         collection = open_collection(client, "documents", embedding)
         replace(client, collection, ingest(read_documents(options.folder), embedding))
     except EpicError as error:
@@ -153,11 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{collection.count()} chunks")
     for question in options.question or QUESTIONS:
         print(question)
-        show("without demonstrations", ask(collection, embedding, question, options.top_k))
-        show(
-            f"with {len(bank)} demonstrations",
-            ask(collection, embedding.with_bank(bank), question, options.top_k),
-        )
+        show("without demonstrations", search(collection, embedding, question, options.top_k))
+        adapted = embedding.with_bank(bank)
+        show(f"with {len(bank)} demonstrations", search(collection, adapted, question, options.top_k))
     return 0
 
 

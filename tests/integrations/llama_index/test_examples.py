@@ -69,7 +69,7 @@ def test_example_prints_cosines(script: ModuleType, tiny_checkpoint: Path, capsy
     found = hits(capsys.readouterr().out)
     encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
     documents = encoder.encode_document(list(script.MANUAL.values()))
-    bank = DemonstrationBank(script.OWN_EXAMPLES, task="docs")
+    bank = DemonstrationBank(script.DEMONSTRATIONS, task="docs")
     for shown, query in (
         (found[:7], encoder.encode_query("white crust", task="docs")),
         (found[7:], encoder.encode_query("white crust", bank=bank)),
