@@ -42,8 +42,8 @@ from epic_rag.evaluation.embedding_store import EmbeddingStore
 from epic_rag.evaluation.report import markdown_table
 from epic_rag.evaluation.runner import plan_prompts
 from epic_rag.metrics import ndcg_of_scores
-from epic_rag_chroma.search.deduplicate import Passage
-from epic_rag_chroma.search.fusion import POOL, RANK_CONSTANT, fuse
+from epic_rag_chroma.search.deduplicate import ComparedText
+from epic_rag_chroma.search.fusion import FUSION_DEPTH, RANK_CONSTANT, fuse
 from epic_rag_chroma.store.keyword_index import KeywordIndex
 
 DEPTH = 1000
@@ -140,7 +140,7 @@ def by_words(texts: Sequence[str], queries: Sequence[str], candidates: list[list
 
 def duplicates(texts: Sequence[str], documents: npt.NDArray[np.float32]) -> tuple[int, list[tuple[float, str, str]]]:
     """How many passages resemble one of their nearest neighbours, and the pairs with their cosines."""
-    passages = [Passage(text) for text in texts]
+    passages = [ComparedText(text) for text in texts]
     repeated: set[int] = set()
     pairs = []
     for start in range(0, len(texts), 512):
@@ -148,13 +148,13 @@ def duplicates(texts: Sequence[str], documents: npt.NDArray[np.float32]) -> tupl
         nearest = np.argpartition(-cosines, min(NEIGHBOURS, len(texts) - 1), axis=1)[:, :NEIGHBOURS]
         for row, others in enumerate(nearest, start=start):
             for other in sorted(int(each) for each in others if each < row):
-                if passages[row].resembles(passages[other]):
+                if passages[row].is_near_duplicate(passages[other]):
                     repeated.add(row)
                     pairs.append((float(cosines[row - start, other]), texts[other], texts[row]))
     return len(repeated), pairs
 
 
-def fused(item: Ranked, *, constant: int = RANK_CONSTANT, depth: int = POOL) -> Rankings:
+def fused(item: Ranked, *, constant: int = RANK_CONSTANT, depth: int = FUSION_DEPTH) -> Rankings:
     found = []
     for one, other in zip(item.dense, item.keyword, strict=True):
         names = [[f"{number:08}" for number in ranking[:depth]] for ranking in (one, other)]
@@ -168,7 +168,7 @@ def weighted(item: Ranked, weight: float) -> Rankings:
     for rankings in zip(item.dense, item.keyword, strict=True):
         scores: dict[int, float] = {}
         for ranking, share in zip(rankings, (1.0, weight), strict=True):
-            for place, each in enumerate(ranking[:POOL], start=1):
+            for place, each in enumerate(ranking[:FUSION_DEPTH], start=1):
                 scores[each] = scores.get(each, 0.0) + share / (RANK_CONSTANT + place)
         found.append(sorted(scores, key=lambda each: (-scores[each], each)))
     return found
@@ -199,8 +199,8 @@ def tables(items: Sequence[Ranked]) -> tuple[str, dict[str, object]]:
     others = [label for label in scores if label not in modes]
     parts = [
         score_table(names, {label: scores[label] for label in modes}),
-        f"Other fusions than with constant {RANK_CONSTANT} to depth {POOL} (the constants that were best on the other "
-        f"sets are {', '.join(map(str, held_out))}):",
+        f"Other fusions than with constant {RANK_CONSTANT} to depth {FUSION_DEPTH} (the constants that were best on the "
+        f"other sets are {', '.join(map(str, held_out))}):",
         score_table(names, {label: scores[label] for label in others}),
         "Near-duplicates in the corpora:",
         markdown_table(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from epic_rag_chroma.search.reranking import Reranker
     from epic_rag_chroma.search.searcher import Embedded
     from epic_rag_chroma.store.keyword_index import KeywordsUnavailableError
-    from epic_rag_chroma.store.server import ChromaServer
+    from epic_rag_chroma.store.server import LOCAL, ChromaServer
     from epic_rag_chroma.types import (
         DEFAULT_MODE,
         INDEX_FOLDER,
@@ -49,6 +49,7 @@ __all__ = [
     "HEADING_SEPARATOR",
     "INDEX_FOLDER",
     "KNOWN_KEYS",
+    "LOCAL",
     "SEARCH_MODES",
     "ChangeFilter",
     "ChromaIndexer",
@@ -93,7 +94,7 @@ _NAMES = {
     "search.reranking": ("Reranker",),
     "search.searcher": ("Embedded",),
     "store.keyword_index": ("KeywordsUnavailableError",),
-    "store.server": ("ChromaServer",),
+    "store.server": ("LOCAL", "ChromaServer"),
     "types": (
         "DEFAULT_MODE",
         "INDEX_FOLDER",

@@ -1,4 +1,4 @@
-"""`ChromaIndexer`: folders of files in, a persistent Chroma collection out, hits with lines for queries."""
+"""`ChromaIndexer`: from folders of files to a persistent index, and from queries to hits with lines."""
 
 from __future__ import annotations
 
@@ -13,57 +13,49 @@ from epic_rag.errors import ConfigError
 from epic_rag_chroma.errors import ChromaServerError, IndexNotFoundError, IndexStateError
 from epic_rag_chroma.indexing.compatibility import check_model, check_place
 from epic_rag_chroma.reading.file_types import kind_of
+from epic_rag_chroma.search.index_reader import IndexReader
 from epic_rag_chroma.search.request import SearchRequest
-from epic_rag_chroma.search.searcher import IndexView, Searcher
+from epic_rag_chroma.search.searcher import Searcher, replace_queries
 from epic_rag_chroma.store.layout import check_owner, delete_index, folder_size, remove_if_empty
 from epic_rag_chroma.store.lock import chroma_lock, run_state, write_lock
 from epic_rag_chroma.store.paths import INDEX_FILE, existing_path, root_path
 from epic_rag_chroma.store.server import ChromaServer, parse_server
 from epic_rag_chroma.store.state import IndexState, Manifest
-from epic_rag_chroma.types import (
-    Hit,
-    IndexPlan,
-    IndexProgress,
-    IndexReport,
-    IndexSettings,
-    IndexStatus,
-)
+from epic_rag_chroma.types import Hit, IndexPlan, IndexProgress, IndexReport, IndexSettings, IndexStatus
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     from typing_extensions import Unpack
 
     from epic_rag import EpicEncoder
-    from epic_rag.query_prompt import QueryPrompt
     from epic_rag_chroma.indexing.run import IndexRunner
     from epic_rag_chroma.search.request import SearchSettings
-    from epic_rag_chroma.search.searcher import Embedded, Encode
+    from epic_rag_chroma.search.searcher import Embedded, Vectors
 
 __all__ = ["ChromaIndexer"]
 
 
 class ChromaIndexer:
-    """An index of folders: it is brought up to date by `index` and asked by `query`.
+    """An index of folders: `index` brings it up to date, `query` searches it. Thread-safe.
 
     Args:
         index_dir: The index folder; need not exist yet.
-        encoder: An encoder, or a function that loads one when it is needed; None loads the model that the index was
+        encoder: An encoder, or a function that loads one when it is needed. None loads the model that the index was
             built with, or the default checkpoint for a new index. `status` and `clear` never load a model.
         chroma: The Chroma server for the vectors, as `http(s)://host:port` (tenant and database from the environment)
-            or a `ChromaServer`; "folder" for the index folder; None for where the index has them, and for a new index
-            the server that EPIC_RAG_CHROMA names, if any, or the index folder.
-        dtype: What a model that is loaded here computes in, as in `EpicEncoder.from_pretrained`.
-        device: Where it runs, as there: one device, or several with commas between.
-        batch_chunks: Chunks that are collected, sorted by length and embedded; None for 512. More need more memory.
+            or a `ChromaServer`; `LOCAL` for the index folder. None uses the place that the index has; a new index uses
+            the server in EPIC_RAG_CHROMA, or else the index folder.
+        dtype: Data type of a model that is loaded here; see `EpicEncoder.from_pretrained`.
+        device: Its device or devices; see `EpicEncoder.from_pretrained`.
+        batch_chunks: How many chunks are collected, sorted by length and embedded at a time; None for 512. More chunks
+            need more memory.
 
     Raises:
-        ConfigError: If `chroma` is no address, or `batch_chunks` less than 1.
+        ConfigError: If `chroma` is not an address, or `batch_chunks` is less than 1.
 
     Example:
         >>> indexer = ChromaIndexer("docs/.epic-rag")
         >>> indexer.index(["docs"])
-        >>> indexer.query("how do I undo a commit?", k=3, task="docs")
+        >>> indexer.query("how do I undo a commit?", k=3, bank="docs")
     """
 
     def __init__(
@@ -83,12 +75,11 @@ class ChromaIndexer:
         self._dtype = dtype
         self._device = device
         self._batch_chunks = batch_chunks
-        self._asked = parse_server(chroma)
+        self._chroma = parse_server(chroma)
         self._encoder: EpicEncoder | None = None
         self._encoder_lock = threading.Lock()
-        self._lock = threading.Lock()
-        self._view = IndexView(self._index_dir, self._state)
-        self._searcher = Searcher(self._index_dir, self._view, self._lock)
+        self._reader = IndexReader(self._index_dir, self._state)
+        self._searcher = Searcher(self._index_dir, self._reader)
 
     def __enter__(self) -> ChromaIndexer:
         return self
@@ -97,9 +88,9 @@ class ChromaIndexer:
         self.close()
 
     def close(self) -> None:
-        """Let go of Chroma's files; a later query opens them again."""
-        with self._lock:
-            self._view.close()
+        """Close the index's files; a later query opens them again."""
+        with self._reader.closed():
+            pass
 
     def index(
         self,
@@ -110,51 +101,50 @@ class ChromaIndexer:
         progress: Callable[[IndexProgress], None] | None = None,
         wait: float | None = 0.0,
     ) -> IndexReport:
-        """Bring the index up to date with its folders, to which these are added if they are new.
+        """Bring the index up to date with its folders; new paths are added to them.
 
-        Files whose content has not changed are not embedded again, nor is text that has a vector already, under
-        whatever file. Files that cannot be read are skipped with a reason, and keep the chunks that they have. Queries
-        can be asked meanwhile, of this object, too.
+        Files with unchanged content are not embedded again, nor is text that already has a vector, in whatever file.
+        Files that cannot be read are skipped with a reason and keep their chunks. Queries, also of this object, work
+        during the run.
 
         Args:
-            paths: Folders and files. A path inside a folder that is indexed already means that folder; none at all
-                means the folders of the index.
-            settings: None for the index's own, or the defaults. Other `include` and `exclude` than the index has are
-                taken over; other chunk sizes need `rebuild`.
-            rebuild: Embed everything again, beside the old index, which answers until the new one is complete.
+            paths: Folders and files. A path inside an indexed folder stands for that folder; no path at all for the
+                folders of the index.
+            settings: None for the settings of the index, or the defaults. Other `include` and `exclude` patterns are
+                adopted; other chunk sizes need `rebuild`.
+            rebuild: Embed everything again, beside the old index, which answers queries until the new one is complete.
             progress: Called after each step.
-            wait: For how many seconds to wait for another process that is writing to the index; None for ever.
+            wait: How many seconds to wait for another process that writes to the index; None without limit.
 
         Raises:
             DataError: If a path does not exist.
-            ConfigError: If the chunks are longer than what the model reads.
+            ConfigError: If the chunks are longer than the model's input.
             IndexLockedError: If another process is writing to the index.
             IndexMismatchError: If the index has another model, other chunk sizes, or chunks of another version.
-            IndexStateError: If the folder holds something else, belongs to somebody else, has an index that cannot be
-                read, or cannot be written to. What was stored stays.
+            IndexStateError: If the folder contains something else, belongs to another user, has an index that cannot
+                be read, or cannot be written to. Stored data stays intact.
         """
         resolved = [existing_path(path) for path in paths]
-        with self._lock:
-            self._view.close()
-        return self._runner().run(resolved, settings, rebuild=rebuild, progress=progress or _silent, wait=wait)
+        self.close()
+        return self._runner().run(resolved, settings, rebuild=rebuild, progress=progress or _no_progress, wait=wait)
 
     def plan(self, paths: Sequence[str | os.PathLike[str]], *, settings: IndexSettings | None = None) -> IndexPlan:
-        """Say what `index` would do. Nothing is written, no model is loaded, and no lock is needed.
+        """Return what `index` would do. Nothing is written, no model is loaded, and no lock is needed.
 
         Args:
-            paths: As for `index`.
-            settings: As for `index`.
+            paths: See `index`.
+            settings: See `index`.
 
         Raises:
             DataError: If a path does not exist.
-            IndexStateError: If the folder belongs to somebody else, or has an index that cannot be read.
+            IndexStateError: If the folder belongs to another user, or has an index that cannot be read.
         """
         return self._runner().plan([existing_path(path) for path in paths], settings)
 
     def _runner(self) -> IndexRunner:
-        from epic_rag_chroma.indexing.run import IndexRunner  # a query needs none of what reads files
+        from epic_rag_chroma.indexing.run import IndexRunner  # not needed for queries
 
-        return IndexRunner(self._index_dir, self._asked, self._load, self._encoder_lock, self._batch_chunks)
+        return IndexRunner(self._index_dir, self._chroma, self._load, self._encoder_lock, self._batch_chunks)
 
     def query(
         self,
@@ -211,28 +201,21 @@ class ChromaIndexer:
         """
         request = SearchRequest.of(request, settings)
         state = self._state()
-        encode = self._encoding(state, request.prompt)
-        if embedded is not None:
-            if len(embedded) != len(texts):
-                raise ConfigError(f"embedded has {len(embedded)} entries for {len(texts)} queries. Give one for each.")
-            from epic_rag_chroma.search.searcher import instead_of
 
-            encode = instead_of(encode, embedded, state.dimension)
-        return self._searcher.search(texts, request, encode)
-
-    def _encoding(self, state: IndexState, prompt: QueryPrompt) -> Encode:
-        """Turns queries into vectors (n, dim); the model is loaded, and compared with the index's, when it is used."""
-
-        def encode(queries: Sequence[str]) -> npt.NDArray[np.float32]:
+        def encode(queries: Sequence[str]) -> Vectors:
             encoder = self._load(state)
             check_model(self._index_dir, state, encoder, [])
             with self._encoder_lock:
-                return encoder.encode_query(queries, **vars(prompt))
+                return encoder.encode_query(queries, request.prompt)
 
-        return encode
+        if embedded is None:
+            return self._searcher.search(texts, request, encode)
+        if len(embedded) != len(texts):
+            raise ConfigError(f"embedded has {len(embedded)} entries for {len(texts)} queries. Give one for each.")
+        return self._searcher.search(texts, request, replace_queries(encode, embedded, state.dimension))
 
     def status(self) -> IndexStatus:
-        """Say what the index holds; loads no model and does not open Chroma.
+        """Return a summary of the index; loads no model and does not open Chroma.
 
         Raises:
             IndexNotFoundError: If there is no index.
@@ -260,17 +243,16 @@ class ChromaIndexer:
         )
 
     def clear(self) -> None:
-        """Delete the index, and the folder if nothing else is in it. Only what an index consists of is deleted.
+        """Delete the files of the index, and the folder if nothing else is in it.
 
         Raises:
-            IndexNotFoundError: If the folder is no index.
+            IndexNotFoundError: If the folder is not an index.
             IndexLockedError: If another process is writing to it.
         """
         if not (self._index_dir / INDEX_FILE).is_file():
-            raise self._no_index()
+            raise self._not_found()
         check_owner(self._index_dir)
-        with self._lock:
-            self._view.close()
+        with self._reader.closed():
             with write_lock(self._index_dir), chroma_lock(self._index_dir):
                 self._delete_from_server()
                 delete_index(self._index_dir)
@@ -280,10 +262,10 @@ class ChromaIndexer:
         try:
             state = IndexState.load(self._index_dir)
         except IndexStateError:
-            return  # it cannot be known where else anything is
+            return  # the server is unknown
         if state is None:
             return
-        check_place(self._index_dir, state, self._asked)
+        check_place(self._index_dir, state, self._chroma)
         if state.chroma is None:
             return
         from epic_rag_chroma.store.collection import ChunkStore
@@ -292,7 +274,8 @@ class ChromaIndexer:
             ChunkStore.delete_all(state.chroma)
         except ChromaServerError as error:
             raise ChromaServerError(
-                f"{error}; or delete the folder {self._index_dir} by hand to forget what the server has", error.status
+                f"{error} Alternatively, delete the folder {self._index_dir} and leave the server's collection behind.",
+                error.status,
             ) from error
 
     def _state(self) -> IndexState:
@@ -300,15 +283,15 @@ class ChromaIndexer:
             check_owner(self._index_dir)
         state = IndexState.load(self._index_dir)
         if state is None:
-            raise self._no_index()
-        check_place(self._index_dir, state, self._asked)
+            raise self._not_found()
+        check_place(self._index_dir, state, self._chroma)
         return state
 
-    def _no_index(self) -> IndexNotFoundError:
-        return IndexNotFoundError(f"no index in {self._index_dir}; run `epic-rag index PATH` to make one")
+    def _not_found(self) -> IndexNotFoundError:
+        return IndexNotFoundError(f"No index in {self._index_dir}. Run `epic-rag index PATH` to create one.")
 
     def _load(self, state: IndexState | None) -> EpicEncoder:
-        """The encoder: the caller's, or the one that the index was built with, or the default."""
+        """Return the caller's encoder, or that of the index, or the default one."""
         if self._given is None:
             if self._encoder is None or (state is not None and self._encoder.fingerprint != state.fingerprint):
                 from epic_rag import EpicEncoder
@@ -319,12 +302,12 @@ class ChromaIndexer:
                     source, truncate_dim=truncate_dim, dtype=self._dtype, device=self._device
                 )
         elif self._encoder is None:
-            # Anything with the encoder's methods will do; only a function that makes one is called.
+            # Any object with the encoder's methods will do; only a function that makes one is called.
             given: Any = self._given
             self._encoder = given if hasattr(given, "encode_document") else given()
         encoder: EpicEncoder = self._encoder
         return encoder
 
 
-def _silent(_: IndexProgress) -> None:
+def _no_progress(_: IndexProgress) -> None:
     pass

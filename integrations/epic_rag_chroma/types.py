@@ -128,13 +128,13 @@ class IndexPlan:
 
 @dataclass(frozen=True)
 class SearchFilters:
-    """Which chunks a query may find; all conditions must hold.
+    """Conditions on chunks; all must hold.
 
     Args:
-        where: Conditions on metadata, as "lang=python", "kind!=pdf", "page>=3"; operators =, !=, <, <=, >, >=.
+        where: Conditions on metadata such as "lang=python", "kind!=pdf", "page>=3"; operators =, !=, <, <=, >, >=.
         paths: Patterns in .gitignore's syntax on the file's path; one of them must match.
-        since: Files that were modified at that time or later; with a time zone.
-        condition: Comparisons joined by and, or and not (`epic_rag_chroma.search.conditions`), for what `where` cannot say.
+        since: Files modified at that time or later; with a time zone.
+        condition: Comparisons joined by and, or and not, for conditions that `where` cannot express.
     """
 
     where: tuple[str, ...] = ()

@@ -210,7 +210,7 @@ def test_reranking(cli: Any, indexed: Path, tmp_path: Path) -> None:
     assert scores == sorted(scores, reverse=True)
     missing = cli(*QUERY, "--rerank", "./no-such-folder")
     assert (missing.status, missing.out) == (1, "")
-    assert missing.err.startswith("error: there is no folder ./no-such-folder")
+    assert missing.err.startswith("error: There is no folder ./no-such-folder")
 
 
 def test_on_a_terminal_places_are_links_and_words_are_marked(indexed: Path) -> None:

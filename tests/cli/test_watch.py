@@ -214,4 +214,4 @@ def test_a_first_round_that_fails_ends_it(indexed: Path, other_checkpoint: Path,
     watching = Watching("docs", "--model", other_checkpoint)
     started.append(watching)
     assert watching.process.wait(PATIENCE) == 1
-    assert watching.rest()[-1].startswith("error: index was built with tiny")
+    assert watching.rest()[-1].startswith("error: The index was built with tiny")

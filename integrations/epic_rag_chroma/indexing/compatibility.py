@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from epic_rag.errors import ConfigError
 from epic_rag_chroma.errors import IndexMismatchError
 from epic_rag_chroma.store.paths import root_path
-from epic_rag_chroma.store.server import IN_FOLDER, ChromaServer, require_known
+from epic_rag_chroma.store.server import LOCAL, ChromaServer, require_known
 from epic_rag_chroma.store.state import CHUNKER_VERSION, IndexState
 from epic_rag_chroma.types import INDEX_FOLDER, IndexSettings
 
@@ -80,13 +80,13 @@ def check_place(
         IndexMismatchError: If the vectors are elsewhere.
         IndexStateError: If the server was never named by the user, only by the index folder.
     """
-    if server is None or server == (IN_FOLDER if state.chroma is None else state.chroma.server):
+    if server is None or server == (LOCAL if state.chroma is None else state.chroma.server):
         if state.chroma is not None:
             require_known(index_dir, state.chroma.server, is_named=server is not None)
         return
     current = "in its folder" if state.chroma is None else f"on {state.chroma}"
     requested = f"on {server}" if isinstance(server, ChromaServer) else "in its folder"
-    option = server.url if isinstance(server, ChromaServer) else IN_FOLDER
+    option = server.url if isinstance(server, ChromaServer) else LOCAL
     raise IndexMismatchError(
         f"The index in {index_dir} has its vectors {current}, not {requested}. Omit --chroma to use them there, or run "
         f"`epic-rag index --rebuild --chroma {shlex.quote(option)} {_arguments(index_dir, state, paths)}` to move them."

@@ -90,11 +90,11 @@ class IndexRunner:
                 check_settings(self.index_dir, old, settings, paths)
             settings = settings or (old.settings if old is not None else IndexSettings())
             chunk_tokens, chunk_overlap = chunk_sizes(settings, encoder)
-            from epic_rag_chroma.embedding_function import plain_source
+            from epic_rag_chroma.embedding_function import absolute_source
 
             state = IndexState(
                 model=encoder.name,
-                source=plain_source(encoder.source),
+                source=absolute_source(encoder.source),
                 fingerprint=encoder.fingerprint,
                 dimension=encoder.dimension,
                 truncate_dim=encoder.truncate_dim,

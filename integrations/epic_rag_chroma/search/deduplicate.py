@@ -1,23 +1,19 @@
-"""Near-duplicates: the same passage in several files, copies with another line break, versions of one page.
+"""Near-duplicate detection: copies of a chunk with other line breaks or a little more text.
 
-Two passages are the same for a reader if their words are equal, whatever white space, case and punctuation they have;
-or if one is the other with a little added: at least nine in ten of their five-word sequences are shared, the one has
-every word of the other, and no number and no negation was added. Where a word stands in the place of another, as in
-two settings that are described alike, or a number in the place of another, as in two versions of a page, the passages
-are different ones. Where a text is shorter than a sentence, the heading above it has to be the same as well: "Returns:
-nothing" says little by itself.
+Two texts are near-duplicates if their words are equal, regardless of white space, case and punctuation; or if one is
+the other with a little added: at least 90% of their five-word shingles are shared, one has every word of the other, and
+neither a number nor a negation was added. Texts in which a word or a number is replaced (settings described alike,
+versions of a page) differ. For texts shorter than a sentence the heading above must be equal, too: "Returns: nothing"
+means little by itself.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from epic_rag_chroma.store.tokenizer import words
 
-__all__ = ["Passage", "distinct"]
-
+__all__ = ["ComparedText"]
 
 _SHINGLE = 5
 _OVERLAP = 0.9
@@ -25,62 +21,31 @@ _SENTENCE = 10
 _NEGATIONS = frozenset(["cannot", "except", "neither", "never", "no", "none", "nor", "not", "unless", "without"])
 
 
-@dataclass(frozen=True)
-class Passage:
-    """A text as it is compared with others.
+class ComparedText:
+    """A text prepared for comparison.
 
     Args:
         text: The text.
         heading: The heading right above it.
     """
 
-    text: str
-    heading: str = ""
-    _words: tuple[str, ...] = field(init=False, repr=False, compare=False)
-    _counts: Counter[str] = field(init=False, repr=False, compare=False)
-    _shingles: frozenset[int] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        of_text = tuple(words(self.text))
-        everything = (*words(self.heading), *of_text)
+    def __init__(self, text: str, heading: str = "") -> None:
+        self._text = text
+        own = tuple(words(text))
+        everything = (*words(heading), *own)
+        self._words = own if len(own) >= _SENTENCE else everything
+        self._counts = Counter(everything)
         ends = range(len(everything) - _SHINGLE + 1)
-        object.__setattr__(self, "_words", of_text if len(of_text) >= _SENTENCE else everything)
-        object.__setattr__(self, "_counts", Counter(everything))
-        object.__setattr__(self, "_shingles", frozenset(hash(everything[at : at + _SHINGLE]) for at in ends))
+        self._shingles = frozenset(hash(everything[start : start + _SHINGLE]) for start in ends)
 
-    def resembles(self, other: Passage) -> bool:
-        """Whether a reader who has seen one learns next to nothing from the other."""
+    def is_near_duplicate(self, other: ComparedText) -> bool:
+        """Return whether a reader of one learns next to nothing from the other."""
         if self._words == other._words:
-            # Without a word, as in a table of symbols, the characters have to be the same.
-            return bool(self._words) or "".join(self.text.split()) == "".join(other.text.split())
+            # Texts without words, such as tables of symbols, are compared by character.
+            return bool(self._words) or "".join(self._text.split()) == "".join(other._text.split())
         shared = len(self._shingles & other._shingles)
         if not shared or shared < _OVERLAP * (len(self._shingles) + len(other._shingles) - shared):
             return False
         more, fewer = sorted((self._counts, other._counts), key=Counter.total, reverse=True)
         added = more - fewer
-        return not fewer - more and not any(word in _NEGATIONS or _has_digit(word) for word in added)
-
-
-def _has_digit(word: str) -> bool:
-    return any(character.isdigit() for character in word)
-
-
-def distinct(passages: Sequence[Passage], kept: Sequence[Passage] = ()) -> list[int | None]:
-    """Tell which passages repeat an earlier one.
-
-    Args:
-        passages: In order.
-        kept: Distinct passages that came before.
-
-    Returns:
-        For each passage None, or the number of the first one that it resembles among the distinct ones: those in
-        `kept` first, then those of `passages` that have None, in order.
-    """
-    known = list(kept)
-    found: list[int | None] = []
-    for passage in passages:
-        same = next((number for number, other in enumerate(known) if passage.resembles(other)), None)
-        if same is None:
-            known.append(passage)
-        found.append(same)
-    return found
+        return not fewer - more and not any(word in _NEGATIONS or any(map(str.isdigit, word)) for word in added)

@@ -1,4 +1,4 @@
-"""Filters: which chunks a query may find, by metadata, by path and by the age of the file."""
+"""Filters on chunks: by metadata, by path and by the age of the file."""
 
 from __future__ import annotations
 
@@ -18,24 +18,15 @@ from epic_rag_chroma.walk.ignore import IgnorePatterns, PatternError, compile_pa
 
 __all__ = ["Filter", "parse_filters", "parse_where"]
 
-
 _WHERE = re.compile(r"\s*([\w.-]+)\s*(==|!=|>=|<=|=|>|<)\s*(.*?)\s*", re.DOTALL)
-_OPERATORS: Mapping[str, Operator] = {
-    "=": "==",
-    "==": "==",
-    "!=": "!=",
-    ">": ">",
-    ">=": ">=",
-    "<": "<",
-    "<=": "<=",
-}
+_OPERATORS: Mapping[str, Operator] = {"=": "==", "==": "==", "!=": "!=", ">": ">", ">=": ">=", "<": "<", "<=": "<="}
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([mhdw])", re.IGNORECASE)
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_PATHS_REMEMBERED = 100_000
+_CACHED_PATHS = 100_000
 
 
 def parse_filters(where: Sequence[str], paths: Sequence[str], since: str | None) -> SearchFilters:
-    """Read filters as a person writes them.
+    """Parse filters as given on a command line.
 
     Args:
         where: Conditions: "lang=python", "kind!=pdf", "page>=3".
@@ -44,7 +35,7 @@ def parse_filters(where: Sequence[str], paths: Sequence[str], since: str | None)
             without a zone is local.
 
     Raises:
-        ConfigError: If one cannot be understood; the message says what can.
+        ConfigError: If a filter is invalid.
     """
     filters = SearchFilters(tuple(where), tuple(paths), None if since is None else _moment(since))
     for condition in filters.where:
@@ -54,21 +45,21 @@ def parse_filters(where: Sequence[str], paths: Sequence[str], since: str | None)
 
 
 def parse_where(text: str) -> Comparison:
-    """Read a condition such as "lang=python".
+    """Parse a condition such as "lang=python".
 
     Raises:
-        ConfigError: If it is none, or names a key that rows do not have.
+        ConfigError: If it is not a condition, or its key is unknown.
     """
     found = _WHERE.fullmatch(text)
     if found is None:
-        raise ConfigError(f'"{text}" is no condition; write one like "lang=python", "kind!=pdf" or "page>=3"')
+        raise ConfigError(f'"{text}" is not a condition. Write one like "lang=python", "kind!=pdf" or "page>=3".')
     key, operator, value = found.groups()
     if key not in NUMERIC_KEYS:
         return Comparison(key, _OPERATORS[operator], value)
     try:
         number: int | float = int(value) if value.lstrip("+-").isdigit() else float(value)
     except ValueError:
-        raise ConfigError(f'{key} is a number and "{value}" is none; write a condition like "{key}>=3"') from None
+        raise ConfigError(f'{key} is a number, "{value}" is not. Write a condition like "{key}>=3".') from None
     return Comparison(key, _OPERATORS[operator], number)
 
 
@@ -78,11 +69,11 @@ def _moment(text: str) -> datetime:
     try:
         if age is not None:
             return datetime.now(timezone.utc) - timedelta(**{_UNITS[age[2].lower()]: float(age[1])})
-        # Python 3.10 does not read the Z that everybody writes.
+        # Python 3.10 does not parse the usual Z.
         return datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text)).astimezone()
     except (ValueError, OverflowError, OSError):
         raise ConfigError(
-            f'"{text}" is no time; write an age such as 30m, 12h, 7d or 2w, or a date such as 2026-01-31'
+            f'"{text}" is not a time. Write an age such as 30m, 12h, 7d or 2w, or a date such as 2026-01-31.'
         ) from None
 
 
@@ -90,18 +81,18 @@ def _patterns(paths: Sequence[str]) -> IgnorePatterns:
     try:
         return compile_patterns(paths, "--path")
     except PatternError as error:
-        raise ConfigError(f'"{error}" is no path pattern; write one like "guide/**" or "*.md"') from None
+        raise ConfigError(f'"{error}" is not a path pattern. Write one like "guide/**" or "*.md".') from None
 
 
 class Filter:
-    """Says of a chunk's metadata whether it passes.
+    """Predicate on a chunk's metadata.
 
     Args:
-        filters: What must hold.
+        filters: The filters; all must hold.
         index_dir: The index folder.
 
     Raises:
-        ConfigError: If a condition or a pattern cannot be understood, or `since` has no time zone.
+        ConfigError: If a condition or a pattern is invalid, or `since` has no time zone.
     """
 
     def __init__(self, filters: SearchFilters, index_dir: Path) -> None:
@@ -109,17 +100,17 @@ class Filter:
         if filters.condition is not None:
             conditions.append(filters.condition)
         self._conditions = conditions
-        # Where the file lies takes a while to say, for each of perhaps 100,000 rows.
-        self._asks_for_file = any(_keys(condition) & {"file_name", "file_path"} for condition in conditions)
+        # Computing absolute paths takes a while for 100,000 rows.
+        self._needs_file = any(_keys(condition) & {"file_name", "file_path"} for condition in conditions)
         self._index_dir = index_dir
         patterns = _patterns(filters.paths)
-        self._path_matches = lru_cache(_PATHS_REMEMBERED)(patterns.selects) if filters.paths else None
+        self._path_matches = lru_cache(_CACHED_PATHS)(patterns.selects) if filters.paths else None
         self._since_ns: int | None = None
         if filters.since is not None:
             if filters.since.tzinfo is None:
                 raise ConfigError(
-                    f"since is {filters.since.isoformat()} without a time zone; give it one, as in "
-                    "datetime.now(timezone.utc)"
+                    f"since is {filters.since.isoformat()} without a time zone. "
+                    "Pass one, as in datetime.now(timezone.utc)."
                 )
             self._since_ns = int(filters.since.timestamp() * 1e9)
             manifest = Manifest.load(index_dir)
@@ -130,17 +121,17 @@ class Filter:
             }
 
     def __call__(self, metadata: Mapping[str, Any]) -> bool:
-        """Whether a chunk with that metadata passes."""
+        """Return whether a chunk with that metadata passes."""
         if self._path_matches is not None and not self._path_matches(str(metadata.get("path", ""))):
             return False
         if self._conditions:
-            fields = fields_of(metadata, self._index_dir) if self._asks_for_file else metadata
+            fields = fields_of(metadata, self._index_dir) if self._needs_file else metadata
             if not all(condition.matches(fields) for condition in self._conditions):
                 return False
         return self._since_ns is None or self._modified(metadata) >= self._since_ns
 
     def _modified(self, metadata: Mapping[str, Any]) -> int:
-        """When a chunk's file was modified: what was noted when it was read, or what the file system says."""
+        """Return the modification time of a chunk's file, as recorded when it was indexed or from the file system."""
         key = (str(metadata.get("root", "")), str(metadata.get("path", "")))
         if key not in self._times:
             try:

@@ -12,7 +12,7 @@ from epic_rag_chroma.store.tokenizer import RUN, STOP_WORDS, UNSPACED_RUN, query
 
 __all__ = ["QueryWords", "Span"]
 
-# The tokenizer of the keyword index (epic_rag_chroma.store.database), so that what it found is what is shown.
+# The tokenizer of the keyword index, so that highlighted words are those that it matched.
 _TOKENIZER = "porter unicode61 remove_diacritics 2"
 _CAMEL = re.compile(r"[A-Z]+(?![^\W\dA-Z_])|[A-Z]?[^\W\dA-Z_]+|\d+")
 _SHORTEST_PART = 2
@@ -21,17 +21,17 @@ Span = tuple[int, int]
 
 
 class QueryWords:
-    """The words of a query, to be found in texts.
+    """Finds the words of a query in texts.
 
     Args:
-        query: What was asked for.
+        query: The query.
     """
 
     def __init__(self, query: str) -> None:
         terms = query_terms(query)
         if all(term in STOP_WORDS for term in terms):
-            terms = []  # "what is it": in nearly every sentence, so it tells nothing
-        # Of scripts without spaces, any part of a run can match; of others, words do.
+            terms = []  # "what is it" is in nearly every sentence
+        # In scripts without spaces any part of a run can match, in others whole words.
         self._sequences = {term for term in terms if UNSPACED_RUN.fullmatch(term)}
         self._stem_of: dict[str, str] = {}
         self._learn(terms)
@@ -41,7 +41,7 @@ class QueryWords:
         return bool(self._stems or self._sequences)
 
     def find(self, text: str) -> list[tuple[Span, str]]:
-        """Return where words of the query are in `text`, in order, each with the stem or the pair that it matches."""
+        """Return spans of the query's words in `text`, in order, each with the stem or character pair that matches."""
         if not self:
             return []
         places = [(match.span(), match[0]) for match in RUN.finditer(text)]
@@ -88,7 +88,7 @@ def _parts(word: str) -> list[tuple[Span, str]]:
 
 
 def _stems(words: list[str]) -> list[str]:
-    """Return what SQLite's tokenizer makes of each word: the index's own matching, without another stemmer."""
+    """Return the stem of each word by SQLite's tokenizer, which the keyword index uses."""
     try:
         with closing(sqlite3.connect(":memory:")) as database:
             database.execute(f"CREATE VIRTUAL TABLE words USING fts5 (word, tokenize = '{_TOKENIZER}')")
@@ -98,6 +98,6 @@ def _stems(words: list[str]) -> list[str]:
             stems: dict[int, str] = {}
             for row, stem in database.execute('SELECT doc, term FROM stems ORDER BY doc, "offset"'):
                 stems[row] = stems.get(row, "") + stem
-    except sqlite3.OperationalError:  # a SQLite without full-text search, which keyword search says plainly
+    except sqlite3.OperationalError:  # SQLite without FTS5; keyword search reports that
         return words
     return [stems.get(row, word) for row, word in enumerate(words)]

@@ -516,7 +516,7 @@ class BruteForceIndex:
         self._records.close()
 
     @contextmanager
-    def moment(self) -> Iterator[None]:
+    def snapshot(self) -> Iterator[None]:
         """Everything that is asked inside is answered as of one moment."""
         with self._records.snapshot():
             yield

@@ -21,11 +21,11 @@ __all__ = [
     "TRUSTED_VARIABLE",
     "check_owner",
     "delete_index",
+    "file_versions",
     "folder_size",
     "index_folder",
     "is_safe_relative_path",
     "remove_if_empty",
-    "versions",
 ]
 
 
@@ -151,7 +151,7 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def versions(folder: Path) -> tuple[object, ...]:
+def file_versions(folder: Path) -> tuple[object, ...]:
     """Changes whenever a run has begun to write, and whenever one has ended."""
     seen: list[object] = [(folder / RUNNING_FILE).exists()]
     for name in (INDEX_FILE, MANIFEST_FILE):

@@ -27,7 +27,7 @@ __all__ = [
     "ADDRESS_VARIABLE",
     "DATABASE_VARIABLE",
     "HEADERS_VARIABLE",
-    "IN_FOLDER",
+    "LOCAL",
     "TENANT_VARIABLE",
     "TOKEN_VARIABLE",
     "ChromaServer",
@@ -52,8 +52,8 @@ TENANT_VARIABLE = "EPIC_RAG_CHROMA_TENANT"
 DATABASE_VARIABLE = "EPIC_RAG_CHROMA_DATABASE"
 TOKEN_VARIABLE = "EPIC_RAG_CHROMA_TOKEN"
 HEADERS_VARIABLE = "EPIC_RAG_CHROMA_HEADERS"
-# What stands for the index folder where an address is asked for.
-IN_FOLDER = "folder"
+LOCAL = "folder"
+"""Stands for the index folder in place of a server's address."""
 
 _DEFAULT_TENANT = "default_tenant"
 _DEFAULT_DATABASE = "default_database"
@@ -141,11 +141,11 @@ def may_be_corrupt(error: ChromaServerError) -> bool:
 
 
 def parse_server(given: str | ChromaServer | None) -> ChromaServer | str | None:
-    """What a caller asks for: a server, the index folder (`IN_FOLDER`), or whatever the index has (None)."""
+    """What a caller asks for: a server, the index folder (`LOCAL`), or whatever the index has (None)."""
     if given is None or isinstance(given, ChromaServer):
         return given
-    if given == IN_FOLDER:
-        return IN_FOLDER
+    if given == LOCAL:
+        return LOCAL
     return ChromaServer(
         given,
         os.environ.get(TENANT_VARIABLE) or _DEFAULT_TENANT,
@@ -175,7 +175,7 @@ def new_place(asked: ChromaServer | str | None, known: ServerPlace | None, *, is
 def is_named_by_environment(server: ChromaServer) -> bool:
     """Whether the environment has the server's address."""
     given = os.environ.get(ADDRESS_VARIABLE, "")
-    return given not in ("", IN_FOLDER) and ChromaServer(given).url == server.url
+    return given not in ("", LOCAL) and ChromaServer(given).url == server.url
 
 
 def has_credentials() -> bool:

@@ -15,7 +15,7 @@ from chromadb.utils.embedding_functions import known_embedding_functions
 
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag.errors import ConfigError, FingerprintError, PromptError
-from epic_rag.task_vector import QUERY_STRATEGIES
+from epic_rag.query_prompt import QUERY_STRATEGIES, QueryPrompt
 from epic_rag_chroma import ChromaIndexer, EpicEmbeddingFunction
 from tests.helpers.banks import embedded
 
@@ -73,8 +73,31 @@ def test_the_strategy_reaches_the_encoder_and_is_kept(tiny_checkpoint: Path, tmp
         np.testing.assert_allclose(each.embed_query(["cats"]), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ({"task": "docs"}, QueryPrompt(task="docs")),
+        ({"bank": "docs", "strategy": "none"}, QueryPrompt(bank="docs", num_demonstrations=0)),
+        ({"task": "docs", "num_demonstrations": 4}, QueryPrompt(task="docs", bank="docs", num_demonstrations=4)),
+        ({"bank": "docs", "strategy": "epic", "num_demonstrations": 2}, QueryPrompt(None, "docs", None, 2, "epic")),
+    ],
+)
+def test_configurations_of_older_releases(tiny_checkpoint: Path, stored: dict[str, Any], expected: QueryPrompt) -> None:
+    old = {"model": str(tiny_checkpoint), "task": None, "bank": None, "num_demonstrations": None, "fingerprint": None}
+    function = EpicEmbeddingFunction.build_from_config({**old, "truncate_dim": None, **stored})
+    vectors = EpicEncoder.from_pretrained(tiny_checkpoint).encode_query(["cats"], expected)
+    np.testing.assert_allclose(function.embed_query(["cats"]), vectors, atol=1e-6)
+
+
+def test_all_of_a_prompt_is_stored() -> None:
+    prompt = QueryPrompt("docs", "docs", "Find it", 3, "text", "diverse")
+    config = json.loads(json.dumps(EpicEmbeddingFunction("m", prompt, fingerprint="f").get_config()))
+    assert config == {"model": "m", **vars(prompt), "truncate_dim": None, "fingerprint": "f"}
+    assert EpicEmbeddingFunction.build_from_config(config).get_config() == config
+
+
 def test_an_unknown_strategy_is_refused_at_once() -> None:
-    with pytest.raises(PromptError, match="strategy is 'best', known are epic, text, none, task-vector"):
+    with pytest.raises(PromptError, match="Unknown strategy 'best'"):
         EpicEmbeddingFunction(strategy=cast("Any", "best"))
 
 
@@ -90,7 +113,7 @@ def test_another_fingerprint_is_refused_when_the_model_is_loaded(tiny_checkpoint
     config = EpicEmbeddingFunction(tiny_checkpoint).get_config()
     function = EpicEmbeddingFunction.build_from_config({**config, "model": str(other_checkpoint)})
     for call in (function, function.embed_query):
-        with pytest.raises(FingerprintError, match=rf"fingerprint {config['fingerprint']}, .* has \w+; "):
+        with pytest.raises(FingerprintError, match=rf"fingerprint {config['fingerprint']}, .* has \w+\. "):
             call(["x"])
     with pytest.raises(FingerprintError):
         EpicEmbeddingFunction(EpicEncoder.from_pretrained(other_checkpoint), fingerprint=config["fingerprint"])
@@ -115,7 +138,7 @@ def test_what_a_configuration_cannot_keep_is_refused(tiny_encoder: EpicEncoder) 
     bank: Any = DemonstrationBank([("q", "p")])
     with pytest.raises(ConfigError, match=r"bank\.save\(folder\)"):
         EpicEmbeddingFunction(tiny_encoder, bank=bank)
-    with pytest.raises(ConfigError, match="has colour, known are"):
+    with pytest.raises(ConfigError, match="unknown settings: colour"):
         EpicEmbeddingFunction.build_from_config({"colour": "red"})
 
 
@@ -123,7 +146,7 @@ def test_a_configuration_update_may_change_the_task_and_not_the_model(tiny_encod
     function = EpicEmbeddingFunction(tiny_encoder)
     config = function.get_config()
     function.validate_config_update(config, {**config, "task": "docs"})
-    with pytest.raises(FingerprintError, match="the collection's vectors were made by"):
+    with pytest.raises(FingerprintError, match="The collection's vectors were made by"):
         function.validate_config_update(config, {**config, "fingerprint": "other"})
 
 

@@ -191,7 +191,7 @@ def test_exact_rows_see_each_commit_and_never_what_is_gone(tmp_path: Path, monke
     assert [row for row, _ in rows.nearest(query, 5)] == ["b", "c", "d", "a"]
     store.delete(["c"])
     assert [row for row, _ in rows.nearest(query, 5)] == ["b", "d", "e", "a"]
-    with rows.moment():
+    with rows.snapshot():
         store.delete(["b", "d"])
         assert set(rows.get(["b", "d"])) == {"b", "d"}
         assert [row for row, _ in rows.nearest(query, 5)] == ["b", "d", "e", "a"]

@@ -126,7 +126,7 @@ def test_an_index_of_a_newer_format_is_left_alone(indexer: ChromaIndexer, docs: 
 def test_no_index(tmp_path: Path) -> None:
     indexer = ChromaIndexer(tmp_path / "none")
     for call in (indexer.status, indexer.clear, lambda: indexer.query("x")):
-        with pytest.raises(IndexNotFoundError, match=r"no index in .*none; run `epic-rag index PATH`"):
+        with pytest.raises(IndexNotFoundError, match=r"No index in .*none\. Run `epic-rag index PATH`"):
             call()
     assert not (tmp_path / "none").exists()
 

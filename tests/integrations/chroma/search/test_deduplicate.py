@@ -1,4 +1,4 @@
-"""Which passages are the same for a reader."""
+"""Near-duplicate detection."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epic_rag_chroma.search.deduplicate import Passage, distinct
+from epic_rag_chroma.search.deduplicate import ComparedText
 
 LONG = " ".join(f"word{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(60))
 
@@ -24,9 +24,9 @@ LONG = " ".join(f"word{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(60))
         ("--- | ---", "---|---"),
     ],
 )
-def test_the_same(one: str, other: str) -> None:
-    assert Passage(one).resembles(Passage(other))
-    assert Passage(other).resembles(Passage(one))
+def test_near_duplicates(one: str, other: str) -> None:
+    assert ComparedText(one).is_near_duplicate(ComparedText(other))
+    assert ComparedText(other).is_near_duplicate(ComparedText(one))
 
 
 @pytest.mark.parametrize(
@@ -43,32 +43,28 @@ def test_the_same(one: str, other: str) -> None:
         ("", "a"),
     ],
 )
-def test_not_the_same(one: str, other: str) -> None:
-    assert not Passage(one).resembles(Passage(other))
-    assert not Passage(other).resembles(Passage(one))
+def test_different_texts(one: str, other: str) -> None:
+    assert not ComparedText(one).is_near_duplicate(ComparedText(other))
+    assert not ComparedText(other).is_near_duplicate(ComparedText(one))
 
 
-def test_what_is_short_needs_its_heading() -> None:
-    assert not Passage("Returns: nothing", "open()").resembles(Passage("Returns: nothing", "close()"))
-    assert Passage("Returns: nothing", "open()").resembles(Passage("returns nothing", "open"))
-    assert Passage(LONG, "Chapter 1").resembles(Passage(LONG, "Chapter 2"))
-
-
-def test_distinct_names_the_first_that_is_resembled() -> None:
-    texts = ["a b", "c d", "A B", "c  d", "e"]
-    assert distinct([Passage(text) for text in texts]) == [None, None, 0, 1, None]
-    assert distinct([Passage("e"), Passage("f"), Passage("F")], [Passage("d"), Passage("e")]) == [1, None, 2]
+def test_short_texts_are_compared_with_heading() -> None:
+    assert not ComparedText("Returns: nothing", "open()").is_near_duplicate(ComparedText("Returns: nothing", "close()"))
+    assert ComparedText("Returns: nothing", "open()").is_near_duplicate(ComparedText("returns nothing", "open"))
+    assert ComparedText(LONG, "Chapter 1").is_near_duplicate(ComparedText(LONG, "Chapter 2"))
 
 
 @given(st.text(), st.text())
-def test_resemblance_is_mutual_and_reflexive(one: str, other: str) -> None:
-    assert Passage(one).resembles(Passage(one))
-    assert Passage(one).resembles(Passage(other)) == Passage(other).resembles(Passage(one))
+def test_symmetric_and_reflexive(one: str, other: str) -> None:
+    assert ComparedText(one).is_near_duplicate(ComparedText(one))
+    assert ComparedText(one).is_near_duplicate(ComparedText(other)) == ComparedText(other).is_near_duplicate(
+        ComparedText(one)
+    )
 
 
-def test_a_change_of_a_word_makes_another_passage_wherever_it_is() -> None:
+def test_one_replaced_word_makes_another_text() -> None:
     random.seed(0)
     for _ in range(50):
         changed = LONG.split()
         changed[random.randrange(len(changed))] = "other"
-        assert not Passage(LONG).resembles(Passage(" ".join(changed)))
+        assert not ComparedText(LONG).is_near_duplicate(ComparedText(" ".join(changed)))

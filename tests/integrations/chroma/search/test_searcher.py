@@ -16,8 +16,9 @@ from epic_rag.errors import CheckpointError, ConfigError
 from epic_rag.query_prompt import QueryPrompt
 from epic_rag_chroma import ChromaIndexer, Hit, SearchFilters, SearchRequest, parse_filters
 from epic_rag_chroma.search import reranking
-from epic_rag_chroma.search import searcher as candidates
 from epic_rag_chroma.search.fusion import fuse
+from epic_rag_chroma.search.index_reader import IndexReader
+from epic_rag_chroma.search.searcher import Searcher
 from epic_rag_chroma.store.keyword_index import KeywordIndex, KeywordsUnavailableError
 from tests.helpers.model_files import save_cross_encoder
 
@@ -115,13 +116,17 @@ def test_hybrid_fuses_both_rankings(index: ChromaIndexer, truth: dict[str, tuple
         assert hit.bm25 == expected.get(hit.id)
 
 
-def test_what_only_the_words_find_has_a_cosine_and_the_other_way_round(
-    index: ChromaIndexer, truth: dict[str, tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+def searcher_of(index: ChromaIndexer, **settings: Any) -> Searcher:
+    return Searcher(index._index_dir, IndexReader(index._index_dir, index._state), **settings)
+
+
+def test_hits_of_one_ranking_get_the_scores_of_the_other(
+    index: ChromaIndexer, truth: dict[str, tuple[Any, ...]], tiny_encoder: EpicEncoder
 ) -> None:
-    monkeypatch.setattr("epic_rag_chroma.search.searcher.POOL", 3)
-    hits = index.query(QUERY, k=6, mode="hybrid", collapse=False)
+    searcher = searcher_of(index, fusion_depth=3)
+    (hits,) = searcher.search([QUERY], SearchRequest(k=6, collapse=False), tiny_encoder.encode_query)
     dense = by_cosine(truth)
-    assert {hit.id for hit in hits} - set(dense[:6])
+    assert {hit.id for hit in hits} - set(dense[:12])
     assert all(hit.cosine == pytest.approx(truth[hit.id][2], abs=1e-5) for hit in hits)
     expected = words_of(index)
     assert all(hit.bm25 == expected.get(hit.id) for hit in hits)
@@ -162,21 +167,22 @@ PATHS = {"guide/cats.md", "src/sleep.py"}
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=[str(number) for number in range(len(FILTERS))])
-@pytest.mark.parametrize("look_at_all", [10_000, 0], ids=["few", "many"])
+@pytest.mark.parametrize("max_brute_force", [10_000, 0], ids=["few", "many"])
 @pytest.mark.parametrize("k", [1, 7, 500])
 def test_filters_are_exact_in_every_mode(
     index: ChromaIndexer,
     truth: dict[str, tuple[Any, ...]],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_encoder: EpicEncoder,
     filters: SearchFilters,
-    look_at_all: int,
+    max_brute_force: int,
     k: int,
 ) -> None:
-    monkeypatch.setattr(candidates, "_LOOK_AT_ALL", look_at_all)
+    searcher = searcher_of(index, max_brute_force=max_brute_force)
     allowed = {row for row, (_, metadata, _) in truth.items() if holds(filters, metadata)}
 
     def ask(mode: Any) -> list[Hit]:
-        return index.query(QUERY, k=k, mode=mode, filters=filters, collapse=False)
+        request = SearchRequest(k=k, mode=mode, filters=filters, collapse=False)
+        return searcher.search([QUERY], request, tiny_encoder.encode_query)[0]
 
     dense = ask("dense")
     best = sorted((truth[row][2] for row in allowed), reverse=True)[:k]
@@ -190,7 +196,7 @@ def test_filters_are_exact_in_every_mode(
 
 
 def test_unknown_filters_are_refused_before_a_model_is_loaded(index: ChromaIndexer) -> None:
-    with pytest.raises(ConfigError, match="cannot filter by 'colour'"):
+    with pytest.raises(ConfigError, match="Cannot filter by 'colour'"):
         index.query(QUERY, filters=SearchFilters(("colour=red",)))
 
 
@@ -217,9 +223,9 @@ def test_many_queries_are_embedded_in_one_call(
     calls: list[list[str]] = []
     encode = EpicEncoder.encode_query
 
-    def counted(self: EpicEncoder, given: list[str], **options: Any) -> Any:
+    def counted(self: EpicEncoder, given: list[str], *options: Any) -> Any:
         calls.append(list(given))
-        return encode(self, given, **options)
+        return encode(self, given, *options)
 
     monkeypatch.setattr(EpicEncoder, "encode_query", counted)
     together = index.query_many(texts, k=4)
@@ -323,11 +329,11 @@ def test_a_function_can_rerank(index: ChromaIndexer) -> None:
         return [-passage.count("a") for passage in passages]
 
     hits = index.query(QUERY, k=5, reranker=reranker)
-    assert asked == [(QUERY, reranking.RERANK_POOL)]
+    assert asked == [(QUERY, reranking.RERANK_DEPTH)]
     assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5]
     given = [hit.rerank_score for hit in hits]
     assert given == sorted(given, reverse=True)
-    pool = index.query(QUERY, k=reranking.RERANK_POOL)
+    pool = index.query(QUERY, k=reranking.RERANK_DEPTH)
     assert set(ids(hits)) <= set(ids(pool))
     assert [hit.score for hit in hits] == given
     equal = index.query(QUERY, k=5, reranker=lambda query, passages: [0.0] * len(passages))
@@ -340,9 +346,9 @@ def test_a_reranker_reads_the_heading_with_the_text(index: ChromaIndexer) -> Non
     assert any(passage.startswith("Cats sleep\n") for passage in seen)
 
 
-@pytest.mark.parametrize("given", [[], [0.0], [float("nan")] * reranking.RERANK_POOL])
+@pytest.mark.parametrize("given", [[], [0.0], [float("nan")] * reranking.RERANK_DEPTH])
 def test_a_reranker_gives_a_number_for_each_passage(index: ChromaIndexer, given: list[float]) -> None:
-    with pytest.raises(ConfigError, match=f"for {reranking.RERANK_POOL} passages"):
+    with pytest.raises(ConfigError, match=f"for {reranking.RERANK_DEPTH} texts"):
         index.query(QUERY, reranker=lambda query, passages: given)
 
 
@@ -360,12 +366,12 @@ def test_a_cross_encoder_in_a_folder_can_rerank(index: ChromaIndexer, tmp_path: 
 
 
 def test_what_is_no_cross_encoder(index: ChromaIndexer, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there is no folder"):
+    with pytest.raises(CheckpointError, match="There is no folder"):
         index.query(QUERY, reranker=tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="cannot be loaded as a cross-encoder"):
         index.query(QUERY, reranker=tmp_path / "empty")
-    with pytest.raises(CheckpointError, match="gives 3 numbers for a pair"):
+    with pytest.raises(CheckpointError, match="has 3 outputs for a pair"):
         index.query(QUERY, reranker=save_cross_encoder(tmp_path / "three", outputs=3))
 
 
