@@ -162,7 +162,8 @@ class Backbone(nn.Module):
         """
         if head is not None and head.in_features != self.width:
             raise ConfigError(
-                f"The head takes width {head.in_features}, but the transformer has width {self.width}. Pass a head that fits."
+                f"The head takes width {head.in_features}, but the transformer has width {self.width}. "
+                "Pass a head that fits."
             )
         weight = next(self.transformer.parameters())
         self.head = None if head is None else head.to(device=weight.device, dtype=weight.dtype)
@@ -191,20 +192,19 @@ class Backbone(nn.Module):
                 return int(limit) if module.padding_idx is None else int(limit) - module.padding_idx - 1
         return int(limit)
 
-    def forward(self, batch: Batch, slot_vectors: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, batch: Batch, slot_vectors: torch.Tensor | None = None, *, pooled_only: bool = False
+    ) -> torch.Tensor:
         """Embed a batch.
 
         Args:
             batch: Padded rows.
             slot_vectors: (slots, dim) vectors for the batch's slots, in its order; None if it has none.
+            pooled_only: Return the pooled states, before head and normalisation.
 
         Returns:
-            (rows, dim) float32 unit vectors.
+            (rows, dim) float32 unit vectors, or (rows, width) float32 pooled states.
         """
-        return self.project_and_normalize(self.pooled(batch, slot_vectors))
-
-    def pooled(self, batch: Batch, slot_vectors: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute the (rows, width) float32 pooled states of a batch, before head and normalisation."""
         embeddings = self.embed_inputs(batch.ids, batch.slot_rows, batch.slot_columns, slot_vectors)
         inputs: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": batch.mask}
         if self.causal and self.takes_positions:
@@ -213,7 +213,8 @@ class Backbone(nn.Module):
         if self.causal:
             inputs["use_cache"] = False
         hidden = self.transformer(**inputs).last_hidden_state  # (rows, tokens, dim)
-        return self._pool(hidden.float(), batch)
+        pooled = self._pool(hidden.float(), batch)
+        return pooled if pooled_only else self.project_and_normalize(pooled)
 
     def project_and_normalize(self, pooled: torch.Tensor) -> torch.Tensor:
         """Map (rows, width) float32 pooled states to (rows, dim) float32 unit vectors."""
@@ -471,7 +472,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{adapter} does not fit {type(model).__name__}: {reason_of(error)}. Name a mergeable PEFT adapter (LoRA) of "
-            "this model, saved as safetensors."
+            f"{adapter} does not fit {type(model).__name__}: {reason_of(error)}. "
+            "Name a mergeable PEFT adapter (LoRA) of this model, saved as safetensors."
         ) from error
     return merged

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from epic_rag.backbone import Backbone
 
 __all__ = [
+    "BatchOptions",
     "BatchQueue",
     "DeviceNames",
     "Replicas",
@@ -133,36 +134,45 @@ def prefetch(
         yield pending.result()
 
 
+@dataclass(frozen=True)
+class BatchOptions:
+    """Settings of `embed`.
+
+    Attributes:
+        pad_id: Token id of the padding.
+        max_tokens: Most padded tokens in a batch.
+        cache: Keys and values of prompts; None computes every position of every row.
+        padding_side: Where the padding goes.
+        max_rows: Most rows in a batch; None lets token counts decide.
+        show_progress: Whether to draw a progress bar.
+        replicas: The same model on further devices, which take batches, too.
+    """
+
+    pad_id: int
+    max_tokens: int
+    cache: PrefixCache | None = None
+    padding_side: Literal["left", "right"] = "right"
+    max_rows: int | None = None
+    show_progress: bool = False
+    replicas: Replicas | None = None
+
+
 def embed(
     backbone: Backbone,
     rows: Sequence[EncoderInput],
-    slots: Sequence[torch.Tensor] | None = None,
-    *,
-    pad_id: int,
-    max_tokens: int,
-    cache: PrefixCache | None = None,
-    padding_side: Literal["left", "right"] = "right",
-    max_rows: int | None = None,
-    show_progress: bool = False,
-    replicas: Sequence[Backbone] = (),
+    slots: Sequence[torch.Tensor] | None,
+    options: BatchOptions,
 ) -> npt.NDArray[np.float32]:
     """Embed rows in batches of similar length; a batch that does not fit memory is halved.
 
     Positions that all rows share at their start (the whole prompt if one bank stands before all of them, the
-    instruction if each has demonstrations of its own) are computed once and kept in `cache`, for causal models whose
-    past is keys and values.
+    instruction if each has its own demonstrations) are computed once and kept in the cache, for causal models.
 
     Args:
         backbone: The model, in evaluation mode.
         rows: Model inputs.
         slots: For each row, the (2k, dim) vectors of its slots; rows with the same demonstrations share one tensor.
-        pad_id: Token id of the padding.
-        max_tokens: Most padded tokens in a batch.
-        cache: Keys and values of prompts; None computes every position of every row.
-        padding_side: Where the padding goes.
-        max_rows: Most rows in a batch.
-        show_progress: Whether to draw a progress bar.
-        replicas: The same model on further devices, which take batches, too.
+        options: How to batch.
 
     Returns:
         (rows, dim) float32, in the order of the rows.
@@ -170,6 +180,7 @@ def embed(
     Raises:
         ConfigError: If `max_rows` is below 1, or the padding side does not fit the model.
     """
+    cache, padding_side, max_rows = options.cache, options.padding_side, options.max_rows
     if padding_side == "left" and not backbone.causal:
         raise ConfigError(
             "padding_side is 'left', but the model is bidirectional with absolute positions. Use padding_side='right'."
@@ -179,7 +190,9 @@ def embed(
     prefix = None if cache is None or not backbone.causal else _shared_prefix(cache, backbone, rows, slots)
     cached = 0 if prefix is None else prefix.length
     lengths = [len(row.ids) - cached for row in rows]
-    workers = plan_workers([backbone, *replicas], sum(lengths), max_tokens, packed=prefix is not None)
+    total = sum(len(row.ids) for row in rows)
+    copies = [] if options.replicas is None else options.replicas.replicas_for(backbone, total)
+    workers = plan_workers([backbone, *copies], sum(lengths), options.max_tokens, packed=prefix is not None)
     most = max(worker.tokens for worker in workers)
     if prefix is None:
         batches = token_batches(lengths, max_tokens=most, max_rows=max_rows)
@@ -192,7 +205,7 @@ def embed(
     queue = BatchQueue(batches, lengths, len(workers))
     out = np.zeros((len(rows), backbone.dimension), dtype=np.float32)
     lock = threading.Lock()
-    with tqdm(total=len(rows), desc="Encoding", unit="text", disable=not show_progress) as bar:
+    with tqdm(total=len(rows), desc="Encoding", unit="text", disable=not options.show_progress) as bar:
 
         def work(worker: Worker) -> None:
             model, device = worker.backbone, worker.backbone.device
@@ -200,7 +213,7 @@ def embed(
             while chosen := queue.take(worker):
                 try:
                     if own_prefix is None:
-                        batch = collate([rows[row] for row in chosen], pad_id=pad_id, padding_side=padding_side)
+                        batch = collate([rows[row] for row in chosen], pad_id=options.pad_id, padding_side=padding_side)
                         vectors = None if slots is None else torch.cat([slots[row] for row in chosen]).to(device)
                         embedded = model(batch.to(device), vectors)
                     else:
@@ -233,7 +246,7 @@ def embed(
 def _shared_prefix(
     cache: PrefixCache, backbone: Backbone, rows: Sequence[EncoderInput], slots: Sequence[torch.Tensor] | None
 ) -> CachedPrefix | None:
-    """Return keys and values of the positions that all rows have in common, slot vectors included; None if there are none."""
+    """Return keys and values of the positions that all rows share, slot vectors included; None if there are none."""
     if not rows:
         return None
     first = rows[0]

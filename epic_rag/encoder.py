@@ -11,6 +11,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
 from epic_rag.backbone import Backbone, hash_tensors
-from epic_rag.batching import DeviceNames, Replicas, batch_tokens, embed, parse_devices, prefetch
+from epic_rag.batching import BatchOptions, DeviceNames, Replicas, batch_tokens, embed, parse_devices, prefetch
 from epic_rag.checkpoint_io import Checkpoint, check_width, fingerprint_of, load_checkpoint, save_checkpoint
 from epic_rag.checkpoints import EncoderConfig
 from epic_rag.demonstrations import DemonstrationBank, Selection, unit_rows
@@ -259,6 +260,7 @@ class EpicEncoder:
                 or the selection is unknown.
         """
         prompt = QueryPrompt.of(prompt, settings)
+        options = self._batch_options(batch_size, show_progress)
         items = [texts] if isinstance(texts, str) else list(texts)
         bank = prompt.resolve_bank()
         instruction = prompt.resolve_instruction(bank, self.default_instruction)
@@ -266,15 +268,15 @@ class EpicEncoder:
         k = 0 if bank is None else self._num_demonstrations(bank, prompt.num_demonstrations, strategy)
         if bank is None or k == 0 or not items or strategy == "task-vector":
             rows = self.prompt.queries(self.prompt.prefix(instruction), items)
-            vectors = self._embed(rows, None, batch_size, show_progress)
+            vectors = embed(self.backbone, rows, None, options)
             if bank is not None and k and items:
                 banks = self._select(bank, k, len(items), prompt.selection, vectors)
                 vectors = apply_task_vector(vectors, [each.embeddings_for(self.fingerprint) for each in banks])
         else:
             rows, slots = self._rows_behind_demonstrations(
-                items, bank, k, instruction, strategy, prompt.selection, batch_size
+                items, bank, k, instruction, strategy, prompt.selection, options
             )
-            vectors = self._embed(rows, slots, batch_size, show_progress)
+            vectors = embed(self.backbone, rows, slots, options)
         return self._output(vectors, texts, truncate_dim)
 
     def encode_document(
@@ -297,9 +299,10 @@ class EpicEncoder:
             float32 unit rows (n, dimension), in order; (dimension,) for a single string.
         """
         items = [texts] if isinstance(texts, str) else list(texts)
+        options = self._batch_options(batch_size, show_progress)
         # While one block is embedded the next one is tokenised, and only two are in memory as tokens.
         blocks = prefetch(self.prompt.documents, items, _BLOCK)
-        found = [self._embed(rows, None, batch_size, show_progress) for rows in blocks]
+        found = [embed(self.backbone, rows, None, options) for rows in blocks]
         return self._output(np.concatenate(found), texts, truncate_dim)
 
     def select_demonstrations(
@@ -314,7 +317,7 @@ class EpicEncoder:
         if selection == "nearest":
             instruction = QueryPrompt().resolve_instruction(bank, self.default_instruction)
             rows = self.prompt.queries(self.prompt.prefix(instruction), texts)
-            vectors = self._embed(rows, None, None, False)
+            vectors = embed(self.backbone, rows, None, self._batch_options())
         return self._select(bank, k, len(texts), selection, vectors)
 
     def embed_demonstrations(self, bank: DemonstrationBank) -> Vectors:
@@ -383,7 +386,7 @@ class EpicEncoder:
     def _select(
         self, bank: DemonstrationBank, k: int, count: int, selection: Selection, vectors: Vectors | None
     ) -> list[DemonstrationBank]:
-        """Return `count` banks of k demonstrations; one shared object unless they are the nearest to (n, dim) vectors."""
+        """Return `count` banks of k demonstrations; one shared object unless they are the nearest to each vector."""
         embedded = self._embedded(bank)
         if selection == "nearest" and vectors is not None:
             return [embedded.select(k, method="nearest", query_embedding=vector) for vector in vectors]
@@ -397,7 +400,7 @@ class EpicEncoder:
         instruction: str | None,
         strategy: QueryStrategy,
         selection: Selection,
-        batch_size: int | None,
+        options: BatchOptions,
     ) -> tuple[list[EncoderInput], list[torch.Tensor] | None]:
         """Build inputs of queries behind demonstrations.
 
@@ -409,7 +412,7 @@ class EpicEncoder:
         vectors = None
         if selection == "nearest":
             zero_shot = self.prompt.queries(self.prompt.prefix(instruction), texts)
-            vectors = self._embed(zero_shot, None, batch_size, False)
+            vectors = embed(self.backbone, zero_shot, None, replace(options, show_progress=False))
         if strategy == "text" and selection in ("first", "random"):
             banks = [bank.select(k, method=selection)] * len(texts)  # texts need no vectors
         else:
@@ -435,24 +438,15 @@ class EpicEncoder:
             rows.extend(self.prompt.queries(prefixes[id(each)], [text]))
         return rows, None
 
-    def _embed(
-        self,
-        rows: Sequence[EncoderInput],
-        slots: Sequence[torch.Tensor] | None,
-        batch_size: int | None,
-        show_progress: bool,
-    ) -> Vectors:
-        return embed(
-            self.backbone,
-            rows,
-            slots,
-            cache=self.prefix_cache,
+    def _batch_options(self, batch_size: int | None = None, show_progress: bool = False) -> BatchOptions:
+        return BatchOptions(
             pad_id=self.prompt.pad_id,
-            padding_side=self.padding_side,
             max_tokens=self.max_batch_tokens,
+            cache=self.prefix_cache,
+            padding_side=self.padding_side,
             max_rows=batch_size,
             show_progress=show_progress,
-            replicas=self.replicas.replicas_for(self.backbone, sum(len(row.ids) for row in rows)),
+            replicas=self.replicas,
         )
 
     def _output(self, vectors: Vectors, texts: str | Sequence[str], truncate_dim: int | None) -> Vectors:

@@ -1,4 +1,4 @@
-"""Every error that epic-rag raises on purpose.
+"""Errors of epic-rag.
 
     EpicError
     ├── CheckpointError        a checkpoint is missing, broken or unknown
@@ -11,8 +11,8 @@
     ├── MissingExtraError      an optional package is not installed
     └── TrainingError          training cannot start, or went wrong (NaN loss, broken resume)
 
-A message is one line: the facts on both sides and the command to run next. Code that calls epic-rag catches
-`EpicError`; the command line prints it and exits with status 1.
+A message is a fact and a remedy in two short sentences. Code that calls epic-rag catches `EpicError`; the command line
+prints it and exits with status 1.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ConfigError(EpicError):
 
 
 class FingerprintError(EpicError):
-    """Stored vectors were made by another checkpoint than the one that is asked to read them."""
+    """Stored vectors were computed by another checkpoint."""
 
 
 class MissingExtraError(EpicError):
@@ -69,11 +69,13 @@ class MissingExtraError(EpicError):
     Args:
         package: The package that could not be imported.
         extra: The extra of epic-rag that brings it.
-        purpose: What it is needed for, as the subject of "needs" ("reading PDF files").
+        purpose: Its use, as the subject of "needs" ("reading PDF files").
     """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {package}, which is not installed; run `pip install 'epic-rag[{extra}]'`")
+        super().__init__(
+            f"{purpose[:1].upper()}{purpose[1:]} needs {package}, which is not installed. Run `pip install 'epic-rag[{extra}]'`."
+        )
         self.package = package
         self.extra = extra
         self.purpose = purpose
@@ -84,9 +86,9 @@ class MissingExtraError(EpicError):
 
 
 class TrainingError(EpicError):
-    """Training cannot start, or went wrong in a way that going on would hide."""
+    """Training cannot start, or failed in a way that continuing would hide."""
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none: what a message of one line has room for."""
+    """Return the first line of an error's message, or its type if it has none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,7 +1,8 @@
-"""The key/value cache of a prompt: what stands before the queries' own tokens is computed once and shared.
+"""Key/value cache of a prompt: the positions before the queries' own tokens are computed once and shared.
 
 In a causal model the states of a position depend on the positions before it only, so those of the instruction and the
-demonstrations are the same for every query behind them. Their keys and values are kept, one row of them, and every query of every batch attends to that row:
+demonstrations are the same for every query behind them. Their keys and values are kept in one row, and every query of
+every batch attends to that row:
 
     keys, values    [ prompt | query 1 | query 2 | query 3 ... ]     a pack
     query 2 sees      yes      no        up to itself  no

@@ -244,8 +244,7 @@ class PromptBuilder:
         Returns:
             One row per text, of at most `max_document_tokens` tokens.
         """
-        room = self._room(self.max_document_tokens, len(self.start) + len(self.stop), "a document", len(self.start))
-        return [self._row(self.start, ids) for ids in self.token_ids(texts, room)]
+        return self.queries(Prefix(ids=self.start), texts, max_tokens=self.max_document_tokens, what="a document")
 
     def prefix(
         self,
@@ -321,20 +320,35 @@ class PromptBuilder:
         ids.extend((*line, *query) if each else query)
         return Prefix(ids=tuple(ids), slots=tuple(slots), words=True)
 
-    def queries(self, prefix: Prefix, texts: Sequence[str]) -> list[EncoderInput]:
+    def queries(
+        self, prefix: Prefix, texts: Sequence[str], *, max_tokens: int | None = None, what: str = "a query"
+    ) -> list[EncoderInput]:
         """Build inputs of queries behind a prefix.
+
+        Args:
+            prefix: Everything before the query's own tokens.
+            texts: The queries.
+            max_tokens: Longest query with special tokens; None for `max_query_tokens`.
+            what: Noun for the message of an error.
 
         Returns:
             One row per text. Only the query's own tokens are ever cut.
 
         Raises:
-            PromptError: If the prefix leaves no room for a query.
+            PromptError: If the prefix leaves no room for a query, or a text is not a string.
         """
         # The space belongs to the query's first word, as it would in one continuous text.
         texts = [f" {text}" if isinstance(text, str) else text for text in texts] if prefix.words else texts
-        room = self._query_room(prefix)
+        room = self._room(prefix, self.max_query_tokens if max_tokens is None else max_tokens, what)
         pool_start = len(prefix.ids) if prefix.words else 0
-        return [self._row(prefix.ids, ids, prefix.slots, pool_start) for ids in self.token_ids(texts, room)]
+        rows = []
+        for ids in self.token_ids(texts, room):
+            row = (*prefix.ids, *ids, *self.stop)
+            if len(row) == pool_start:
+                # An empty text and a tokenizer without special tokens: there must be one position to pool.
+                row = (*row, self.filler)
+            rows.append(EncoderInput(row, slots=prefix.slots, pool_start=pool_start))
+        return rows
 
     def with_prefix(self, prefix: Prefix, rows: Sequence[EncoderInput]) -> list[EncoderInput]:
         """Put the queries of rows behind another prefix, without tokenising them again.
@@ -346,30 +360,23 @@ class PromptBuilder:
         Raises:
             PromptError: If the prefix leaves no room for a query.
         """
-        room, stop = self._query_room(prefix), len(self.stop)
-        texts = [row.ids[row.pool_start : len(row.ids) - stop][:room] for row in rows]
-        return [self._row(prefix.ids, ids, prefix.slots, len(prefix.ids)) for ids in texts]
+        room, stop = self._room(prefix, self.max_query_tokens, "a query"), len(self.stop)
+        inputs = []
+        for row in rows:
+            ids = (*prefix.ids, *row.ids[row.pool_start : len(row.ids) - stop][:room], *self.stop)
+            ids = ids if len(ids) > len(prefix.ids) else (*ids, self.filler)
+            inputs.append(EncoderInput(ids, slots=prefix.slots, pool_start=len(prefix.ids)))
+        return inputs
 
-    def _query_room(self, prefix: Prefix) -> int:
-        return self._room(self.max_query_tokens, len(self.start) + len(self.stop), "a query", len(prefix.ids))
-
-    def _row(
-        self, before: Sequence[int], ids: Sequence[int], slots: tuple[int, ...] = (), pool_start: int = 0
-    ) -> EncoderInput:
-        row = (*before, *ids, *self.stop)
-        if len(row) == pool_start:
-            # An empty text and a tokenizer without special tokens: there must be one position to pool.
-            row = (*row, self.filler)
-        return EncoderInput(row, slots=slots, pool_start=pool_start)
-
-    def _room(self, limit: int, special: int, what: str, prefix: int = 0) -> int:
-        room = limit - special
+    def _room(self, prefix: Prefix, limit: int, what: str) -> int:
+        """Return the number of tokens that are left for a text behind a prefix."""
+        room = limit - len(self.start) - len(self.stop)
         if self.max_positions is not None:
-            room = min(room, self.max_positions - len(self.stop) - prefix)
+            room = min(room, self.max_positions - len(self.stop) - len(prefix.ids))
         if room < 1:
             raise PromptError(
-                f"No room for {what}: the limit is {limit} tokens, the model takes {self.max_positions}, the prompt before "
-                f"it has {prefix}. Use fewer demonstrations or a shorter instruction."
+                f"No room for {what}: the limit is {limit} tokens, the model takes {self.max_positions}, the prompt "
+                f"before it has {len(prefix.ids)}. Use fewer demonstrations or a shorter instruction."
             )
         return room
 

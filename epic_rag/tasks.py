@@ -1,10 +1,10 @@
-"""Known tasks: a name for an instruction, and for the built-in bank that goes with it.
+"""Known tasks: names of instructions, each with a built-in bank of demonstrations.
 
-An instruction says in words what belongs to a query; demonstrations say it by example. A task names both, so
-that `task="claims"` is enough. Nothing here is special: an instruction and a bank of one's own do the same.
+`task="claims"` selects the instruction, `bank="claims"` the demonstrations. A custom instruction and a custom bank work
+the same way.
 
-The wording matters. Where a task is one that the shipped checkpoint was trained on, its instruction is that
-of training, word for word, because an encoder reads a familiar instruction better than a paraphrase of it.
+Where the shipped checkpoint was trained on a task, the instruction here is that of training, word for word: an encoder
+reads a familiar instruction better than a paraphrase.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from epic_rag.errors import TaskError
 __all__ = ["DEFAULT_TASK", "Task", "get_task", "list_tasks"]
 
 DEFAULT_TASK = "docs"
-"""The task of the command line, where none is given."""
+"""Default task of the command line."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a query asks for.
+    """An instruction with a name.
 
     Attributes:
         name: Short name, as in `--task NAME`.
@@ -102,12 +102,12 @@ _BY_NAME = {task.name: task for task in _TASKS}
 
 
 def list_tasks() -> list[Task]:
-    """Every known task, the default one first."""
+    """Return all known tasks, the default one first."""
     return list(_TASKS)
 
 
 def get_task(name: str) -> Task:
-    """The task of a name.
+    """Return the task of a name.
 
     Args:
         name: One of the names in `list_tasks()`.
@@ -123,4 +123,4 @@ def get_task(name: str) -> Task:
         return _BY_NAME[name]
     close = difflib.get_close_matches(name, _BY_NAME, n=1) if isinstance(name, str) else []
     hint = f" (did you mean {close[0]}?)" if close else ""
-    raise TaskError(f"no task {name!r}{hint}; known are {', '.join(_BY_NAME)}; run `epic-rag bank list`")
+    raise TaskError(f"Unknown task {name!r}{hint}. Choose one of {', '.join(_BY_NAME)}.")

@@ -261,7 +261,7 @@ class Forward:
         for chunk in chunks:
             batch = _moved(collate([rows[index] for index in chunk], pad_id=self.pad_id), self.backbone.device)
             with torch.autocast(batch.ids.device.type, dtype=self.autocast_dtype, enabled=self.dtype != torch.float32):
-                parts.append(self.backbone.pooled(batch))
+                parts.append(self.backbone(batch, pooled_only=True))
         order = torch.tensor([index for chunk in chunks for index in chunk])
         return torch.cat(parts)[order.argsort().to(parts[0].device)]
 

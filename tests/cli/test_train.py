@@ -188,7 +188,7 @@ def test_a_missing_extra_is_named(cli: Any, file: Path, monkeypatch: pytest.Monk
     assert result.status == 1
     assert (
         result.err
-        == "error: mining with BM25 needs bm25s, which is not installed; run `pip install 'epic-rag[train]'`\n"
+        == "error: Mining with BM25 needs bm25s, which is not installed. Run `pip install 'epic-rag[train]'`.\n"
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from epic_rag import ConfigError, EpicEncoder, PromptError
 from epic_rag.backbone import Backbone
-from epic_rag.batching import embed, is_out_of_memory, prefetch, token_batches
+from epic_rag.batching import BatchOptions, embed, is_out_of_memory, prefetch, token_batches
 from epic_rag.prompt import Batch, EncoderInput
 from tests.helpers.banks import embedded
 
@@ -143,7 +143,7 @@ def test_one_row_that_does_not_fit_says_so(tiny_encoder: EpicEncoder, monkeypatc
 @pytest.mark.parametrize("max_rows", [None, 1, 5])
 def test_the_batches_decide_no_vector(tiny_encoder: EpicEncoder, max_tokens: int, max_rows: int | None) -> None:
     rows = tiny_encoder.prompt.documents(TEXTS)
-    vectors = embed(tiny_encoder.backbone, rows, pad_id=1, max_tokens=max_tokens, max_rows=max_rows)
+    vectors = embed(tiny_encoder.backbone, rows, None, BatchOptions(1, max_tokens, max_rows=max_rows))
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, tiny_encoder.encode_document(TEXTS), atol=1e-5)
 

@@ -352,8 +352,8 @@ def test_more_demonstrations_than_there_are(tiny_encoder: EpicEncoder, bank: Dem
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"task": "nothing"}, TaskError, "no task 'nothing'; known are docs, qa, claims"),
-        ({"task": "nothing", "instruction": "mine"}, TaskError, "no task 'nothing'"),
+        ({"task": "nothing"}, TaskError, "Unknown task 'nothing'. Choose one of docs, qa, claims"),
+        ({"task": "nothing", "instruction": "mine"}, TaskError, "Unknown task 'nothing'"),
         ({"bank": "nothing"}, BankError, "There is no demonstration bank nothing. Built-in banks are"),
         (
             {"num_demonstrations": 2},

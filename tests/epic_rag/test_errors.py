@@ -46,6 +46,6 @@ def test_a_missing_package_survives_a_worker_with_its_parts() -> None:
     error = MissingExtraError("peft", "train", "loading an adapter")
     for one in (error, pickle.loads(pickle.dumps(error))):
         assert str(one) == (
-            "loading an adapter needs peft, which is not installed; run `pip install 'epic-rag[train]'`"
+            "Loading an adapter needs peft, which is not installed. Run `pip install 'epic-rag[train]'`."
         )
         assert (one.package, one.extra, one.purpose) == ("peft", "train", "loading an adapter")

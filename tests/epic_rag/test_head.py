@@ -47,7 +47,7 @@ def test_a_vector_is_the_head_of_the_pooled_states(width: int, bias: bool) -> No
     rows = encoder.prompt.documents(TEXTS)
     batch = collate(rows, pad_id=encoder.prompt.pad_id)
     with torch.no_grad():
-        pooled = make_encoder().backbone.pooled(batch)
+        pooled = make_encoder().backbone(batch, pooled_only=True)
         expected = nn.functional.normalize(head(pooled), dim=-1).numpy()
     assert pooled.shape == (3, 32)
     found = encoder.encode_document(TEXTS)

@@ -188,7 +188,7 @@ def test_a_missing_package_names_the_extra(
     if "adapter" in arguments:
         (tmp_path / "adapter_config.json").write_text("{}")
         arguments = {"adapter": tmp_path}  # type: ignore[dict-item]
-    with pytest.raises(MissingExtraError, match=rf"needs {package}, .* run `pip install 'epic-rag\[train\]'`"):
+    with pytest.raises(MissingExtraError, match=rf"needs {package}, .* Run `pip install 'epic-rag\[train\]'`"):
         load_transformer(gguf_folder, **arguments)  # type: ignore[arg-type]
 
 

@@ -73,19 +73,19 @@ def test_an_unknown_task_lists_the_known_ones_and_the_next_command() -> None:
     with pytest.raises(TaskError) as caught:
         get_task("poetry")
     message = str(caught.value)
-    assert message == f"no task 'poetry'; known are {', '.join(NAMES)}; run `epic-rag bank list`"
+    assert message == f"Unknown task 'poetry'. Choose one of {', '.join(NAMES)}."
     assert isinstance(caught.value, EpicError)
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("doc", "docs"), ("claim", "claims"), ("command", "commands")])
 def test_a_near_miss_is_named(typed: str, meant: str) -> None:
-    with pytest.raises(TaskError, match=rf"no task '{typed}' \(did you mean {meant}\?\)"):
+    with pytest.raises(TaskError, match=rf"Unknown task '{typed}' \(did you mean {meant}\?\)"):
         get_task(typed)
 
 
 @pytest.mark.parametrize("name", ["", "DOCS", " docs", None, 3, ["docs"]])
 def test_names_are_exact(name: object) -> None:
-    with pytest.raises(TaskError, match="known are docs, qa"):
+    with pytest.raises(TaskError, match="Choose one of docs, qa"):
         get_task(name)  # type: ignore[arg-type]
 
 

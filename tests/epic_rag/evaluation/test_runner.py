@@ -459,6 +459,6 @@ def test_missing_mteb_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "mteb", None)
     with pytest.raises(
-        MissingExtraError, match=r"needs mteb, which is not installed; run `pip install 'epic-rag\[eval\]'`"
+        MissingExtraError, match=r"needs mteb, which is not installed. Run `pip install 'epic-rag\[eval\]'`"
     ):
         run_evaluation(_request(tiny_checkpoint, sets, bank))

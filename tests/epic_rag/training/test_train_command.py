@@ -102,7 +102,7 @@ def test_a_missing_extra_is_named(cli: Any, run_file: Path, monkeypatch: pytest.
     for arguments in (["own-data"], [run_file, "--set", "steps=2"]):
         result = cli("train", *arguments)
         assert result.status == 1
-        assert result.err.endswith("needs PyYAML, which is not installed; run `pip install 'epic-rag[train]'`\n")
+        assert result.err.endswith("needs PyYAML, which is not installed. Run `pip install 'epic-rag[train]'`.\n")
     # A JSON file needs nothing more.
     assert cli("train", run_file).status == 0
 
