@@ -1,12 +1,12 @@
-"""`epic-rag index` on files of every format, in a process of its own: found, refused with a reason, ended by Ctrl-C."""
+"""`epic-rag index` on files of every format: indexed, skipped with a reason, interrupted."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ while True:
 """
 
 
-def test_every_format_is_indexed_and_found(process: Any, tiny_checkpoint: Path) -> None:
+def test_every_format(cli: Any, tiny_checkpoint: Path) -> None:
     folder = Path.cwd() / "files"
     folder.mkdir()
     for name, data in SAMPLES.items():
@@ -35,7 +35,7 @@ def test_every_format_is_indexed_and_found(process: Any, tiny_checkpoint: Path) 
     (folder / "broken.docx").write_bytes(SAMPLES["a.docx"][:5000])
     (folder / "photo.jpg").write_bytes(b"\xff\xd8\xff")
 
-    result = process("index", "files", "--model", tiny_checkpoint, "--json")
+    result = cli("index", "files", "--model", tiny_checkpoint, "--json")
     assert result.status == 0, result.err
     report = json.loads(result.out)
     assert report["added"] == len(SAMPLES)
@@ -46,7 +46,7 @@ def test_every_format_is_indexed_and_found(process: Any, tiny_checkpoint: Path) 
         "photo.jpg": "not text",
     }
 
-    result = process("query", "Ishmael stuffed a shirt", "--index-dir", "files/.epic-rag", "--json", "-k", 100)
+    result = cli("query", "Ishmael stuffed a shirt", "--index-dir", "files/.epic-rag", "--json", "-k", 100)
     assert result.status == 0, result.err
     hits = json.loads(result.out)["hits"]
     places = {hit["path"]: (hit["page"], hit["first_line"]) for hit in hits if hit["path"] in ("a.docx", "a.pptx")}
@@ -55,29 +55,28 @@ def test_every_format_is_indexed_and_found(process: Any, tiny_checkpoint: Path) 
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
-def test_ctrl_c_while_a_file_is_parsed_leaves_no_process(tiny_checkpoint: Path) -> None:
-    folder = Path.cwd() / "files"
-    folder.mkdir()
-    (folder / "a.pdf").write_bytes(SAMPLES["a.pdf"])
-    hostile = Path.cwd() / "path"
-    hostile.mkdir()
-    (hostile / "pypdf.py").write_text(ENDLESS_PARSER)
+def test_ctrl_c_while_a_file_is_parsed(cli: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("files").mkdir()
+    Path("files/a.pdf").write_bytes(SAMPLES["a.pdf"])
+    Path("path").mkdir()
+    Path("path/pypdf.py").write_text(ENDLESS_PARSER)
     started = Path.cwd() / "started"
-    with subprocess.Popen(
-        [sys.executable, "-m", "epic_rag_cli", "index", "files", "--model", str(tiny_checkpoint)],
-        env={**os.environ, "PYTHONPATH": str(hostile), "STARTED": str(started)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as child:
-        deadline = time.monotonic() + 100
+    monkeypatch.setenv("STARTED", str(started))
+    monkeypatch.setattr(sys, "path", [str(Path.cwd() / "path"), *sys.path])  # the worker process gets it
+    workers: list[psutil.Process] = []
+
+    def press() -> None:
         while not (started.exists() and started.read_text()):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        worker = psutil.Process(int(started.read_text()))
-        os.killpg(child.pid, signal.SIGINT)  # as a terminal does it: to every process of the group
-        _, err = child.communicate(timeout=60)
-    assert child.returncode == 130
-    assert err.startswith("error: interrupted")
-    assert not worker.is_running()
+            time.sleep(0.02)
+        workers.append(psutil.Process(int(started.read_text())))
+        # A terminal signals every process of the group.
+        workers[0].send_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press, daemon=True)
+    thread.start()
+    result = cli("index", "files", "--model", tiny_checkpoint)
+    assert (result.status, result.out) == (130, "")
+    assert result.err.startswith("error: Interrupted")
+    thread.join(60)
+    assert not workers[0].is_running()
