@@ -73,9 +73,8 @@ class MissingExtraError(EpicError):
     """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{purpose[:1].upper()}{purpose[1:]} needs {package}, which is not installed. Run `pip install 'epic-rag[{extra}]'`."
-        )
+        subject = purpose[:1].upper() + purpose[1:]
+        super().__init__(f"{subject} needs {package}, which is not installed. Run `pip install 'epic-rag[{extra}]'`.")
         self.package = package
         self.extra = extra
         self.purpose = purpose
