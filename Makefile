@@ -4,17 +4,17 @@
 # make check   lint, formatting and types
 # make wheel   build the wheel into dist/
 # make banks   embed the built-in demonstration banks with every shipped checkpoint
-# make results run what docs/results.md reports and write its tables and plots (hours); see benchmarks/results.py
-# make results-quick   the same commands on tiny generated data with a tiny random model; touches no document
-# make bench   run the benchmarks of speed and write the tables of benchmarks/README.md (an hour, on an idle machine)
-# make bench-quick   the same commands on tiny generated data with a tiny random model; judges no time
-# make clean   remove what the targets above wrote, except the virtual environment
+# make results run the evaluations of docs/results.md and write its tables and plots (hours)
+# make results-quick   the same commands on tiny generated data with a tiny random model; changes no document
+# make bench   run the speed benchmarks and write the tables of benchmarks/README.md (an hour, on an idle machine)
+# make bench-quick   the same commands on tiny generated data with a tiny random model; checks no times
+# make clean   remove the output of these targets, except the virtual environment
 # make distclean   remove .venv as well
 #
 # Variables:
 #   PYTHON     the interpreter that makes the virtual environment (Python 3.10 or newer)
 #   VENV       the virtual environment's folder
-#   DIST       the folder the wheel goes to
+#   DIST       the folder of the wheel
 #   PIP_ARGS   added to every pip install. On Linux the default torch wheel carries CUDA (gigabytes); for the
 #              CPU one: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   RESULTS_ARGS  added to the results' command: RESULTS_ARGS="--data DIR --minilm DIR --llm DIR --only heldout,report"
@@ -25,7 +25,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DIST ?= dist
 PIP_ARGS ?=
-# Two processes, a file of tests to each: many tests wait for processes that they start.
+# Two processes, one test file each: many tests wait for processes that they start.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 DEMO_ARGS ?=
 RESULTS_ARGS ?=
@@ -34,7 +34,7 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet $(PIP_ARGS) -c constraints.txt
-# Written after a successful installation, so that the next call installs nothing.
+# Timestamps of successful installations; the next call installs nothing.
 RUN_STAMP := $(VENV)/.epic-rag-installed
 DEV_STAMP := $(VENV)/.epic-rag-dev-installed
 
@@ -48,7 +48,7 @@ help:
 demo: $(RUN_STAMP)
 	$(BIN)/python demos/examples/demo.py $(DEMO_ARGS)
 
-# The tests must not reach the network: a hub look-up is an error, not a slow test.
+# Tests do not use the network: a hub look-up is an error.
 test: export HF_HUB_OFFLINE = 1
 test: $(DEV_STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -87,7 +87,7 @@ bench-quick: export HF_HUB_OFFLINE = 1
 bench-quick: $(DEV_STAMP)
 	$(BIN)/python benchmarks/bench.py --quick
 
-# setuptools puts whatever lies in build/ into the wheel: a file deleted since would still be shipped.
+# setuptools puts everything in build/ into the wheel, also files that were deleted since.
 wheel: $(BIN)/python
 	rm -rf build
 	$(PIP) wheel --quiet --no-deps --wheel-dir $(DIST) .

@@ -187,6 +187,15 @@ def test_make_knows_the_target(target: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_files_that_make_uses_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    used = set(re.findall(r"(?<![\w/])(?:tests|benchmarks|demos)/[\w./-]+(?<=[\w])", makefile)) - {
+        "demos/epic_rag_demos"
+    }
+    assert len(used) >= 5
+    assert {name for name in used if not (ROOT / name).exists()} == set()
+
+
 def test_make_without_a_target_changes_nothing_but_explains() -> None:
     shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("demo", "test", "check", "wheel", "clean"):
