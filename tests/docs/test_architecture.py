@@ -74,7 +74,9 @@ def test_the_ways_of_a_document_and_of_a_query(tmp_path: Path, monkeypatch: pyte
     encoder.config.strategy = "task-vector"
     encoder.save_pretrained("model")
     Path("docs").mkdir()
-    Path("docs/undo.md").write_text("# Undo\n\nTo undo the last commit, reset softly.\n\n## Remove\n\nDelete the folder.\n")
+    Path("docs/undo.md").write_text(
+        "# Undo\n\nTo undo the last commit, reset softly.\n\n## Remove\n\nDelete the folder.\n"
+    )
     commands = {
         "The way of a document": ["index", "docs", "--model", "model"],
         "The way of a query": ["query", "undo", "--bank", "docs", "--index-dir", "docs/.epic-rag"],

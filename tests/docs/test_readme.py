@@ -44,7 +44,12 @@ def test_the_installation_from_a_checkout() -> None:
 
 def test_links_lead_to_files_and_headings() -> None:
     broken = []
-    for page in [ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demos/*/README.md")]:
+    for page in [
+        ROOT / "README.md",
+        *ROOT.glob("*/README.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("demos/*/README.md"),
+    ]:
         for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
             if "://" in target:
                 continue
