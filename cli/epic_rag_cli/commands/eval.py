@@ -239,15 +239,15 @@ def ablate(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Override a setting of all arms, for instance data=pairs, budget.steps=50 or evaluation.queries=100; "
-            "can be repeated. Settings of an arm take precedence.",
+            help="Override a setting of all arms, for instance data=pairs, steps=50 or evaluation.queries=100; "
+            "can be repeated. It takes precedence over an arm's.",
         ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train the arms of a grid for an equal number of steps, tokens or minutes, and print their scores as a table.
+    """Train the arms of a grid and print their scores as a table.
 
     Every arm is scored on files that no arm trains on, and on rows that training leaves out. The same command
     continues an interrupted run. docs/evaluation.md explains the grid and the table; the examples use a grid.yaml in
@@ -255,7 +255,7 @@ def ablate(
 
     Examples:
         epic-rag ablate grid.yaml --quiet
-        epic-rag ablate grid.yaml --only epic --set budget.steps=3 -o runs/quick --json
+        epic-rag ablate grid.yaml --only epic --set steps=3 -o runs/quick --json
     """
     from epic_rag.checkpoints import DEFAULT_CHECKPOINT
     from epic_rag.evaluation.ablation import failed_arms, load_grid, run_ablation
