@@ -170,9 +170,13 @@ def serve() -> None:
     # Everything is imported before the forks. No client is made, hence no thread, which a fork would lose.
     for name in (
         "chromadb.api.rust",
+        "chromadb.telemetry.product.posthog",
+        "epic_rag_chroma.indexer",
         "epic_rag_chroma.indexing.run",
+        "epic_rag_chroma.reading.text",
         "epic_rag_chroma.search.searcher",
         "epic_rag_chroma.store.collection",
+        "numpy.random",
     ):
         importlib.import_module(name)
     from epic_rag_chroma.store import collection

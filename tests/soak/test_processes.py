@@ -72,7 +72,7 @@ def test_two_indexers_and_four_readers(forks: ForkServer, tmp_path: Path) -> Non
 
 def test_second_indexer_waits(forks: ForkServer, tmp_path: Path) -> None:
     docs = ChangingFolder(tmp_path / "docs", random.Random(SEED), files=20)
-    first = forks.start("index", docs.folder, pause=0.1)
+    first = forks.start("index", docs.folder, pause=0.2)
     while not (docs.folder / ".epic-rag/running.json").exists():
         time.sleep(0.005)
     refused = forks.start("index", docs.folder).wait()

@@ -252,7 +252,7 @@ def test_async_does_not_block_the_event_loop(index_dir: Path, tiny_encoder: Epic
         def encode_document(self, *texts: Any) -> Any:
             raise AssertionError
 
-    async def ask() -> list[list[NodeWithScore]]:
+    async def retrieve() -> list[list[NodeWithScore]]:
         async def release() -> list[NodeWithScore]:
             free.set()
             return []
@@ -260,7 +260,7 @@ def test_async_does_not_block_the_event_loop(index_dir: Path, tiny_encoder: Epic
         return await asyncio.gather(*(waiting.aretrieve(text) for text in "abc"), release())
 
     with EpicRetriever(index_dir, encoder=Waiting(), mode="dense") as waiting:  # type: ignore[arg-type]
-        assert [bool(nodes) for nodes in asyncio.run(ask())] == [True, True, True, False]
+        assert [bool(nodes) for nodes in asyncio.run(retrieve())] == [True, True, True, False]
 
 
 def test_threads_and_event_loops_share_a_retriever(retriever: EpicRetriever) -> None:
@@ -268,7 +268,7 @@ def test_threads_and_event_loops_share_a_retriever(retriever: EpicRetriever) -> 
     expected = {question: ids(retriever.retrieve(question)) for question in questions}
     found: dict[str, list[str]] = {}
 
-    def ask(some: list[str]) -> None:
+    def retrieve(some: list[str]) -> None:
         for question in some:
             found[question] = ids(retriever.retrieve(question))
 
@@ -277,8 +277,8 @@ def test_threads_and_event_loops_share_a_retriever(retriever: EpicRetriever) -> 
             found[question] = ids(nodes)
 
     threads = [
-        threading.Thread(target=ask, args=(questions[:4],)),
-        threading.Thread(target=ask, args=(questions[4:8],)),
+        threading.Thread(target=retrieve, args=(questions[:4],)),
+        threading.Thread(target=retrieve, args=(questions[4:8],)),
         threading.Thread(target=lambda: asyncio.run(gather(questions[8:]))),
     ]
     for thread in threads:

@@ -191,9 +191,9 @@ def test_unpickled_copy_loads_at_first_use(tiny_checkpoint: Path, other_checkpoi
     with pytest.raises(Exception, match="no checkpoint"):
         missing.get_query_embedding("Paris")
     shutil.copytree(other_checkpoint, folder)
-    for ask in (changed.get_query_embedding, changed.get_text_embedding):
+    for embed in (changed.get_query_embedding, changed.get_text_embedding):
         with pytest.raises(FingerprintError):
-            ask("Paris")
+            embed("Paris")
     with pytest.raises(FingerprintError):
         asyncio.run(changed.aget_query_embedding("Paris"))
 
