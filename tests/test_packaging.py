@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import email
 import email.message
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -14,9 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import epic_rag
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT, list_checkpoints
+from tests.test_structure import SOURCES, imports, modules
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1024 * 1024
@@ -163,6 +167,21 @@ def test_runtime_requirements_have_no_pin_and_no_address(metadata: email.message
     requirements = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert any(line.startswith("torch>=") for line in requirements)
     assert [line for line in requirements if "==" in line or "@" in line] == []
+
+
+def test_imported_packages_are_requirements(metadata: email.message.Message) -> None:
+    brought_by = {"datasets": "mteb", "scikit-learn": "mteb", "tokenizers": "transformers"}
+    known = {canonicalize_name(Requirement(line).name) for line in metadata.get_all("Requires-Dist", [])}
+    assert set(brought_by.values()) <= known
+    homes = importlib.metadata.packages_distributions()
+    missing = {
+        f"{module} imports {source}"
+        for module, path in modules().items()
+        for source, _, _ in imports(path)
+        if (top := source.split(".")[0]) not in {*sys.stdlib_module_names, *SOURCES, "tomllib"}
+        and not {canonicalize_name(home) for home in homes.get(top, [top])} & {*known, *brought_by}
+    }
+    assert missing == set()
 
 
 def test_the_licence_is_the_whole_apache_licence() -> None:
