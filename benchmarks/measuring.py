@@ -170,4 +170,4 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError("matplotlib", "eval", "drawing plots") from error
+        raise MissingExtraError("matplotlib", "dev", "drawing plots") from error
