@@ -278,7 +278,7 @@ def _arm(name: str, entry: Any, base: Mapping[str, Any], overrides: Sequence[str
             change_setting(values, override)
         # Arms are scored when they are done, and one that was interrupted starts again.
         values |= {"name": name, "output": str(folder / "arms" / name)}
-        values |= {"stop_after": None, "evaluate_every": 0, "save_every": 10**9}
+        values |= {"stop_at_step": None, "evaluate_every": 0, "save_every": 10**9}
         config = TrainingConfig.from_dict({**values, "evaluation_tasks": scored}, origin=f"arm {name}")
     except ConfigError as error:
         raise ConfigError(f"Arm {name}: {error}") from error

@@ -1,4 +1,4 @@
-"""Training with EPIC: configuration, data, loss, trainer."""
+"""Training with EPIC: configuration, data, losses, trainer."""
 
 from __future__ import annotations
 

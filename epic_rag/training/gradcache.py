@@ -1,23 +1,22 @@
-"""A step's gradients by way of its vectors: bounded memory, and several processes.
+"""GradCache for EPIC: a step's gradients in bounded memory, in one or several processes.
 
-In-batch negatives tie all rows of a batch together, so plain backpropagation keeps the activations of all of them. But
-the loss depends on a row by its vector alone. GradCache (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size
-under Memory Limited Setup") therefore computes vectors without activations, the loss and its gradient with respect to
-the vectors, and then each chunk once more with activations, from whose vectors that gradient goes on into the weights.
+In-batch negatives couple all rows of a batch, so plain backpropagation keeps the activations of all of them. But the
+loss depends on a row only through its vector. GradCache (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size
+under Memory Limited Setup") computes vectors without activations, then the loss and its gradient with respect to the
+vectors, then each chunk again with activations, to backpropagate that gradient into the weights.
 
-EPIC has two levels, because the slots of q1 hold q0 and d (arXiv 2605.01372, section 3). With V = [q0; d]:
+EPIC has two levels, because the slots of q1 hold q0 and d. With V = [q0; d]:
 
-    1  q0, d without activations                       every process its rows; vectors exchanged
+    1  q0, d without activations                       each process its shard; vectors all-reduced
     2  V' = V as a leaf; q1 without activations        slots filled from V'
-    3  q0', d', q1' as leaves; loss; its gradients     every process the whole loss
-    4  each chunk of q1 again; dL/dq1' goes on         into the weights, and through the slots into V'.grad
-    5  V'.grad summed over processes
-    6  each chunk of q0, d again; dL/dV' + V'.grad     goes on into the weights
-    7  weights' gradients summed over processes
+    3  q0', d', q1' as leaves; loss; its gradients     the whole loss in every process
+    4  each chunk of q1 again; backpropagate dL/dq1'   into the weights, and through the slots into V'.grad
+    5  V'.grad all-reduced
+    6  each chunk of q0, d again; dL/dV' + V'.grad     into the weights
+    7  weights' gradients all-reduced
 
-One chunk's activations are alive at a time. Dropout is drawn anew in 4 and 6 from the state it had in 1 and 2, so that
-both passes are the same function. With `recompute` false the activations of 1 and 2 are kept instead of computed twice,
-which is what several processes do when memory is no concern.
+One chunk's activations are alive at a time. Passes 4 and 6 restore the random state of 1 and 2, so that dropout is the
+same in both. With `recompute` false the activations of 1 and 2 are kept: several processes with memory to spare.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from epic_rag.training.inputs import Forward, SlotTable
 
 __all__ = ["cached_backward"]
 
-# (q0, d, q1 or None) -> the loss to go back from, scaled as the caller likes.
+# (q0, d, q1 or None) -> the loss, scaled by the caller.
 Objective = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
 
 @dataclass
 class _Embedded:
-    """Rows of a step, embedded, and the way back into the weights."""
+    """Rows of a step: their vectors, and the backward pass into the weights."""
 
     forward: Forward
     rows: Sequence[EncoderInput]
@@ -51,10 +50,10 @@ class _Embedded:
     kept: list[torch.Tensor] = field(default_factory=list)
 
     def vectors(self) -> torch.Tensor:
-        """(rows, dim) of all processes, without a graph."""
+        """Return (rows, dim) of all processes, without a graph."""
         width, device = self.forward.backbone.dimension, self.forward.backbone.device
         out = torch.zeros((len(self.rows), width), device=device)
-        self.chunks = self.forward.chunks(self.rows, self.world.share([len(row.ids) for row in self.rows]))
+        self.chunks = self.forward.chunks(self.rows, self.world.shard([len(row.ids) for row in self.rows]))
         for chunk in self.chunks:
             self.states.append(_RandomState(device))
             with torch.set_grad_enabled(not self.recompute):
@@ -62,10 +61,10 @@ class _Embedded:
             out[torch.tensor(chunk).to(device)] = part.detach()
             if not self.recompute:
                 self.kept.append(part)
-        return self.world.gathered(out)
+        return self.world.all_reduce(out)
 
     def backward(self, gradient: torch.Tensor) -> None:
-        """Send (rows, dim) gradients on into the weights, and into the slots' vectors if they are leaves."""
+        """Backpropagate (rows, dim) gradients into the weights, and into the slots' vectors if they are leaves."""
         after = _RandomState(gradient.device)
         for number, chunk in enumerate(self.chunks):
             if self.recompute:
@@ -79,7 +78,7 @@ class _Embedded:
 
 
 class _RandomState:
-    """Where the random numbers of dropout stand, on the CPU and on the model's device."""
+    """State of the random number generators of dropout, on the CPU and the model's device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -115,11 +114,11 @@ def cached_backward(
     Args:
         forward: The model.
         queries: Zero-shot rows, q0.
-        documents: Positives, hard negatives, and whatever else is shown, d.
+        documents: Positives, hard negatives, and a bank's passages, d.
         prompted: Rows with demonstrations, q1; none for strategy "none".
         shown: For each of `prompted`, positions in [q0; d] that fill its slots.
-        objective: The loss of the vectors of the whole batch; called once.
-        detach: Cut gradients through the slots.
+        objective: Computes the loss from the vectors of the whole batch; called once.
+        detach: Stop gradients at the slots.
         recompute: Compute chunks twice instead of keeping their activations.
         world: The processes of the run; None for one.
     """
@@ -139,10 +138,10 @@ def cached_backward(
         second.backward(_gradient(q1))
     through_slots = torch.zeros_like(table) if table.grad is None else table.grad
     if prompted and not detach:
-        world.gathered(through_slots)
+        world.all_reduce(through_slots)
     for part, leaf, slots in zip(first, (q0, d), (through_slots[: len(q0)], through_slots[len(q0) :]), strict=True):
         part.backward(_gradient(leaf) + slots)
-    world.sum_gradients(forward.backbone.parameters())
+    world.all_reduce_gradients(forward.backbone.parameters())
 
 
 def _gradient(leaf: torch.Tensor) -> torch.Tensor:

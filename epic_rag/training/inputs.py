@@ -1,26 +1,30 @@
-"""Forward passes of a step: rows in chunks of like length, slots filled from a table of vectors, autocast."""
+"""Inputs of a step and their forward passes: token ids, slots and masks; vectors in length-sorted chunks."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 
 from epic_rag.backbone import Backbone
 from epic_rag.batching import token_batches
-from epic_rag.prompt import Batch, EncoderInput, Prefix, PromptBuilder, Strategy, collate
+from epic_rag.prompt import Batch, EncoderInput, Prefix, PromptBuilder, collate
 from epic_rag.training.config import TrainingConfig
 from epic_rag.training.data import Pair, TaskRows, TrainingBatch
-from epic_rag.training.losses import asked_elsewhere, negatives_mask, own_negatives
 
-__all__ = ["Forward", "SlotTable", "StepInputs", "build_inputs", "draw_negatives", "zero_shot_rows"]
-
-
-# --- from _inputs
-# What a step feeds the model: token ids of its three groups of rows, and which vectors fill which slots.
+__all__ = [
+    "Forward",
+    "SlotTable",
+    "StepInputs",
+    "build_inputs",
+    "draw_hard_negatives",
+    "false_negatives",
+    "hard_negatives_mask",
+    "negatives_mask",
+    "zero_shot_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,14 @@ class StepInputs:
     """The rows of a step.
 
     Attributes:
-        pairs: Pairs of the batch.
-        counted: Documents that the loss compares queries with: the positives, then the hard negatives.
+        pairs: Number of pairs in the batch.
+        counted: Number of documents in the loss: the positives, then the hard negatives.
         queries: Zero-shot queries: one a pair, then those of a bank's demonstrations.
         documents: `counted` documents, then the passages of a bank's demonstrations.
         prompted: The pairs' queries with demonstrations; empty for strategy "none".
-        shown: For each of `prompted`, which of [queries; documents] fill its slots.
-        mask: (pairs, counted) bool, True where a document is no negative of a query.
-        elsewhere: (pairs, counted) bool, True where a document answers the query under another task of the batch.
-        bare: (pairs, 1) bool, True for rows of `prompted` that show nothing.
-        own: (pairs, counted) bool, True at a row's own hard negatives.
-        mismatched: Rows whose demonstrations are deliberately wrong.
+        shown: For each of `prompted`, the positions in [queries; documents] that fill its slots.
+        mask: (pairs, counted) bool, True where a document is not a negative of a query.
+        hard: (pairs, counted) bool, True at a row's own hard negatives.
     """
 
     pairs: int
@@ -48,14 +49,11 @@ class StepInputs:
     prompted: list[EncoderInput]
     shown: list[list[int]]
     mask: torch.Tensor
-    elsewhere: torch.Tensor
-    bare: torch.Tensor
-    own: torch.Tensor
-    mismatched: tuple[int, ...] = ()
+    hard: torch.Tensor
 
     @property
     def tokens(self) -> int:
-        """Real tokens of all rows, padding not counted."""
+        """Number of tokens in all rows, without padding."""
         return sum(len(row.ids) for rows in (self.queries, self.documents, self.prompted) for row in rows)
 
 
@@ -65,45 +63,40 @@ def build_inputs(
     config: TrainingConfig,
     bank: Sequence[Sequence[Pair]] | None = None,
 ) -> StepInputs:
-    """The model's input for a batch.
+    """Tokenize a batch.
 
     Args:
         batch: The pairs, with the positions of their demonstrations.
         prompt: Tokenizer, template and limits.
         config: The run.
-        bank: For each of the batch's tasks what its rows are shown; None for other rows of the batch.
+        bank: For each of the batch's tasks the demonstrations of all its rows; None for other rows of the batch.
     """
-    strategy = cast("Strategy", config.strategy)
     queries, documents = zero_shot_rows(batch, prompt)
     pairs, counted = len(queries), len(documents)
-    texts = [row.query for task in batch.tasks for row in task.rows]
-    passages = [row.positive for task in batch.tasks for row in task.rows]
     prompted: list[EncoderInput] = []
     shown: list[list[int]] = []
-    bare: list[bool] = []
-    if strategy != "none":
-        extra = _with_bank(batch, prompt, bank, queries, documents) if bank is not None else None
+    if config.strategy != "none":
+        bank_positions = _append_bank(batch, prompt, bank, queries, documents) if bank is not None else []
         prefixes: dict[tuple[str | None, int], Prefix] = {}
         offset = 0
         for part, task in enumerate(batch.tasks):
             for index, row in enumerate(task.rows):
-                if bank is not None and extra is not None:
-                    demonstrations = [(pair.query, pair.positive) for pair in bank[part]]
-                    positions = extra[part]
+                if bank is not None:
+                    demonstrations, positions = list(bank[part]), bank_positions[part]
                 else:
-                    chosen = _chosen(task, index, offset)
-                    demonstrations = [(texts[query], passages[document]) for query, document in chosen]
-                    positions = [at for query, document in chosen for at in (query, len(queries) + document)]
-                if strategy == "epic":
+                    chosen = task.demonstrations[index]
+                    demonstrations = [task.rows[other] for other in chosen]
+                    positions = [at for other in chosen for at in (offset + other, len(queries) + offset + other)]
+                if config.strategy == "epic":
                     key = (task.instruction, len(demonstrations))
                     if key not in prefixes:
                         prefixes[key] = prompt.prefix(task.instruction, num_slots=len(demonstrations))
                     prefix = prefixes[key]
                 else:
-                    prefix = prompt.prefix(task.instruction, demonstrations=demonstrations, strategy=strategy)
+                    texts = [(pair.query, pair.positive) for pair in demonstrations]
+                    prefix = prompt.prefix(task.instruction, demonstrations=texts, strategy=config.strategy)
                 prompted.extend(prompt.queries(prefix, [row.query]))
-                shown.append(positions if strategy == "epic" else [])
-                bare.append(not demonstrations)
+                shown.append(positions if config.strategy == "epic" else [])
             offset += len(task.rows)
     return StepInputs(
         pairs=pairs,
@@ -113,41 +106,61 @@ def build_inputs(
         prompted=prompted,
         shown=shown,
         mask=negatives_mask(batch, config),
-        elsewhere=asked_elsewhere(batch),
-        bare=torch.tensor(bare, dtype=torch.bool).unsqueeze(1),
-        own=own_negatives(batch),
-        mismatched=_mismatched(batch) if bank is None else (),
+        hard=hard_negatives_mask(batch),
     )
 
 
 def zero_shot_rows(
     batch: TrainingBatch, prompt: PromptBuilder, *, instructions: bool = True
 ) -> tuple[list[EncoderInput], list[EncoderInput]]:
-    """The batch's queries and documents without demonstrations.
+    """Tokenize the batch's queries and documents without demonstrations.
 
     Args:
         batch: The pairs.
         prompt: Tokenizer, template and limits.
-        instructions: Whether queries get their task's instruction.
+        instructions: True to give queries their task's instruction.
 
     Returns:
         Queries, one a pair; documents: one positive a pair, then all hard negatives, pair by pair.
     """
     queries: list[EncoderInput] = []
-    documents: list[EncoderInput] = []
+    positives: list[EncoderInput] = []
+    negatives: list[EncoderInput] = []
     for task in batch.tasks:
         prefix = prompt.prefix(task.instruction if instructions else None)
         queries.extend(prompt.queries(prefix, [row.query for row in task.rows]))
-        documents.extend(_passages(prompt, task, prefix, [row.positive for row in task.rows]))
-    for task in batch.tasks:
-        # Like the positives, or the way of encoding alone would tell the two apart.
-        negatives = [text for row in task.rows for text in row.negatives]
-        documents.extend(_passages(prompt, task, prompt.prefix(task.instruction if instructions else None), negatives))
-    return queries, documents
+        positives.extend(_documents(prompt, task, prefix, [row.positive for row in task.rows]))
+        # Encoded like the positives, or the two could be told apart by their encoding.
+        negatives.extend(_documents(prompt, task, prefix, [text for row in task.rows for text in row.negatives]))
+    return queries, [*positives, *negatives]
 
 
-def draw_negatives(batch: TrainingBatch, count: int, seed: int, step: int) -> TrainingBatch:
-    """The batch with at most `count` hard negatives a row, a draw that seed and step decide."""
+def _documents(prompt: PromptBuilder, task: TaskRows, prefix: Prefix, texts: Sequence[str]) -> list[EncoderInput]:
+    return prompt.queries(prefix, texts) if task.symmetric else prompt.documents(texts)
+
+
+def _append_bank(
+    batch: TrainingBatch,
+    prompt: PromptBuilder,
+    bank: Sequence[Sequence[Pair]],
+    queries: list[EncoderInput],
+    documents: list[EncoderInput],
+) -> list[list[int]]:
+    """Append the bank's demonstrations to the rows; return their positions in [queries; documents], by task."""
+    starts = []
+    for task, pairs in zip(batch.tasks, bank, strict=True):
+        prefix = prompt.prefix(task.instruction)
+        starts.append((len(queries), len(documents)))
+        queries.extend(prompt.queries(prefix, [pair.query for pair in pairs]))
+        documents.extend(_documents(prompt, task, prefix, [pair.positive for pair in pairs]))
+    return [
+        [at for index in range(len(pairs)) for at in (query + index, len(queries) + document + index)]
+        for (query, document), pairs in zip(starts, bank, strict=True)
+    ]
+
+
+def draw_hard_negatives(batch: TrainingBatch, count: int, seed: int, step: int) -> TrainingBatch:
+    """Return the batch with at most `count` hard negatives a row, drawn by seed and step."""
     rng = random.Random(f"{seed}-{step}-negatives")
 
     def drawn(row: Pair) -> Pair:
@@ -155,59 +168,71 @@ def draw_negatives(batch: TrainingBatch, count: int, seed: int, step: int) -> Tr
             return row
         return replace(row, negatives=tuple(rng.sample(row.negatives, count)))
 
-    return replace(
-        batch, tasks=tuple(replace(task, rows=tuple(drawn(row) for row in task.rows)) for task in batch.tasks)
-    )
+    return TrainingBatch(tuple(replace(task, rows=tuple(map(drawn, task.rows))) for task in batch.tasks))
 
 
-def _chosen(task: TaskRows, index: int, offset: int) -> list[tuple[int, int]]:
-    """Positions in the whole batch of a row's demonstrations: query, positive."""
-    if task.mismatched and task.mismatched[index]:
-        return list(task.mismatched[index])
-    return [(offset + other, offset + other) for other in task.demonstrations[index]]
-
-
-def _mismatched(batch: TrainingBatch) -> tuple[int, ...]:
-    """Positions in the whole batch of the rows whose demonstrations are wrong."""
-    wrong = [
-        bool(task.mismatched) and bool(task.mismatched[index])
+def negatives_mask(batch: TrainingBatch, config: TrainingConfig) -> torch.Tensor:
+    """Return `false_negatives`, plus every other row's document in tasks without in-batch negatives."""
+    mask = false_negatives(batch)
+    alone = [
+        task.name in config.tasks and not config.tasks[task.name].in_batch_negatives
         for task in batch.tasks
-        for index in range(len(task.rows))
+        for _ in task.rows
     ]
-    return tuple(row for row, flag in enumerate(wrong) if flag)
+    if any(alone):
+        mask |= torch.tensor(alone).unsqueeze(1) & ~hard_negatives_mask(batch)
+    return mask
 
 
-def _with_bank(
-    batch: TrainingBatch,
-    prompt: PromptBuilder,
-    bank: Sequence[Sequence[Pair]],
-    queries: list[EncoderInput],
-    documents: list[EncoderInput],
-) -> list[list[int]]:
-    """Add the bank's demonstrations to the rows; for each task the positions of its own in [queries; documents]."""
-    starts = []
-    for task, pairs in zip(batch.tasks, bank, strict=True):
-        prefix = prompt.prefix(task.instruction)
-        starts.append((len(queries), len(documents)))
-        queries.extend(prompt.queries(prefix, [pair.query for pair in pairs]))
-        documents.extend(_passages(prompt, task, prefix, [pair.positive for pair in pairs]))
-    return [
-        [at for index in range(len(pairs)) for at in (query + index, len(queries) + document + index)]
-        for (query, document), pairs in zip(starts, bank, strict=True)
-    ]
+def false_negatives(batch: TrainingBatch) -> torch.Tensor:
+    """Mark the documents that are not negatives of a query.
+
+    Columns are the batch's positives, row by row, and then its hard negatives. Excluded for a row are the texts of its
+    positive, of the positives of its task's rows with its group or query, and, in a symmetric task, its query itself.
+
+    Returns:
+        (pairs, pairs + hard negatives) bool. True at a row's own positive, too.
+    """
+    rows = [(task, row) for task in batch.tasks for row in task.rows]
+    texts = [row.positive for _, row in rows] + [text for _, row in rows for text in row.negatives]
+    columns: dict[str, list[int]] = {}
+    for column, text in enumerate(texts):
+        columns.setdefault(text, []).append(column)
+    related: dict[tuple[str, str, str], set[str]] = {}
+    for task, row in rows:
+        for kind, value in (("query", row.query), ("group", row.group)):
+            if value is not None:
+                related.setdefault((task.name, kind, value), set()).add(row.positive)
+    mask = torch.zeros((len(rows), len(texts)), dtype=torch.bool)
+    for index, (task, row) in enumerate(rows):
+        excluded = {row.positive} | related[task.name, "query", row.query]
+        if row.group is not None:
+            excluded |= related[task.name, "group", row.group]
+        if task.symmetric:
+            excluded.add(row.query)
+        for text in excluded:
+            for column in columns.get(text, ()):
+                mask[index, column] = True
+    return mask
 
 
-def _passages(prompt: PromptBuilder, task: TaskRows, prefix: Prefix, texts: Sequence[str]) -> list[EncoderInput]:
-    """Positives as the model reads them: bare, or like queries in a symmetric task."""
-    return prompt.queries(prefix, texts) if task.symmetric else prompt.documents(texts)
+def hard_negatives_mask(batch: TrainingBatch) -> torch.Tensor:
+    """Return (pairs, pairs + hard negatives) bool, True at a row's own hard negatives."""
+    rows = [row for task in batch.tasks for row in task.rows]
+    hard = torch.zeros((len(rows), len(rows) + sum(len(row.negatives) for row in rows)), dtype=torch.bool)
+    column = len(rows)
+    for index, row in enumerate(rows):
+        hard[index, column : column + len(row.negatives)] = True
+        column += len(row.negatives)
+    return hard
 
 
 @dataclass(frozen=True)
 class SlotTable:
-    """What goes into the slots of some rows.
+    """Vectors for the slots of some rows.
 
     Attributes:
-        vectors: (vectors, dim) all that may be shown: the batch's queries and then its documents.
+        vectors: (vectors, dim) the batch's queries and then its documents.
         shown: For each row, the positions in `vectors` that fill its slots, in order (query, passage, query, ...).
     """
 
@@ -215,19 +240,19 @@ class SlotTable:
     shown: Sequence[Sequence[int]]
 
     def take(self, rows: Sequence[int]) -> torch.Tensor:
-        """(slots, dim) the vectors of some rows' slots, row by row."""
+        """Return (slots, dim) the vectors of some rows' slots, row by row."""
         wanted = torch.tensor([position for row in rows for position in self.shown[row]], dtype=torch.long)
         return self.vectors.index_select(0, wanted.to(self.vectors.device))
 
 
 class Forward:
-    """Embeds rows in training.
+    """Forward passes in training: chunks of like length, slots filled from a table, autocast.
 
     Args:
         backbone: The model.
         pad_id: Token id of the padding.
         max_tokens: Most padded tokens in one forward pass.
-        dtype: What matrix products are computed in; float32 for no autocast.
+        dtype: Dtype of matrix products; float32 for no autocast.
     """
 
     def __init__(self, backbone: Backbone, *, pad_id: int, max_tokens: int, dtype: torch.dtype = torch.float32) -> None:
@@ -237,50 +262,46 @@ class Forward:
         self.dtype = dtype
 
     def __call__(self, rows: Sequence[EncoderInput], slots: SlotTable | None = None) -> torch.Tensor:
-        """(rows, dim) float32 unit vectors in order, with the graphs of all chunks."""
+        """Return (rows, dim) float32 unit vectors in order, with the graphs of all chunks."""
+        if not rows:
+            return torch.zeros((0, self.backbone.dimension), device=self.backbone.device)
         chunks = self.chunks(rows, range(len(rows)))
-        return self.in_order([self.chunk(rows, chunk, slots) for chunk in chunks], chunks, len(rows))
+        return _in_order([self.chunk(rows, chunk, slots) for chunk in chunks], chunks)
 
-    def chunks(self, rows: Sequence[EncoderInput], share: Sequence[int]) -> list[list[int]]:
-        """Positions of some of the rows, in chunks of at most `max_tokens` padded tokens."""
-        batches = token_batches([len(rows[index].ids) for index in share], max_tokens=self.max_tokens)
-        return [[share[index] for index in batch] for batch in batches]
+    def chunks(self, rows: Sequence[EncoderInput], shard: Sequence[int]) -> list[list[int]]:
+        """Split positions of rows into chunks of at most `max_tokens` padded tokens."""
+        batches = token_batches([len(rows[index].ids) for index in shard], max_tokens=self.max_tokens)
+        return [[shard[index] for index in batch] for batch in batches]
 
     def chunk(self, rows: Sequence[EncoderInput], chunk: Sequence[int], slots: SlotTable | None = None) -> torch.Tensor:
-        """(chunk, dim) float32 unit vectors of some rows, in one forward pass."""
-        device = self.backbone.device
-        batch = _moved(collate([rows[index] for index in chunk], pad_id=self.pad_id), device)
-        with torch.autocast(device.type, dtype=self.autocast_dtype, enabled=self.dtype != torch.float32):
+        """Return (chunk, dim) float32 unit vectors of some rows, from one forward pass."""
+        batch = self._collate(rows, chunk)
+        with self._autocast():
             vectors: torch.Tensor = self.backbone(batch, None if slots is None else slots.take(chunk))
         return vectors
 
     def pooled(self, rows: Sequence[EncoderInput]) -> torch.Tensor:
-        """(rows, width) float32 states behind the pooling, in order: what a head is given."""
+        """Return (rows, width) float32 states after pooling, in order: the input of a head."""
         chunks = self.chunks(rows, range(len(rows)))
-        parts = []
-        for chunk in chunks:
-            batch = _moved(collate([rows[index] for index in chunk], pad_id=self.pad_id), self.backbone.device)
-            with torch.autocast(batch.ids.device.type, dtype=self.autocast_dtype, enabled=self.dtype != torch.float32):
-                parts.append(self.backbone(batch, pooled_only=True))
-        order = torch.tensor([index for chunk in chunks for index in chunk])
-        return torch.cat(parts)[order.argsort().to(parts[0].device)]
+        with self._autocast():
+            return _in_order([self.backbone(self._collate(rows, chunk), pooled_only=True) for chunk in chunks], chunks)
 
-    @property
-    def autocast_dtype(self) -> torch.dtype:
-        """A dtype that autocast takes, whether it is on or not."""
-        return torch.bfloat16 if self.dtype == torch.float32 else self.dtype
+    def _collate(self, rows: Sequence[EncoderInput], chunk: Sequence[int]) -> Batch:
+        batch = collate([rows[index] for index in chunk], pad_id=self.pad_id)
+        if self.backbone.device.type != "cuda":
+            return batch.to(self.backbone.device)
+        # Pinned memory is copied while the CPU works on.
+        tensors = (getattr(batch, name) for name in batch.__dataclass_fields__)
+        return Batch(*(tensor.pin_memory().to(self.backbone.device, non_blocking=True) for tensor in tensors))
 
-    def in_order(self, parts: Sequence[torch.Tensor], chunks: Sequence[Sequence[int]], count: int) -> torch.Tensor:
-        """(count, dim) the chunks' vectors at their rows' positions; every row must be in a chunk."""
-        if not parts:
-            return torch.zeros((count, self.backbone.dimension), device=self.backbone.device)
-        order = torch.tensor([index for chunk in chunks for index in chunk])
-        return torch.cat(list(parts))[order.argsort().to(parts[0].device)]
+    def _autocast(self) -> torch.autocast:
+        enabled = self.dtype != torch.float32
+        # autocast rejects float32, even if it is disabled.
+        dtype = self.dtype if enabled else torch.bfloat16
+        return torch.autocast(self.backbone.device.type, dtype=dtype, enabled=enabled)
 
 
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the model's device; a GPU copies from pinned memory while the CPU goes on."""
-    if device.type != "cuda":
-        return batch.to(device)
-    tensors = (getattr(batch, name) for name in batch.__dataclass_fields__)
-    return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
+def _in_order(parts: Sequence[torch.Tensor], chunks: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return the chunks' vectors at their rows' positions; every row must be in a chunk."""
+    order = torch.tensor([index for chunk in chunks for index in chunk])
+    return torch.cat(list(parts))[order.argsort().to(parts[0].device)]

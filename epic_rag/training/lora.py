@@ -1,7 +1,7 @@
-"""LoRA: low-rank adapters beside frozen weights (Hu et al. 2021), by way of PEFT.
+"""LoRA (Hu et al. 2021) on PEFT: low-rank adapters beside frozen weights.
 
-The transformer's weights are frozen, in the dtype that is computed in: a 7B model takes 14 GB in bfloat16 instead of
-28, and needs no gradients and no moments. The adapters and the projector are trained in float32.
+The transformer's weights are frozen in the compute dtype: a 7B model takes 14 GB in bfloat16 instead of 28, without
+gradients and optimizer moments. The adapters and the projector are trained in float32.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ _ALL = "all-linear"
 
 
 class Adapter:
-    """LoRA on a backbone.
-
-    The adapter's layers are put into the backbone's transformer, whose other weights are frozen.
+    """LoRA on a backbone: adapter layers in its transformer, whose other weights are frozen.
 
     Args:
-        backbone: What is trained; its projector becomes float32.
+        backbone: The model; its projector becomes float32.
         config: Rank, alpha, dropout, targets; the seed decides the adapters' first values.
 
     Raises:
-        ConfigError: If no module has a name of `lora_targets`.
+        ConfigError: If `lora_targets` names no module of the model.
         MissingExtraError: If PEFT is not installed.
     """
 
@@ -47,7 +45,7 @@ class Adapter:
         targets: Any = _ALL if _ALL in config.lora_targets else list(config.lora_targets)
         settings = LoraConfig(
             r=config.lora_rank or 1,
-            lora_alpha=cast("int", config.lora_alpha),  # PEFT multiplies by it; any number will do
+            lora_alpha=cast("int", config.lora_alpha),  # PEFT only multiplies by it
             lora_dropout=config.lora_dropout,
             target_modules=targets,
             task_type="FEATURE_EXTRACTION",
@@ -56,7 +54,7 @@ class Adapter:
         self._num_layers = config.num_layers
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(config.seed)
-            # PEFT asks transformers for a name that is to go away, which is no business of the caller's.
+            # PEFT uses a deprecated name of transformers.
             warnings.simplefilter("ignore", FutureWarning)
             try:
                 self._wrapped = PeftModel(backbone.transformer, settings)
@@ -70,19 +68,19 @@ class Adapter:
                 )
                 raise ConfigError(
                     f"lora_targets is {list(config.lora_targets)}, and the model's linear modules are "
-                    f"{', '.join(names)}; name some of them, or all-linear"
+                    f"{', '.join(names)}. Name some of them, or all-linear."
                 ) from error
         backbone.projector.float()
         if backbone.head is not None:
             backbone.head.float()
 
     def merged(self) -> Backbone:
-        """The backbone as a plain one, adapters merged in: a copy on the CPU, in float32.
+        """Return a plain backbone with the adapters merged in: a copy on the CPU, in float32.
 
-        In float32, because an update that is small beside its weight would be rounded away in a 16-bit one.
+        A 16-bit weight would round away an update that is small beside it.
         """
         device = self.backbone.device
-        # By way of the CPU: a GPU that holds the model once may not hold it twice.
+        # Copied on the CPU: a GPU may not hold the model twice.
         self.backbone.to("cpu")
         plain: PreTrainedModel = cast("Any", copy.deepcopy(self._wrapped).float()).merge_and_unload()
         projector = copy.deepcopy(self.backbone.projector).float()
@@ -94,11 +92,11 @@ class Adapter:
         return result.eval()
 
     def save(self, folder: Path, base: str) -> None:
-        """Write a PEFT folder, which `EpicEncoder.from_pretrained(base, adapter=folder)` reads.
+        """Write a PEFT folder, for `EpicEncoder.from_pretrained(base, adapter=folder)`.
 
         Args:
             folder: Made if it is missing.
-            base: What to call the base model in it.
+            base: Name of the base model in it.
         """
         from peft import get_peft_model_state_dict
 
@@ -107,7 +105,7 @@ class Adapter:
         settings.base_model_name_or_path = base
         settings.inference_mode = True
         if self._num_layers is not None:
-            # The base has more layers than were trained: the adapter is for the first ones.
+            # The base has more layers than the truncated model.
             settings.layers_to_transform = list(range(self._num_layers))
         tensors = get_peft_model_state_dict(self._wrapped, save_embedding_layers=False)
         save_file(
@@ -121,7 +119,7 @@ def require_peft() -> None:
     """Raise unless PEFT is installed.
 
     Raises:
-        MissingExtraError: It is not.
+        MissingExtraError: If it is not.
     """
     if importlib.util.find_spec("peft") is None:
         raise MissingExtraError("peft", "train", "training with LoRA")

@@ -128,14 +128,6 @@ def mine(
         Path,
         typer.Option("--out", "-o", metavar="FILE", help="The file to write; gzipped if it ends in .gz."),
     ],
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method",
-            metavar="NAME",
-            help="Ranking: words (bm25), vectors (dense), or both in turn (both).",
-        ),
-    ] = "both",
     model: Model = None,
     negatives: Annotated[
         int,
@@ -168,7 +160,7 @@ def mine(
     ] = None,
     no_margin: Annotated[
         bool,
-        typer.Option("--no-margin", help="Drop no candidate for its score. With bm25, no model is needed then."),
+        typer.Option("--no-margin", help="Drop no candidate for its score."),
     ] = False,
     sampling: Annotated[
         str,
@@ -184,8 +176,8 @@ def mine(
         typer.Option(
             "--corpus",
             metavar="FILE",
-            help='Candidates: a file of lines {"text": "..."}, optionally with "title".',
-            show_default="the positives of PAIRS",
+            help='More candidates: a file of lines {"text": "..."}, optionally with "title".',
+            show_default="the positives of PAIRS only",
         ),
     ] = None,
     instruction: Annotated[
@@ -207,12 +199,12 @@ def mine(
     """Add hard negatives to a file of training pairs, and print the file written.
 
     Hard negatives are passages that resemble the answer but do not answer the query. They come from the other rows'
-    positives or from --corpus. Never negatives of a row are its positive, positives of rows with the same query or
+    positives and from --corpus. Never negatives of a row are its positive, positives of rows with the same query or
     group, the query itself, and passages with the same text as one of these.
 
     Examples:
         epic-rag mine pairs.jsonl --out mined.jsonl
-        epic-rag mine pairs.jsonl --out mined.jsonl.gz --method bm25 --no-margin --sampling random --json
+        epic-rag mine pairs.jsonl --out mined.jsonl.gz --margin 0.9 --sampling random --json
     """
     if no_margin and absolute_margin is not None:
         raise usage_error("--no-margin and --absolute-margin exclude each other. Use one of them.")
@@ -220,7 +212,6 @@ def mine(
     from epic_rag.training.mining import MiningOptions, mine_file
 
     options = MiningOptions(
-        method=method,
         negatives=negatives,
         depth=depth,
         skip_top=skip_top,
@@ -240,8 +231,7 @@ def mine(
     message(
         "note",
         f"{plural(report.rows, 'row')}, {plural(report.mined, 'negative')} added from "
-        f"{plural(report.documents, 'passage')}; {plural(report.short, 'row')} with fewer than {negatives}; "
-        f"{report.dropped_share:.1%} of {plural(report.candidates, 'candidate')} dropped as likely false negatives.",
+        f"{plural(report.documents, 'passage')}, {plural(report.short, 'row')} with fewer than {negatives}.",
     )
     if as_json:
         emit_json({"file": str(out), **report.to_dict()})

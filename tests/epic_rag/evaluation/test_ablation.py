@@ -55,7 +55,7 @@ def make_values(data: Path, checkpoint: Path) -> dict[str, Any]:
             "max_query_tokens": 16,
             "max_document_tokens": 16,
             "steps": 50,
-            "stop_after": 20,
+            "stop_at_step": 20,
         },
         "base": {"max_demonstrations": 2, "evaluation_tasks": ["up", "down"], "evaluation_rows": 5, "steps": 3},
         "reference": "epic",
@@ -93,7 +93,7 @@ def test_a_grid_becomes_configurations(values: dict[str, Any], tmp_path: Path) -
     assert (less.projector, none.output) == ("mlp", "runs/grid/arms/none")
     # Only trained tasks are scored as such, and only when an arm is done.
     assert {arm.config.evaluation_tasks for arm in grid.arms} == {("up",)}
-    assert {(arm.config.evaluate_every, arm.config.stop_after) for arm in grid.arms} == {(0, None)}
+    assert {(arm.config.evaluate_every, arm.config.stop_at_step) for arm in grid.arms} == {(0, None)}
 
 
 def test_settings_override_arms(values: dict[str, Any], tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_settings_override_arms(values: dict[str, Any], tmp_path: Path) -> None:
     [
         ("arms", {}, "grid.yaml has no arms"),
         ("nonsense", 1, "grid.yaml has nonsense. Known are recipe, base"),
-        ("recipe", "unheard", "no file unheard"),
+        ("recipe", "unheard", "No file or recipe unheard"),
         ("reference", "nobody", "reference is nobody. The arms are epic, none"),
         ("arms.epic", {"projector": "cube"}, "Arm epic: "),
         ("arms.epic", {"max_demos": 1}, "Arm epic: "),

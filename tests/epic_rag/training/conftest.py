@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from epic_rag.training import TrainingConfig
 from epic_rag_cli.main import run
+from tests.helpers.training import WORDS, run_values, write_task
 
-WORDS = ["cat", "dog", "pen", "cup", "hat", "sun", "map", "key", "box", "jar", "fox", "owl", "ant", "bee", "elm", "oak"]
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Train with one thread, here and in subprocesses: on busy machines several slow tiny models down many times."""
+    threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    torch.set_num_threads(threads)
+    os.environ.pop("OMP_NUM_THREADS")
+    if variable is not None:
+        os.environ["OMP_NUM_THREADS"] = variable
 
 
 @dataclass(frozen=True)
@@ -24,13 +36,6 @@ class Result:
     status: int
     out: str
     err: str
-
-
-def write_task(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
 
 
 @pytest.fixture(name="write_task")
@@ -54,23 +59,7 @@ def settings(tmp_path: Path, data: Path, tiny_checkpoint: Path) -> Callable[...,
     """Plain values of a run of six steps over both tasks, with changes."""
 
     def make(**changes: Any) -> dict[str, Any]:
-        values: dict[str, Any] = {
-            "model": str(tiny_checkpoint),
-            "output": str(tmp_path / "run"),
-            "data": str(data),
-            "tasks": {"up": {}, "down": {}},
-            "steps": 6,
-            "batch_size": 8,
-            "tasks_per_batch": 2,
-            "max_demonstrations": 3,
-            "temperature": 0.1,
-            "learning_rate": 1e-3,
-            "projector_learning_rate": 1e-3,
-            "max_query_tokens": 16,
-            "max_document_tokens": 16,
-            "save_every": 3,
-        }
-        return {**values, **changes}
+        return {**run_values(tiny_checkpoint, tmp_path), **changes}
 
     return make
 

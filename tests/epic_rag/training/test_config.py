@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from epic_rag import checkpoints
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.errors import ConfigError, MissingExtraError
 from epic_rag.training import TaskConfig, TrainingConfig, list_recipes, load_recipe
+from epic_rag.training.config import deleted_settings
 
 MINIMAL = {"model": "m", "output": "o", "data": "d", "tasks": {"faq": {}}}
 
@@ -23,7 +26,7 @@ def make(**changes: Any) -> TrainingConfig:
     return TrainingConfig.from_dict({**MINIMAL, **changes})
 
 
-def test_yaml_and_json_say_the_same(tmp_path: Path) -> None:
+def test_yaml_and_json(tmp_path: Path) -> None:
     yaml, plain = tmp_path / "run.yaml", tmp_path / "run.json"
     yaml.write_text(
         "model: m\noutput: o\ndata: d\nlearning_rate: 3e-5\nevaluation_demonstrations: [0, 4]\n"
@@ -51,89 +54,96 @@ def test_tasks_can_be_a_list() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"stepps": 3}, "there is no stepps; known are model, "),
-        ({"steps": "many"}, "steps is 'many', expected a whole number"),
-        ({"steps": 2.5}, "steps is 2.5, expected a whole number"),
-        ({"steps": True}, "steps is True, expected a whole number"),
-        ({"steps": 0}, "steps is 0, which trains nothing; give a value of at least 1"),
-        ({"learning_rate": "fast"}, "learning_rate is 'fast', expected a number"),
-        ({"learning_rate": 0}, "learning_rate is 0.0; give a value above 0"),
-        ({"learning_rate": math.nan}, "learning_rate is nan"),
-        ({"temperature": -1}, "temperature is -1.0"),
-        ({"temperature": math.inf}, "temperature is inf"),
-        ({"max_demonstrations": -1}, "max_demonstrations is -1; give a value of 0 or more"),
-        ({"num_layers": 0}, "num_layers is 0; give a value at least 1"),
-        ({"num_layers": "two"}, "num_layers is 'two', expected a whole number"),
-        ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
-        ({"detach_demonstrations": "no"}, "detach_demonstrations is 'no', expected true or false"),
-        ({"strategy": "magic"}, "strategy is 'magic', known are epic, text, none"),
-        ({"projector": "big"}, "projector is 'big', known are scale, linear, mlp"),
-        ({"separators": "commas"}, "separators is 'commas', known are words, none"),
-        ({"dtype": "int8"}, "dtype is 'int8', known are auto, float32, bfloat16, float16"),
-        ({"warmup": 2}, "warmup is 2.0; give a share"),
-        ({"lora_rank": 0}, "lora_rank is 0; give a value at least 1"),
-        ({"lora_alpha": 0}, "lora_alpha is 0.0; give a value above 0"),
-        ({"lora_dropout": 1.5}, "lora_dropout is 1.5; give a share"),
-        ({"lora_rank": 4, "lora_targets": []}, "lora_rank is 4 and lora_targets is empty; name modules"),
-        ({"lora_targets": "q_proj"}, "lora_targets is 'q_proj', expected a list"),
-        ({"grad_cache": 1}, "grad_cache is 1, expected true or false"),
-        ({"hard_negatives": -1}, "hard_negatives is -1; give a value of 0 or more"),
-        ({"matryoshka_dims": [64, 0]}, "matryoshka_dims is [64, 0]; give widths of 1 or more"),
-        ({"false_negative_margin": math.nan}, "false_negative_margin is nan; give a difference of cosines"),
-        ({"teacher": "m"}, "teacher is 'm' and teacher_weight is 0; give a weight"),
-        ({"teacher_weight": 1}, "teacher_weight is 1.0 and there is no teacher; name one"),
+        ({"stepps": 3}, "No setting stepps. Known settings are model, "),
+        ({"steps": "many"}, "steps is 'many'. It must be a valid integer."),
+        ({"steps": 2.5}, "steps is 2.5. It must be a valid integer."),
+        ({"steps": True}, "steps is True. It must be a valid integer."),
+        ({"steps": 0}, "steps is 0, which trains nothing. Give a value of at least 1."),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'. It must be a valid number"),
+        ({"learning_rate": 0}, "learning_rate is 0. It must be greater than 0."),
+        ({"learning_rate": math.nan}, "learning_rate is nan. It must be"),
+        ({"temperature": -1}, "temperature is -1. It must be greater than 0."),
+        ({"temperature": math.inf}, "temperature is inf. It must be a finite number."),
+        ({"max_demonstrations": -1}, "max_demonstrations is -1. It must be greater than or equal to 0."),
+        ({"num_layers": 0}, "num_layers is 0. It must be greater than or equal to 1."),
+        ({"detach_demonstrations": "no"}, "detach_demonstrations is 'no'. It must be a valid boolean."),
+        ({"strategy": "magic"}, "strategy is 'magic'. It must be 'epic', 'text' or 'none'."),
+        ({"query_strategy": "none"}, "query_strategy is 'none'. It must be 'task-vector', 'epic' or 'text'."),
+        ({"pooling": "max"}, "pooling is 'max'. It must be 'last', 'mean' or 'cls'."),
+        ({"warmup_ratio": 2}, "warmup_ratio is 2. It must be less than or equal to 1."),
+        ({"interpolate_with_start": 1.5}, "interpolate_with_start is 1.5. It must be less than or equal to 1."),
+        ({"interpolate_with_start": 0.5, "lora_rank": 4}, "interpolate_with_start is 0.5 and lora_rank is 4, so that"),
+        ({"lora_rank": 4, "lora_targets": []}, "lora_rank is 4 and lora_targets is empty. Name modules"),
+        ({"lora_targets": "q_proj"}, "lora_targets is 'q_proj'. It must be a list."),
+        ({"matryoshka_dims": [64, 0]}, "matryoshka_dims.1 is 0. It must be greater than or equal to 1."),
+        ({"teacher": "m"}, "teacher is 'm' and teacher_weight is 0. Give a weight"),
+        ({"teacher_weight": 1}, "teacher_weight is 1.0 without a teacher. Name one"),
+        ({"teacher_covariance": True}, "teacher_covariance is true without a teacher. Name one"),
+        ({"contrastive_weight": 0}, "contrastive_weight is 0 without a teacher, which leaves nothing to learn from."),
+        ({"demonstration_source": "bank", "bank_size": 4}, "bank_size is 4 and max_demonstrations 8. Give bank_size"),
         (
-            {"contrastive_weight": 0},
-            "contrastive_weight is 0 and there is no teacher, which leaves nothing to learn from",
+            {"demonstration_source": "bank", "tasks": {"faq": {"sources_per_batch": 2}}},
+            "'bank' and tasks.faq.sources_per_batch is 2",
         ),
-        ({"contrastive_weight": -1}, "contrastive_weight is -1.0; give a value of 0 or more"),
-        ({"teacher_loss": "words"}, "teacher_loss is 'words', known are cosines, vectors; choose one of them"),
-        ({"attention": "flash"}, "attention is 'flash', known are eager, sdpa; choose one of them"),
-        ({"output_dimension": 0}, "output_dimension is 0; give a value at least 1"),
-        ({"teacher": "m", "teacher_weight": -1}, "teacher_weight is -1.0; give a value of 0 or more"),
-        ({"mismatched_weight": -1}, "mismatched_weight is -1.0; give a value of 0 or more"),
-        ({"demonstration_source": "web"}, "demonstration_source is 'web', known are batch, bank"),
-        ({"demonstration_instructions": "none"}, "demonstration_instructions is 'none', known are shared, each"),
-        ({"demonstration_source": "bank", "bank_size": 4}, "bank_size is 4 and max_demonstrations is 8; a bank"),
-        ({"demonstration_source": "bank", "turned_round": 0.5}, "'bank' and turned_round is 0.5"),
-        ({"demonstration_source": "bank", "tasks": {"faq": {"sources": 2}}}, "'bank' and tasks.faq.sources is 2"),
         (
             {"tasks": {"faq": {"in_batch_negatives": False}}, "hard_negatives": 0},
             "tasks.faq.in_batch_negatives is false and hard_negatives is 0",
         ),
-        (
-            {"tasks": {"faq": {"in_batch_negatives": False}}, "turned_round": 0.5},
-            "tasks.faq.in_batch_negatives is false and turned_round is 0.5",
-        ),
-        ({"turned_round": 1.5}, "turned_round is 1.5; give a share"),
-        ({"generic_instruction": 0.7, "no_instruction": 0.7}, "together they are at most 1"),
-        ({"generic_instruction": 0.7, "generic_instructions": []}, "generic_instructions is empty"),
-        ({"turned_round": 0.7, "generic_instructions": []}, "generic_instructions is empty"),
-        ({"evaluation_tasks": "faq"}, "evaluation_tasks is 'faq', expected a list"),
-        ({"evaluation_demonstrations": [0, "four"]}, "'four', expected a whole number"),
-        ({"evaluation_demonstrations": [0, -4]}, "evaluation_demonstrations is [0, -4]"),
-        ({"device": "cuda:0,cuda:1"}, "device is 'cuda:0,cuda:1', a process that trains has one; leave it out"),
+        ({"generic_instruction_p": 0.7, "drop_instruction_p": 0.7}, "Their sum must be at most 1."),
+        ({"generic_instruction_p": 0.7, "generic_instructions": []}, "generic_instructions is empty"),
+        ({"evaluation_demonstrations": [0, "four"]}, "evaluation_demonstrations.1 is 'four'. It must be a valid int"),
+        ({"device": "cuda:0,cuda:1"}, "device is 'cuda:0,cuda:1', but a process trains on one device. Leave it out"),
         ({"tasks": {}}, "tasks is empty"),
-        ({"tasks": "faq"}, "tasks is 'faq', expected names of files"),
-        ({"tasks": {"faq": 3}}, "tasks.faq is 3, expected settings"),
-        ({"tasks": {"faq": {"wait": 2}}}, "tasks.faq: there is no wait; known are weight, "),
-        ({"tasks": {"faq": {"weight": 0}}}, "tasks.faq: weight is 0.0"),
-        ({"tasks": {"faq": {"weight": "heavy"}}}, "tasks.faq: weight is 'heavy', expected a number"),
-        ({"tasks": {"faq": {"sources": -1}}}, "tasks.faq: sources is -1"),
-        ({"tasks": {"faq": {"sources": 9}}, "batch_size": 16}, "tasks.faq.sources is 9, which leaves 1"),
-        ({"batch_size": 3, "tasks_per_batch": 2}, "batch_size is 3 for 2 tasks in a batch"),
+        ({"tasks": "faq"}, "tasks is 'faq'. It must be a valid dictionary."),
+        ({"tasks": {"faq": 3}}, "tasks.faq is 3. It must be a dictionary"),
+        ({"tasks": {"faq": {"wait": 2}}}, "No setting tasks.faq.wait. Known settings are weight, "),
+        ({"tasks": {"faq": {"weight": 0}}}, "tasks.faq.weight is 0. It must be greater than 0."),
+        ({"tasks": {"faq": {"sources_per_batch": 9}}, "batch_size": 16}, "sources_per_batch is 9, which leaves 1"),
+        ({"batch_size": 3, "tasks_per_batch": 2}, "batch_size is 3 for 2 tasks in a batch."),
+        ({"turned_round": 0.5}, "sets turned_round, which was deleted. Set it to 0, or run this configuration with"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(expected)) as caught:
         make(**changes)
-    assert "\n" not in str(caught.value)
-    # What is wrong is followed by what to do.
-    assert ";" in str(caught.value)
+    # One line: a fact and a remedy.
+    assert re.fullmatch(r"the configuration:? [^\n]+\. [A-Z][^\n]+\.", str(caught.value))
+
+
+def test_errors_of_the_constructor() -> None:
+    with pytest.raises(ConfigError, match=r"^steps is -1\. It must be"):
+        TrainingConfig("m", "o", "d", {"faq": TaskConfig()}, steps=-1)
+    with pytest.raises(ConfigError, match=r"^steps is 0, which trains nothing"):
+        dataclasses.replace(make(), steps=0)
+
+
+def test_names_of_earlier_releases() -> None:
+    old = {"size_power": 1.0, "plain_steps": 3, "no_instruction": 0.2, "generic_instruction": 0.3, "stop_after": 9}
+    old |= {"new_projector": True, "warmup": 0.5, "tasks": {"faq": {"sources": 2}}}
+    unused = {"turned_round": 0.0, "several_tasks": 0.0, "mismatched_demonstrations": 0.0, "mismatched_weight": 1.0}
+    config = make(**old, **unused)
+    assert (config.sampling_alpha, config.zero_shot_steps, config.stop_at_step) == (1.0, 3, 9)
+    assert (config.drop_instruction_p, config.generic_instruction_p) == (0.2, 0.3)
+    assert (config.reset_projector, config.warmup_ratio) == (True, 0.5)
+    assert config.tasks["faq"].sources_per_batch == 2
+
+
+@pytest.mark.parametrize("name", ["epic-minilm", "epic-smollm2"])
+def test_records_of_shipped_checkpoints(name: str) -> None:
+    folder = Path(checkpoints.__file__).parent / "checkpoints" / name
+    record = json.loads((folder / "epic.json").read_text())["training"]
+    stages = 0
+    while record:
+        stages += 1
+        deleted = deleted_settings(record["config"])
+        config = TrainingConfig.from_dict({**record["config"], **dict.fromkeys(deleted, 0)})
+        assert config.sampling_alpha == record["config"]["size_power"]
+        record = record["previous"]
+    assert stages >= 2
 
 
 def test_required_fields_are_named() -> None:
-    with pytest.raises(ConfigError, match="does not set data, tasks; add it"):
+    with pytest.raises(ConfigError, match=r"does not set data, tasks\. Add it"):
         TrainingConfig.from_dict({"model": "m", "output": "o"})
 
 
@@ -143,10 +153,10 @@ def test_required_fields_are_named() -> None:
         ("run.yaml", "model: m\noutput: [o\ndata: d\n", r"run.yaml:3 is not valid YAML"),
         ("run.yaml", "model: m\n\tdata: d\n", r"run.yaml:2 is not valid YAML"),
         ("run.json", '{"model": "m",\n oops}', r"run.json:2 is not valid JSON"),
-        ("run.yaml", "- a\n- b\n", r"run.yaml holds a list, expected names and values"),
+        ("run.yaml", "- a\n- b\n", r"run.yaml holds a list, not names and values"),
         ("run.yaml", "", r"run.yaml holds a NoneType"),
         ("run.yaml", "steps: 3\n1: 2\n", r"run.yaml does not set data, model, output, tasks"),
-        ("run.yaml", "model: m\noutput: o\ndata: d\ntasks: [a]\n1: 2\n", r"run.yaml .*there is no 1; known are"),
+        ("run.yaml", "model: m\noutput: o\ndata: d\ntasks: [a]\n1: 2\n", r"run.yaml: .*1.*"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, name: str, text: str, expected: str) -> None:
@@ -186,7 +196,7 @@ def test_a_file_wins_over_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_recipe() -> None:
-    with pytest.raises(ConfigError, match=r"no file nothing, and the recipes are .*own-data.*; pass"):
+    with pytest.raises(ConfigError, match=r"No file or recipe nothing\. Pass .*own-data.*\."):
         load_recipe("nothing")
 
 
@@ -203,6 +213,11 @@ def test_overrides(recipe: Callable[..., TrainingConfig]) -> None:
     assert (config.description, config.evaluation_tasks) == ("a = b", ("faq",))
 
 
+def test_overrides_by_earlier_names(recipe: Callable[..., TrainingConfig]) -> None:
+    config = recipe("no_instruction=0.25", "tasks.faq.sources=2")
+    assert (config.drop_instruction_p, config.tasks["faq"].sources_per_batch) == (0.25, 2)
+
+
 def test_overrides_of_a_task(recipe: Callable[..., TrainingConfig]) -> None:
     config = recipe("tasks.faq.symmetric=true", "tasks.notes.weight=2", "tasks.v1.2.weight=4")
     assert config.tasks == {
@@ -215,12 +230,12 @@ def test_overrides_of_a_task(recipe: Callable[..., TrainingConfig]) -> None:
 
 @pytest.mark.parametrize("setting", ["steps", "stepps=3", "=3", "tasks.faq=3", "steps.faq.weight=3", ""])
 def test_an_override_of_nothing(recipe: Callable[..., TrainingConfig], setting: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"the setting {setting!r} is not NAME=VALUE")):
+    with pytest.raises(ConfigError, match=re.escape(f"The setting {setting!r} is not NAME=VALUE")):
         recipe(setting)
 
 
 def test_an_override_that_is_not_yaml(recipe: Callable[..., TrainingConfig]) -> None:
-    with pytest.raises(ConfigError, match="not valid YAML; put it in quotes"):
+    with pytest.raises(ConfigError, match=r"not valid YAML\. Quote it\."):
         recipe("description=[a")
 
 

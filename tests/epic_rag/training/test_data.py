@@ -1,11 +1,10 @@
-"""Files of pairs, held-out rows, batches and their demonstrations."""
+"""Files of pairs, held-out rows, banks."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from epic_rag.errors import DataError
-from epic_rag.training import PairDataset, TrainingConfig, load_pairs
-from epic_rag.training.data import Pair, load_datasets
-from epic_rag.training.sampling import sample_batch
+from epic_rag.training import PairDataset, Trainer, TrainingConfig, load_pairs
+from epic_rag.training.data import Pair, load_datasets, split_off_banks
 
 quick = hypothesis_settings(deadline=None, max_examples=60)
 # Few different texts, so that rows share queries, positives and groups; below ten rows no task is label-like.
@@ -64,16 +62,16 @@ def test_load_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ('{"query": "a"', r"t.jsonl:2 is not .*Expecting"),
-        ('{"query": "a"}', r"t.jsonl:2 is not .*'passage'"),
-        ('{"positive": "a"}', r"t.jsonl:2 is not .*'query'"),
-        ('["a", "b"]', r"t.jsonl:2 is not"),
-        ('"a"', r"t.jsonl:2 is not"),
-        ('{"query": "a", "positive": " "}', r"t.jsonl:2 has a text that is empty"),
-        ('{"query": null, "positive": "b"}', r"t.jsonl:2 has a text that is empty, no string"),
-        ('{"query": "a", "positive": "\\ud800"}', r"t.jsonl:2 has a text that is .* no valid Unicode"),
-        ('{"query": "a", "positive": "b", "negatives": [3]}', r"t.jsonl:2 has a text that is empty, no string"),
-        ('{"query": "a", "positive": "b", "negatives": "cd"}', r't.jsonl:2 has "negatives" that are no list'),
+        ('{"query": "a"', r"t.jsonl:2 is not valid JSON"),
+        ('{"query": "a"}', r't.jsonl:2 has no text for "positive"\.'),
+        ('{"positive": "a"}', r't.jsonl:2 has no text for "query"\.'),
+        ('["a", "b"]', r"t.jsonl:2 is not a JSON object"),
+        ('"a"', r"t.jsonl:2 is not a JSON object"),
+        ('{"query": "a", "positive": " "}', r't.jsonl:2 has no text for "positive"'),
+        ('{"query": null, "positive": "b"}', r't.jsonl:2 has no text for "query"'),
+        ('{"query": "a", "positive": "\\ud800"}', r't.jsonl:2 has a "positive" that is not valid Unicode'),
+        ('{"query": "a", "positive": "b", "negatives": [3]}', r't.jsonl:2 has no text for "negatives"'),
+        ('{"query": "a", "positive": "b", "negatives": "cd"}', r't.jsonl:2 has "negatives" that are not a list'),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, expected: str) -> None:
@@ -92,33 +90,35 @@ def test_files_without_rows_and_broken_files(tmp_path: Path) -> None:
     for content in (b"plain", whole[:-12], whole[:12] + bytes(20) + whole[32:], b"\xff\xfe\xff"):
         name = "t.jsonl" if content.startswith(b"\xff") else "t.jsonl.gz"
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=rf"{name} cannot be read"):
+        with pytest.raises(DataError, match=rf"{name} cannot be read|{name}:1 is not UTF-8"):
             load_pairs(tmp_path / name)
 
 
 def test_a_missing_file_names_what_is_there(config: Callable[..., TrainingConfig], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no file side\.jsonl or side\.jsonl\.gz in .*data, which has down, up; check"):
+    with pytest.raises(
+        DataError, match=r"No file side\.jsonl or side\.jsonl\.gz in .*data, which has down, up\. Check"
+    ):
         load_datasets(config(tasks=["side"]))
     with pytest.raises(DataError, match=r"in .*nowhere, which has none"):
         load_datasets(config(data=str(tmp_path / "nowhere")))
 
 
 def test_instructions(config: Callable[..., TrainingConfig], data: Path) -> None:
-    def told(**changes: Any) -> list[str | None]:
+    def instructions(**changes: Any) -> list[str | None]:
         return [dataset.instruction for dataset in load_datasets(config(**changes))[0]]
 
-    assert told(tasks={"up": {}, "down": {"instruction": "Sink"}}) == ["Go up", "Sink"]
+    assert instructions(tasks={"up": {}, "down": {"instruction": "Sink"}}) == ["Go up", "Sink"]
     (data / "instructions.json").write_text('{"up": "Go up"}')
-    assert told() == ["Go up", None]
-    assert told(default_instruction="Find it") == ["Go up", "Find it"]
+    assert instructions() == ["Go up", None]
+    assert instructions(default_instruction="Find it") == ["Go up", "Find it"]
     (data / "instructions.json").unlink()
-    assert told() == [None, None]
+    assert instructions() == [None, None]
     (data / "instructions.json").write_text("{")
     with pytest.raises(DataError, match=r"instructions\.json is not valid JSON"):
-        told()
+        instructions()
     (data / "instructions.json").write_text('["Go up"]')
     with pytest.raises(DataError, match=r"instructions\.json holds a list"):
-        told()
+        instructions()
 
 
 # Held-out rows
@@ -170,7 +170,7 @@ def test_held_out_rows_are_the_same_in_every_run(config: Callable[..., TrainingC
     assert len(first.held_out) == 5
 
 
-def test_nothing_is_held_out_unasked(config: Callable[..., TrainingConfig]) -> None:
+def test_nothing_is_held_out_by_default(config: Callable[..., TrainingConfig]) -> None:
     for changes in ({}, {"evaluation_tasks": ["up"], "evaluation_rows": 0}):
         training, evaluated = load_datasets(config(**changes))
         assert [len(dataset.rows) for dataset in training] == [16, 16]
@@ -189,133 +189,46 @@ def test_too_few_rows_to_train_on(
         load_datasets(config(tasks=["group"], evaluation_tasks=["group"]))
 
 
-# Batches
+# Banks
 
 
-@given(rows=pairs, other=pairs, step=st.integers(0, 1000), demonstrations=st.integers(0, 6))
-@quick
-def test_demonstrations_never_show_the_answer(
-    rows: list[Pair], other: list[Pair], step: int, demonstrations: int
-) -> None:
-    datasets = [PairDataset("a", rows), PairDataset("b", other)]
-    config = make_config(tasks_per_batch=2, batch_size=16, max_demonstrations=demonstrations)
-    batch = sample_batch(datasets, config, step)
-    assert [task.name for task in batch.tasks] in (["a", "b"], ["b", "a"])
-    for task in batch.tasks:
-        assert len(task.rows) == len(task.demonstrations) == min(8, len(rows if task.name == "a" else other))
-        for row, chosen in zip(task.rows, task.demonstrations, strict=True):
-            assert len(chosen) <= demonstrations
-            assert len(set(chosen)) == len(chosen)
-            for shown in (task.rows[index] for index in chosen):
-                assert shown is not row
-                assert shown.query != row.query
-                assert shown.positive != row.positive
-                assert shown.group is None or shown.group != row.group
+def banked(config: Callable[..., TrainingConfig], **changes: object) -> Trainer:
+    return Trainer(config(demonstration_source="bank", bank_size=4, **changes))
 
 
-def test_demonstrations_of_label_like_tasks_may_show_the_label() -> None:
-    dataset = PairDataset("mood", label_rows())
+def test_a_pool_is_not_trained_on(config: Callable[..., TrainingConfig]) -> None:
+    trainer = banked(config)
+    assert trainer.banks is not None
+    for dataset in trainer.datasets:
+        pool = trainer.banks[dataset.name]
+        assert len(pool) == 4
+        assert len(dataset.rows) == 12
+        assert not set(pool) & set(dataset.rows)
+    assert banked(config).banks == trainer.banks
+    assert banked(config, seed=1).banks != trainer.banks
+
+
+def test_rows_that_the_pool_would_answer_leave_too(config: Callable[..., TrainingConfig]) -> None:
+    run = config(demonstration_source="bank", bank_size=3, max_demonstrations=2)
+    rows = [Pair(f"q{n}", f"p{n // 2}", group=str(n // 4)) for n in range(24)]
+    dataset = PairDataset("t", rows)
+    pool = split_off_banks([dataset], run)["t"]
+    assert len(pool) == 3
+    assert {row.group for row in pool}.isdisjoint(row.group for row in dataset.rows)
+    # Where rows share a few labels, others with the pool's labels stay.
+    rows = [Pair(f"q{n}", "yes" if n % 2 else "no") for n in range(40)]
+    dataset = PairDataset("t", rows)
     assert dataset.label_like
-    same = other = 0
-    for step in range(20):
-        task = sample_batch([dataset], make_config(tasks=["mood"]), step).tasks[0]
-        for row, chosen in zip(task.rows, task.demonstrations, strict=True):
-            shown = [task.rows[index] for index in chosen]
-            assert row not in shown
-            same += sum(item.positive == row.positive for item in shown)
-            other += sum(item.positive != row.positive for item in shown)
-    assert min(same, other) > 50
+    split_off_banks([dataset], run)
+    assert len(dataset.rows) == 37
 
 
-def test_the_number_of_demonstrations_is_uniform() -> None:
-    dataset = PairDataset("a", [Pair(f"q{n}", f"p{n}") for n in range(50)])
-    config = make_config(tasks=["a"], batch_size=40, max_demonstrations=4)
-    seen = Counter(
-        len(chosen) for step in range(50) for chosen in sample_batch([dataset], config, step).tasks[0].demonstrations
-    )
-    assert set(seen) == {0, 1, 2, 3, 4}
-    assert all(300 < count < 500 for count in seen.values()), seen  # 2,000 draws, 400 each
-    none = make_config(tasks=["a"], strategy="none")
-    assert not any(any(task.demonstrations) for task in sample_batch([dataset], none, 0).tasks)
+def test_too_few_rows_are_left(config: Callable[..., TrainingConfig]) -> None:
+    with pytest.raises(DataError, match=r"up has 16 rows, of which a bank of 15 leaves 1 for training.*: lower"):
+        Trainer(config(demonstration_source="bank", bank_size=15))
 
 
-def test_a_batch_is_a_function_of_configuration_and_step() -> None:
-    datasets = [PairDataset(name, [Pair(f"{name} q{n}", f"{name} p{n}") for n in range(40)]) for name in "ab"]
-    config = make_config(generic_instruction=0.3, no_instruction=0.3)
-    batches = [sample_batch(datasets, config, step) for step in range(6)]
-    assert [sample_batch(datasets, config, step) for step in reversed(range(6))] == batches[::-1]
-    assert len(set(batches)) == 6
-    assert sample_batch(datasets, make_config(generic_instruction=0.3, no_instruction=0.3, seed=1), 0) != batches[0]
-
-
-def test_shares_follow_size_and_weight() -> None:
-    sizes = {"small": 100, "large": 400}
-
-    def counts(power: float, weight: float) -> Counter[str]:
-        datasets = [
-            PairDataset(name, [Pair(f"q{n}", f"p{n}") for n in range(size)], weight=weight if name == "small" else 1.0)
-            for name, size in sizes.items()
-        ]
-        config = make_config(size_power=power, max_demonstrations=0)
-        return Counter(sample_batch(datasets, config, step).tasks[0].name for step in range(600))
-
-    assert 350 < counts(0.5, 1)["large"] < 450  # 20 : 10
-    assert 250 < counts(0.0, 1)["large"] < 350  # 1 : 1
-    assert 250 < counts(0.5, 2)["large"] < 350  # 20 : 2 * 10
-
-
-def test_instructions_are_left_out_and_generalised() -> None:
-    dataset = PairDataset("a", [Pair(f"q{n}", f"p{n}") for n in range(40)], instruction="Go")
-    config = make_config(
-        tasks=["a"], generic_instruction=0.5, no_instruction=0.25, generic_instructions=["Find", "Get"]
-    )
-    seen = Counter(sample_batch([dataset], config, step).tasks[0].instruction for step in range(400))
-    assert set(seen) == {"Go", "Find", "Get", None}
-    assert 60 < seen["Go"] < 140
-    assert 60 < seen[None] < 140
-
-
-def test_pairs_are_turned_round_but_not_where_that_says_nothing() -> None:
-    rows = [Pair(f"q{n}", f"p{n}", ("x",), "g", "s") for n in range(40)]
-    plain = PairDataset("a", rows, instruction="Go")
-    plain.label_like = False
-    config = make_config(tasks=["a"], turned_round=0.5, generic_instructions=["Find"])
-    tasks = [sample_batch([plain], config, step).tasks[0] for step in range(60)]
-    turned = [task for task in tasks if task.rows[0].query.startswith("p")]
-    assert 15 < len(turned) < 45
-    for task in turned:
-        # The instruction names the other direction, and hard negatives are of the other kind.
-        assert task.instruction == "Find"
-        assert all(re.fullmatch(r"p\d+", row.query) and row.positive == f"q{row.query[1:]}" for row in task.rows)
-        assert all(row.negatives == () and (row.group, row.source) == ("g", "s") for row in task.rows)
-    for dataset in (PairDataset("a", rows, symmetric=True), PairDataset("a", label_rows())):
-        for step in range(20):
-            assert set(sample_batch([dataset], config, step).tasks[0].rows) <= set(dataset.rows)
-
-
-def test_sources_are_tasks_of_their_own(
-    config: Callable[..., TrainingConfig], data: Path, write_task: Callable[..., Path]
-) -> None:
-    rows = [
-        {"query": f"{s} q{n}", "positive": f"{s} p{n}", "source": s} for s in ("one", "two", "three") for n in range(32)
-    ]
-    write_task(data, "manuals", [*rows, {"query": "rare q", "positive": "rare p", "source": "rare"}])
-    run = config(tasks={"manuals": {"sources": 2}}, batch_size=12, tasks_per_batch=1)
-    training, _ = load_datasets(run)
-    assert sorted(training[0].by_source) == ["one", "three", "two"]  # one row cannot demonstrate for itself
-    for step in range(10):
-        batch = sample_batch(training, run, step)
-        assert batch.pairs == 12
-        assert [task.name for task in batch.tasks] == ["manuals", "manuals"]
-        sources = [{row.source for row in task.rows} for task in batch.tasks]
-        assert all(len(source) == 1 for source in sources)
-        assert sources[0] != sources[1]
-    with pytest.raises(DataError, match="manuals has 3 sources of 32 rows or more, `sources` asks for 4"):
-        load_datasets(config(tasks={"manuals": {"sources": 4}}))
-
-
-def test_small_tasks_give_what_they_have() -> None:
-    datasets = [PairDataset("a", [Pair("q0", "p0"), Pair("q1", "p1")]), PairDataset("b", [Pair("r0", "s0")] * 9)]
-    batch = sample_batch(datasets, make_config(tasks_per_batch=2), 0)
-    assert {task.name: len(task.rows) for task in batch.tasks} == {"a": 2, "b": 4}
-    assert batch.pairs == 6
+def test_a_task_without_in_batch_negatives_needs_hard_ones(config: Callable[..., TrainingConfig]) -> None:
+    load_datasets(config(tasks={"up": {}, "down": {"in_batch_negatives": False}}))
+    with pytest.raises(DataError, match=r"up has 16 rows, 16 of them without hard negatives.*\. Give each row"):
+        load_datasets(config(tasks={"up": {"in_batch_negatives": False}, "down": {}}))

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,17 @@ from safetensors.torch import load_file
 
 from epic_rag.errors import ConfigError
 from epic_rag.training import Trainer, TrainingConfig
-from epic_rag.training.distributed import World, join
+from epic_rag.training.distributed import World, init_distributed
+from tests.helpers.training import WORDS, run_values, write_task
 
-Config = Callable[..., TrainingConfig]
-Settings = Callable[..., dict[str, Any]]
-
-
-# Trains every configuration of a file, one after the other, as each process of a launcher runs it.
-SEVERAL = """
+# Trains every configuration of a file, then runs the command: all in one launch, because importing torch takes long.
+PROGRAM = """
 import json, sys
 from epic_rag.training import Trainer, TrainingConfig
+from epic_rag_cli.main import run
 for values in json.load(open(sys.argv[1])):
     Trainer(TrainingConfig.from_dict(values)).train(show_progress=False)
+sys.exit(run(["train", sys.argv[2]]))
 """
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -62,50 +61,51 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@dataclass(frozen=True)
+class InTwo:
+    """Runs in two processes: their folder, and the launcher's output."""
+
+    folder: Path
+    result: subprocess.CompletedProcess[str]
+
+
 @pytest.fixture(scope="module")
-def in_two(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
-    """The folder with every variant's run in two processes, and `data/`."""
+def in_two(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> InTwo:
+    """Every variant's run, and the command's, which resumes from a checkpoint of one process."""
     folder = tmp_path_factory.mktemp("two")
     write_tasks(folder / "data")
-    (folder / "several.py").write_text(SEVERAL)
-    runs = [values(folder, tiny_checkpoint, name) for name in VARIANTS]
-    (folder / "runs.json").write_text(json.dumps(runs))
-    result = launch(str(folder / "several.py"), str(folder / "runs.json"))
+    Trainer(TrainingConfig.from_dict({**run_values(tiny_checkpoint, folder), "stop_at_step": 3})).train()
+    (folder / "command.json").write_text(json.dumps(run_values(tiny_checkpoint, folder)))
+    (folder / "runs.json").write_text(json.dumps([values(folder, tiny_checkpoint, name) for name in VARIANTS]))
+    (folder / "program.py").write_text(PROGRAM)
+    result = launch(*(str(folder / name) for name in ("program.py", "runs.json", "command.json")))
     assert result.returncode == 0, result.stderr
-    return folder
+    return InTwo(folder, result)
 
 
 def write_tasks(folder: Path) -> None:
-    folder.mkdir()
-    words = ["cat", "dog", "pen", "cup", "hat", "sun", "map", "key", "box", "jar", "fox", "owl", "ant", "bee"]
     for name, sign in (("up", "+"), ("down", "-")):
-        rows = [{"query": word, "positive": f"{sign} {word}", "negatives": [f"{sign}{sign}", "0"]} for word in words]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [{"query": word, "positive": f"{sign} {word}", "negatives": [f"{sign}{sign}", "0"]} for word in WORDS]
+        write_task(folder, name, rows)
     (folder / "instructions.json").write_text('{"up": "Go up", "down": "Go down"}')
 
 
 def values(folder: Path, model: Path, variant: str) -> dict[str, Any]:
     return {
-        "model": str(model),
-        "data": str(folder / "data"),
+        **run_values(model, folder),
         "output": str(folder / variant),
-        "tasks": ["up", "down"],
-        "batch_size": 8,
-        "tasks_per_batch": 2,
-        "max_demonstrations": 3,
-        "temperature": 0.1,
-        "max_query_tokens": 16,
-        "max_document_tokens": 16,
         **SMALL,
         **VARIANTS[variant],
     }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_processes_are_one(in_two: Path, tiny_checkpoint: Path, tmp_path: Path, variant: str) -> None:
-    one = Trainer(TrainingConfig.from_dict({**values(in_two, tiny_checkpoint, variant), "output": str(tmp_path)}))
+def test_two_processes_are_one(in_two: InTwo, tiny_checkpoint: Path, tmp_path: Path, variant: str) -> None:
+    one = Trainer(
+        TrainingConfig.from_dict({**values(in_two.folder, tiny_checkpoint, variant), "output": str(tmp_path)})
+    )
     one.train(show_progress=False)
-    two = in_two / variant
+    two = in_two.folder / variant
     entries = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [entry["step"] for entry in one.metrics]
     for left, right in zip(entries, one.metrics, strict=True):
@@ -124,46 +124,41 @@ def test_two_processes_are_one(in_two: Path, tiny_checkpoint: Path, tmp_path: Pa
     assert record["hardware"].startswith("2 x ")
 
 
-def test_the_command_in_two_processes_goes_on(settings: Settings, config: Config, tmp_path: Path) -> None:
-    # From a checkpoint of one process, whose number is no part of the run.
-    Trainer(config(stop_after=3)).train(show_progress=False)
-    file = tmp_path / "run.json"
-    file.write_text(json.dumps(settings()))
-    result = launch("-m", "epic_rag_cli", "train", str(file))
-    assert result.returncode == 0, result.stderr
-    # Rank 0 alone speaks and writes.
-    assert result.stdout == f"{tmp_path / 'run' / 'final'}\n"
-    assert result.stderr.count("note: step 3 of 6") == 1
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+def test_the_command_in_two_processes_resumes(in_two: InTwo) -> None:
+    run = in_two.folder / "run"
+    # Rank 0 alone prints and writes.
+    assert in_two.result.stdout == f"{run / 'final'}\n"
+    assert in_two.result.stderr.count("note: step 3 of 6") == 1
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_shares_cover_every_row_once() -> None:
+def test_shards_cover_every_row_once() -> None:
     lengths = [5, 9, 1, 7, 7, 3, 2]
-    shares = [World(rank, 3).share(lengths) for rank in range(3)]
-    assert sorted(row for share in shares for row in share) == list(range(7))
+    shards = [World(rank, 3).shard(lengths) for rank in range(3)]
+    assert sorted(row for shard in shards for row in shard) == list(range(7))
     # Every process gets its part of the long ones.
-    assert [lengths[share[0]] for share in shares] == [9, 7, 7]
-    assert World().share(lengths) == list(range(7))
-    assert World(2, 3).share([4, 4]) == []
+    assert [lengths[shard[0]] for shard in shards] == [9, 7, 7]
+    assert World().shard(lengths) == list(range(7))
+    assert World(2, 3).shard([4, 4]) == []
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert join(None) == (World(), None)
-    assert join("cpu") == (World(), "cpu")
+    assert init_distributed(None) == (World(), None)
+    assert init_distributed("cpu") == (World(), "cpu")
     world = World()
     vectors = torch.ones(2)
-    assert world.gathered(vectors) is vectors
-    assert (world.told(3), world.collected(3), world.is_main) == (3, [3], True)
+    assert world.all_reduce(vectors) is vectors
+    assert (world.broadcast_object(3), world.all_gather_object(3), world.is_main) == (3, [3], True)
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match=r"process 2 on this machine, which has 1 GPUs; start at most one process"):
-        join("cuda")
+    with pytest.raises(ConfigError, match=r"process 2 on a machine with 1 GPUs\. Start at most one process"):
+        init_distributed("cuda")
 
 
 def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,5 +174,5 @@ def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     monkeypatch.setattr("atexit.register", lambda _: None)
     for _ in range(2):
-        assert join(None) == (World(3, 4), "cuda:1")
+        assert init_distributed(None) == (World(3, 4), "cuda:1")
     assert taken == [1, "nccl", 1]

@@ -26,7 +26,7 @@ def gradients(config: TrainingConfig, encoder: EpicEncoder | None = None) -> tup
     torch.manual_seed(1)
     trainer.encoder.backbone.train()
     trainer.encoder.backbone.zero_grad(set_to_none=True)
-    _, terms = trainer._backward(sample_batch(trainer.datasets, config, 0))
+    terms = trainer.backward(*trainer.prepare(sample_batch(trainer.datasets, config, 0)))
     named = trainer.encoder.backbone.named_parameters()
     found = {name: value.grad.clone() for name, value in named if value.grad is not None}
     return float(terms.loss.detach()), found
@@ -73,7 +73,7 @@ def test_dropout_is_the_same_in_both_passes(
     trainer = Trainer(run, copy.deepcopy(tiny_bidirectional_encoder))
     trainer.encoder.backbone.train()
     torch.manual_seed(2)
-    other = float(trainer.loss(sample_batch(trainer.datasets, run, 0)).loss.detach())
+    other = float(trainer.loss(*trainer.prepare(sample_batch(trainer.datasets, run, 0))).loss.detach())
     assert other != pytest.approx(plain[0], rel=1e-4)
 
 

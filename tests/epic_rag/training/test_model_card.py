@@ -17,32 +17,39 @@ import torch
 import yaml
 
 from epic_rag import EpicEncoder, __version__
+from epic_rag.checkpoints import list_checkpoints
 from epic_rag.errors import CheckpointError
-from epic_rag.training import Trainer, TrainingConfig, list_recipes, load_recipe
-from epic_rag.training.data import SOURCES
+from epic_rag.training import Trainer, TrainingConfig, list_recipes, load_recipe, model_card
 from epic_rag.training.model_card import held_out_figures, main, write_model_card
 from tests.conftest import make_encoder
+from tests.helpers.training import WORDS, run_values, write_task
 
 Config = Callable[..., TrainingConfig]
 
 
-@pytest.fixture
-def trained(config: Config, data: Path, write_task: Callable[..., Path], tmp_path: Path) -> Trainer:
+@pytest.fixture(scope="module")
+def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """A run with an evaluation, over a file that the package knows and one that it does not."""
-    write_task(data, "medquad", [{"query": f"q{n}", "positive": f"p{n}"} for n in range(9)])
+    folder = tmp_path_factory.mktemp("trained")
+    write_task(folder / "data", "medquad", [{"query": f"q{n}", "positive": f"p{n}"} for n in range(9)])
+    write_task(folder / "data", "up", [{"query": word, "positive": f"+ {word}"} for word in WORDS])
+    values = run_values(tiny_checkpoint, folder)
     trainer = Trainer(
-        config(
-            tasks={"medquad": {"symmetric": True}, "up": {"weight": 2}},
-            evaluation_tasks=["medquad"],
-            evaluation_rows=3,
-            evaluate_every=3,
-            evaluation_demonstrations=[0, 2],
-            inference_tokens=32,
-            default_instruction='Say "what": you want',
-            description="A tiny encoder.",
-            license="apache-2.0",
-            base_model="someone/tiny",
-            name="toy",
+        TrainingConfig.from_dict(
+            values
+            | {
+                "tasks": {"medquad": {"symmetric": True}, "up": {"weight": 2}},
+                "evaluation_tasks": ["medquad"],
+                "evaluation_rows": 3,
+                "evaluate_every": 3,
+                "evaluation_demonstrations": [0, 2],
+                "inference_tokens": 32,
+                "default_instruction": 'Say "what": you want',
+                "description": "A tiny encoder.",
+                "license": "apache-2.0",
+                "base_model": "someone/tiny",
+                "name": "toy",
+            }
         )
     )
     trainer.train(show_progress=False)
@@ -70,7 +77,7 @@ def test_the_final_folder_loads(trained: Trainer) -> None:
     np.testing.assert_allclose(encoder.encode_document(["cat", "dog"]), wanted, atol=2e-3)
 
 
-def test_the_training_record(trained: Trainer, tmp_path: Path) -> None:
+def test_the_training_record(trained: Trainer) -> None:
     text = (trained.folder / "final" / "epic.json").read_text()
     record = json.loads(text)["training"]
     assert (record["steps"], record["pairs"]) == (6, 48)
@@ -84,7 +91,7 @@ def test_the_training_record(trained: Trainer, tmp_path: Path) -> None:
     assert record["config"]["tasks"]["up"]["weight"] == 2.0
     assert (record["config"]["data"], record["config"]["output"]) == ("data", "run")
     # Nothing of the machine's folders.
-    for place in (tmp_path, trained.config.model, Path.home()):
+    for place in (trained.folder.parent, trained.config.model, Path.home()):
         assert str(place) not in text
 
 
@@ -135,7 +142,7 @@ def test_front_matter(trained: Trainer) -> None:
     }
 
 
-def test_the_card_says_what_the_run_was(trained: Trainer) -> None:
+def test_the_card_describes_the_run(trained: Trainer) -> None:
     card = card_of(trained.folder / "final")
     record = trained.record()
     digest = record["data"]["medquad"]["sha256"][:12]
@@ -228,7 +235,7 @@ def test_a_checkpoint_that_was_not_trained_here(tiny_checkpoint: Path, tmp_path:
     assert "Not measured yet" in card
     assert "| licence of the weights | not stated |" in card
     (tmp_path / "epic.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no epic\.json; name a checkpoint folder"):
+    with pytest.raises(CheckpointError, match=r"has no epic\.json\. Name a checkpoint folder"):
         write_model_card(tmp_path)
 
 
@@ -240,9 +247,28 @@ def test_tables_survive_what_is_in_them() -> None:
 
 def test_every_file_of_the_recipes_has_a_source() -> None:
     named = {task for name in list_recipes() if name != "own-data" for task in load_recipe(name).tasks}
+    sources = json.loads(Path(model_card.__file__).with_name("sources.json").read_text())
     assert named
-    assert named <= set(SOURCES)
-    assert all(source.content and source.origin and source.licence for source in SOURCES.values())
+    assert named <= set(sources)
+    assert all(source["content"] and source["origin"] and source["license"] for source in sources.values())
+
+
+def test_a_configuration_with_deleted_settings_names_the_commit(trained: Trainer, tmp_path: Path) -> None:
+    epic = json.loads((trained.folder / "final" / "epic.json").read_text())
+    epic["training"]["config"]["several_tasks"] = 0.2
+    (tmp_path / "epic.json").write_text(json.dumps(epic))
+    card = write_model_card(tmp_path).read_text()
+    assert "This configuration has settings that later versions deleted. It runs with commit 8891972" in card
+    assert "commit" not in card_of(trained.folder / "final")
+
+
+@pytest.mark.parametrize("name", ["epic-minilm", "epic-smollm2"])
+def test_shipped_cards_name_the_commit(name: str) -> None:
+    folder = next(info.path for info in list_checkpoints() if info.name == name)
+    card = card_of(folder)
+    found = card.count("It runs with commit 8891972")
+    used = re.findall(r"^(?:turned_round|several_tasks|mismatched_demonstrations): 0\.[1-9]", card, re.MULTILINE)
+    assert 1 <= found <= len(used)
 
 
 def test_a_record_that_says_less_than_ours_has_no_section(tiny_checkpoint: Path, tmp_path: Path) -> None:

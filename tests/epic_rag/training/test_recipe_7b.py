@@ -55,7 +55,7 @@ def test_two_steps(cli: Any, mistral: Path, tmp_path: Path, monkeypatch: pytest.
     rows = [{"query": f"what is a {name}", "positive": f"a {name} is an animal"} for name in ANIMALS]
     Path("pairs/zoo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("pairs/instructions.json").write_text('{"zoo": "Given a question, retrieve its answer"}')
-    assert cli("mine", "pairs/zoo.jsonl", "--out", "pairs/zoo.jsonl", "--method", "bm25", "--no-margin").status == 0
+    assert cli("mine", "pairs/zoo.jsonl", "--out", "pairs/zoo.jsonl", "--model", mistral, "--no-margin").status == 0
     assert all(len(json.loads(line)["negatives"]) == 7 for line in Path("pairs/zoo.jsonl").read_text().splitlines())
     settings = [f"model={mistral}", "data=pairs", "tasks=[zoo]", "steps=2", "batch_size=6", "device=cpu"]
     flags = [part for setting in settings for part in ("--set", setting)]

@@ -1,168 +1,146 @@
-"""Tasks asked twice, and demonstrations that are wrong on purpose."""
+"""Batches: demonstrations, shares, instructions, sources."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from epic_rag.errors import ConfigError
-from epic_rag.training import PairDataset, Trainer, TrainingBatch, TrainingConfig
-from epic_rag.training.data import Pair, TaskRows
-from epic_rag.training.inputs import build_inputs
-from epic_rag.training.losses import asked_elsewhere, false_negatives
-from epic_rag.training.sampling import SAME_QUERY, sample_batch
+from epic_rag.errors import DataError
+from epic_rag.training import PairDataset, TrainingConfig
+from epic_rag.training.data import Pair, load_datasets
+from epic_rag.training.sampling import sample_batch
 
-Config = Callable[..., TrainingConfig]
+# Few different texts, so that rows share queries, positives and groups; below ten rows no task is label-like.
+pairs = st.lists(
+    st.builds(
+        Pair,
+        query=st.sampled_from([f"q{number}" for number in range(6)]),
+        positive=st.sampled_from([f"p{number}" for number in range(6)]),
+        group=st.none() | st.sampled_from(["g0", "g1", "g2"]),
+    ),
+    min_size=2,
+    max_size=9,
+)
 
 
 def make_config(**changes: Any) -> TrainingConfig:
-    values = {"model": "m", "output": "o", "data": "d", "tasks": ["a", "b"], "batch_size": 16, "max_demonstrations": 4}
+    values = {"model": "m", "output": "o", "data": "d", "tasks": ["a", "b"], "batch_size": 8, "max_demonstrations": 4}
     return TrainingConfig.from_dict({**values, **changes})
 
 
-def dataset(name: str, count: int = 40, **more: Any) -> PairDataset:
-    rows = [Pair(f"{name} query number {n}", f"{name} passage {n}") for n in range(count)]
-    return PairDataset(name, rows, instruction=f"Do {name}", **more)
-
-
-def test_a_task_is_asked_twice() -> None:
-    config = make_config(tasks=["a"], several_tasks=1.0, no_instruction=0.5, generic_instructions=["Find"])
-    instructions = set()
-    for step in range(20):
-        answers, alike = sample_batch([dataset("a")], config, step).tasks
-        assert (answers.name, alike.name) == ("a", f"a: {SAME_QUERY}")
-        assert len(answers.rows) == len(alike.rows) == 8
-        assert answers.instruction == alike.instruction
-        instructions.add(answers.instruction)
-        for answer, same in zip(answers.rows, alike.rows, strict=True):
-            assert answer.query == same.query
-            assert answer.positive.startswith("a passage")
-            # Nothing but words of the query, in their order.
-            rest = iter(answer.query.lower().split())
-            assert all(word in rest for word in same.positive.lower().split())
-            assert same.positive
-    assert instructions == {"Find", None}
-
-
-def test_no_task_is_asked_twice_where_the_two_would_be_one() -> None:
-    config = make_config(tasks=["a"], several_tasks=1.0)
-    labels = PairDataset("a", [Pair(f"text {n}", ("good", "bad")[n % 2]) for n in range(60)])
-    for item in (dataset("a", symmetric=True), labels):
-        assert [task.name for task in sample_batch([item], config, 0).tasks] == ["a"]
-
-
-def test_without_demonstrations_the_other_tasks_document_is_no_negative() -> None:
-    batch = TrainingBatch(
-        (
-            TaskRows("a", None, False, (Pair("x", "1"), Pair("y", "2")), ((), ())),
-            TaskRows("b", None, False, (Pair("y", "3", negatives=("4",)), Pair("z", "5")), ((), ())),
-        )
-    )
-    # Columns: 1 2 | 3 5 | 4
-    assert asked_elsewhere(batch).int().tolist() == [[0, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
-    # With demonstrations, which say the task, it is one.
-    assert not (false_negatives(batch) & asked_elsewhere(batch)).any()
-
-
-@given(step=st.integers(0, 500), share=st.sampled_from([0.0, 0.3, 1.0]), tasks=st.integers(1, 2))
+@given(rows=pairs, other=pairs, step=st.integers(0, 1000), demonstrations=st.integers(0, 6))
 @hypothesis_settings(deadline=None, max_examples=60)
-def test_mismatched_demonstrations_are_wrong(step: int, share: float, tasks: int) -> None:
-    config = make_config(mismatched_demonstrations=share, tasks_per_batch=tasks)
-    batch = sample_batch([dataset("a"), dataset("b")], config, step)
-    rows = [row for task in batch.tasks for row in task.rows]
-    start = 0
+def test_demonstrations_never_show_the_answer(
+    rows: list[Pair], other: list[Pair], step: int, demonstrations: int
+) -> None:
+    datasets = [PairDataset("a", rows), PairDataset("b", other)]
+    config = make_config(tasks_per_batch=2, batch_size=16, max_demonstrations=demonstrations)
+    batch = sample_batch(datasets, config, step)
+    assert [task.name for task in batch.tasks] in (["a", "b"], ["b", "a"])
     for task in batch.tasks:
-        own = range(start, start + len(task.rows))
-        for index, shown in enumerate(task.demonstrations):
-            wrong = task.mismatched[index] if task.mismatched else ()
-            if not shown or share == 0.0:
-                assert wrong == ()
-            if not wrong:
-                # One demonstration cannot be shuffled, and a single task has no other to take from.
-                assert share < 1 or not shown or (len(shown) == 1 and tasks == 1)
-                continue
-            assert len(wrong) == len(shown)
-            inside = [query in own for query, _ in wrong]
-            assert all(inside) or not any(inside)
-            if inside[0]:
-                assert {query - start for query, _ in wrong} == set(shown)
-                assert {passage - start for _, passage in wrong} == set(shown)
-                assert all(rows[query].positive != rows[passage].positive for query, passage in wrong)
-            else:
-                assert all(query == passage for query, passage in wrong)
-        start += len(task.rows)
+        assert len(task.rows) == len(task.demonstrations) == min(8, len(rows if task.name == "a" else other))
+        for row, chosen in zip(task.rows, task.demonstrations, strict=True):
+            assert len(chosen) <= demonstrations
+            assert len(set(chosen)) == len(chosen)
+            for shown in (task.rows[index] for index in chosen):
+                assert shown is not row
+                assert shown.query != row.query
+                assert shown.positive != row.positive
+                assert shown.group is None or shown.group != row.group
 
 
-def test_shuffling_labels_leaves_no_right_pair() -> None:
-    labels = PairDataset("a", [Pair(f"text {n}", ("good", "bad")[n % 2]) for n in range(60)])
-    config = make_config(tasks=["a"], mismatched_demonstrations=1.0)
-    seen = 0
-    for step in range(40):
-        (task,) = sample_batch([labels], config, step).tasks
-        for wrong in task.mismatched:
-            seen += len(wrong)
-            assert all(task.rows[query].positive != task.rows[passage].positive for query, passage in wrong)
-    assert seen
+def test_demonstrations_of_label_like_tasks_may_show_the_label() -> None:
+    dataset = PairDataset("mood", [Pair(f"text {number}", ("good", "bad")[number % 2]) for number in range(60)])
+    assert dataset.label_like
+    same = other = 0
+    for step in range(20):
+        task = sample_batch([dataset], make_config(tasks=["mood"]), step).tasks[0]
+        for row, chosen in zip(task.rows, task.demonstrations, strict=True):
+            shown = [task.rows[index] for index in chosen]
+            assert row not in shown
+            same += sum(item.positive == row.positive for item in shown)
+            other += sum(item.positive != row.positive for item in shown)
+    assert min(same, other) > 50
 
 
-def test_mismatched_rows_are_held_to_zero_shot(config: Config) -> None:
-    trainer = Trainer(config(mismatched_weight=0.5))
-    tasks = (
-        TaskRows(
-            "up", None, False, (Pair("a", "1"), Pair("b", "2"), Pair("c", "3")), ((1,), (2,), ()), (((3, 3),), (), ())
-        ),
-        TaskRows("down", None, False, (Pair("d", "4"), Pair("e", "5")), ((1,), (0,)), ((), ())),
+def test_the_number_of_demonstrations_is_uniform() -> None:
+    dataset = PairDataset("a", [Pair(f"q{n}", f"p{n}") for n in range(50)])
+    config = make_config(tasks=["a"], batch_size=40, max_demonstrations=4)
+    seen = Counter(
+        len(chosen) for step in range(50) for chosen in sample_batch([dataset], config, step).tasks[0].demonstrations
     )
-    batch = TrainingBatch(tasks)
-    inputs = build_inputs(batch, trainer.prompt, trainer.config)
-    assert inputs.mismatched == (0,)
-    assert inputs.shown[:2] == [[3, 5 + 3], [2, 5 + 2]]
-    terms = trainer.loss(batch)
-    assert terms.mismatched is not None
-    assert float(terms.mismatched) > 0
-    torch.testing.assert_close(
-        terms.loss,
-        terms.with_demonstrations + trainer.config.zero_shot_weight * terms.zero_shot + 0.5 * terms.mismatched,
+    assert set(seen) == {0, 1, 2, 3, 4}
+    assert all(300 < count < 500 for count in seen.values()), seen  # 2,000 draws, 400 each
+    none = make_config(tasks=["a"], strategy="none")
+    assert not any(any(task.demonstrations) for task in sample_batch([dataset], none, 0).tasks)
+
+
+def test_a_batch_is_a_function_of_configuration_and_step() -> None:
+    datasets = [PairDataset(name, [Pair(f"{name} q{n}", f"{name} p{n}") for n in range(40)]) for name in "ab"]
+    config = make_config(generic_instruction_p=0.3, drop_instruction_p=0.3)
+    batches = [sample_batch(datasets, config, step) for step in range(6)]
+    assert [sample_batch(datasets, config, step) for step in reversed(range(6))] == batches[::-1]
+    assert len(set(batches)) == 6
+    assert (
+        sample_batch(datasets, make_config(generic_instruction_p=0.3, drop_instruction_p=0.3, seed=1), 0) != batches[0]
     )
-    terms.loss.backward()
 
 
-def test_a_run_with_all_of_it(config: Config) -> None:
-    trainer = Trainer(config(several_tasks=1.0, mismatched_demonstrations=0.5, plain_steps=2, steps=6))
-    trainer.train(show_progress=False)
-    told = [entry for entry in trainer.metrics if "loss" in entry]
-    # The first steps show nothing.
-    assert [entry["with_demonstrations"] == 0.0 for entry in told] == [True, True, False, False, False, False]
-    assert [entry["loss"] == entry["zero_shot"] for entry in told][:2] == [True, True]
-    assert any("mismatched" in entry for entry in told)
+def test_shares_follow_size_and_weight() -> None:
+    sizes = {"small": 100, "large": 400}
+
+    def counts(power: float, weight: float) -> Counter[str]:
+        datasets = [
+            PairDataset(name, [Pair(f"q{n}", f"p{n}") for n in range(size)], weight=weight if name == "small" else 1.0)
+            for name, size in sizes.items()
+        ]
+        config = make_config(sampling_alpha=power, max_demonstrations=0)
+        return Counter(sample_batch(datasets, config, step).tasks[0].name for step in range(600))
+
+    assert 350 < counts(0.5, 1)["large"] < 450  # 20 : 10
+    assert 250 < counts(0.0, 1)["large"] < 350  # 1 : 1
+    assert 250 < counts(0.5, 2)["large"] < 350  # 20 : 2 * 10
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"several_tasks": 1.5}, "several_tasks is 1.5; give a share"),
-        ({"mismatched_demonstrations": -0.1}, "mismatched_demonstrations is -0.1; give a share"),
-        ({"plain_steps": -1}, "plain_steps is -1; give a value of 0 or more"),
-        ({"several_tasks": 0.5, "batch_size": 3}, "several_tasks is 0.5 and batch_size 3 for 1 tasks in a batch"),
-        ({"several_tasks": 0.5, "generic_instructions": []}, "generic_instructions is empty with .*several_tasks 0.5"),
-        ({"several_tasks": 0.5, "demonstration_source": "bank"}, "'bank' and several_tasks is 0.5"),
-        ({"pooling": "max"}, "pooling is 'max', known are last, mean, cls"),
-    ],
-)
-def test_settings_that_cannot_work(changes: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ConfigError, match=expected):
-        make_config(**changes)
+def test_instructions_are_left_out_and_generalised() -> None:
+    dataset = PairDataset("a", [Pair(f"q{n}", f"p{n}") for n in range(40)], instruction="Go")
+    config = make_config(
+        tasks=["a"], generic_instruction_p=0.5, drop_instruction_p=0.25, generic_instructions=["Find", "Get"]
+    )
+    seen = Counter(sample_batch([dataset], config, step).tasks[0].instruction for step in range(400))
+    assert set(seen) == {"Go", "Find", "Get", None}
+    assert 60 < seen["Go"] < 140
+    assert 60 < seen[None] < 140
 
 
-def test_pooling_of_a_run(config: Config) -> None:
-    assert Trainer(config()).encoder.backbone.pooling == "last"
-    trainer = Trainer(config(pooling="mean", steps=1))
-    assert trainer.encoder.backbone.pooling == "mean"
-    # What the result reads back.
-    assert '"pooling": "mean"' in (trainer.train(show_progress=False) / "epic.json").read_text(encoding="utf-8")
+def test_sources_are_tasks(config: Callable[..., TrainingConfig], data: Path, write_task: Callable[..., Path]) -> None:
+    rows = [
+        {"query": f"{s} q{n}", "positive": f"{s} p{n}", "source": s} for s in ("one", "two", "three") for n in range(32)
+    ]
+    write_task(data, "manuals", [*rows, {"query": "rare q", "positive": "rare p", "source": "rare"}])
+    run = config(tasks={"manuals": {"sources_per_batch": 2}}, batch_size=12, tasks_per_batch=1)
+    training, _ = load_datasets(run)
+    assert sorted(training[0].by_source) == ["one", "three", "two"]  # one row is too few
+    for step in range(10):
+        batch = sample_batch(training, run, step)
+        assert batch.pairs == 12
+        assert [task.name for task in batch.tasks] == ["manuals", "manuals"]
+        sources = [{row.source for row in task.rows} for task in batch.tasks]
+        assert all(len(source) == 1 for source in sources)
+        assert sources[0] != sources[1]
+    with pytest.raises(DataError, match="manuals has 3 sources of 32 rows or more, and sources_per_batch is 4"):
+        load_datasets(config(tasks={"manuals": {"sources_per_batch": 4}}))
+
+
+def test_small_tasks_give_what_they_have() -> None:
+    datasets = [PairDataset("a", [Pair("q0", "p0"), Pair("q1", "p1")]), PairDataset("b", [Pair("r0", "s0")] * 9)]
+    batch = sample_batch(datasets, make_config(tasks_per_batch=2), 0)
+    assert {task.name: len(task.rows) for task in batch.tasks} == {"a": 2, "b": 4}
+    assert batch.pairs == 6

@@ -1,8 +1,10 @@
-"""The method: what a step computes, where gradients flow, and that it learns what it is meant to."""
+"""The method: the terms of a step, where gradients flow, what is learned, and the settings of a run."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +15,9 @@ import pytest
 import torch
 
 from epic_rag import EpicEncoder
+from epic_rag.errors import MissingExtraError
 from epic_rag.prompt import EncoderInput
 from epic_rag.training import TaskConfig, Trainer, TrainingBatch, TrainingConfig
-from epic_rag.training.data import Pair, TaskRows
-from epic_rag.training.inputs import SlotTable, build_inputs
 from epic_rag.training.optimizer import build_optimizer, warmup_and_decay
 from epic_rag.training.sampling import sample_batch
 
@@ -51,7 +52,7 @@ def test_no_demonstrations_is_exactly_zero_shot(
     encoder: EpicEncoder = request.getfixturevalue(kind)
     trainer = Trainer(config(strategy=strategy, max_demonstrations=0), encoder)
     seen = recorded(trainer, monkeypatch)
-    terms = trainer.loss(first_batch(trainer))
+    terms = trainer.loss(*trainer.prepare(first_batch(trainer)))
     q0, _, q1 = seen
     assert torch.equal(q0, q1)
     assert torch.equal(terms.with_demonstrations, terms.zero_shot)
@@ -62,7 +63,7 @@ def test_demonstrations_change_the_query(config: Config, monkeypatch: pytest.Mon
     trainer = Trainer(config())
     seen = recorded(trainer, monkeypatch)
     batch = first_batch(trainer)
-    trainer.loss(batch)
+    trainer.loss(*trainer.prepare(batch))
     q0, d, q1 = seen
     shown = torch.tensor([bool(chosen) for task in batch.tasks for chosen in task.demonstrations])
     assert 0 < shown.sum() < len(shown)
@@ -79,37 +80,10 @@ def test_loss_is_the_weighted_sum(config: Config) -> None:
     losses = []
     for weight in (0.0, 0.25):
         trainer = Trainer(config(zero_shot_weight=weight))
-        terms = trainer.loss(first_batch(trainer))
+        terms = trainer.loss(*trainer.prepare(first_batch(trainer)))
         torch.testing.assert_close(terms.loss, terms.with_demonstrations + weight * terms.zero_shot)
         losses.append((float(terms.with_demonstrations), float(terms.zero_shot)))
     assert losses[0] == losses[1]
-
-
-def test_every_row_is_shown_its_own_demonstrations(config: Config) -> None:
-    trainer = Trainer(config())
-    tasks = (
-        TaskRows("up", "Go", False, (Pair("a", "1"), Pair("b", "2"), Pair("c", "3")), ((2,), (), (1, 0))),
-        TaskRows("down", None, False, (Pair("d", "4"), Pair("e", "5")), ((1,), (0,))),
-    )
-    inputs = build_inputs(TrainingBatch(tasks), trainer.prompt, trainer.config)
-    # Five queries and five positives.
-    table = SlotTable(torch.cat([torch.arange(5.0), 10 + torch.arange(5.0)])[:, None], inputs.shown)
-    slots = [table.take([row]).flatten().tolist() for row in range(5)]
-    assert slots == [[2, 12], [], [1, 11, 0, 10], [4, 14], [3, 13]]
-    assert table.take([3, 1, 0]).flatten().tolist() == [4, 14, 2, 12]
-    assert [len(row.slots) for row in inputs.prompted] == [2, 0, 4, 2, 2]
-    text = [trainer.prompt.tokenizer.decode(row.ids[row.pool_start :]) for row in inputs.prompted]
-    assert text == [f" {letter}<eos>" for letter in "abcde"]
-
-
-def test_text_demonstrations_are_the_same_rows(config: Config) -> None:
-    trainer = Trainer(config(strategy="text"))
-    task = TaskRows("up", "Go", False, (Pair("a", "1"), Pair("b", "2")), ((1,), ()))
-    inputs = build_inputs(TrainingBatch((task,)), trainer.prompt, trainer.config)
-    decoded = [trainer.prompt.tokenizer.decode(row.ids) for row in inputs.prompted]
-    assert decoded == ["Instruct: Go\nQuery: b\nResponse: 2\nQuery: a<eos>", "Instruct: Go\nQuery: b<eos>"]
-    assert all(not row.slots for row in inputs.prompted)
-    assert inputs.shown == [[], []]
 
 
 @pytest.mark.parametrize("detach", [False, True])
@@ -119,22 +93,13 @@ def test_gradients_flow_through_slots_unless_detached(
     # Without the zero-shot term, slots are the only way from the loss to q0.
     trainer = Trainer(config(detach_demonstrations=detach, zero_shot_weight=0.0))
     seen = recorded(trainer, monkeypatch)
-    trainer.loss(first_batch(trainer)).loss.backward()
+    trainer.loss(*trainer.prepare(first_batch(trainer))).loss.backward()
     q0, d, q1 = seen
     assert (float(q0.grad.abs().max()) == 0.0) == detach
     assert float(d.grad.abs().max()) > 0
     assert float(q1.grad.abs().max()) > 0
     # The projector learns in both cases.
     assert float(trainer.encoder.backbone.projector.linear.weight.grad.abs().max()) > 0
-
-
-def test_symmetric_tasks_encode_both_sides_as_queries(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = (Pair("cat", "cat"), Pair("dog", "dog"))
-    for symmetric in (True, False):
-        trainer = Trainer(config())
-        seen = recorded(trainer, monkeypatch)
-        trainer.loss(TrainingBatch((TaskRows("t", "Go", symmetric, rows, ((1,), (0,))),)))
-        assert torch.allclose(seen[0], seen[1], atol=1e-6) == symmetric
 
 
 def test_plain_contrastive_training(config: Config) -> None:
@@ -153,7 +118,8 @@ def test_plain_contrastive_training(config: Config) -> None:
         {"separators": "none"},
         {"dtype": "bfloat16"},
         {"num_layers": 1},
-        {"turned_round": 0.5, "no_instruction": 0.5},
+        {"generic_instruction_p": 0.5, "drop_instruction_p": 0.5},
+        {"attention": "eager"},
     ],
 )
 def test_every_setting_trains(config: Config, changes: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -172,8 +138,8 @@ def test_every_setting_trains(config: Config, changes: dict[str, Any], tiny_chec
     assert changed == (changes.get("strategy") != "text")
 
 
-def test_a_projector_can_be_started_anew(config: Config, tiny_checkpoint: Path) -> None:
-    trainer = Trainer(config(projector="mlp", new_projector=True))
+def test_reset_projector(config: Config, tiny_checkpoint: Path) -> None:
+    trainer = Trainer(config(projector="mlp", reset_projector=True))
     assert trainer.encoder.backbone.projector.kind == "mlp"
     shipped = EpicEncoder.from_pretrained(tiny_checkpoint)
     assert trainer.encoder.fingerprint != shipped.fingerprint
@@ -181,14 +147,6 @@ def test_a_projector_can_be_started_anew(config: Config, tiny_checkpoint: Path) 
     trainer.train()
     final = EpicEncoder.from_pretrained(Path(trainer.config.output) / "final")
     assert final.backbone.projector.kind == "mlp"
-
-
-def test_forward_passes_can_be_small(config: Config) -> None:
-    losses = []
-    for tokens in (1, 40, 8192):
-        trainer = Trainer(config(micro_batch_tokens=tokens))
-        losses.append(float(trainer.loss(first_batch(trainer)).loss.detach()))
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
 def test_tokens_are_the_real_ones(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +158,7 @@ def test_tokens_are_the_real_ones(config: Config, monkeypatch: pytest.MonkeyPatc
 
 
 def test_schedule() -> None:
-    config = TrainingConfig("m", "o", "d", {"t": TaskConfig()}, steps=10, warmup=0.2)
+    config = TrainingConfig("m", "o", "d", {"t": TaskConfig()}, steps=10, warmup_ratio=0.2)
     rates = [warmup_and_decay(step, config) for step in range(10)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
 
@@ -227,7 +185,7 @@ def test_the_loss_goes_down(config: Config) -> None:
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3]), losses
 
 
-def test_demonstrations_are_used_where_nothing_else_tells(
+def test_demonstrations_are_used_where_nothing_else_decides(
     config: Config, data: Path, write_task: Callable[..., Path]
 ) -> None:
     # Two tasks want different documents for the same queries, and no instruction says which task it is: three of four
@@ -238,7 +196,7 @@ def test_demonstrations_are_used_where_nothing_else_tells(
     trainer = Trainer(
         config(
             steps=120,
-            no_instruction=1.0,
+            drop_instruction_p=1.0,
             zero_shot_weight=0.1,
             temperature=0.05,
             weight_decay=0.0,
@@ -252,13 +210,7 @@ def test_demonstrations_are_used_where_nothing_else_tells(
     assert with_demonstrations < 0.35
 
 
-def test_the_first_layers_only(config: Config) -> None:
-    trainer = Trainer(config(num_layers=1, steps=1))
-    final = trainer.train(show_progress=False)
-    assert EpicEncoder.from_pretrained(final).backbone.transformer.config.num_hidden_layers == 1
-
-
-def test_evaluation_is_of_the_strategy_that_is_trained(config: Config) -> None:
+def test_evaluation_uses_the_strategy_of_training(config: Config) -> None:
     run = config(evaluation_tasks=["up"], evaluation_rows=8, evaluation_demonstrations=[0, 3])
     scores = {
         strategy: Trainer(dataclasses.replace(run, strategy=strategy)).evaluate()["up"]
@@ -266,3 +218,89 @@ def test_evaluation_is_of_the_strategy_that_is_trained(config: Config) -> None:
     }
     assert len({row["k=0"] for row in scores.values()}) == 1
     assert scores["none"]["k=3"] == scores["none"]["k=0"]
+
+
+def test_pooling_and_layers_of_a_run(config: Config) -> None:
+    assert Trainer(config()).encoder.backbone.pooling == "last"
+    trainer = Trainer(config(pooling="mean", num_layers=1, steps=1))
+    assert trainer.encoder.backbone.pooling == "mean"
+    final = EpicEncoder.from_pretrained(trainer.train(show_progress=False))
+    assert (final.backbone.pooling, final.backbone.transformer.config.num_hidden_layers) == ("mean", 1)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention(config: Config, attention: str) -> None:
+    losses = {}
+    for choice in (None, attention):
+        trainer = Trainer(config(attention=choice))
+        losses[choice] = trainer.train_step(first_batch(trainer)).loss
+    assert trainer.encoder.backbone.transformer.config._attn_implementation == attention
+    assert losses[attention] == pytest.approx(losses[None], rel=1e-4)
+
+
+def test_first_steps_without_demonstrations(config: Config) -> None:
+    trainer = Trainer(config(zero_shot_steps=2, steps=4))
+    trainer.train(show_progress=False)
+    assert [entry["with_demonstrations"] == 0.0 for entry in trainer.metrics] == [True, True, False, False]
+    assert [entry["loss"] == entry["zero_shot"] for entry in trainer.metrics] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("changes", [{}, {"strategy": "text"}, {"strategy": "none"}])
+def test_a_run_with_a_bank(config: Config, changes: dict[str, str]) -> None:
+    bank = {"demonstration_source": "bank", "bank_size": 4}
+    trainer = Trainer(config(**bank, evaluation_tasks=["up"], evaluation_rows=4, evaluate_every=3, steps=3, **changes))
+    trainer.train(show_progress=False)
+    assert set(trainer.metrics[-1]["evaluation"]["up"]) == {"k=0", "k=8"}
+
+
+def test_the_template_is_in_the_checkpoint(config: Config) -> None:
+    final = Trainer(config(demonstration_instructions="each", steps=1)).train(show_progress=False)
+    assert json.loads((final / "epic.json").read_text())["template"]["demonstration_instructions"] == "each"
+    assert EpicEncoder.from_pretrained(final).prompt.template.demonstration_instructions == "each"
+
+
+def test_interpolation_with_the_start(config: Config, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    states = {}
+    for share in (0.0, 0.25, 1.0):
+        run = config(interpolate_with_start=share, output=str(tmp_path / str(share)), evaluate_every=6)
+        trainer = Trainer(run)
+        trainer.train(show_progress=False)
+        states[share] = {name: value.clone() for name, value in trainer.encoder.backbone.state_dict().items()}
+        # The result is evaluated after the last step and after the interpolation.
+        assert [entry["step"] for entry in trainer.metrics if "evaluation" in entry] == [0, 6] + [6] * (share > 0)
+    start = EpicEncoder.from_pretrained(tiny_checkpoint).backbone.state_dict()
+    for name, value in states[0.25].items():
+        torch.testing.assert_close(value, 0.75 * states[0.0][name] + 0.25 * start[name])
+        torch.testing.assert_close(states[1.0][name], start[name])
+    assert not all(torch.equal(states[0.0][name], start[name]) for name in start)
+    # A finished run is interpolated from its checkpoint, not twice; the share may change.
+    for share in (0.25, 0.5):
+        again = Trainer(config(interpolate_with_start=share, output=str(tmp_path / "0.25"), evaluate_every=6))
+        again.train(show_progress=False)
+        for name, value in again.encoder.backbone.state_dict().items():
+            torch.testing.assert_close(value, (1 - share) * states[0.0][name] + share * start[name])
+
+
+# The event reader's protobuf files use deprecated names.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = {"tensorboard": True, "evaluation_tasks": ["up"], "evaluate_every": 3, "evaluation_demonstrations": [0, 2]}
+    Trainer(config(**run, stop_at_step=3)).train(show_progress=False)
+    trainer = Trainer(config(**run))
+    trainer.train(show_progress=False)
+    board = EventAccumulator(str(trainer.folder / "tensorboard"))
+    board.Reload()
+    losses = [entry for entry in trainer.metrics if "loss" in entry]
+    for name in ("loss", "zero_shot", "with_demonstrations", "tokens", "gradient_norm"):
+        seen = board.Scalars(f"training/{name}")
+        assert [event.step for event in seen] == [1, 2, 3, 4, 5, 6]
+        assert [event.value for event in seen] == pytest.approx([entry[name] for entry in losses], rel=1e-5)
+    assert {event.step for event in board.Scalars("ndcg@10/up/k=2")} == {0, 3, 6}
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "tensorboard" else find(name, *rest)
+    )
+    with pytest.raises(MissingExtraError, match=r"The setting tensorboard needs tensorboard.*epic-rag\[train\]"):
+        Trainer(config(tensorboard=True))

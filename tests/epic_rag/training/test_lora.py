@@ -120,7 +120,7 @@ def test_the_adapter_of_the_first_layers_fits_the_whole_base(config: Config, pla
 def test_checkpoints_keep_what_is_trained_and_go_on(config: Config, tmp_path: Path) -> None:
     whole = Trainer(config(lora_rank=4, lora_dropout=0.1, output=str(tmp_path / "whole")))
     whole.train(show_progress=False)
-    first = Trainer(config(lora_rank=4, lora_dropout=0.1, stop_after=3))
+    first = Trainer(config(lora_rank=4, lora_dropout=0.1, stop_at_step=3))
     first.train(show_progress=False)
     kept = load_file(first.folder / "checkpoint-3" / "state.safetensors")
     assert {key.removeprefix("model.") for key in kept if key.startswith("model.")} == trained_names(first)
@@ -132,7 +132,7 @@ def test_checkpoints_keep_what_is_trained_and_go_on(config: Config, tmp_path: Pa
 
 
 def test_a_module_that_is_not_there(config: Config) -> None:
-    with pytest.raises(ConfigError, match=r"lora_targets is \['query'\], and .* are down_proj, .*q_proj.*; name some"):
+    with pytest.raises(ConfigError, match=r"lora_targets is \['query'\], and .* are down_proj, .*q_proj.*\. Name some"):
         Trainer(config(lora_rank=4, lora_targets=["query"]))
 
 
@@ -142,7 +142,7 @@ def test_without_peft_the_extra_is_named(config: Config, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, f=importlib.util.find_spec: None if name == "peft" else f(name)
     )
-    with pytest.raises(MissingExtraError, match=r"training with LoRA needs peft.*epic-rag\[train\]"):
+    with pytest.raises(MissingExtraError, match=r"Training with LoRA needs peft.*epic-rag\[train\]"):
         Trainer(config(lora_rank=4))
 
 

@@ -12,7 +12,6 @@ import pytest
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag.metrics import ndcg_at_k
 from epic_rag.training import PairDataset, Trainer, TrainingConfig
-from epic_rag.training import validation as module
 from epic_rag.training.data import Pair
 from epic_rag.training.validation import evaluate_held_out
 
@@ -36,8 +35,7 @@ class Spy:
         return np.array([self.vectors[1][text] for text in texts], dtype=np.float32)
 
 
-def test_evaluation_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_DISTRACTORS", 2)
+def test_evaluation_by_hand() -> None:
     # q0 finds its document, q1 finds another's first; p2 belongs to q2's group and so to nobody's here.
     queries = {"q0": [1.0, 0.0], "q1": [0.8, 0.6]}
     documents = {"p0": [1.0, 0.0], "p1": [0.0, 1.0], "p2": [-1.0, 0.0], "p3": [-1.0, 0.0]}
@@ -45,7 +43,7 @@ def test_evaluation_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         "t", [Pair("q2", "p2"), Pair("q3", "p3")], "Go", held_out=[Pair("q0", "p0"), Pair("q1", "p1")]
     )
     spy = Spy(queries, documents)
-    scores = evaluate_held_out(spy, dataset, (0, 1, 8), strategy="text")  # type: ignore[arg-type]
+    scores = evaluate_held_out(spy, dataset, (0, 1, 8), strategy="text", distractors=2)  # type: ignore[arg-type]
     expected = round(100 * (1 + 1 / math.log2(3)) / 2, 2)
     assert scores == {"k=0": expected, "k=1": expected, "k=8": expected}
     # Two spare rows can demonstrate, so 8 becomes 2; they are training rows.

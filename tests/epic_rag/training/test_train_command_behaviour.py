@@ -58,7 +58,7 @@ def test_no_resume(cli: Any, run_file: Path) -> None:
     assert cli("train", run_file).status == 0
     refused = cli("train", run_file, "--set", "seed=5")
     assert (refused.status, refused.out) == (1, "")
-    assert "was trained with seed 0, this run has 5" in refused.err
+    assert "was trained with seed 0, and this run has 5" in refused.err
     assert cli("train", run_file, "--set", "seed=5", "--no-resume").status == 0
 
 
@@ -74,19 +74,19 @@ def test_own_data_starts_from_the_model_of_the_environment(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["nothing"], r"no file nothing, and the recipes are .*own-data.*; pass a YAML or JSON file, or one of them"),
-        (["own-data"], r"tasks is empty; name at least one file of the data folder"),
-        (["run.json", "--set", "steps"], r"the setting 'steps' is not NAME=VALUE .*"),
-        (["run.json", "--set", "steps=none"], r"run\.json does not make a training run: steps is 'none', expected .*"),
+        (["nothing"], r"No file or recipe nothing\. Pass a YAML or JSON file, or one of the recipes .*own-data.*\."),
+        (["own-data"], r"own-data: tasks is empty\. Name at least one file of the data folder\."),
+        (["run.json", "--set", "steps"], r"The setting 'steps' is not NAME=VALUE .*"),
+        (["run.json", "--set", "steps=none"], r"run\.json: steps is 'none'\. It must be a valid integer\."),
         (
             ["run.json", "--set", "tasks=[side]"],
-            r"no file side\.jsonl or side\.jsonl\.gz in data, which has bad, down, up; .*",
+            r"No file side\.jsonl or side\.jsonl\.gz in data, which has bad, down, up\. .*",
         ),
-        (["run.json", "--set", "tasks=[bad]"], r"data/bad\.jsonl:2 is not \{\"query\": .*; mend or delete the line"),
-        (["run.json", "--set", "model=nowhere"], r"no checkpoint nowhere: no such folder, .*"),
-        (["run.json", "--set", "device=warp"], r"device is 'warp', this machine does not have it .*"),
-        (["run.json", "--set", "num_layers=9"], r"num_layers is 9, the model has 2; ask for 1 to 2"),
-        (["run.json", "--set", "projector=mlp"], r".* was trained with projector 'linear', you asked for 'mlp'; .*"),
+        (["run.json", "--set", "tasks=[bad]"], r"data/bad\.jsonl:2 is not valid JSON .*"),
+        (["run.json", "--set", "model=nowhere"], r"There is no checkpoint nowhere\. .*"),
+        (["run.json", "--set", "device=warp"], r"Device 'warp' is not available .*"),
+        (["run.json", "--set", "num_layers=9"], r"num_layers is 9, but the model has 2 layers\. .*"),
+        (["run.json", "--set", "projector=mlp"], r".* was trained with projector 'linear', not 'mlp'\. .*"),
     ],
 )
 def test_errors_are_one_line(cli: Any, run_file: Path, arguments: list[str], expected: str) -> None:
@@ -141,7 +141,7 @@ def test_interrupted_before_the_first_step(cli: Any, run_file: Path, monkeypatch
     monkeypatch.setattr(Trainer, "__init__", interrupted)
     result = cli("train", run_file)
     assert result.status == 130
-    assert result.err.startswith("error: interrupted; nothing was saved")
+    assert result.err.startswith("error: Interrupted. Nothing was saved")
 
 
 def test_help_imports_no_torch() -> None:

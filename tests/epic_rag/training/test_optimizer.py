@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from epic_rag import checkpoint_io
 from epic_rag.errors import TrainingError
 from epic_rag.training import Trainer, TrainingConfig, optimizer
-from epic_rag.training.optimizer import settle_dtype
+from epic_rag.training.optimizer import resolve_dtype
 from epic_rag.training.sampling import sample_batch
 
 Config = Callable[..., TrainingConfig]
@@ -52,6 +52,8 @@ def overflowing(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, steps: set[in
 
 def test_a_step_that_overflows_is_left_out(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(config(dtype="float16"))
+    # Low enough for the second step not to overflow by itself.
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     overflowing(trainer, monkeypatch, {0})
     before = [value.detach().clone() for value in trainer.encoder.backbone.parameters()]
     scale = trainer.scaler.get_scale()
@@ -69,7 +71,7 @@ def test_a_step_that_overflows_is_left_out(config: Config, monkeypatch: pytest.M
 def test_overflow_at_every_scale_is_an_error(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(config(dtype="float16", steps=60))
     overflowing(trainer, monkeypatch, set(range(60)))
-    with pytest.raises(TrainingError, match=r"the gradient's norm at step \d+ is (inf|nan)"):
+    with pytest.raises(TrainingError, match=r"The gradient's norm at step \d+ is (inf|nan)"):
         trainer.train(show_progress=False)
     assert trainer.step > 10
 
@@ -77,7 +79,7 @@ def test_overflow_at_every_scale_is_an_error(config: Config, monkeypatch: pytest
 def test_without_a_scale_an_infinite_gradient_is_an_error(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(config(dtype="bfloat16"))
     overflowing(trainer, monkeypatch, {0})
-    with pytest.raises(TrainingError, match=r"the gradient's norm at step 1 is (inf|nan)"):
+    with pytest.raises(TrainingError, match=r"The gradient's norm at step 1 is (inf|nan)"):
         trainer.train(show_progress=False)
 
 
@@ -85,7 +87,7 @@ def test_the_scale_goes_on_with_the_run(config: Config, tmp_path: Path, monkeypa
     ends = []
     for name, stops in (("whole", (None,)), ("halves", (3, None))):
         for stop in stops:
-            trainer = Trainer(config(dtype="float16", output=str(tmp_path / name), stop_after=stop))
+            trainer = Trainer(config(dtype="float16", output=str(tmp_path / name), stop_at_step=stop))
             overflowing(trainer, monkeypatch, {1})
             trainer.train(show_progress=False)
         ends.append(trainer)
@@ -110,7 +112,7 @@ def test_one_look_at_the_losses_a_step(config: Config, monkeypatch: pytest.Monke
             ],
         )
     batch = sample_batch(trainer.datasets, trainer.config, 0)
-    trainer._backward(batch)
+    trainer.backward(*trainer.prepare(batch))
     assert looks == []
 
 
@@ -130,15 +132,15 @@ def test_auto_is_what_the_processor_multiplies(
     assert not caplog.records
 
 
-def test_bfloat16_on_a_processor_without_it_is_told(
+def test_a_warning_for_bfloat16_without_instructions(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(optimizer, "has_bfloat16_instructions", lambda: False)
     assert Trainer(config(dtype="bfloat16", device="cpu")).config.dtype == "bfloat16"
     [record] = caplog.records
-    assert "this processor has no instructions for it" in record.getMessage()
+    assert "this processor has no instructions for" in record.getMessage()
     assert "--set dtype=auto" in record.getMessage()
 
 
 def test_auto_on_other_devices(config: Config) -> None:
-    assert settle_dtype(config(dtype="auto"), torch.device("cuda")).dtype == "bfloat16"
+    assert resolve_dtype(config(dtype="auto"), torch.device("cuda")).dtype == "bfloat16"

@@ -148,17 +148,11 @@ def test_a_killed_command_goes_on_to_the_same_weights(
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"lora_rank": 4, "lora_dropout": 0.1, "dtype": "float16"},
-        {"grad_cache": True, "micro_batch_tokens": 60},
-    ],
-)
 def test_a_command_killed_anywhere_ends_with_the_same_bits(
-    settings: Callable[..., dict[str, Any]], config: Config, tmp_path: Path, cli: Any, changes: dict[str, Any]
+    settings: Callable[..., dict[str, Any]], config: Config, tmp_path: Path, cli: Any
 ) -> None:
-    changes = {**changes, "save_every": 1}
+    changes: dict[str, Any] = {"lora_rank": 4, "lora_dropout": 0.1, "dtype": "float16", "save_every": 1}
+    changes |= {"grad_cache": True, "micro_batch_tokens": 60}
     whole = config(output=str(tmp_path / "whole"), **changes)
     Trainer(whole).train(show_progress=False)
     file = tmp_path / "run.json"
@@ -198,7 +192,7 @@ def test_a_finished_run_is_written_again(config: Config) -> None:
 def test_a_stage_stops_where_it_is_told(config: Config, tmp_path: Path) -> None:
     whole = config(output=str(tmp_path / "whole"), save_every=2)
     Trainer(whole).train(show_progress=False)
-    stage = Trainer(config(stop_after=4, save_every=2))
+    stage = Trainer(config(stop_at_step=4, save_every=2))
     final = stage.train(show_progress=False)
     assert stage.step == 4
     assert json.loads((final / "epic.json").read_text())["training"]["steps"] == 4
@@ -238,10 +232,10 @@ def test_metrics_of_a_run_that_saved_nothing_are_not_mixed_in(config: Config) ->
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"learning_rate": 0.5}, "learning_rate 0.001, this run has 0.5"),
-        ({"steps": 7}, "steps 6, this run has 7"),
-        ({"strategy": "text"}, "strategy 'epic', this run has 'text'"),
-        ({"evaluation_tasks": ["up"]}, "evaluation_tasks [], this run has ['up']"),
+        ({"learning_rate": 0.5}, "learning_rate 0.001, and this run has 0.5"),
+        ({"steps": 7}, "steps 6, and this run has 7"),
+        ({"strategy": "text"}, "strategy 'epic', and this run has 'text'"),
+        ({"evaluation_tasks": ["up"]}, "evaluation_tasks [], and this run has ['up']"),
         ({"tasks": {"up": {"weight": 2}, "down": {}}}, "'weight': 2.0"),
     ],
 )
@@ -259,7 +253,9 @@ def test_a_checkpoint_of_another_run_is_refused(config: Config, changes: dict[st
 def test_a_changed_file_is_refused(config: Config, data: Path, write_task: Callable[..., Path]) -> None:
     Trainer(config()).train(show_progress=False)
     write_task(data, "up", [{"query": "a", "positive": "b"}, {"query": "c", "positive": "d"}])
-    with pytest.raises(TrainingError, match=r"checkpoint-6 was trained on a file up with SHA-256 \w{12}.*, this run's"):
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-6 was trained on a file up with SHA-256 \w{12}.*, and this run's"
+    ):
         Trainer(config()).train(show_progress=False)
 
 
@@ -278,7 +274,10 @@ def test_a_checkpoint_from_before_a_setting_existed(config: Config) -> None:
     stop_at(Trainer(config()), 4)
     file = Path(config().output) / "checkpoint-3" / "trainer.json"
     facts = json.loads(file.read_text())
-    del facts["config"]["turned_round"], facts["config"]["tasks"]["up"]["sources"], facts["pairs"], facts["data"]
+    del facts["config"]["interpolate_with_start"], facts["config"]["drop_instruction_p"]
+    del facts["config"]["tasks"]["up"]["sources_per_batch"], facts["pairs"], facts["data"]
+    # Names of earlier releases, and a deleted setting that was not in use.
+    facts["config"] |= {"no_instruction": 0.0, "size_power": 0.5, "turned_round": 0.0, "mismatched_weight": 1.0}
     file.write_text(json.dumps(facts))
     trainer = Trainer(config())
     trainer.train(show_progress=False)
@@ -286,10 +285,10 @@ def test_a_checkpoint_from_before_a_setting_existed(config: Config) -> None:
     # Where the setting is used now, it is another run.
     file = trainer.folder / "checkpoint-6" / "trainer.json"
     facts = json.loads(file.read_text())
-    del facts["config"]["turned_round"]
+    del facts["config"]["drop_instruction_p"]
     file.write_text(json.dumps(facts))
-    with pytest.raises(TrainingError, match=r"turned_round 0\.0, this run has 0\.5"):
-        Trainer(config(turned_round=0.5)).train(show_progress=False)
+    with pytest.raises(TrainingError, match=r"drop_instruction_p 0\.0, and this run has 0\.5"):
+        Trainer(config(drop_instruction_p=0.5)).train(show_progress=False)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +303,7 @@ def test_a_broken_checkpoint_is_named(config: Config, name: str, content: str | 
         file.unlink()
     else:
         file.write_text(content)
-    with pytest.raises(TrainingError, match=r"checkpoint-6 does not load \(.*\); delete the folder") as caught:
+    with pytest.raises(TrainingError, match=r"checkpoint-6 does not load \(.*\)\. Delete the folder") as caught:
         Trainer(config()).train(show_progress=False)
     assert "\n" not in str(caught.value)
 
@@ -318,7 +317,7 @@ def test_a_loss_that_is_not_finite(config: Config, monkeypatch: pytest.MonkeyPat
         return dataclasses.replace(terms, loss=terms.loss * float("nan")) if trainer.step == 3 else terms
 
     monkeypatch.setattr(trainer, "objective", poisoned)
-    with pytest.raises(TrainingError, match=r"the loss at step 4 is nan, and .*checkpoint-2 is good") as caught:
+    with pytest.raises(TrainingError, match=r"The loss at step 4 is nan\. .*checkpoint-2 is good") as caught:
         trainer.train(show_progress=False)
     assert "lower learning_rate" in str(caught.value)
     assert latest_checkpoint(trainer.folder) == trainer.folder / "checkpoint-2"
@@ -338,6 +337,6 @@ def test_a_gradient_that_is_not_finite(config: Config, monkeypatch: pytest.Monke
         return dataclasses.replace(terms, loss=terms.loss + torch.sqrt((terms.loss - terms.loss.detach()).abs()))
 
     monkeypatch.setattr(trainer, "objective", poisoned)
-    with pytest.raises(TrainingError, match=r"the gradient's norm at step 1 is (nan|inf), and there is no checkpoint"):
+    with pytest.raises(TrainingError, match=r"The gradient's norm at step 1 is (nan|inf)\. There is no checkpoint"):
         trainer.train(show_progress=False)
     assert all(bool(torch.isfinite(value).all()) for value in trainer.encoder.backbone.parameters())
