@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,9 +43,11 @@ def page_run(
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    for name in ("EPIC_RAG_INDEX", "EPIC_RAG_BANK", "EPIC_RAG_CHROMA", "NO_COLOR", "FORCE_COLOR"):
+    for name in [*(name for name in os.environ if name.startswith("EPIC_RAG_")), "NO_COLOR", "FORCE_COLOR"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "100")
+    for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
     for info in checkpoints.list_checkpoints():
         shutil.copytree(tiny_checkpoint, tmp_path / "shipped" / info.name)
     monkeypatch.setattr(checkpoints, "_SHIPPED", tmp_path / "shipped")
