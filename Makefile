@@ -56,7 +56,7 @@ test: $(DEV_STAMP)
 soak: export HF_HUB_OFFLINE = 1
 soak: export EPIC_RAG_SOAK = 1
 soak: $(DEV_STAMP)
-	$(BIN)/python -m pytest tests/soak tests/integrations/llama_index/test_filters_behaviour.py tests/integrations/chroma/indexing/test_three_ways.py \
+	$(BIN)/python -m pytest tests/soak tests/integrations/llama_index/test_filters_behaviour.py tests/integrations/chroma/indexing/test_three_ways_behaviour.py \
 	  tests/integrations/chroma/walk/test_ignore.py --durations=0
 	$(BIN)/python benchmarks/reliability.py
 

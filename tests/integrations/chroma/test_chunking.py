@@ -1,4 +1,4 @@
-"""Chunks name the lines that show them, respect the format's structure, and never outgrow the encoder."""
+"""Chunks: lines, heading paths, token limit, overlap."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def places(chunks: list[Chunk]) -> list[tuple[tuple[str, ...], int | None, int |
     return [(chunk.heading_path, chunk.first_line, chunk.last_line) for chunk in chunks]
 
 
-def test_markdown_is_cut_by_heading_and_keeps_the_path() -> None:
+def test_markdown_headings() -> None:
     text = "intro\n\n# A\n\nof a\n\n## B\n\nof b\n\n### C\n\nof c\n\n## D\n\nof d\n\n# E\n\nof e\n"
     assert places(markdown(text)) == [
         ((), 1, 1),
@@ -41,14 +41,14 @@ def test_markdown_is_cut_by_heading_and_keeps_the_path() -> None:
     ]
 
 
-def test_a_heading_without_text_joins_the_section_below_it() -> None:
+def test_heading_without_text() -> None:
     chunks = markdown("# A\n\n## B\n\ntext\n\n# Last\n")
     assert places(chunks) == [(("A", "B"), 1, 5), (("Last",), 7, 7)]
     assert chunks[0].text == "# A\n\n## B\n\ntext"
 
 
 @pytest.mark.parametrize("fence", ["```", "~~~", "````"])
-def test_a_hash_in_a_code_fence_is_no_heading(fence: str) -> None:
+def test_hash_in_a_code_fence(fence: str) -> None:
     inner = "```\n# inner\n```\n" if fence == "````" else "# inner\n"
     chunks = markdown(f"# A\n\n{fence}sh\n{inner}{fence}\n\nafter\n")
     assert {chunk.heading_path for chunk in chunks} == {("A",)}
@@ -61,14 +61,14 @@ def test_underlined_titles_and_indented_hashes() -> None:
     ]
 
 
-def test_front_matter_gives_a_title_and_no_heading() -> None:
+def test_front_matter() -> None:
     chunks = markdown('---\ntitle: "My page"\ntags: x\n---\n\ntext\n\n## Sub\n\nmore\n')
     assert places(chunks) == [(("My page",), 1, 6), (("My page", "Sub"), 8, 10)]
     assert places(markdown("---\ntitle: Same\n---\n# Same\n\ntext\n"))[-1] == (("Same",), 4, 6)
     assert places(markdown("---\n\nno front matter\n")) == [((), 1, 3)]
 
 
-def test_a_code_block_that_fits_is_not_cut() -> None:
+def test_code_block() -> None:
     code = "```\n" + "".join(f"line {n} of code\n" for n in range(8)) + "```"
     prose = "\n\n".join("Some words that make a paragraph of ten words or so." for _ in range(3))
     chunks = markdown(f"# A\n\n{prose}\n\n{code}\n\n{prose}\n", size=60)
@@ -76,12 +76,12 @@ def test_a_code_block_that_fits_is_not_cut() -> None:
     assert any(code in chunk.text for chunk in chunks)
 
 
-def test_lists_are_cut_between_items() -> None:
+def test_lists() -> None:
     text = "\n".join(f"- item {n} goes on\n  on a second line" for n in range(12))
     assert all(chunk.text.startswith("- item") for chunk in markdown(text, size=20))
 
 
-def test_restructured_titles() -> None:
+def test_rst_titles() -> None:
     text = "=====\nTitle\n=====\n\nintro\n\nPart\n----\n\ntext::\n\n    not\n    ---\n\nSub\n~~~\n\nmore\n\nOther\n-----\n\nend\n"
     assert places(cut(read_rst(split_lines(text)))) == [
         (("Title",), 1, 5),
@@ -91,14 +91,14 @@ def test_restructured_titles() -> None:
     ]
 
 
-def test_code_is_cut_between_definitions() -> None:
+def test_code_by_indentation() -> None:
     text = "\n\n".join(f"def f{n}(x):\n    y = x + {n}\n\n    return y" for n in range(6))
     chunks = cut(read_code(split_lines(text), ""), size=16)
     assert len(chunks) > 2
     assert all(chunk.text.startswith("def f") for chunk in chunks)
 
 
-def test_the_embedded_text_says_the_headings_and_the_stored_text_is_the_files() -> None:
+def test_embedded_and_stored_text() -> None:
     long = "\n\n".join(f"Paragraph {n} with some ten words in it, no more." for n in range(8))
     first, *rest = markdown(f"# A\n\n## B\n\n{long}\n", size=40)
     assert first.text.startswith("# A\n\n## B")
@@ -108,13 +108,13 @@ def test_the_embedded_text_says_the_headings_and_the_stored_text_is_the_files() 
     assert markdown("# A\n\ntext\n")[0].embedded == "# A\n\ntext"
 
 
-def test_headings_never_take_more_than_a_quarter_of_a_chunk() -> None:
+def test_long_headings() -> None:
     chunks = markdown("# " + "word " * 40 + "\n\n## B\n\n" + "text here. " * 60, size=20)
     assert max(chunk.tokens for chunk in chunks) <= 20
     assert chunks[-1].embedded.startswith("B\n\n")
 
 
-def test_overlap_repeats_the_end_of_the_chunk_before() -> None:
+def test_overlap() -> None:
     text = "\n".join(f"line {n} has six words here." for n in range(30))
     with_overlap, without = (cut(read_text(split_lines(text)), 36, overlap) for overlap in (8, 0))
     pairs = list(pairwise(with_overlap))
@@ -126,7 +126,7 @@ def test_overlap_repeats_the_end_of_the_chunk_before() -> None:
     )
 
 
-def test_a_long_line_is_cut_at_sentences() -> None:
+def test_long_line() -> None:
     sentences = [f"Sentence number {n} is about eight words long." for n in range(20)]
     chunks = markdown("# A\n\n" + " ".join(sentences) + "\n", size=40)
     assert len(chunks) > 3
@@ -136,7 +136,7 @@ def test_a_long_line_is_cut_at_sentences() -> None:
 
 
 @pytest.mark.parametrize("text", ["x" * 50_000, "猫" * 3_000, "ab " * 20_000, "\U0001f600" * 2_000, "a.b," * 5_000])
-def test_hostile_lines_are_cut_in_reasonable_time(text: str, tiny_encoder: EpicEncoder) -> None:
+def test_hostile_lines_take_linear_time(text: str, tiny_encoder: EpicEncoder) -> None:
     document = read_text([text])
     chunks = chunk_document(document, max_tokens=100, overlap=10, count_tokens=tiny_encoder.count_tokens)
     assert max(tiny_encoder.count_tokens([chunk.embedded for chunk in chunks])) <= 100
@@ -154,5 +154,5 @@ def test_hostile_lines_are_cut_in_reasonable_time(text: str, tiny_encoder: EpicE
         ("x " * 300, ("x " * 100).strip()),
     ],
 )
-def test_titles_are_cleaned(title: str, clean: str) -> None:
+def test_clean_title(title: str, clean: str) -> None:
     assert clean_title(title) == clean

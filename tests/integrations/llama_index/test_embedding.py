@@ -450,3 +450,15 @@ def test_async_retriever(embedding: EpicEmbedding) -> None:
     index = VectorStoreIndex.from_documents([Document(text=text) for text in TEXTS], embed_model=embedding)
     retriever = index.as_retriever(similarity_top_k=1)
     assert asyncio.run(retriever.aretrieve("a fox"))[0].text == retriever.retrieve("a fox")[0].text
+
+
+def test_several_devices(tiny_checkpoint: Path) -> None:
+    model = str(tiny_checkpoint)
+    embedding = EpicEmbedding.from_dict({"model": model, "device": ["cpu", torch.device("cpu")]})
+    assert embedding.device == "cpu,cpu"
+    again = pickle.loads(pickle.dumps(embedding))
+    wrapped = EpicEmbedding.from_encoder(embedding.encoder)
+    for other in (embedding, again, wrapped, EpicEmbedding.from_dict(embedding.to_dict())):
+        assert (other.device, len(other.encoder.devices)) == ("cpu,cpu", 2)
+        assert other.fingerprint == EpicEmbedding(model=model, device="cpu").fingerprint
+        assert len(other.get_text_embedding("text")) == 32

@@ -1,4 +1,4 @@
-"""`ChromaIndexer`: from folders to hits, kept up to date."""
+"""`ChromaIndexer.index`: change detection, roots, moved folders, unreadable files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def counts(report: IndexReport) -> tuple[int, int, int, int]:
     return report.added, report.changed, report.deleted, report.unchanged
 
 
-def test_hits_name_the_lines_that_show_their_text(indexer: ChromaIndexer, docs: Path) -> None:
+def test_lines_of_hits(indexer: ChromaIndexer, docs: Path) -> None:
     report = indexer.index([docs])
     assert counts(report) == (3, 0, 0, 0)
     assert report.chunks_embedded == report.chunks_total == 4
@@ -45,7 +45,7 @@ def test_hits_name_the_lines_that_show_their_text(indexer: ChromaIndexer, docs: 
     }
 
 
-def test_scores_are_cosines(indexer: ChromaIndexer, docs: Path, tiny_encoder: EpicEncoder) -> None:
+def test_cosines(indexer: ChromaIndexer, docs: Path, tiny_encoder: EpicEncoder) -> None:
     indexer.index([docs])
     text = (docs / "notes.txt").read_text().strip()
     for query in ("cats", text):
@@ -54,7 +54,7 @@ def test_scores_are_cosines(indexer: ChromaIndexer, docs: Path, tiny_encoder: Ep
         assert hit.cosine == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_a_query_takes_a_task_a_bank_and_demonstrations(indexer: ChromaIndexer, docs: Path) -> None:
+def test_prompt_of_a_query(indexer: ChromaIndexer, docs: Path) -> None:
     from epic_rag import DemonstrationBank
 
     indexer.index([docs])
@@ -79,7 +79,7 @@ def test_a_query_takes_a_task_a_bank_and_demonstrations(indexer: ChromaIndexer, 
         indexer.query("cats", bank=bank, strategy=cast("Any", "best"))
 
 
-def test_only_what_changed_is_embedded_again(indexer: ChromaIndexer, docs: Path, rows: Rows) -> None:
+def test_incremental_run(indexer: ChromaIndexer, docs: Path, rows: Rows) -> None:
     indexer.index([docs])
     assert counts(indexer.index([docs])) == (0, 0, 0, 3)
     before = rows(docs / ".epic-rag")
@@ -100,7 +100,7 @@ def test_only_what_changed_is_embedded_again(indexer: ChromaIndexer, docs: Path,
     assert len({metadata["content_hash"] for _, metadata, _ in after.values() if metadata["path"] == "guide.md"}) == 1
 
 
-def test_an_edit_that_keeps_size_and_time_is_seen(indexer: ChromaIndexer, docs: Path) -> None:
+def test_edit_with_same_size_and_time(indexer: ChromaIndexer, docs: Path) -> None:
     indexer.index([docs])
     notes = docs / "notes.txt"
     info = notes.stat()
@@ -110,14 +110,14 @@ def test_an_edit_that_keeps_size_and_time_is_seen(indexer: ChromaIndexer, docs: 
     assert any(hit.text.startswith("Dogs") for hit in indexer.query("x", k=10))
 
 
-def test_an_old_unchanged_file_is_not_read(indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_file_is_not_read(indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     indexer.index([docs])
     monkeypatch.setattr(manifest, "_RACY_NS", -(10**18))  # as if the files had been old when they were read
     monkeypatch.setattr(sync, "read_file", lambda _: pytest.fail("read"))
     assert counts(indexer.index([docs])) == (0, 0, 0, 3)
 
 
-def test_touched_files_are_unchanged(indexer: ChromaIndexer, docs: Path) -> None:
+def test_touched_files(indexer: ChromaIndexer, docs: Path) -> None:
     indexer.index([docs])
     for path in docs.glob("*.*"):
         os.utime(path, (1, 1))
@@ -125,7 +125,7 @@ def test_touched_files_are_unchanged(indexer: ChromaIndexer, docs: Path) -> None
     assert (counts(report), report.chunks_embedded) == ((0, 0, 0, 3), 0)
 
 
-def test_the_folder_can_be_moved(indexer: ChromaIndexer, docs: Path, tiny_encoder: EpicEncoder, rows: Rows) -> None:
+def test_moved_folder(indexer: ChromaIndexer, docs: Path, tiny_encoder: EpicEncoder, rows: Rows) -> None:
     indexer.index([docs])
     before = rows(docs / ".epic-rag")
     indexer.close()
@@ -158,7 +158,7 @@ def test_several_roots_and_single_files(
     assert len(rows(tmp_path / "index")) == 6
 
 
-def test_a_single_file_that_is_gone_leaves_the_index(tmp_path: Path, tree: Tree, tiny_encoder: EpicEncoder) -> None:
+def test_deleted_root_file(tmp_path: Path, tree: Tree, tiny_encoder: EpicEncoder) -> None:
     folder = tree(tmp_path / "docs", {"a.md": "A.\n", "b.md": "B.\n"})
     with ChromaIndexer(tmp_path / "index", encoder=tiny_encoder) as indexer:
         indexer.index([folder / "a.md", folder / "b.md"])
@@ -167,9 +167,7 @@ def test_a_single_file_that_is_gone_leaves_the_index(tmp_path: Path, tree: Tree,
         assert indexer.status().roots == (str(folder / "b.md"),)
 
 
-def test_a_root_that_is_gone_keeps_its_chunks(
-    tmp_path: Path, docs: Path, tree: Tree, tiny_encoder: EpicEncoder
-) -> None:
+def test_missing_root(tmp_path: Path, docs: Path, tree: Tree, tiny_encoder: EpicEncoder) -> None:
     away = tree(tmp_path / "away", {"a.md": "A.\n"})
     with ChromaIndexer(tmp_path / "index", encoder=tiny_encoder) as indexer:
         indexer.index([docs, away])
@@ -180,7 +178,7 @@ def test_a_root_that_is_gone_keeps_its_chunks(
         assert any(hit.path == "a.md" for hit in indexer.query("x", k=20))
 
 
-def test_files_that_cannot_be_read_keep_their_chunks(
+def test_unreadable_files_keep_their_chunks(
     indexer: ChromaIndexer, docs: Path, pdf: Callable[[list[str]], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (docs / "paper.pdf").write_bytes(pdf(["Hello from one", "Second page"]))
@@ -210,13 +208,13 @@ def test_files_that_cannot_be_read_keep_their_chunks(
     assert counts(indexer.index([docs])) == (0, 1, 0, 2)
 
 
-def test_a_file_that_is_no_longer_text_leaves_the_index(indexer: ChromaIndexer, docs: Path) -> None:
+def test_file_turned_binary(indexer: ChromaIndexer, docs: Path) -> None:
     indexer.index([docs])
     (docs / "notes.txt").write_bytes(b"\0\1\2")
     assert counts(indexer.index([docs])) == (0, 0, 1, 2)
 
 
-def test_a_folder_that_cannot_be_listed_keeps_its_chunks(
+def test_unreadable_folder_keeps_its_chunks(
     indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     indexer.index([docs])
@@ -233,7 +231,7 @@ def test_a_folder_that_cannot_be_listed_keeps_its_chunks(
     assert report.chunks_total == 4
 
 
-def test_a_parser_that_fails_costs_one_file(
+def test_failing_parser(
     indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from epic_rag_chroma.reading.worker import IsolatedReader
@@ -250,9 +248,7 @@ def test_a_parser_that_fails_costs_one_file(
     assert (report.added, [file.path for file in report.skipped]) == (2, ["guide.md"])
 
 
-def test_files_that_are_too_large_are_skipped(
-    indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_files(indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("epic_rag_chroma.walk.files.byte_limit", lambda name: 60)
     report = indexer.index([docs])

@@ -1,4 +1,4 @@
-"""Source code is cut by its syntax: functions and classes whole, their names as the heading path."""
+"""Source code: functions and classes are scopes, their names the heading path."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def places(chunks: list[Chunk]) -> list[tuple[tuple[str, ...], int | None, int |
     return [(chunk.heading_path, chunk.first_line, chunk.last_line) for chunk in chunks]
 
 
-def test_a_class_that_fits_is_whole_and_one_that_does_not_is_cut_into_methods() -> None:
+def test_classes_and_methods() -> None:
     assert places(cut(SERVER, "python", 60)) == [((), 1, 7), (("Server",), 10, 25), (("main",), 28, 29)]
     chunks = cut(SERVER, "python", 24)
     assert places(chunks) == [
@@ -121,7 +121,7 @@ def test_a_class_that_fits_is_whole_and_one_that_does_not_is_cut_into_methods() 
     assert chunks[4].embedded.startswith("def main")
 
 
-def test_a_function_that_does_not_fit_is_cut_and_its_name_goes_with_each_part() -> None:
+def test_long_function() -> None:
     body = "\n\n".join(f"    step_{n}(one, two)\n    log('done with {n}')" for n in range(20))
     chunks = cut(f"def long():\n{body}\n", "python", 20)
     assert len(chunks) > 5
@@ -131,7 +131,7 @@ def test_a_function_that_does_not_fit_is_cut_and_its_name_goes_with_each_part() 
     assert max(chunk.tokens for chunk in chunks) <= 20
 
 
-def test_every_language_with_a_grammar_has_a_sample() -> None:
+def test_every_language_has_a_sample() -> None:
     assert set(SAMPLES) == set(source.LANGUAGES)
 
 
@@ -148,7 +148,7 @@ def test_languages(language: str) -> None:
 
 
 @pytest.mark.parametrize("language", ["javascript", "typescript"])
-def test_functions_that_are_assigned_have_a_name(language: str) -> None:
+def test_assigned_functions(language: str) -> None:
     text = (
         "/** Adds. */\nconst add = async (a, b) => {\n  return a + b;\n};\n\n"
         "exports.sub = function () {\n  return 1;\n};\n\nexport default {\n  key: () => {\n    x;\n  },\n};\n"
@@ -175,26 +175,24 @@ def test_functions_that_are_assigned_have_a_name(language: str) -> None:
     ],
 )
 @pytest.mark.parametrize("language", ["python", "cpp", "javascript", "haskell", "ruby"])
-def test_broken_code_is_read(text: str, language: str) -> None:
+def test_broken_code(text: str, language: str) -> None:
     chunks = cut(text, language, 10)
     shown = "\n".join(chunk.text for chunk in chunks)
     assert all(line in shown for line in text.split("\n") if line.strip() and len(line.split()) < 5)
 
 
-def test_deep_nesting_is_cut_in_reasonable_time_and_paths_stay_short() -> None:
+def test_deep_nesting() -> None:
     text = "\n".join("function f() {" for _ in range(3000)) + "\n" + "\n".join("}" for _ in range(3000))
     assert max(len(chunk.heading_path) for chunk in cut(text, "javascript", 20)) <= 8
 
 
-def test_thousands_of_errors_in_a_row_leave_it_to_indentation() -> None:
+def test_thousands_of_errors() -> None:
     document = source.read_code(("(\n" * 100_000 + SERVER).split("\n"), "python")
     assert not document.scopes
     assert chunk_document(document, max_tokens=24, overlap=0, count_tokens=count_words)
 
 
-def test_without_the_parser_indentation_decides_and_it_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_missing_parser(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "tree_sitter_language_pack", None)
     source._tools.cache_clear()
     try:

@@ -1,4 +1,4 @@
-"""Container formats: what is read of them, where it says that it stands, and what is said of those that cannot be read."""
+"""Container formats: text, headings, places, and reasons of files that cannot be read."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_word() -> None:
     assert all(chunk.first_line is None for chunk in chunks_of("a.docx", SAMPLES["a.docx"]))
 
 
-def test_word_reads_controls_insertions_boxes_and_no_deletions() -> None:
+def test_word_controls_insertions_and_boxes() -> None:
     data = with_member(
         make_docx(),
         "word/document.xml",
@@ -140,12 +140,12 @@ def test_slides_are_pages() -> None:
     ]
 
 
-def test_a_damaged_slide_costs_itself() -> None:
+def test_damaged_slide() -> None:
     data = with_member(SAMPLES["a.pptx"], "ppt/slides/slide2.xml", {"<p:cSld>": "<p:cSldX>", "</p:cSld>": "</p:cSldX>"})
     assert [page for _, page, _ in shown("a.pptx", data)] == [1, 3]
 
 
-def test_sheets_are_sections_and_headers_are_read_again() -> None:
+def test_sheets() -> None:
     assert shown("a.xlsx") == [
         (("People",), None, "Name | Age\nAda | 36\nAlan | 41.5\n\nCity\nLondon"),
         (("Prices",), None, "Bread | 3"),
@@ -172,7 +172,7 @@ def test_book() -> None:
     ]
 
 
-def test_a_missing_chapter_costs_itself_and_paths_lead_nowhere_else() -> None:
+def test_missing_chapter_and_hostile_paths() -> None:
     spine = {"gone.xhtml": "x", "../../../../etc/passwd": "<p>in the archive</p>", "two.xhtml": "<p>Two.</p>"}
     data = with_member(make_book(spine), "OEBPS/content.opf", {"text/gone.xhtml": "text/other.xhtml"})
     texts = [text for _, _, text in shown("a.epub", data)]
@@ -240,9 +240,7 @@ source = st.lists(
     st.sampled_from([None, 1]),
     st.booleans(),
 )
-def test_lines_of_a_notebook_hold_its_text(
-    cells: list[tuple[str, list[str], bool]], indent: int | None, ascii_only: bool
-) -> None:
+def test_notebook_lines(cells: list[tuple[str, list[str], bool]], indent: int | None, ascii_only: bool) -> None:
     notebook = {
         "metadata": {"cells": [{"source": "not this"}]},
         "cells": [
@@ -360,7 +358,7 @@ def test_pdf_outline() -> None:
     ]  # fmt: skip
 
 
-def test_a_damaged_page_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_page(monkeypatch: pytest.MonkeyPatch) -> None:
     import pypdf
 
     extract = pypdf.PageObject.extract_text

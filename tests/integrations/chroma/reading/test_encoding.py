@@ -1,4 +1,4 @@
-"""Bytes to text: marks, UTF-8, declared and detected encodings, and bytes that are no text."""
+"""Decoding: byte order marks, UTF-8, declared and detected encodings, binary files."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ KOREAN = "이것은 인코딩을 확인하기 위한 간단한 한국어 텍스�
         ("utf-32", "with a mark"),
     ],
 )
-def test_encodings_are_detected(encoding: str, text: str) -> None:
+def test_detection(encoding: str, text: str) -> None:
     assert decode(text.encode(encoding)) == text
 
 
 @pytest.mark.parametrize("text", ["café", "naïve résumé", "Müller & Söhne", "£5 – “quoted”", "El Niño", "5 °C ± 1"])
-def test_a_few_letters_are_no_evidence_and_mean_the_commonest_encoding(text: str) -> None:
+def test_too_little_evidence(text: str) -> None:
     assert decode(text.encode("cp1252")) == text
 
 
-def test_a_long_english_beginning_does_not_hide_the_evidence() -> None:
+def test_evidence_after_english_text() -> None:
     text = "All of this is plain English.\n" * 5000 + RUSSIAN
     assert decode(text.encode("cp1251")) == text
 
@@ -61,18 +61,18 @@ def test_a_long_english_beginning_does_not_hide_the_evidence() -> None:
 @pytest.mark.parametrize(
     "line", ['<?xml version="1.0" encoding="{}"?>', "# -*- coding: {} -*-", '@charset "{}";', "<!-- charset={} -->"]
 )
-def test_a_declared_encoding_is_believed(line: str) -> None:
+def test_declared_encoding(line: str) -> None:
     text = line.format("iso-8859-2") + "\njaźń"
     assert decode(text.encode("iso-8859-2")) == text
 
 
 @pytest.mark.parametrize("name", ["utf-7", "unicode_escape", "rot13", "base64", "nonsense", "idna"])
-def test_a_file_cannot_choose_any_codec(name: str) -> None:
+def test_declared_codec_is_restricted(name: str) -> None:
     data = f"# coding: {name}\n+ADw-script+AD4- \\x41 é".encode("cp1252")
     assert decode(data) == data.decode("cp1252")
 
 
-def test_a_utf8_file_with_a_broken_character_stays_one() -> None:
+def test_broken_utf8() -> None:
     data = GREEK.encode() + b"\xff\n" + RUSSIAN.encode()[:-1]
     text = decode(data)
     assert text.startswith(GREEK)
@@ -83,14 +83,14 @@ def test_a_utf8_file_with_a_broken_character_stays_one() -> None:
     "data",
     [b"a\0b", b"text\0" * 50, bytes(range(1, 256)), b"\xff\xfea", "a\0".encode("utf-16"), b"\0" * 64, b"\0\0a\0b\0\0c"],
 )
-def test_what_is_not_text(data: bytes) -> None:
+def test_binary_bytes(data: bytes) -> None:
     with pytest.raises(NotTextError, match="not text"):
         decode(data)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\x1b"), max_size=200))
-def test_utf8_is_read_as_it_is(text: str) -> None:
+def test_utf8(text: str) -> None:
     assert decode(text.encode("utf-8-sig")) == text
     if not text.startswith("\ufeff"):
         assert decode(text.encode()) == text
@@ -98,6 +98,6 @@ def test_utf8_is_read_as_it_is(text: str) -> None:
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.binary(max_size=300))
-def test_any_bytes_are_text_or_not(data: bytes) -> None:
+def test_any_bytes(data: bytes) -> None:
     with suppress(NotTextError):
         assert "\0" not in decode(data)

@@ -1,4 +1,4 @@
-"""Documents in containers that are broken, encrypted, made to do harm, or in need of a package that is not there."""
+"""Containers that are broken, encrypted or hostile, or that need a missing package."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ READING = '<!DOCTYPE x [<!ENTITY c SYSTEM "file:///etc/passwd">]>'
 
 
 @pytest.mark.parametrize("doctype", [EXPANDING, READING])
-def test_entities_are_never_expanded(doctype: str) -> None:
+def test_xml_entities(doctype: str) -> None:
     for name, member, place, first in [
         ("a.odt", "content.xml", "Reset", "<office:document-content"),
         ("a.docx", "word/document.xml", "Delete the folder.", "<w:document"),
@@ -63,14 +63,14 @@ def test_entities_are_never_expanded(doctype: str) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"PK\x03\x04", b"\0" * 100, b"<p>text</p>", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 600]
 )
-def test_what_is_none_of_its_format(name: str, data: bytes) -> None:
+def test_wrong_format(name: str, data: bytes) -> None:
     assert not is_binary_name(name)
     with pytest.raises(BrokenFileError) as caught:
         read_document(name, data)
     assert "\n" not in str(caught.value)
 
 
-def test_encrypted_office_files_say_so() -> None:
+def test_encrypted_office_files() -> None:
     data = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 600 + "EncryptedPackage".encode("utf-16-le")
     for name in ("a.docx", "a.pptx"):
         with pytest.raises(BrokenFileError, match="an encrypted"):
@@ -89,7 +89,7 @@ def test_encrypted_office_files_say_so() -> None:
         ("bs4", "a.epub"),
     ],
 )
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
+def test_missing_package(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=r"epic-rag\[files\]"):
         read_document(name, SAMPLES[name])

@@ -1,4 +1,4 @@
-"""Bytes to text: encodings, formats, and files that are none."""
+"""`read_document`: encodings, file types, HTML, PDF."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_encodings(data: bytes, text: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"a\0b", bytes(range(1, 256)), b"\xff\xfea", "a\0".encode("utf-16")])
-def test_binary_content_is_not_text(data: bytes) -> None:
+def test_binary_content(data: bytes) -> None:
     with pytest.raises(NotTextError, match="not text"):
         read_document("notes.txt", data)
 
@@ -75,11 +75,11 @@ def test_names() -> None:
     assert {name: kind_of(name) for name in kinds} == kinds
 
 
-def test_line_ends_are_those_that_editors_know() -> None:
+def test_line_ends() -> None:
     assert split_lines("a\r\nb\rc\nd\fe\x85f\u2028g") == ["a", "b", "c", "d\fe\x85f\u2028g"]
 
 
-def test_html_is_text_with_headings_and_source_lines() -> None:
+def test_html() -> None:
     chunks = chunk_document(read_document("p.html", PAGE.encode()), max_tokens=60, overlap=0, count_tokens=count_words)
     assert [(chunk.heading_path, chunk.first_line, chunk.last_line) for chunk in chunks] == [
         (("Guide",), 7, 9),
@@ -92,13 +92,13 @@ def test_html_is_text_with_headings_and_source_lines() -> None:
     assert not any(word in chunk.text for chunk in chunks for word in ("never", "Home", "imprint", "comment", "color"))
 
 
-def test_html_without_a_heading_takes_its_title() -> None:
+def test_html_title() -> None:
     data = b"<title>My page</title><p>one<p>two<br>three"
     chunks = chunk_document(read_document("p.html", data), max_tokens=60, overlap=0, count_tokens=count_words)
     assert [(chunk.heading_path, chunk.text) for chunk in chunks] == [(("My page",), "one\n\ntwo\nthree")]
 
 
-def test_html_lines_follow_the_source() -> None:
+def test_html_lines() -> None:
     body = "\n".join(f"<p>\n  paragraph {number} marker{number}\n</p>" for number in range(40))
     data = f"<body>\n{body}\n</body>".encode()
     source = data.decode().split("\n")
@@ -112,7 +112,7 @@ def test_html_lines_follow_the_source() -> None:
 @pytest.mark.parametrize(
     "data", [b"<" * 5000, b"<div>" * 5000 + b"deep", b"\xff\xfe<\0p\0>\0x\0", b"<p", b"", b"<![CDATA["]
 )
-def test_hostile_html_is_survived(data: bytes) -> None:
+def test_hostile_html(data: bytes) -> None:
     read_document("p.html", data)
 
 
@@ -131,7 +131,7 @@ def test_broken_pdf(data: bytes) -> None:
         read_document("a.pdf", data)
 
 
-def test_cut_off_pdfs_raise_nothing_else(pdf: Callable[[list[str]], bytes]) -> None:
+def test_truncated_pdf(pdf: Callable[[list[str]], bytes]) -> None:
     whole = pdf(["Hello from one", "Second page here"])
     for length in range(0, len(whole), 37):
         with suppress(BrokenFileError, NotTextError):
@@ -157,7 +157,7 @@ def test_encrypted_pdf(pdf: Callable[[list[str]], bytes]) -> None:
 
 
 @pytest.mark.parametrize(("module", "name"), [("pypdf", "a.pdf"), ("bs4", "a.html")])
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
+def test_missing_package(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=r"epic-rag\[files\]"):
         read_document(name, b"<p>x</p>")

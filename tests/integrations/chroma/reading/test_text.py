@@ -1,4 +1,4 @@
-"""The formats that are text: where each is cut, what the model reads, and which lines are shown."""
+"""Text formats: headings, split places, embedded text and shown lines."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize(("name", "block"), [(name, block) for name, blocks in BLOCKS.items() for block in blocks])
 @pytest.mark.parametrize("before", [3, 11, 22, 29])
-def test_a_block_that_fits_is_never_cut(name: str, block: str, before: int) -> None:
+def test_blocks_are_kept_together(name: str, block: str, before: int) -> None:
     """Wherever the limit would fall."""
     text = "\n".join(BLOCKS[name][block])
     assert len(text.split()) <= 30
@@ -214,9 +214,7 @@ def test_a_block_that_fits_is_never_cut(name: str, block: str, before: int) -> N
         ("a.tsv", "Name\tPort |", "host {}\t{}"),
     ],
 )
-def test_the_header_of_a_table_is_read_with_each_part_and_is_no_part_of_its_text(
-    name: str, header: str, row: str
-) -> None:
+def test_repeated_header(name: str, header: str, row: str) -> None:
     rows = "\n".join(row.format(n, n + 8000) for n in range(60))
     closing = "\n|===" if name == "a.adoc" else ""
     first, *rest = cut(name, f"{header}\n{rows}{closing}\n", size=30)
@@ -230,7 +228,7 @@ def test_the_header_of_a_table_is_read_with_each_part_and_is_no_part_of_its_text
         assert chunk.tokens <= 30
 
 
-def test_a_header_that_would_fill_the_chunk_is_not_repeated() -> None:
+def test_long_header_is_not_repeated() -> None:
     header = ",".join(f"column {n}" for n in range(40))
     rows = "\n".join(f"row {n} is here" for n in range(30))
     chunks = cut("a.csv", f"{header}\n{rows}\n", size=20)
@@ -238,7 +236,7 @@ def test_a_header_that_would_fill_the_chunk_is_not_repeated() -> None:
     assert chunks[-1].embedded == chunks[-1].text
 
 
-def test_a_record_with_line_ends_in_it_is_one() -> None:
+def test_csv_record_with_line_ends() -> None:
     rows = "\n".join(f'{n},"several\n\nlines of one field"' for n in range(20))
     chunks = cut("a.csv", f"id,text\n{rows}\n", size=20)
     assert len(chunks) > 3
@@ -247,24 +245,24 @@ def test_a_record_with_line_ends_in_it_is_one() -> None:
 
 
 @pytest.mark.parametrize("text", ["1,2\n3,4\n", "a,a\n1,2\n", ",b\n1,2\n", "x" * 200_000 + ",b\n1,2\n"])
-def test_a_first_record_that_names_no_columns_is_no_header(text: str) -> None:
+def test_csv_without_header(text: str) -> None:
     assert not read_document("a.csv", text.encode()).repeated_headers
 
 
-def test_a_quote_that_nothing_closes_does_not_swallow_the_file() -> None:
+def test_csv_unclosed_quote() -> None:
     rows = "\n".join(f'screen {n},17" wide' for n in range(301))
     chunks = cut("a.csv", f"name,size\n{rows}\n", size=30)
     assert len(chunks) > 20
 
 
-def test_json_lines_are_cut_between_records() -> None:
+def test_json_lines() -> None:
     text = "".join(f'{{"id": {n}, "text": "some words of a record"}}\n' for n in range(20))
     chunks = cut("a.jsonl", text, size=20)
     assert len(chunks) > 4
     assert all(line.startswith("{") and line.endswith("}") for chunk in chunks for line in chunk.text.split("\n"))
 
 
-def test_a_part_of_a_member_is_read_with_the_lines_that_open_it() -> None:
+def test_opening_lines_are_repeated() -> None:
     servers = ",\n".join(
         f'      {{\n        "port": {n},\n        "name": "the name of it"\n      }}' for n in range(9)
     )
@@ -282,14 +280,14 @@ def test_a_part_of_a_member_is_read_with_the_lines_that_open_it() -> None:
     assert all(chunk.text.startswith("  k") for chunk in chunks[1:])
 
 
-def test_json_on_one_line_is_cut() -> None:
+def test_json_on_one_line() -> None:
     text = "[" + ",".join(f'{{"id":{n},"text":"some words of a record"}}' for n in range(200)) + "]"
     chunks = cut("a.json", text, size=30)
     assert max(chunk.tokens for chunk in chunks) <= 30
     assert "".join("".join(chunk.text.split()) for chunk in chunks) == "".join(text.split())
 
 
-def test_a_table_and_a_list_item_of_html_are_whole_and_the_header_is_read_again() -> None:
+def test_html_tables_and_lists() -> None:
     item = "<li>one two<p>three four five</p></li>"
     rows = "".join(f"<tr><td>{n}</td><td>x</td></tr>\n" for n in range(4))
     small = f"<table>\n<tr><th>a</th><th>b</th></tr>\n{rows}</table>"
@@ -306,7 +304,7 @@ def test_a_table_and_a_list_item_of_html_are_whole_and_the_header_is_read_again(
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_lines_of_html_are_those_of_editors(end: str, encoding: str) -> None:
+def test_html_line_numbers(end: str, encoding: str) -> None:
     data = end.join(["<html>", "<p>one</p>", "", "<p>two</p>"]).encode(encoding)
     document = read_document("a.html", data)
     assert document.spans == [(2, 2), (2, 2), (4, 4)]
@@ -325,14 +323,14 @@ SBV = "0:00:01.000,0:00:02.500\nHello.\n\n0:00:03.000,0:00:04.000\nBye.\n"
         ("a.sbv", SBV, "Hello.\nBye."),
     ],
 )
-def test_the_times_of_subtitles_are_shown_and_not_read(name: str, text: str, read: str) -> None:
+def test_subtitle_times_are_not_embedded(name: str, text: str, read: str) -> None:
     (chunk,) = cut(name, text)
     assert chunk.embedded == read
     assert chunk.text == text.rstrip("\n")
     assert chunk.tokens == len(read.split())
 
 
-def test_subtitles_are_cut_between_cues_and_better_after_a_sentence() -> None:
+def test_subtitles_split_after_sentences() -> None:
     cues = []
     for n in range(30):
         said = f"cue {n} goes on" if n % 3 else f"and cue {n} ends."
@@ -366,7 +364,7 @@ def test_kinds(name: str, kind: str) -> None:
     assert byte_limit(name) >= 2**24
 
 
-def test_an_index_takes_every_format_and_says_why_it_skips(tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
+def test_index_of_every_format(tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
     """Real files, real Chroma; encodings, line ends, null bytes, a line of a million characters, too large a file."""
     docs = tmp_path / "docs"
     docs.mkdir()

@@ -1,4 +1,4 @@
-"""Parsing in a worker process: the same documents, and limits on time and memory that hold."""
+"""The worker process: the same documents, limits on time and memory, no process left behind."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def text(document: Document) -> str:
     return "\n".join(document.lines)
 
 
-def test_a_worker_reads_what_is_read_here_without_torch_and_chroma(
+def test_same_documents_without_torch_and_chroma(
     reader: IsolatedReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = {name: read_document(name, data) for name, data in SAMPLES.items()}
@@ -90,13 +90,13 @@ def test_a_worker_reads_what_is_read_here_without_torch_and_chroma(
         assert reader.read(name, data) == expected[name], name
 
 
-def test_every_part_of_a_document_crosses_the_pipe() -> None:
+def test_document_round_trip() -> None:
     empty = Document([], [])
     assert set(document_to_json(empty)) == {part.name for part in dataclasses.fields(Document)}
     assert document_from_json(document_to_json(empty)) == empty
 
 
-def test_one_worker_reads_many_files_and_is_gone_afterwards(hostile: None) -> None:
+def test_worker_is_reused_and_ended(hostile: None) -> None:
     with IsolatedReader() as reader:
         assert not reader.has_worker
         first = text(reader.read("a.pdf", b"one"))
@@ -106,7 +106,7 @@ def test_one_worker_reads_many_files_and_is_gone_afterwards(hostile: None) -> No
     assert not worker.is_running()
 
 
-def test_what_the_indexer_has_in_memory_does_not_wear_a_worker_out(hostile: None) -> None:
+def test_memory_of_the_parent_does_not_count(hostile: None) -> None:
     held = bytearray(b"x") * (300 * 2**20)  # as a model would be
     with IsolatedReader(memory_mib=400) as reader:
         first = text(reader.read("a.pdf", b"one"))
@@ -114,7 +114,7 @@ def test_what_the_indexer_has_in_memory_does_not_wear_a_worker_out(hostile: None
     assert len(held) == 300 * 2**20
 
 
-def test_no_code_of_the_working_directory_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_working_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("json", "logging", "bs4"):
         (tmp_path / f"{module}.py").write_text("open('ran', 'w')")
     monkeypatch.chdir(tmp_path)
@@ -124,13 +124,13 @@ def test_no_code_of_the_working_directory_runs(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "ran").exists()
 
 
-def test_plain_text_needs_no_worker(reader: IsolatedReader) -> None:
+def test_plain_text_without_worker(reader: IsolatedReader) -> None:
     assert reader.read("a.txt", b"one\ntwo").lines == ["one", "two"]
     assert not reader.has_worker
 
 
 @pytest.mark.parametrize("command", [b"hang", b"spin"])
-def test_a_parser_that_takes_too_long_is_ended(hostile: None, command: bytes) -> None:
+def test_time_limit(hostile: None, command: bytes) -> None:
     with IsolatedReader(seconds=0.5) as reader:
         with pytest.raises(BrokenFileError, match=r"takes longer than 0\.5 s to read"):
             reader.read("a.pdf", command)
@@ -138,7 +138,7 @@ def test_a_parser_that_takes_too_long_is_ended(hostile: None, command: bytes) ->
 
 
 @posix
-def test_a_parser_that_fills_the_memory_is_stopped(hostile: None, reader: IsolatedReader) -> None:
+def test_memory_limit(hostile: None, reader: IsolatedReader) -> None:
     with pytest.raises(BrokenFileError, match="needs more than 2048 MiB"):
         reader.read("a.pdf", b"grow")
     assert not reader.has_worker
@@ -147,27 +147,25 @@ def test_a_parser_that_fills_the_memory_is_stopped(hostile: None, reader: Isolat
 
 @posix
 @pytest.mark.parametrize(("command", "reason"), [(b"die", "SIGSEGV"), (b"leave", "exit status 3")])
-def test_a_parser_that_crashes_costs_its_file(
-    hostile: None, reader: IsolatedReader, command: bytes, reason: str
-) -> None:
+def test_crash(hostile: None, reader: IsolatedReader, command: bytes, reason: str) -> None:
     with pytest.raises(BrokenFileError, match=rf"crashes its parser \({reason}\)"):
         reader.read("a.pdf", command)
     assert text(reader.read("a.pdf", b"next")).startswith("next")
 
 
-def test_what_a_parser_prints_does_no_harm(hostile: None, reader: IsolatedReader) -> None:
+def test_output_of_a_parser(hostile: None, reader: IsolatedReader) -> None:
     assert text(reader.read("a.pdf", b"print")).startswith("print")
     assert text(reader.read("a.pdf", b"next")).startswith("next")
 
 
-def test_reasons_cross_the_pipe(hostile: None, reader: IsolatedReader) -> None:
+def test_reasons(hostile: None, reader: IsolatedReader) -> None:
     with pytest.raises(BrokenFileError, match=r"^a broken PDF: ZeroDivisionError: no$"):
         reader.read("a.pdf", b"fail")
     with pytest.raises(NotTextError, match="not text"):
         reader.read("a.html", b"\0")
 
 
-def test_a_missing_package_crosses_the_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_in_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pypdf.py").write_text("raise ImportError")
     monkeypatch.syspath_prepend(str(tmp_path))
     with IsolatedReader() as reader, pytest.raises(MissingExtraError, match=r"epic-rag\[files\]") as caught:
@@ -176,7 +174,7 @@ def test_a_missing_package_crosses_the_pipe(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("variable", ["EPIC_RAG_FILE_SECONDS", "EPIC_RAG_FILE_MEMORY_MIB"])
-def test_limits_by_environment(variable: str, hostile: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_from_the_environment(variable: str, hostile: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("0", "-1", "much", "nan", "inf"):
         monkeypatch.setenv(variable, wrong)
         with pytest.raises(ConfigError, match=f"{variable} is '{wrong}'"):

@@ -1,10 +1,10 @@
-"""The walk among what file systems have besides files: links, loops, devices, odd names, and what changes meanwhile."""
+"""The walk: order, links, loops, devices, odd names, permissions, files that change meanwhile."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from epic_rag_chroma.reading.document import NotTextError
 from epic_rag_chroma.types import IndexSettings
 from epic_rag_chroma.walk.files import ChangeFilter, FoundFile, Scan, read_file, scan
 from epic_rag_chroma.walk.safe_read import NotRegularError, TooLargeError, read_regular
+from tests.helpers.users import as_another_user, make_readable
 
 Tree = Callable[[Path, dict[str, str | bytes]], Path]
 FOLLOW = IndexSettings(follow_links=True)
@@ -57,7 +58,24 @@ def linked(tmp_path: Path, tree: Tree) -> Path:
     return root.resolve()
 
 
-def test_links_do_not_leave_the_root(linked: Path) -> None:
+def test_order(tmp_path: Path, tree: Tree) -> None:
+    tree(tmp_path, {"b.md": "x", "a/z.md": "x", "a/b/c.md": "x", "LICENSE": "x"})
+    assert paths(scan(tmp_path.resolve(), IndexSettings())) == ["LICENSE", "a/b/c.md", "a/z.md", "b.md"]
+
+
+def test_never_read(tmp_path: Path, tree: Tree) -> None:
+    tree(
+        tmp_path,
+        {".git/a.md": "x", ".hg/a.md": "x", "CVS/a.md": "x", ".epicignore": "!.git\n!.hg\n", "photo.png": b"\x89PNG",
+         "idx/index.json": '{"format": "epic-rag-index"}', "idx/a.md": "x", "db/chroma.sqlite3": "x", "db/a.md": "x",
+         "mine/index.json": '{"a": 1}', "given/a.md": "x"},
+    )  # fmt: skip
+    result = scan(tmp_path.resolve(), IndexSettings(), index_dir=tmp_path.resolve() / "given")
+    assert paths(result) == ["mine/index.json"]
+    assert reasons(result) == {"photo.png": "not text"}
+
+
+def test_links_inside_the_root(linked: Path) -> None:
     result = scan(linked, IndexSettings())
     assert paths(result) == ["a.md", "hidden.md", "sub/b.md"]
     leaves = "a symbolic link that leaves the indexed folder"
@@ -67,7 +85,7 @@ def test_links_do_not_leave_the_root(linked: Path) -> None:
     }
 
 
-def test_links_leave_the_root_when_asked(linked: Path) -> None:
+def test_follow_links(linked: Path) -> None:
     result = scan(linked, FOLLOW)
     # Each file once; no loop is entered, and version control's folders stay closed.
     assert paths(result) == ["a.md", "hidden.md", "out.md", "outside/deep/p.md", "sub/b.md"]
@@ -78,14 +96,14 @@ def test_links_leave_the_root_when_asked(linked: Path) -> None:
     assert all(not file.location.is_symlink() for file in result.files)
 
 
-def test_a_link_to_a_folder_above_the_root(tmp_path: Path, tree: Tree) -> None:
+def test_link_to_a_parent(tmp_path: Path, tree: Tree) -> None:
     root = tree(tmp_path / "top/root", {"a.md": "x"})
     tree(tmp_path / "top", {"beside.md": "x"})
     (root / "up").symlink_to(root.parent)
     assert paths(scan(root.resolve(), FOLLOW)) == ["a.md", "up/beside.md"]
 
 
-def test_a_link_to_another_root_is_found_there(tmp_path: Path, tree: Tree) -> None:
+def test_link_to_another_root(tmp_path: Path, tree: Tree) -> None:
     one, two = tree(tmp_path / "one", {"a.md": "x"}), tree(tmp_path / "two", {"b.md": "x"})
     (one / "two").symlink_to(two)
     (one / "b.md").symlink_to(two / "b.md")
@@ -94,7 +112,7 @@ def test_a_link_to_another_root_is_found_there(tmp_path: Path, tree: Tree) -> No
         assert (paths(result), reasons(result)) == (["a.md"], {})
 
 
-def test_the_index_folder_is_not_read_through_a_link(tmp_path: Path, tree: Tree) -> None:
+def test_link_to_an_index(tmp_path: Path, tree: Tree) -> None:
     root = tree(tmp_path / "root", {"a.md": "x"})
     mine = tree(tmp_path / "mine", {"x.md": "x"})
     other = tree(tmp_path / "other", {"index.json": '{"format": "epic-rag-index"}', "y.md": "x"})
@@ -103,7 +121,7 @@ def test_the_index_folder_is_not_read_through_a_link(tmp_path: Path, tree: Tree)
     assert paths(scan(root.resolve(), FOLLOW, index_dir=mine.resolve())) == ["a.md"]
 
 
-def test_what_is_no_file_is_never_opened(tmp_path: Path, indexer: ChromaIndexer, docs: Path) -> None:
+def test_special_files(tmp_path: Path, indexer: ChromaIndexer, docs: Path) -> None:
     os.mkfifo(docs / "pipe.md")
     os.mkfifo(docs / "index.json")
     os.mkfifo(docs / "src/.gitignore")
@@ -117,7 +135,7 @@ def test_what_is_no_file_is_never_opened(tmp_path: Path, indexer: ChromaIndexer,
 
 
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "/dev/tty"])
-def test_a_device_as_a_root(indexer: ChromaIndexer, device: str) -> None:
+def test_device_as_root(indexer: ChromaIndexer, device: str) -> None:
     if not os.path.exists(device):
         pytest.skip("there is no such device")
     report = indexer.index([device])
@@ -130,7 +148,7 @@ ODD = (
 )  # fmt: skip
 
 
-def test_odd_names_are_kept_as_they_are(docs: Path, indexer: ChromaIndexer) -> None:
+def test_odd_names(docs: Path, indexer: ChromaIndexer) -> None:
     for number, name in enumerate(ODD):
         (docs / name).write_text(f"Text of file number {number}.\n")
     assert indexer.index([docs]).added == 3 + len(ODD)
@@ -140,7 +158,7 @@ def test_odd_names_are_kept_as_they_are(docs: Path, indexer: ChromaIndexer) -> N
     assert set(ODD) <= found
 
 
-def test_names_that_are_no_utf8_and_folders_with_such(tmp_path: Path) -> None:
+def test_undecodable_names(tmp_path: Path) -> None:
     top = os.fsencode(tmp_path)
     os.mkdir(os.path.join(top, b"d\xff"))
     for name in (b"d\xff/a.md", b"f\xfe.md", b"ok.md"):
@@ -151,7 +169,7 @@ def test_names_that_are_no_utf8_and_folders_with_such(tmp_path: Path) -> None:
     assert reasons(result) == dict.fromkeys(("d\\xff", "f\\xfe.md"), "its name is not valid UTF-8")
 
 
-def test_paths_longer_than_the_system_takes(tmp_path: Path) -> None:
+def test_long_paths(tmp_path: Path) -> None:
     (tmp_path / "ok.md").write_text("x")
     handle = os.open(tmp_path, os.O_RDONLY)
     for _ in range(25):  # 25 * 201 characters, and 4,096 are allowed
@@ -165,48 +183,30 @@ def test_paths_longer_than_the_system_takes(tmp_path: Path) -> None:
     assert list(reasons(result).values()) == ["cannot be listed: File name too long"]
 
 
-def test_hard_links_are_files(docs: Path, indexer: ChromaIndexer) -> None:
+def test_hard_links(docs: Path, indexer: ChromaIndexer) -> None:
     os.link(docs / "notes.txt", docs / "again.txt")
     report = indexer.index([docs])
     assert report.added == 4
 
 
-@pytest.fixture
-def as_anybody() -> Iterator[None]:
-    """Root may read everything; here it is somebody else for a while."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-def test_permissions(tmp_path: Path, tree: Tree, request: pytest.FixtureRequest) -> None:
+def test_permissions(tmp_path: Path, tree: Tree) -> None:
     tree(tmp_path, {"a.md": "x", "closed/b.md": "x", "unlisted/c.md": "x", "secret.md": "x"})
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o755)
-        if folder.name.startswith("pytest-of"):
-            break
+    make_readable(tmp_path)
     (tmp_path / "closed").chmod(0o000)
-    (tmp_path / "unlisted").chmod(0o311)
+    (tmp_path / "unlisted").chmod(0o311 if os.geteuid() == 0 else 0o100)
     (tmp_path / "secret.md").chmod(0o000)
-    request.getfixturevalue("as_anybody")
-    if os.geteuid() == tmp_path.stat().st_uid:
-        os.chmod(tmp_path / "unlisted", 0o100)
-    result = scan(tmp_path.resolve(), IndexSettings())
-    assert paths(result) == ["a.md", "secret.md"]
-    assert reasons(result) == dict.fromkeys(("closed", "unlisted"), "cannot be listed: Permission denied")
-    # What cannot be seen is not gone.
-    assert sorted(result.unreadable) == ["closed/", "unlisted/"]
-    with pytest.raises(PermissionError):
-        read_file(FoundFile("secret.md", tmp_path.resolve() / "secret.md"))
+    with as_another_user():
+        result = scan(tmp_path.resolve(), IndexSettings())
+        assert paths(result) == ["a.md", "secret.md"]
+        assert reasons(result) == dict.fromkeys(("closed", "unlisted"), "cannot be listed: Permission denied")
+        # What cannot be seen is not gone.
+        assert sorted(result.unreadable) == ["closed/", "unlisted/"]
+        with pytest.raises(PermissionError):
+            read_file(FoundFile("secret.md", tmp_path.resolve() / "secret.md"))
+    (tmp_path / "closed").chmod(0o700)
 
 
-def test_a_file_becomes_a_link_after_the_walk(docs: Path, tmp_path: Path) -> None:
+def test_file_replaced_by_a_link(docs: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     file = next(file for file in scan(docs.resolve(), IndexSettings()).files if file.path == "notes.txt")
     file.location.unlink()
@@ -219,9 +219,7 @@ def test_a_file_becomes_a_link_after_the_walk(docs: Path, tmp_path: Path) -> Non
         read_file(file)
 
 
-def test_files_that_vanish_and_grow_while_the_run_goes_on(
-    docs: Path, indexer: ChromaIndexer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_change_during_a_run(docs: Path, indexer: ChromaIndexer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("epic_rag_chroma.walk.files.byte_limit", lambda name: 4096)
     (docs / "zz-vanishes.md").write_text("x\n")
     (docs / "zz-grows.md").write_text("x\n")
@@ -240,7 +238,7 @@ def test_files_that_vanish_and_grow_while_the_run_goes_on(
     assert indexer.index([docs]).unchanged == 3
 
 
-def test_a_file_that_says_it_is_empty(tmp_path: Path) -> None:
+def test_file_with_a_false_size(tmp_path: Path) -> None:
     """As those in /proc do; no more than the limit is read of it."""
     data, info = read_regular("/proc/self/status", 2**20)
     assert (info.st_size, data.startswith(b"Name:")) == (0, True)

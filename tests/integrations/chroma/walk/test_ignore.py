@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from epic_rag_chroma.types import IndexSettings
 from epic_rag_chroma.walk.files import ChangeFilter, scan
 from epic_rag_chroma.walk.ignore import IgnorePatterns, PatternError, compile_patterns
+
+Tree = Callable[[Path, dict[str, str | bytes]], Path]
 
 GIT = shutil.which("git")
 FOLDERS = ("", "a/", "b/", "a/b/", "a/c/", "b/a/", "a/b/c/")
@@ -81,7 +84,7 @@ def listed_by_git(folder: Path) -> set[str]:
 @example(files={"": ["a", "/**", "!a"]})
 @example(files={"": ["a/**/c.md", "**/b/", "!b/a/"]})
 @example(files={"": ["*.md\r", "xy\\ ", "\\!n", "#h"]})
-def test_files_are_those_of_git(repository: Path, files: dict[str, list[str]]) -> None:
+def test_same_files_as_git(repository: Path, files: dict[str, list[str]]) -> None:
     written = [repository / folder / ".gitignore" for folder in files]
     try:
         for path, patterns in zip(written, files.values(), strict=True):
@@ -124,7 +127,7 @@ def test_patterns_that_never_match(pattern: str, caplog: pytest.LogCaptureFixtur
     assert caplog.messages == ([] if is_comment else [f"here: pattern {pattern!r} can never match and is ignored"])
 
 
-def test_an_ignore_file_is_no_way_out(tmp_path: Path) -> None:
+def test_special_ignore_files(tmp_path: Path) -> None:
     """A link is not followed, a FIFO is not waited for, and neither stops the walk."""
     (tmp_path / "elsewhere").write_text("*.md\n")
     root = tmp_path / "root"
@@ -137,10 +140,84 @@ def test_an_ignore_file_is_no_way_out(tmp_path: Path) -> None:
     assert [file.path for file in scan(root.resolve(), IndexSettings()).files] == ["a/x.md", "b/x.md", "c/x.md"]
 
 
-def test_bytes_that_are_no_text_are_bytes(tmp_path: Path) -> None:
+def test_undecodable_ignore_file(tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_bytes(b"\xef\xbb\xbfa.md\nb\xff.md\nc.md\x0bd\n")
     for name in (b"a.md", b"b\xff.md", b"c.md", b"d"):
         with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
             file.write(b"x")
     result = scan(tmp_path.resolve(), IndexSettings())
     assert ([file.path for file in result.files], result.skipped) == (["c.md", "d"], [])
+
+
+def found(folder: Path, settings: IndexSettings | None = None) -> list[str]:
+    return [file.path for file in scan(folder.resolve(), settings or IndexSettings()).files]
+
+
+def test_nested_gitignore(tmp_path: Path, tree: Tree) -> None:
+    tree(
+        tmp_path,
+        {
+            ".gitignore": "*.log\nbuild/\n/only-here.md\n",
+            "a.log": "x",
+            "build/out.md": "x",
+            "only-here.md": "x",
+            "sub/.gitignore": "!keep.log\n*.tmp\n",
+            "sub/keep.log": "x",
+            "sub/drop.log": "x",
+            "sub/x.tmp": "x",
+            "sub/only-here.md": "x",
+            "sub/deep/build/out.md": "x",
+            "y.tmp": "x",
+        },
+    )
+    assert found(tmp_path) == ["sub/keep.log", "sub/only-here.md", "y.tmp"]
+
+
+def test_epicignore_precedence(tmp_path: Path, tree: Tree) -> None:
+    tree(
+        tmp_path,
+        {".gitignore": "gen.md\n", ".epicignore": "!gen.md\nsecret.md\n!.github/\n", "gen.md": "x", "secret.md": "x",
+         ".github/help.md": "x", ".hidden/help.md": "x", ".env": "KEY=1", "open.md": "x"},
+    )  # fmt: skip
+    assert found(tmp_path) == [".github/help.md", "gen.md", "open.md"]
+
+
+def test_gitignore_above_the_root(tmp_path: Path, tree: Tree) -> None:
+    tree(tmp_path, {".git/config": "x", ".gitignore": "docs/_build/\n*.bak\n", "docs/_build/a.md": "x",
+                    "docs/b.md": "x", "docs/c.bak": "x"})  # fmt: skip
+    assert found(tmp_path / "docs") == ["b.md"]
+
+
+def test_ignored_root(tmp_path: Path, tree: Tree) -> None:
+    tree(tmp_path, {".git/config": "x", ".gitignore": ".venv/\n", ".venv/lib/a.md": "x", ".venv/lib/.gitignore": "b.md",
+                    ".venv/lib/b.md": "x"})  # fmt: skip
+    assert found(tmp_path / ".venv" / "lib") == ["a.md"]
+    assert found(tmp_path / ".venv" / "lib" / "b.md") == ["b.md"]
+
+
+def test_gitignore_above_without_repository(tmp_path: Path, tree: Tree) -> None:
+    tree(tmp_path, {".gitignore": "*\n", "docs/a.md": "x"})
+    assert found(tmp_path / "docs") == ["a.md"]
+
+
+def test_broken_patterns(tmp_path: Path, tree: Tree) -> None:
+    tree(tmp_path, {".gitignore": b"\xff\xfe\x00\n!\n/\n[\nb.md\n", "a.md": "x", "b.md": "x"})
+    assert found(tmp_path) == ["a.md"]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        ((), (), ["a.md", "drafts/b.md", "drafts/c.txt"]),
+        (("*.md",), (), ["a.md", "drafts/b.md"]),
+        (("*.md",), ("drafts/**",), ["a.md"]),
+        ((), ("drafts/",), ["a.md"]),
+        (("drafts/",), (), ["drafts/b.md", "drafts/c.txt"]),
+        (("yarn.lock", "a.md"), (), ["a.md", "yarn.lock"]),
+    ],
+)
+def test_include_and_exclude(
+    tmp_path: Path, tree: Tree, include: tuple[str, ...], exclude: tuple[str, ...], expected: list[str]
+) -> None:
+    tree(tmp_path, {"a.md": "x", "drafts/b.md": "x", "drafts/c.txt": "x", "yarn.lock": "x", "node_modules/d.md": "x"})
+    assert found(tmp_path, IndexSettings(include=include, exclude=exclude)) == expected

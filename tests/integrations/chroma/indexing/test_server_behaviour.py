@@ -1,4 +1,4 @@
-"""The commands with a Chroma server."""
+"""Commands with a Chroma server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def collections(url: str, **where: str) -> dict[str, dict[str, Any]]:
         return {each.name: dict(each.metadata or {}) for each in client.list_collections()}
 
 
-def test_the_commands(
+def test_commands(
     docs: Path,
     chroma: ChromaProcess,
     tiny_checkpoint: Path,
@@ -51,7 +51,8 @@ def test_the_commands(
         return captured.err
 
     monkeypatch.chdir(docs)
-    assert process("index", ".", "--chroma", chroma.url, "--model", tiny_checkpoint, "--json")["added"] == 3
+    assert run(["index", ".", "--chroma", chroma.url, "--model", str(tiny_checkpoint), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["added"] == 3
     assert len(process("query", "cats", "--json", "-k", "2")["hits"]) == 2
     assert run(["status", "--json", "--chroma", chroma.url]) == 0
     assert json.loads(capsys.readouterr().out)["chroma"] == chroma.url
@@ -69,7 +70,7 @@ def test_the_commands(
     assert not (docs / ".epic-rag").exists()
 
 
-def test_a_server_that_is_gone_is_one_line(
+def test_stopped_server(
     docs: Path, tmp_path: Path, tiny_encoder: EpicEncoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with (

@@ -1,4 +1,4 @@
-"""An index that has lost some of its files makes them again from the others, mostly without the model."""
+"""An index that has lost some of its files rebuilds them from the others, mostly without the model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 import chromadb
 import pytest
+from tests.integrations.chroma.indexing.test_crash import assert_same, run, start, texts_found, write
 
 from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.errors import IndexStateError
-from tests.integrations.chroma.indexing.test_crash import assert_same, run, start, texts_found, write
 
 Rows = dict[str, tuple[str, dict[str, Any], list[float]]]
 ReadRows = Callable[[Path], Rows]
@@ -43,7 +43,7 @@ LOST = {
 
 
 @pytest.mark.parametrize("lost", LOST)
-def test_what_is_lost_is_made_again(tmp_path: Path, tiny_encoder: EpicEncoder, rows: ReadRows, lost: str) -> None:
+def test_lost_files_are_rebuilt(tmp_path: Path, tiny_encoder: EpicEncoder, rows: ReadRows, lost: str) -> None:
     folder = start(tmp_path / "docs")
     for number in range(130):  # enough for a graph on the disk
         write(folder, f"more/{number}.txt", f"word{number} alone\n")
@@ -115,7 +115,7 @@ def lose(index: Path, lost: str, ids: list[str]) -> None:
             records.unlink()
 
 
-def test_a_rebuild_leaves_no_graph_behind(tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
+def test_rebuild_deletes_old_graphs(tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
     folder = start(tmp_path / "docs")
     for number in range(130):
         write(folder, f"more/{number}.txt", f"word{number} alone\n")
@@ -137,7 +137,7 @@ class PanicException(BaseException):
     """What Chroma's bindings raise when Rust panics; their own class can be made by Rust alone."""
 
 
-def test_a_panic_of_chroma_loses_nothing(
+def test_panic_of_chroma(
     tmp_path: Path, tiny_encoder: EpicEncoder, rows: ReadRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = start(tmp_path / "docs")

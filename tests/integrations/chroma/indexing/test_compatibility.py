@@ -1,4 +1,4 @@
-"""`ChromaIndexer`: settings, models, states of the index folder, batches."""
+"""Settings, models and versions of an index, and states of the index folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def counts(report: IndexReport) -> tuple[int, int, int, int]:
     return report.added, report.changed, report.deleted, report.unchanged
 
 
-def test_other_patterns_are_taken_over(indexer: ChromaIndexer, docs: Path) -> None:
+def test_changed_patterns(indexer: ChromaIndexer, docs: Path) -> None:
     indexer.index([docs], settings=IndexSettings(include=("*.md",)))
     assert indexer.status().files == 1
     assert counts(indexer.index([docs])) == (0, 0, 0, 1)
@@ -34,7 +33,7 @@ def test_other_patterns_are_taken_over(indexer: ChromaIndexer, docs: Path) -> No
     assert indexer.status().settings.exclude == ("*.md",)
 
 
-def test_other_chunk_sizes_need_a_rebuild(indexer: ChromaIndexer, docs: Path, rows: Rows) -> None:
+def test_other_chunk_sizes(indexer: ChromaIndexer, docs: Path, rows: Rows) -> None:
     indexer.index([docs], settings=IndexSettings(chunk_tokens=60, chunk_overlap=5))
     before = rows(docs / ".epic-rag")
     with pytest.raises(IndexMismatchError, match=r"chunks of 60 tokens with an overlap of 5, not of 30 .*--rebuild"):
@@ -45,7 +44,7 @@ def test_other_chunk_sizes_need_a_rebuild(indexer: ChromaIndexer, docs: Path, ro
     assert indexer.status().settings.chunk_tokens == 30
 
 
-def test_chunk_sizes_that_cannot_work(indexer: ChromaIndexer, docs: Path, tiny_encoder: EpicEncoder) -> None:
+def test_invalid_chunk_sizes(indexer: ChromaIndexer, docs: Path, tiny_encoder: EpicEncoder) -> None:
     limit = tiny_encoder.max_document_tokens
     with pytest.raises(ConfigError, match=rf"{limit + 1} tokens .* {limit - 2} .*--chunk-tokens {limit - 2}"):
         indexer.index([docs], settings=IndexSettings(chunk_tokens=limit + 1))
@@ -55,7 +54,7 @@ def test_chunk_sizes_that_cannot_work(indexer: ChromaIndexer, docs: Path, tiny_e
             IndexSettings(chunk_tokens=tokens, chunk_overlap=overlap)
 
 
-def test_another_model_needs_a_rebuild(
+def test_other_model(
     docs: Path, tiny_checkpoint: Path, other_checkpoint: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (EpicEncoder.from_pretrained(path) for path in (tiny_checkpoint, other_checkpoint))
@@ -83,7 +82,7 @@ def test_another_model_needs_a_rebuild(
         assert own.status().fingerprint == second.fingerprint
 
 
-def test_the_remedy_names_an_index_folder_of_ones_own(
+def test_remedy_with_index_dir(
     docs: Path, tiny_encoder: EpicEncoder, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(docs.parent)
@@ -95,7 +94,7 @@ def test_the_remedy_names_an_index_folder_of_ones_own(
         other.index(["docs"])
 
 
-def test_another_version_of_the_chunks_needs_a_rebuild(indexer: ChromaIndexer, docs: Path) -> None:
+def test_other_chunker_version(indexer: ChromaIndexer, docs: Path) -> None:
     indexer.index([docs])
     path = docs / ".epic-rag/index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chunker_version": 0}))
@@ -106,7 +105,7 @@ def test_another_version_of_the_chunks_needs_a_rebuild(indexer: ChromaIndexer, d
 
 
 @pytest.mark.parametrize("broken", ["{", "[]", "{}", '{"format_version": 1, "format": "other"}'])
-def test_a_broken_index_file_is_mended_by_a_rebuild(indexer: ChromaIndexer, docs: Path, broken: str) -> None:
+def test_broken_index_file(indexer: ChromaIndexer, docs: Path, broken: str) -> None:
     indexer.index([docs])
     (docs / ".epic-rag/index.json").write_text(broken)
     for call in (indexer.status, lambda: indexer.query("x"), lambda: indexer.index([docs])):
@@ -116,7 +115,7 @@ def test_a_broken_index_file_is_mended_by_a_rebuild(indexer: ChromaIndexer, docs
     assert len(indexer.query("x", k=9)) == 4
 
 
-def test_an_index_of_a_newer_format_is_left_alone(indexer: ChromaIndexer, docs: Path) -> None:
+def test_newer_format(indexer: ChromaIndexer, docs: Path) -> None:
     indexer.index([docs])
     (docs / ".epic-rag/index.json").write_text('{"format_version": 99}')
     with pytest.raises(IndexStateError, match="format 99, this version of epic-rag reads 2; run `pip install"):
@@ -142,13 +141,13 @@ def test_missing_paths_and_bad_arguments(indexer: ChromaIndexer, docs: Path) -> 
         indexer.query("x", k=0)
 
 
-def test_a_folder_with_other_things_is_refused(docs: Path, tiny_encoder: EpicEncoder) -> None:
+def test_folder_with_other_files(docs: Path, tiny_encoder: EpicEncoder) -> None:
     with pytest.raises(IndexStateError, match=r"docs holds guide\.md and no index\.json.*--index-dir"):
         ChromaIndexer(docs, encoder=tiny_encoder).index([docs])
     assert sorted(path.name for path in docs.iterdir()) == ["guide.md", "notes.txt", "src"]
 
 
-def test_a_model_that_cannot_be_loaded_leaves_nothing(docs: Path) -> None:
+def test_model_that_fails_to_load(docs: Path) -> None:
     def load() -> EpicEncoder:
         raise RuntimeError("no model")
 
@@ -191,9 +190,7 @@ def test_progress(indexer: ChromaIndexer, docs: Path) -> None:
     assert [event.done for event in indexing] == sorted(event.done for event in indexing)
 
 
-def test_batches_are_sorted_by_length_and_bounded(
-    docs: Path, tree: Tree, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches(docs: Path, tree: Tree, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     tree(docs, {f"many{n}.txt": "word " * (n % 7 + 1) + f"\n\n{n}\n" for n in range(146)})
     sizes: list[list[int]] = []
     encode = EpicEncoder.encode_document
@@ -213,9 +210,7 @@ def test_batches_are_sorted_by_length_and_bounded(
         ChromaIndexer(docs / ".epic-rag", batch_chunks=0)
 
 
-def test_a_vector_that_is_not_finite_is_not_stored(
-    indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vector_that_is_not_finite(indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = EpicEncoder.encode_document
 
     def spoil(self: EpicEncoder, texts: Any, **options: Any) -> Any:
@@ -231,7 +226,7 @@ def test_a_vector_that_is_not_finite_is_not_stored(
     assert len(indexer.query("x", k=9)) == 4
 
 
-def test_unchanged_files_cost_no_model_work_in_a_fresh_process(docs: Path, tiny_checkpoint: Path) -> None:
+def test_imports_of_status_and_query(docs: Path, tiny_checkpoint: Path) -> None:
     # What a command pays: importing the package and asking must not load LlamaIndex.
     encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
     with ChromaIndexer(docs / ".epic-rag", encoder=encoder) as indexer:
@@ -249,7 +244,7 @@ assert not any(name.startswith("llama_index") for name in sys.modules), "query"
     assert done.returncode == 0, done.stderr
 
 
-def test_a_width_that_was_cut_is_kept(docs: Path, tiny_checkpoint: Path) -> None:
+def test_truncated_dimension(docs: Path, tiny_checkpoint: Path) -> None:
     encoder = EpicEncoder.from_pretrained(tiny_checkpoint, truncate_dim=16)
     with ChromaIndexer(docs / ".epic-rag", encoder=encoder) as indexer:
         indexer.index([docs])
@@ -258,11 +253,7 @@ def test_a_width_that_was_cut_is_kept(docs: Path, tiny_checkpoint: Path) -> None
         assert len(own.query("cats", k=9)) == 4
 
 
-def test_settings_can_be_replaced_one_by_one() -> None:
-    assert replace(IndexSettings(), include=("*.md",)).chunk_tokens == 200
-
-
-def test_the_shipped_checkpoint_finds_the_right_section(docs: Path) -> None:
+def test_shipped_checkpoint(docs: Path) -> None:
     (docs / "undo.md").write_text(
         "# Undo\n\nTo undo the last commit and keep its changes, reset softly to the one before it.\n"
     )

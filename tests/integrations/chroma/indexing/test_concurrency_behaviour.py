@@ -1,4 +1,4 @@
-"""Queries while a run is going on, and after one that died: every answer is of one moment, and Chroma is left alone."""
+"""Queries during a run and after a crash: consistent results, and Chroma's files stay untouched."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def found(indexer: ChromaIndexer) -> list[tuple[str, str, float]]:
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same object", "another"])
-def test_queries_are_answered_while_a_run_goes_on(docs: Path, tiny_encoder: EpicEncoder, same: bool) -> None:
+def test_queries_during_a_run(docs: Path, tiny_encoder: EpicEncoder, same: bool) -> None:
     index_dir = docs / ".epic-rag"
     with (
         ChromaIndexer(index_dir, encoder=tiny_encoder) as indexer,
@@ -56,7 +56,7 @@ def test_queries_are_answered_while_a_run_goes_on(docs: Path, tiny_encoder: Epic
         assert reader.status().state == "complete"
 
 
-def test_a_query_in_another_thread_does_not_wait_for_the_run(docs: Path, tiny_encoder: EpicEncoder) -> None:
+def test_queries_do_not_wait(docs: Path, tiny_encoder: EpicEncoder) -> None:
     with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
         indexer.index([docs])
         (docs / "new.md").write_text("new\n")
@@ -73,7 +73,7 @@ def test_a_query_in_another_thread_does_not_wait_for_the_run(docs: Path, tiny_en
         assert answers
 
 
-def test_both_ways_give_the_same_answers(docs: Path, tree: Tree, tiny_encoder: EpicEncoder) -> None:
+def test_brute_force_gives_the_same_hits(docs: Path, tree: Tree, tiny_encoder: EpicEncoder) -> None:
     tree(docs, {f"more{number}.txt": f"Something about {number} cats.\n" for number in range(30)})
     with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
         indexer.index([docs])
@@ -86,9 +86,7 @@ def test_both_ways_give_the_same_answers(docs: Path, tree: Tree, tiny_encoder: E
                 assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in expected], abs=1e-5)
 
 
-def test_a_query_opens_nothing_of_chroma_after_a_run_that_died(
-    docs: Path, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_queries_after_a_crash(docs: Path, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     from epic_rag_chroma.store.collection import ChunkStore
 
     with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
@@ -104,7 +102,7 @@ def test_a_query_opens_nothing_of_chroma_after_a_run_that_died(
         assert indexer.status().state == "complete"
 
 
-def test_the_mark_of_a_run_says_which_graphs_are_torn(tmp_path: Path) -> None:
+def test_dirty_marker(tmp_path: Path) -> None:
     (tmp_path / "chroma/segment").mkdir(parents=True)
     graph = tmp_path / "chroma/segment/data_level0.bin"
     graph.write_bytes(b"old")
@@ -135,14 +133,14 @@ def test_the_mark_of_a_run_says_which_graphs_are_torn(tmp_path: Path) -> None:
         assert corrupt_collections(tmp_path, None) == frozenset()
 
 
-def test_chroma_is_opened_by_one_at_a_time(tmp_path: Path) -> None:
+def test_chroma_lock(tmp_path: Path) -> None:
     with try_chroma_lock(tmp_path) as first, try_chroma_lock(tmp_path) as second:
         assert (first, second) == (True, False)
     with chroma_lock(tmp_path), try_chroma_lock(tmp_path) as free:
         assert not free
 
 
-def test_waiting_for_the_lock(docs: Path, tiny_encoder: EpicEncoder) -> None:
+def test_wait_for_the_lock(docs: Path, tiny_encoder: EpicEncoder) -> None:
     first, second = (ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) for _ in range(2))
     begun, go_on = threading.Event(), threading.Event()
 
@@ -164,7 +162,7 @@ def test_waiting_for_the_lock(docs: Path, tiny_encoder: EpicEncoder) -> None:
     thread.join()
 
 
-def test_exact_rows_see_each_commit_and_never_what_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_brute_force_sees_each_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
     from epic_rag_chroma.store import database as exact

@@ -1,15 +1,13 @@
-"""An index that the command made, asked in three ways, answers the same.
+"""An index made by the command returns the same hits in three ways.
 
-Plain chromadb with EpicEmbeddingFunction, LlamaIndex's ChromaVectorStore with EpicEmbedding, and EpicRetriever; and
-what happens when somebody writes to the index's collection from outside.
+Plain chromadb with EpicEmbeddingFunction, LlamaIndex's ChromaVectorStore with EpicEmbedding, and EpicRetriever; also with
+foreign rows in the index's collection.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from llama_index.vector_stores.chroma import ChromaVectorStore
 
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag_chroma import ChromaIndexer, EpicEmbeddingFunction, Hit
+from epic_rag_cli.main import run
 from llama_index.embeddings.epic import EpicEmbedding
 from llama_index.retrievers.epic import EpicRetriever
 
@@ -102,9 +101,7 @@ def by_retriever(index_dir: Path, questions: Sequence[str], **settings: Any) -> 
 
 def indexed(folder: Path, *arguments: str | Path) -> Path:
     """An index of files, made by the command."""
-    command = [sys.executable, "-m", "epic_rag_cli", "index", *map(str, arguments), "--index-dir", str(folder)]
-    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
-    assert ran.returncode == 0, ran.stderr
+    assert run(["index", *map(str, arguments), "--index-dir", str(folder)]) == 0
     return folder
 
 
@@ -160,7 +157,7 @@ def test_three_ways_with_the_shipped_checkpoint(tmp_path: Path) -> None:
                 ours.check(other)
 
 
-def test_nodes_of_the_vector_store_say_where_they_stand(tiny_index: Path, tiny_checkpoint: Path) -> None:
+def test_nodes_of_the_vector_store(tiny_index: Path, tiny_checkpoint: Path) -> None:
     # Its nodes come by the way that ChromaVectorStore keeps for rows which LlamaIndex did not write.
     with opened(tiny_index, embedding_function=None) as collection:
         index = VectorStoreIndex.from_vector_store(
@@ -199,7 +196,7 @@ def write_from_outside(index_dir: Path, model: str) -> list[str]:
     return sorted(rows)
 
 
-def test_rows_of_others_do_no_harm(
+def test_foreign_rows(
     docs: Path, tmp_path: Path, tiny_checkpoint: Path, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
     def found(indexer: ChromaIndexer) -> list[list[Hit]]:

@@ -1,4 +1,4 @@
-"""The model reads a text once: renamed, moved and copied files, and passages that change places. And what would be done."""
+"""Synchronisation: vectors are reused for renamed, moved and copied text; plans; batches."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def rename_one_of_two(folder: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("batch", [512, 1])
-def test_what_was_read_is_not_read_again(
+def test_vectors_are_reused(
     books: Path,
     tiny_encoder: EpicEncoder,
     rows: Rows,
@@ -106,7 +106,7 @@ def test_what_was_read_is_not_read_again(
         assert vector == pytest.approx(vectors[metadata["embedded_hash"]], abs=1e-4)
 
 
-def test_rows_say_kind_language_and_what_was_embedded(indexer: ChromaIndexer, docs: Path, rows: Rows) -> None:
+def test_row_metadata(indexer: ChromaIndexer, docs: Path, rows: Rows) -> None:
     indexer.index([docs])
     kinds = {
         metadata["path"]: (metadata["kind"], metadata["lang"]) for _, metadata, _ in rows(docs / ".epic-rag").values()
@@ -115,7 +115,7 @@ def test_rows_say_kind_language_and_what_was_embedded(indexer: ChromaIndexer, do
     assert len({metadata["embedded_hash"] for _, metadata, _ in rows(docs / ".epic-rag").values()}) == 4
 
 
-def test_the_last_run_is_remembered(indexer: ChromaIndexer, docs: Path) -> None:
+def test_last_run(indexer: ChromaIndexer, docs: Path) -> None:
     report = indexer.index([docs])
     last = indexer.status().last_run
     assert last is not None
@@ -129,7 +129,7 @@ def test_the_last_run_is_remembered(indexer: ChromaIndexer, docs: Path) -> None:
     assert indexer.status().state == "complete"
 
 
-def test_a_plan_says_what_a_run_does(books: Path, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan(books: Path, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     with ChromaIndexer(books / ".epic-rag", encoder=tiny_encoder) as indexer:
         everything = ("a.md", "b.md", "c.md")
         assert ChromaIndexer(books / ".epic-rag").plan([books]) == IndexPlan(everything, (), (), (), 0, ())
@@ -156,14 +156,14 @@ def test_a_plan_says_what_a_run_does(books: Path, tiny_encoder: EpicEncoder, mon
             other.plan([books / "missing"])
 
 
-def test_a_plan_needs_no_lock(books: Path, tiny_encoder: EpicEncoder) -> None:
+def test_plan_during_a_run(books: Path, tiny_encoder: EpicEncoder) -> None:
     planned: list[IndexPlan] = []
     with ChromaIndexer(books / ".epic-rag", encoder=tiny_encoder) as indexer:
         indexer.index([books], progress=lambda _: planned.append(ChromaIndexer(books / ".epic-rag").plan([books])))
     assert planned
 
 
-def test_a_plan_after_a_run_that_died(books: Path, tiny_encoder: EpicEncoder) -> None:
+def test_plan_after_a_crash(books: Path, tiny_encoder: EpicEncoder) -> None:
     def die(event: Any) -> None:
         if event.path == "b.md":
             raise KeyboardInterrupt
