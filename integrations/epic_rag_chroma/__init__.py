@@ -42,7 +42,6 @@ if TYPE_CHECKING:
         SearchMode,
         SkippedFile,
     )
-    from epic_rag_chroma.walk.files import ChangeFilter
 
 __all__ = [
     "DEFAULT_MODE",
@@ -51,7 +50,6 @@ __all__ = [
     "KNOWN_KEYS",
     "LOCAL",
     "SEARCH_MODES",
-    "ChangeFilter",
     "ChromaIndexer",
     "ChromaServer",
     "ChromaServerError",
@@ -109,7 +107,6 @@ _NAMES = {
         "SearchMode",
         "SkippedFile",
     ),
-    "walk.files": ("ChangeFilter",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -22,10 +22,10 @@ from epic_rag_chroma.reading.document import NotTextError
 from epic_rag_chroma.reading.file_types import byte_limit, is_binary_name
 from epic_rag_chroma.store.paths import INDEX_FILE, DocumentKey, FileStamp, relative_root, root_path
 from epic_rag_chroma.types import IndexSettings, SkippedFile
-from epic_rag_chroma.walk.ignore import EPIC_IGNORE, GIT_IGNORE, IgnorePatterns, IgnoreRules
+from epic_rag_chroma.walk.ignore import IgnorePatterns, IgnoreRules
 from epic_rag_chroma.walk.safe_read import NotRegularError, TooLargeError, read_regular
 
-__all__ = ["ChangeFilter", "FoundFile", "Scan", "ScannedRoots", "display_name", "read_file", "scan", "scan_roots"]
+__all__ = ["FoundFile", "Scan", "ScannedRoots", "display_name", "read_file", "scan", "scan_roots"]
 
 _INDEX_MARK = b"epic-rag-index"
 _INDEX_MARK_WITHIN = 400
@@ -295,87 +295,3 @@ def scan_roots(
         merged.skipped += found.skipped
         merged.unreadable += found.unreadable
     return result
-
-
-# What vim writes to see whether it may write.
-_PROBES = frozenset({"4913"})
-
-
-class ChangeFilter:
-    """Says of a path that has changed (or is gone) whether a walk may now find something else.
-
-    What an index folder or version control writes, ignored files, binaries and what editors leave behind for a moment
-    does not count. When in doubt, a change counts.
-
-    Args:
-        roots: The folders and files of the index, resolved.
-        settings: The index's settings.
-        index_dir: The index folder.
-    """
-
-    def __init__(self, roots: Sequence[Path], settings: IndexSettings, index_dir: Path) -> None:
-        self._roots = [(str(root), root.is_dir()) for root in roots]
-        self._patterns = _NamePatterns(settings)
-        self._index_dir = str(index_dir)
-        self._rules: dict[str, IgnoreRules | None] = {}
-
-    def refresh(self) -> None:
-        """Forget the ignore files that were read; they may have changed."""
-        self._rules.clear()
-
-    def __call__(self, location: str) -> bool:
-        """Whether a change of `location` counts."""
-        if _below(location, self._index_dir) is not None:
-            return False
-        for root, is_folder in self._roots:
-            path = _below(location, root)
-            if path is not None:
-                return not path or not is_folder or self._counts(root, path)
-        return False
-
-    def _counts(self, root: str, path: str) -> bool:
-        rules = self._inside(root, "", IgnoreRules.above_root(Path(root)))
-        folder = ""
-        *parents, name = path.split("/")
-        for parent in parents:
-            if rules is None or self._left_out(rules, folder + parent, parent, True):
-                return False
-            folder = f"{folder}{parent}/"
-            rules = self._inside(root, folder, rules)
-        if rules is None or name in _PROBES:
-            return False
-        if name in (GIT_IGNORE, EPIC_IGNORE):
-            return True
-        if os.path.isdir(os.path.join(root, path)):
-            return not self._left_out(rules, path, name, True)
-        # What is gone may have been a folder.
-        gone = not os.path.lexists(os.path.join(root, path))
-        as_file = not self._left_out(rules, path, name, False) and not is_binary_name(name)
-        return as_file or (gone and not self._left_out(rules, path, name, True))
-
-    def _left_out(self, rules: IgnoreRules, path: str, name: str, is_folder: bool) -> bool:
-        return (
-            name in _VERSION_CONTROL
-            or display_name(path) != path
-            or rules.ignores(path, name, is_folder)
-            or self._patterns.excludes(path, is_folder)
-        )
-
-    def _inside(self, root: str, prefix: str, rules: IgnoreRules) -> IgnoreRules | None:
-        """The rules in a folder; None if nothing in it counts."""
-        folder = os.path.join(root, prefix)
-        if folder not in self._rules:
-            if prefix and _is_index_folder(folder):
-                self._rules[folder] = None
-            else:
-                names = [name for name in (GIT_IGNORE, EPIC_IGNORE) if os.path.lexists(os.path.join(folder, name))]
-                self._rules[folder] = rules.enter(folder, prefix, names)
-        return self._rules[folder]
-
-
-def _below(location: str, folder: str) -> str | None:
-    """The path of `location` relative to a folder, with slashes; "" for the folder, None if it is elsewhere."""
-    if location == folder:
-        return ""
-    start = folder.rstrip(os.sep) + os.sep
-    return location[len(start) :].replace(os.sep, "/") if location.startswith(start) else None

@@ -13,7 +13,7 @@ import pytest
 from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.reading.document import NotTextError
 from epic_rag_chroma.types import IndexSettings
-from epic_rag_chroma.walk.files import ChangeFilter, FoundFile, Scan, read_file, scan
+from epic_rag_chroma.walk.files import FoundFile, Scan, read_file, scan
 from epic_rag_chroma.walk.safe_read import NotRegularError, TooLargeError, read_regular
 from tests.helpers.users import as_another_user, make_readable
 
@@ -247,39 +247,3 @@ def test_file_with_a_false_size(tmp_path: Path) -> None:
     assert len(read_regular("/proc/self/status", 10, whole=False)[0]) == 10
     with pytest.raises(NotRegularError):
         read_regular(tmp_path, 10)
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("a.md", True),
-        ("new/folder/a.md", True),
-        (".gitignore", True),
-        ("sub/.epicignore", True),
-        ("sub", True),
-        ("gone.md", True),
-        ("gone.png", True),  # it may have been a folder
-        (".hidden/a.md", False),
-        (".git/index", False),
-        ("photo.png", False),
-        ("x.log", False),
-        ("build/a.md", False),
-        ("build", False),
-        ("node_modules/a.md", False),
-        ("a.md~", False),
-        (".a.md.swp", False),
-        ("4913", False),
-        ("#a.md#", False),
-        ("~$a.docx", False),
-        ("idx/chroma/x", False),
-        ("other-index/a.md", False),
-        ("../outside.md", False),
-        ("", True),
-    ],
-)
-def test_which_changes_count(tmp_path: Path, tree: Tree, path: str, expected: bool) -> None:
-    root = tree(tmp_path / "root", {".gitignore": "*.log\nbuild/\n", "a.md": "x", "sub/b.md": "x", "photo.png": b"\x89",
-                                    "other-index/index.json": '{"format": "epic-rag-index"}', "build/a.md": "x"})  # fmt: skip
-    root = root.resolve()
-    counts = ChangeFilter([root], IndexSettings(), root / "idx")
-    assert counts(os.path.normpath(root / path)) is expected
