@@ -1,4 +1,4 @@
-"""docs/formats.md lists the formats that are read, and no others."""
+"""docs/formats.md lists the supported formats, and no others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from epic_rag_chroma.reading.file_types import kind_of, languages, suffixes_by_k
 PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 
 
-def test_every_suffix_is_in_a_table_and_every_one_in_a_table_is_read() -> None:
+def test_suffixes() -> None:
     listed = set()
     for row in re.findall(r"^\|(.*)\|$", PAGE, re.M):
         if "|" in row:
@@ -27,6 +27,6 @@ def test_kinds_of_text() -> None:
 
 
 def test_languages() -> None:
-    named = PAGE[PAGE.index("the names are") : PAGE.index("Text is UTF-8")]
+    named = PAGE[PAGE.index("the names are") : PAGE.index("Text is decoded")]
     assert set(re.findall(r"`(\w+)`", named)) == set(languages())
     assert set(re.findall(r"(?<!\()`(\w+)`", named)) == set(LANGUAGES)
