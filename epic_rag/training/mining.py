@@ -34,7 +34,7 @@ from epic_rag.files import read_jsonl, write_atomically
 from epic_rag.training.config import first_problem
 from epic_rag.training.data import Pair, load_instructions, load_pairs
 
-__all__ = ["MinedNegatives", "MiningOptions", "MiningReport", "mine_file", "mine_negatives"]
+__all__ = ["MiningOptions", "MiningReport", "mine_file", "mine_negatives"]
 
 _Count = Annotated[int, Field(ge=1)]
 
@@ -88,20 +88,24 @@ class MiningOptions:
 
 
 @dataclass(frozen=True)
-class MinedNegatives:
-    """Negatives of every row, with counts.
+class MiningReport:
+    """Counts of mining.
 
     Attributes:
-        negatives: For each row its negatives: existing ones, then the mined ones by rank.
+        rows: Number of rows.
         documents: Number of different texts in the corpus.
         mined: Number of negatives added.
         short: Number of rows with fewer negatives than wanted.
     """
 
-    negatives: tuple[tuple[str, ...], ...]
+    rows: int
     documents: int
     mined: int
     short: int
+
+    def to_dict(self) -> dict[str, int]:
+        """Return plain values, for JSON."""
+        return asdict(self)
 
 
 def mine_negatives(
@@ -111,7 +115,7 @@ def mine_negatives(
     *,
     corpus: Sequence[str | tuple[str, str]] = (),
     show_progress: bool = False,
-) -> MinedNegatives:
+) -> tuple[list[tuple[str, ...]], MiningReport]:
     """Find hard negatives.
 
     A negative of a row is never its positive, a positive of a row with the same query or group, the query itself, or
@@ -126,7 +130,8 @@ def mine_negatives(
         show_progress: True to draw progress bars.
 
     Returns:
-        The negatives; the same ones for the same arguments.
+        For each row its negatives (existing ones, then the mined ones by rank), and counts. The same arguments give
+        the same negatives.
 
     Raises:
         DataError: If there are no rows.
@@ -164,12 +169,13 @@ def mine_negatives(
             places = random.Random(f"{options.seed}-{row}").sample(range(len(found)), wanted)
             found = [found[place] for place in sorted(places)]
         negatives.append((*pair.negatives, *found[:wanted]))
-    return MinedNegatives(
-        negatives=tuple(negatives),
+    report = MiningReport(
+        rows=len(pairs),
         documents=len(texts),
         mined=sum(map(len, negatives)) - sum(len(pair.negatives) for pair in pairs),
         short=sum(len(found) < options.negatives for found in negatives),
     )
+    return negatives, report
 
 
 def _key(text: str) -> str:
@@ -237,27 +243,6 @@ class _SentenceTransformer:
         return (torch.as_tensor(left) * torch.as_tensor(right)).sum(dim=-1)
 
 
-@dataclass(frozen=True)
-class MiningReport:
-    """Counts of a mined file.
-
-    Attributes:
-        rows: Rows of the file.
-        documents: Different texts in the corpus.
-        mined: Negatives added.
-        short: Rows with fewer negatives than wanted.
-    """
-
-    rows: int
-    documents: int
-    mined: int
-    short: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        return asdict(self)
-
-
 def mine_file(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -297,9 +282,9 @@ def mine_file(
         name = source.name.removesuffix(".gz").removesuffix(".jsonl")
         options = replace(options, instruction=load_instructions(source.parent).get(name))
     encoder = model if isinstance(model, EpicEncoder) else EpicEncoder.from_pretrained(model)
-    found = mine_negatives(pairs, encoder, options, corpus=documents, show_progress=show_progress)
+    mined, report = mine_negatives(pairs, encoder, options, corpus=documents, show_progress=show_progress)
     lines = []
-    for (_, row), negatives in zip(read_jsonl(source), found.negatives, strict=True):
+    for (_, row), negatives in zip(read_jsonl(source), mined, strict=True):
         line = json.dumps({**row, "negatives": list(negatives)} if negatives else row, ensure_ascii=False)
         # Half a surrogate pair, which other keys may hold, has no UTF-8; its escape is valid JSON.
         lines.append(f"{line}\n".encode("utf-8", "backslashreplace"))
@@ -309,7 +294,7 @@ def mine_file(
         write_atomically(target, gzip.compress(data, mtime=0) if target.suffix == ".gz" else data)
     except OSError as error:
         raise DataError(f"{target} cannot be written ({error}). Free disk space, or write elsewhere.") from error
-    return MiningReport(len(pairs), found.documents, found.mined, found.short)
+    return report
 
 
 def _read_corpus(path: Path) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ import pytest
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import ConfigError, DataError, MissingExtraError
 from epic_rag.training.data import Pair
-from epic_rag.training.mining import MinedNegatives, MiningOptions, mine_negatives
+from epic_rag.training.mining import MiningOptions, MiningReport, mine_negatives
 
 WORDS = ["cat", "dog", "pen", "cup", "hat", "sun", "map", "key"]
 
@@ -37,12 +37,14 @@ class Angles:
         return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
 
-def mine(pairs: Sequence[Pair], encoder: Any = None, corpus: Any = (), **options: Any) -> MinedNegatives:
+def mine(
+    pairs: Sequence[Pair], encoder: Any = None, corpus: Any = (), **options: Any
+) -> tuple[list[tuple[str, ...]], MiningReport]:
     return mine_negatives(pairs, encoder or Angles(), MiningOptions(**options), corpus=corpus)
 
 
-def nearest(pairs: Sequence[Pair], corpus: Any = (), **options: Any) -> tuple[tuple[str, ...], ...]:
-    return mine(pairs, corpus=corpus, **{"margin": None, "negatives": 3, **options}).negatives
+def nearest(pairs: Sequence[Pair], corpus: Any = (), **options: Any) -> list[tuple[str, ...]]:
+    return mine(pairs, corpus=corpus, **{"margin": None, "negatives": 3, **options})[0]
 
 
 # Exclusions
@@ -84,7 +86,7 @@ def test_a_corpus() -> None:
     corpus = ["30", ("20: cats", "5: fish"), ("25: food", "y"), "25: FOOD  y"]
     # With a title before it, a row's positive is excluded still; equal texts count once.
     assert nearest(rows, corpus)[0] == ("25: food y", "30", "100")
-    assert mine(rows, corpus=corpus, margin=None).documents == 5
+    assert mine(rows, corpus=corpus, margin=None)[1].documents == 5
     assert "20: cats 5: fish" in nearest([Pair("0", "7"), *rows[1:]], corpus)[0]
 
 
@@ -127,14 +129,14 @@ def test_depth_and_skip_top(options: dict[str, int], expected: tuple[str, ...]) 
 )
 def test_margins(positive: str, options: dict[str, float], expected: tuple[str, ...]) -> None:
     rows = [Pair("0", positive), *(Pair("180", angle) for angle in ("30", "45", "60", "100"))]
-    assert mine(rows, negatives=4, **options).negatives[0] == expected
+    assert mine(rows, negatives=4, **options)[0][0] == expected
 
 
 def test_counts() -> None:
     rows = [Pair("0", "10", ("x",)), Pair("180", "170"), Pair("90", "80")]
-    result = mine(rows, negatives=2)
-    assert (result.documents, result.mined, result.short) == (3, sum(map(len, result.negatives)) - 1, 0)
-    assert mine(rows, negatives=4).short == 3
+    negatives, report = mine(rows, negatives=2)
+    assert report == MiningReport(rows=3, documents=3, mined=sum(map(len, negatives)) - 1, short=0)
+    assert mine(rows, negatives=4)[1].short == 3
 
 
 # Choice
@@ -180,8 +182,8 @@ def test_with_a_real_encoder(tiny_encoder: EpicEncoder, capfd: pytest.CaptureFix
         tiny_encoder.encode_query([rows[0].query], instruction="Say what it is"),
         tiny_encoder.encode_document([row.positive for row in rows]),
     )[0]
-    assert result.negatives[0] == tuple(rows[number + 1].positive for number in np.argsort(-cosines[1:])[:3])
-    assert mine(rows, tiny_encoder, **options, symmetric=True).negatives != result.negatives
+    assert result[0][0] == tuple(rows[number + 1].positive for number in np.argsort(-cosines[1:])[:3])
+    assert mine(rows, tiny_encoder, **options, symmetric=True) != result
     # Nothing is printed.
     assert capfd.readouterr() == ("", "")
 
