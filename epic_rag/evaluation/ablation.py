@@ -30,7 +30,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -282,7 +282,7 @@ def _arm(name: str, entry: Any, base: Mapping[str, Any], overrides: Sequence[str
         config = TrainingConfig.from_dict({**values, "evaluation_tasks": scored}, origin=f"arm {name}")
     except ConfigError as error:
         raise ConfigError(f"Arm {name}: {error}") from error
-    shown: tuple[Shown, ...] = ("epic", "text") if config.strategy == "none" else (cast("Shown", config.strategy),)
+    shown: tuple[Shown, ...] = ("epic", "text") if config.strategy == "none" else (config.strategy,)
     return Arm(name, axis, config, shown)
 
 

@@ -217,7 +217,7 @@ def mine(
         skip_top=skip_top,
         margin=None if no_margin else margin,
         absolute_margin=absolute_margin,
-        sampling=sampling,
+        sampling=sampling,  # type: ignore[arg-type]  # checked there
         seed=seed,
         symmetric=symmetric,
         instruction=instruction,
