@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,13 @@ def edges() -> dict[str, set[str]]:
     return graph
 
 
+def test_there_are_no_import_cycles() -> None:
+    try:
+        TopologicalSorter(edges()).prepare()
+    except CycleError as error:
+        pytest.fail("import cycle: " + " <- ".join(error.args[1]))
+
+
 @pytest.mark.parametrize("package", SOURCES)
 def test_packages_import_only_those_below(package: str) -> None:
     allowed = {package, *LAYERS[package]}
@@ -93,6 +101,7 @@ def test_packages_import_only_those_below(package: str) -> None:
     ("package", "forbidden"),
     [
         ("epic_rag", ("llama_index", "chromadb", "typer")),
+        ("epic_rag.training", ("epic_rag.evaluation",)),
         ("epic_rag_chroma", ("typer",)),
         ("llama_index", ("typer",)),
     ],
@@ -118,3 +127,8 @@ def test_other_packages_import_only_what_epic_rag_chroma_exports() -> None:
         and not (source == "epic_rag_chroma" and (name is None or name in epic_rag_chroma.__all__))
     ]
     assert found == []
+
+
+def test_modules_have_at_most_900_lines() -> None:
+    lines = {module: path.read_text(encoding="utf-8").count("\n") for module, path in modules().items()}
+    assert {module: count for module, count in lines.items() if count > MAX_LINES} == {}
