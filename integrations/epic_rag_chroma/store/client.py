@@ -17,6 +17,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlsplit
@@ -37,11 +38,13 @@ if TYPE_CHECKING:
     from chromadb.api import ClientAPI
 
 __all__ = [
+    "DEFAULT_TIMING",
     "READER_PATIENCE",
     "TRANSIENT",
     "WRITER_PATIENCE",
     "ServerClient",
     "Session",
+    "Timing",
     "folder_client",
     "is_panic",
     "plain",
@@ -51,32 +54,60 @@ logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 60.0
-# Shorter than what servers and proxies wait for: if a connection is closed within that time, it was not for idleness.
-_KEEPALIVE_SECONDS = 8.0
-# A connection that breaks and is there again within this time was broken by something else than a restart.
+# A connection that is back within this time was not broken by a restart.
 _RESTART_SECONDS = 0.3
-_FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 3.0
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
-# Chroma answers 500 for a busy database, but also for what no second try will change.
+# Chroma answers 500 for a busy database, but also for permanent errors.
 _TRIES_AT_500 = 5
 _SHOWN = 160
 _WRITES = ("/upsert", "/update", "/delete")
 
 
-class Session(httpx.Client):
-    """An HTTP session that tries again, and turns whatever goes wrong into a `ChromaServerError`.
+# Seconds for which failing requests are retried. A query should fail soon; a run of the indexer should survive a
+# restart of the server.
+READER_PATIENCE = 3.0
+WRITER_PATIENCE = 60.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Pauses and limits of a session in seconds.
 
     Args:
-        server: Whom it talks to.
-        secret_headers: Headers that no message may show.
-        patience: For how many seconds a request that fails is tried again; can be changed.
+        check: Time limit of each request when a server is opened.
+        check_patience: For how long these requests are retried.
+        first_pause: Pause before the first retry; further ones grow exponentially.
+        keepalive: How long an idle connection is kept. It is shorter than the idle timeouts of servers and proxies, so
+            that a connection that was closed earlier was not closed for idleness.
     """
 
-    def __init__(self, server: ChromaServer, secret_headers: dict[str, str], patience: float) -> None:
+    check: float = 10.0
+    check_patience: float = READER_PATIENCE
+    first_pause: float = 0.1
+    keepalive: float = 8.0
+
+
+DEFAULT_TIMING = Timing()
+
+
+class Session(httpx.Client):
+    """An HTTP session with retries that raises every failure as a `ChromaServerError`.
+
+    Args:
+        server: The server.
+        secret_headers: Headers with secrets, which are removed from messages.
+        patience: For how many seconds a failing request is retried; can be set later.
+        timing: Pauses and limits.
+    """
+
+    def __init__(
+        self, server: ChromaServer, secret_headers: dict[str, str], patience: float, timing: Timing = DEFAULT_TIMING
+    ) -> None:
         self.patience = patience
+        self._timing = timing
         self._target = server
-        # "Bearer TOKEN" and TOKEN itself, the longer ones first.
+        # "Bearer TOKEN" and TOKEN, the longer ones first.
         secrets = {part for value in secret_headers.values() for part in (value, value.rpartition(" ")[2])}
         self._secrets = sorted(secrets, key=len, reverse=True)
         self._has_token = bool(secret_headers)
@@ -86,25 +117,25 @@ class Session(httpx.Client):
         super().__init__(
             headers={"Content-Type": "application/json", "User-Agent": "epic-rag", **secret_headers},
             timeout=httpx.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
-            limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_SECONDS),
-            # A proxy that the environment names cannot know this machine by its own name for itself.
+            limits=httpx.Limits(keepalive_expiry=timing.keepalive),
+            # A proxy of the environment cannot reach this machine as localhost.
             mounts={f"all://{urlsplit(server.url).netloc}": None} if server.is_local else None,
         )
 
     def request(self, method: str, url: httpx.URL | str, **options: Any) -> httpx.Response:
-        """As httpx's; always a response with a status of success.
+        """Send a request, with retries; see httpx. The response always has a status of success.
 
         Raises:
-            RestartedError: If rows have been written, and the server was away since.
-            ChromaServerError: If there is no such response, and trying again has not helped.
+            RestartedError: If the server was restarted after rows have been written.
+            ChromaServerError: If there is no such response.
         """
         self._has_written |= method.upper() == "POST" and str(url).endswith(_WRITES)
         trouble: list[tuple[float, bool]] = []
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_is_transient),
             stop=self._is_enough,
-            wait=_pause,
-            before_sleep=self._tell,
+            wait=self._pause,
+            before_sleep=self._log_retry,
             reraise=True,
         )
         try:
@@ -115,8 +146,7 @@ class Session(httpx.Client):
             raise ChromaServerError(self._unreachable(error)) from error
         if self._was_away(trouble, response) and self._has_written:
             raise RestartedError(
-                f"{self._target.url} was restarted while rows were being written; run the command again to see that "
-                "they are there"
+                f"{self._target.url} was restarted while rows were being written. Run the command again to check them."
             )
         return response
 
@@ -129,66 +159,73 @@ class Session(httpx.Client):
             trouble.append((time.monotonic(), isinstance(error, httpx.ConnectError)))
             raise
         if not response.is_success:
-            if response.status_code in (502, 503, 504):  # what a proxy says of a server that is not there
+            if response.status_code in (502, 503, 504):  # from a proxy whose server is away
                 trouble.append((time.monotonic(), True))
-            # Without the message that httpx would make of it; ours is made once, at the end.
+            # Without httpx's message; `_refused` formats ours.
             raise httpx.HTTPStatusError("", request=response.request, response=response)
         return response
 
     def _was_away(self, trouble: list[tuple[float, bool]], response: httpx.Response) -> bool:
-        """Whether the server was not there for a while between the last response and this one."""
+        """Return whether the server was away between the last response and this one."""
         now, before, connection = time.monotonic(), self._connection, _connection(response)
         idle = now - response.elapsed.total_seconds() - self._answered
-        # None when the connection was to end with this response.
+        # None if the connection ends with this response.
         self._connection = None if response.headers.get("connection", "").lower() == "close" else connection
         self._answered = now
         if trouble:
             return any(refused for _, refused in trouble) or now - trouble[0][0] > _RESTART_SECONDS
-        return None not in (before, connection) and before != connection and idle < _KEEPALIVE_SECONDS
+        return None not in (before, connection) and before != connection and idle < self._timing.keepalive
 
     def _is_enough(self, state: tenacity.RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome is not None else None
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 500:
             return state.attempt_number >= _TRIES_AT_500
-        # The pause counts: nobody waits for longer than was said.
+        # The upcoming pause counts: patience is an upper limit.
         return (state.seconds_since_start or 0.0) + state.upcoming_sleep > self.patience
 
-    def _tell(self, state: tenacity.RetryCallState) -> None:
+    def _pause(self, state: tenacity.RetryCallState) -> float:
+        """Return exponential backoff with jitter, or the server's Retry-After up to a limit."""
+        error = state.outcome.exception() if state.outcome is not None else None
+        requested = error.response.headers.get("retry-after", "") if isinstance(error, httpx.HTTPStatusError) else ""
+        first = self._timing.first_pause
+        if requested.isdecimal():
+            return min(float(requested), _LONGEST_PAUSE) + first
+        return float(tenacity.wait_random_exponential(multiplier=first, min=first / 2, max=_LONGEST_PAUSE)(state))
+
+    def _log_retry(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
         why = f"status {error.response.status_code}" if isinstance(error, httpx.HTTPStatusError) else _reason(error)
-        # Short trouble is nobody's business; long silence is.
-        level = logging.WARNING if state.attempt_number == _WORTH_SAYING else logging.INFO
-        logger.log(level, "waiting for the Chroma server at %s (%s)", self._target.url, why)
+        # Only long waits are worth a warning.
+        level = logging.WARNING if state.attempt_number == _WARN_AT_ATTEMPT else logging.INFO
+        logger.log(level, "Waiting for the Chroma server at %s (%s)", self._target.url, why)
 
     def _refused(self, response: httpx.Response) -> str:
         url, status = self._target.url, response.status_code
         if status in (401, 403):
             if self._has_token:
                 return (
-                    f"{url} refuses the credentials in {TOKEN_VARIABLE} and {HEADERS_VARIABLE} (status {status}); set "
-                    f"{TOKEN_VARIABLE} to a token that may use tenant {self._target.tenant} and database "
-                    f"{self._target.database}"
+                    f"{url} refuses the credentials in {TOKEN_VARIABLE} and {HEADERS_VARIABLE} (status {status}). "
+                    f"Set {TOKEN_VARIABLE} to a token for tenant {self._target.tenant} and database "
+                    f"{self._target.database}."
                 )
-            return f"{url} wants credentials (status {status}), and none are set; set {TOKEN_VARIABLE} to the token"
+            return f"{url} requires credentials (status {status}). Set {TOKEN_VARIABLE} to the token."
         if status in (301, 302, 303, 307, 308):
             there = plain(response.headers.get("location", "elsewhere"))
-            return f"{url} sends on to {there}; give --chroma the address where the server is"
-        said = f"status {status}: {self._words(response)}".rstrip(": ")
+            return f"{url} redirects to {there}. Pass the server's address with --chroma."
+        said = f"status {status}: {self._server_message(response)}".rstrip(": ")
         if status == 404 and "/collections/" in response.request.url.path:
             return (
-                f"{url} has lost the index's collection ({said}); run `epic-rag index` with the indexed folder to make "
-                "it again"
+                f"The index's collection is missing on {url} ({said}). Run `epic-rag index` with the indexed folder to "
+                "rebuild it."
             )
         if status == 413:
-            return (
-                f"{url} takes no request of this size ({said}); raise the limit of the server or of the proxy before it"
-            )
+            return f"{url} refuses a request of this size ({said}). Raise the limit of the server or its proxy."
         if status >= 500 or status in TRANSIENT:
-            return f"{url} cannot answer now ({said}); see the server's log, and run the command again"
-        return f"{url} refuses a request ({said}); see the server's log, and run the command again"
+            return f"{url} cannot answer now ({said}). Check the server's log and run the command again."
+        return f"{url} refuses a request ({said}). Check the server's log and run the command again."
 
-    def _words(self, response: httpx.Response) -> str:
-        """What the server said, in a form that can be shown."""
+    def _server_message(self, response: httpx.Response) -> str:
+        """Return the server's message without secrets and control characters."""
         text = response.text
         try:
             content = response.json()
@@ -205,42 +242,31 @@ class Session(httpx.Client):
         url, port = self._target.url, urlsplit(self._target.url).port
         causes = list(_causes(error))
         if any(isinstance(cause, socket.gaierror) for cause in causes):
-            return f"no machine has the name in {url}; check the address and the network, and run the command again"
+            return f"The host name in {url} is unknown. Check the address and the network."
         tls = next((cause for cause in causes if isinstance(cause, ssl.SSLError)), None)
         if isinstance(tls, ssl.SSLCertVerificationError):
             return (
-                f"{url} does not prove that it is that server ({plain(tls.verify_message)}); set SSL_CERT_FILE to the "
-                "certificate of its authority, or correct the address"
+                f"The certificate of {url} cannot be verified ({plain(tls.verify_message)}). Set SSL_CERT_FILE to the "
+                "certificate of its authority, or correct the address."
             )
         if tls is not None:
-            return f"{url} does not speak TLS ({plain(tls.reason or str(tls))}); give --chroma an address with http://"
+            return f"{url} does not speak TLS ({plain(tls.reason or str(tls))}). Use an address with http://."
         if isinstance(error, httpx.TimeoutException):
             return (
-                f"{url} does not answer in time ({_reason(error)}); see whether the server is busy, and run the "
-                "command again"
+                f"{url} does not answer in time ({_reason(error)}). Check the server's load and run the command again."
             )
         if isinstance(error, httpx.ConnectError):
-            start = f"start one with `chroma run --path FOLDER --port {port}`" if self._target.is_local else "start it"
-            return f"no Chroma server answers at {url} ({_reason(error)}); {start}, or correct the address"
-        return f"the connection to {url} broke ({_reason(error)}); see the server's log, and run the command again"
+            start = f"Start one with `chroma run --path FOLDER --port {port}`" if self._target.is_local else "Start it"
+            return f"No Chroma server answers at {url} ({_reason(error)}). {start}, or correct the address."
+        return f"The connection to {url} was lost ({_reason(error)}). Check the server's log and run the command again."
 
 
-# The try at which, with growing pauses, a second or two have passed.
-_WORTH_SAYING = 7
-
-
-def _pause(state: tenacity.RetryCallState) -> float:
-    """Growing and random, or what the server asks for, if that is not too long."""
-    error = state.outcome.exception() if state.outcome is not None else None
-    asked = error.response.headers.get("retry-after", "") if isinstance(error, httpx.HTTPStatusError) else ""
-    if asked.isdecimal():
-        return min(float(asked), _LONGEST_PAUSE) + _FIRST_PAUSE
-    grow = tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE, min=_FIRST_PAUSE / 2, max=_LONGEST_PAUSE)
-    return float(grow(state))
+# With growing pauses, one or two seconds have passed.
+_WARN_AT_ATTEMPT = 7
 
 
 def _connection(response: httpx.Response) -> object:
-    """Tells one connection from the next; None if it has been closed already."""
+    """Return an id of the connection; None if it is closed."""
     stream = response.extensions.get("network_stream")
     try:
         return None if stream is None else stream.get_extra_info("client_addr")
@@ -271,7 +297,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _reason(error: BaseException | None) -> str:
-    """A short word for what happened: the system's own where it has one."""
+    """Return a short reason, from the operating system if possible."""
     if error is None:
         return ""
     for cause in _causes(error):
@@ -281,28 +307,22 @@ def _reason(error: BaseException | None) -> str:
 
 
 def plain(text: str) -> str:
-    """One short line without control characters; it comes from a machine that we know nothing of."""
+    """Return untrusted text as one short line without control characters."""
     return "".join(each for each in " ".join(text.split()) if each.isprintable())[:_SHOWN]
 
 
-# Seconds for which failing requests are tried again. A query should fail while its user still looks; a run of the
-# indexer should outlive a restart of the server.
-READER_PATIENCE = 3.0
-WRITER_PATIENCE = 60.0
-
-_GREETING_SECONDS = 10.0
 _PAGE = 200
-_ROWS_IF_UNSAID = 1000
+_DEFAULT_BATCH = 1000
 
 
 def folder_client(index_dir: Path) -> ClientAPI:
-    """A client for the files in an index folder.
+    """Return a client for the files in an index folder.
 
     Raises:
-        RuntimeError: If Chroma panics, for want of memory or threads.
+        RuntimeError: If Chroma panics, for lack of memory or threads.
     """
     # Chroma shares one system between the clients of a path and refuses a second one with other settings. The dot
-    # makes ours a path of its own, so that a user's client with default settings can open the same folder.
+    # makes another path, so that a user's client with default settings can open the same folder.
     path = str(index_dir / CHROMA_FOLDER) + "/."
     try:
         return chromadb.PersistentClient(path, settings=Settings(anonymized_telemetry=False))
@@ -313,23 +333,26 @@ def folder_client(index_dir: Path) -> ClientAPI:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether this is a panic of Chroma's Rust, which is no Exception: whoever handles those would not see it."""
+    """Return whether this is a panic of Chroma's Rust code, which is not an `Exception`."""
     return type(error).__name__ == "PanicException"
 
 
 class ServerClient:
-    """What an index needs of a client, for one database on a Chroma server. Close it.
+    """The part of Chroma's client API that an index needs, for one database on a server. Must be closed.
 
     Args:
         server: The server.
-        patience: For how many seconds a request that fails is tried again once the server has answered.
+        patience: For how many seconds failing requests are retried once the server has answered.
+        timing: Pauses and limits.
 
     Raises:
-        ChromaServerError: If the server does not answer, is no Chroma server that this can talk to, refuses the
-            credentials, or has no such tenant or database.
+        ChromaServerError: If the server does not answer, is not a Chroma server with API v2, refuses the credentials,
+            or has no such tenant or database.
     """
 
-    def __init__(self, server: ChromaServer, *, patience: float = READER_PATIENCE) -> None:
+    def __init__(
+        self, server: ChromaServer, *, patience: float = READER_PATIENCE, timing: Timing = DEFAULT_TIMING
+    ) -> None:
         self._server = server
         settings = Settings(
             anonymized_telemetry=False,
@@ -339,16 +362,17 @@ class ServerClient:
             chroma_server_ssl_enabled=server.url.startswith("https:"),
             chroma_server_headers={},
         )
-        # chromadb's Client would make requests of its own before it can be told a time limit, and opens a second
-        # connection; the API beneath makes none.
+        # chromadb's Client sends requests before a time limit can be set, and opens a second connection; its API class
+        # does not.
         self._system = System(settings)
         self._api: ServerAPI = self._system.instance(cast(Any, ServerAPI))
         inner: Any = self._api
         inner._session.close()
-        self._session = Session(server, request_headers(), READER_PATIENCE)
+        self._timing = timing
+        self._session = Session(server, request_headers(), timing.check_patience, timing)
         inner._session = self._session
         try:
-            self._greet()
+            self._check_server()
         except BaseException:
             self.close()
             raise
@@ -360,12 +384,12 @@ class ServerClient:
         self._system.stop()
 
     def get_max_batch_size(self) -> int:
-        """The most rows that the server takes at once."""
+        """Return the maximum number of rows in a request."""
         said = int(cast(Any, self._api).get_max_batch_size())
-        return said if said > 0 else _ROWS_IF_UNSAID
+        return said if said > 0 else _DEFAULT_BATCH
 
     def list_collections(self) -> Iterator[Collection]:
-        """All collections of the database, whoever made them."""
+        """Yield all collections of the database, also those of others."""
         offset = 0
         while True:
             models = self._api.list_collections(_PAGE, offset, **self._where())
@@ -376,7 +400,7 @@ class ServerClient:
             offset += _PAGE
 
     def find_collection(self, collection_id: str) -> Collection | None:
-        """The collection with an id; None if it is not there."""
+        """Return the collection with an id; None if it does not exist."""
         try:
             model = self._api.get_collection_by_id(UUID(collection_id), **self._where())
         except ChromaServerError as error:
@@ -388,7 +412,7 @@ class ServerClient:
     def create_collection(
         self, name: str, *, metadata: dict[str, Any], configuration: Any, embedding_function: Any
     ) -> Collection:
-        """Make a collection; the name must be one that nobody else would take."""
+        """Create a collection; the name must be unique."""
         try:
             model = self._api.create_collection(
                 name=name,
@@ -399,12 +423,12 @@ class ServerClient:
         except ChromaServerError as error:
             if error.status != 409:
                 raise
-            # A first try had come through, and its answer was lost.
+            # An earlier attempt succeeded, and its answer was lost.
             model = self._api.get_collection(name, **self._where())
         return Collection(client=self._api, model=model, embedding_function=embedding_function)
 
     def delete_collection(self, name: str) -> None:
-        """Delete a collection; it may be gone already."""
+        """Delete a collection, if it exists."""
         try:
             self._api.delete_collection(name, **self._where())
         except ChromaServerError as error:
@@ -414,38 +438,38 @@ class ServerClient:
     def _where(self) -> dict[str, Any]:
         return {"tenant": self._server.tenant, "database": self._server.database}
 
-    def _greet(self) -> None:
-        """See that this is a Chroma server with the API that we speak, and that the database is there."""
+    def _check_server(self) -> None:
+        """Check that this is a Chroma server with API v2, and that the database exists."""
         url, api = self._server.url, f"{self._server.url}/api/v2"
-        answer = self._ask(f"{api}/heartbeat")
+        answer = self._get_json(f"{api}/heartbeat")
         if not isinstance(answer, dict) or "nanosecond heartbeat" not in answer:
-            old = self._ask(f"{url}/api/v1/heartbeat")
+            old = self._get_json(f"{url}/api/v1/heartbeat")
             if isinstance(old, dict) and "nanosecond heartbeat" in old:
                 raise ChromaServerError(
-                    f"{url} is a Chroma server of an old version with API v1, epic-rag needs API v2 of Chroma 1.x; "
-                    "update the server (`pip install --upgrade chromadb`) and run the command again"
+                    f"{url} is an old Chroma server with API v1, epic-rag needs API v2 of Chroma 1.x. "
+                    "Update the server (`pip install --upgrade chromadb`)."
                 )
             raise ChromaServerError(
-                f"{url} answers, but not as a Chroma server does; give --chroma the address that `chroma run` shows"
+                f"{url} is not a Chroma server. Pass the address that `chroma run` shows with --chroma."
             )
-        version = self._ask(f"{api}/version")
+        version = self._get_json(f"{api}/version")
         if isinstance(version, str) and version.partition(".")[0] == "0":
             raise ChromaServerError(
-                f"{url} is a Chroma server of version {plain(version)}, epic-rag needs 1.x; update the server "
-                "(`pip install --upgrade chromadb`) and run the command again"
+                f"{url} is a Chroma server of version {plain(version)}, epic-rag needs 1.x. Update the server "
+                "(`pip install --upgrade chromadb`)."
             )
         tenant, database = self._server.tenant, self._server.database
-        if self._ask(f"{api}/tenants/{quote(tenant, safe='')}/databases/{quote(database, safe='')}") is None:
+        if self._get_json(f"{api}/tenants/{quote(tenant, safe='')}/databases/{quote(database, safe='')}") is None:
             raise ChromaServerError(
-                f"{url} has no database {database} of a tenant {tenant}; set EPIC_RAG_CHROMA_TENANT and "
-                "EPIC_RAG_CHROMA_DATABASE to one that it has, or make it with chromadb.AdminClient",
+                f"{url} has no database {database} of a tenant {tenant}. Set EPIC_RAG_CHROMA_TENANT and "
+                "EPIC_RAG_CHROMA_DATABASE to an existing one, or create it with chromadb.AdminClient.",
                 404,
             )
 
-    def _ask(self, url: str) -> Any:
-        """The JSON at an address; None if there is none."""
+    def _get_json(self, url: str) -> Any:
+        """Return the JSON at an address; None if there is none."""
         try:
-            response = self._session.request("GET", url, timeout=_GREETING_SECONDS)
+            response = self._session.request("GET", url, timeout=self._timing.check)
             return response.json()
         except ChromaServerError as error:
             if error.status is None or error.status in (301, 302, 303, 307, 308, 401, 403, *TRANSIENT):

@@ -1,17 +1,17 @@
-"""The Chroma collection behind an index, with what Chroma must be told and guarded against in one place.
+"""Chroma collection of an index, with Chroma's pitfalls handled in one place.
 
-* Cosine is asked for by name (l2 is Chroma's default), and a hit's score is 1 - distance.
-* `get_or_create_collection` silently keeps an old configuration, so it is never used: a collection is made once, found
-  by its id, and its space checked.
-* Chroma takes two embedding functions for the same if their names are; the fingerprint is in the collection's metadata.
-* `upsert`, never `add`, which ignores an id that exists. Batches are no longer than the client allows, never empty.
-* The graph: with the defaults, a search misses a quarter of the true ten among random vectors; wider lists and a longer
-  search find all but a few. Rows that are not yet synced are inserted again by the next write, at the price of an
-  update of the graph each, so they are synced often.
+* Space "cosine" is set explicitly (Chroma's default is l2); a hit's cosine is 1 - distance.
+* `get_or_create_collection` silently keeps an old configuration, so it is not used: a collection is created once,
+  opened by its id, and its space is checked.
+* Chroma compares embedding functions by name only; the fingerprint is in the collection's metadata.
+* `upsert` is used instead of `add`, which ignores existing ids. Batches are not empty and not larger than the limit.
+* HNSW: with Chroma's defaults a search misses a quarter of the true ten among random vectors; more neighbours and a
+  longer search find nearly all. Rows that are not synced are inserted again by the next write, at the price of a graph
+  update each, so they are synced often.
 * Chroma's telemetry is off.
 
-The collection is in the index folder or on a server, which may hold other people's collections and other indexes. Only
-collections with our mark, and on a server with the index's id besides, are ever changed or deleted.
+The collection is in the index folder or on a server, which may contain collections of others and of other indexes. Only
+collections with our mark, and on a server with the index's id, are changed or deleted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ import numpy.typing as npt
 
 from epic_rag.errors import EpicError
 from epic_rag_chroma.errors import ChromaServerError, IndexStateError
-from epic_rag_chroma.store.client import READER_PATIENCE, WRITER_PATIENCE, ServerClient, folder_client
+from epic_rag_chroma.store.client import (
+    DEFAULT_TIMING,
+    READER_PATIENCE,
+    WRITER_PATIENCE,
+    ServerClient,
+    Timing,
+    folder_client,
+)
 from epic_rag_chroma.store.database import Record
 from epic_rag_chroma.store.paths import CHROMA_FOLDER
 from epic_rag_chroma.store.server import Place, ServerPlace
@@ -47,7 +54,7 @@ __all__ = [
 COLLECTION = "epic_rag"
 _OWNER = "epic-rag"
 _PAGE = 2000
-# What one request to a server may weigh. Chroma itself takes 40 MiB; proxies often take less, see `_send`.
+# Size of a request to a server. Chroma accepts 40 MiB, proxies often less; see `_send`.
 _REQUEST_BYTES = 8 * 2**20
 _METADATA_BYTES = 1000
 _ID_BYTES = 40
@@ -59,7 +66,7 @@ _HNSW: dict[str, Any] = {
     "batch_size": 100,
     "sync_threshold": 100,
 }
-# A server keeps in memory what is not synced, and a server that is killed while it syncs leaves a broken graph.
+# A server keeps unsynced rows in memory, and a server that is killed while it syncs leaves a broken graph.
 _HNSW_ON_SERVER = {**_HNSW, "sync_threshold": 1000}
 
 Metadata = Mapping[str, str | int | float | bool | None]
@@ -67,40 +74,64 @@ Vectors = npt.NDArray[np.float32]
 
 
 class ChunkStore:
-    """One collection of chunks, in an index folder or on a server.
+    """A collection of chunks in an index folder or on a server.
 
-    Make one with `create` or `open`, and close it.
+    Made by `create` or `open`; must be closed.
+
+    Args:
+        client: The client.
+        collection: Chroma's collection.
+        place: Where it is.
+        page: Number of rows that are read at a time.
+        max_batch: Maximum number of rows in a request; None for the client's limit.
     """
 
-    def __init__(self, client: ClientAPI | ServerClient, collection: Collection, place: Place) -> None:
+    def __init__(
+        self,
+        client: ClientAPI | ServerClient,
+        collection: Collection,
+        place: Place,
+        *,
+        page: int = _PAGE,
+        max_batch: int | None = None,
+    ) -> None:
         self._client = client
         self._collection = collection
         self._place = place
-        self._max_batch = int(client.get_max_batch_size())
+        self._max_batch = max_batch or int(client.get_max_batch_size())
+        self._page = page
         self._max_bytes = _REQUEST_BYTES
 
     @classmethod
     def create(
-        cls, place: Place, *, source: str, model: str, fingerprint: str, truncate_dim: int | None = None
+        cls,
+        place: Place,
+        *,
+        source: str,
+        model: str,
+        fingerprint: str,
+        truncate_dim: int | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> ChunkStore:
-        """Make a new, empty collection beside the one that counts; `publish` lets it take that one's place.
+        """Create an empty collection beside the current one, which `publish` replaces by it.
 
         Args:
             place: The index folder, or the index's place on a server.
-            source: What loads the model again; becomes part of the collection's embedding function.
-            model: The model's name, for people.
+            source: The model's name or folder; becomes part of the collection's embedding function.
+            model: The model's display name.
             fingerprint: The model's fingerprint.
-            truncate_dim: Its width, if it was cut.
+            truncate_dim: Its dimension, if truncated.
+            timing: Pauses and limits of requests to a server.
 
         Raises:
-            ChromaServerError: If the server cannot be reached or refuses, as in all that follows.
+            ChromaServerError: If the server cannot be reached or refuses; also in all other methods.
         """
         from epic_rag_chroma.embedding_function import EpicEmbeddingFunction  # imports chromadb
 
-        client = _client(place, WRITER_PATIENCE)
+        client = _client(place, WRITER_PATIENCE, timing)
         try:
             function = EpicEmbeddingFunction(source, truncate_dim=truncate_dim, fingerprint=fingerprint)
-            # A name of its own: what an interrupted rebuild left goes when a collection is published, not before.
+            # A unique name: leftovers of an interrupted rebuild are deleted when a collection is published.
             collection = client.create_collection(
                 f"{_public_name(place)}_{uuid.uuid4().hex[:12]}",
                 metadata={"owner": _OWNER, "model": model, "fingerprint": fingerprint, **_mark(place)},
@@ -114,25 +145,25 @@ class ChunkStore:
 
     @classmethod
     def open(cls, place: Place, collection: str | None, *, patience: float = READER_PATIENCE) -> ChunkStore | None:
-        """Open the collection with an id; None if it is not there.
+        """Open the collection with an id; return None if it does not exist.
 
         Args:
             place: The index folder, or the index's place on a server.
             collection: The id.
-            patience: For how many seconds requests to a server are tried again.
+            patience: For how many seconds requests to a server are retried.
 
         Raises:
-            IndexStateError: If Chroma cannot open its files, or the collection does not hold cosines.
+            IndexStateError: If Chroma cannot open its files, or the collection has another space than cosine.
         """
         if collection is None:
             return None
         if isinstance(place, Path) and not (place / CHROMA_FOLDER / "chroma.sqlite3").is_file():
-            return None  # and let Chroma make none: two processes that open a fresh folder can crash
+            return None  # without letting Chroma create one: two processes that open a new folder can crash
         try:
             client = _client(place, patience)
         except EpicError:
             raise
-        except Exception as error:  # Chroma raises whatever its bindings do
+        except Exception as error:  # Chroma raises whatever its bindings raise
             raise _unreadable(place, error) from error
         try:
             for candidate in _owned(client, place, collection):
@@ -150,7 +181,7 @@ class ChunkStore:
 
     @staticmethod
     def delete_all(place: ServerPlace) -> None:
-        """Delete what an index has on a server."""
+        """Delete an index's collections on a server."""
         client = ServerClient(place.server)
         try:
             for collection in list(_owned(client, place)):
@@ -160,16 +191,16 @@ class ChunkStore:
 
     @property
     def id(self) -> str:
-        """The collection's id, which outlives its renaming."""
+        """The collection's id, which renaming does not change."""
         return str(self._collection.id)
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the model that made the vectors."""
+        """The fingerprint of the model that made the vectors."""
         return str((self._collection.metadata or {}).get("fingerprint", ""))
 
     def publish(self) -> None:
-        """Give the collection its public name and delete what else we have here. Safe to repeat after a crash."""
+        """Give the collection its public name and delete the index's other collections. Idempotent."""
         for other in list(_owned(self._client, self._place)):
             if str(other.id) != self.id:
                 self._client.delete_collection(other.name)
@@ -177,7 +208,7 @@ class ChunkStore:
             self._collection.modify(name=_public_name(self._place))
 
     def count(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return int(self._collection.count())
 
     def upsert(self, ids: Sequence[str], vectors: Vectors, texts: Sequence[str], metadatas: Sequence[Metadata]) -> None:
@@ -187,7 +218,7 @@ class ChunkStore:
             ids: Ids; a row that exists is replaced.
             vectors: (n, dim) float32.
             texts: The rows' documents.
-            metadatas: The rows' metadata; None and NaN are left out, as Chroma has no place for them.
+            metadatas: The rows' metadata; None and NaN, which Chroma does not support, are left out.
         """
 
         def send(part: slice) -> None:
@@ -198,12 +229,12 @@ class ChunkStore:
                 metadatas=cast(Any, [_storable(metadata) for metadata in metadatas[part]]),
             )
 
-        # A byte of a vector takes 4/3 in base64 (if the server knows that) or about 5 as digits.
+        # A byte of a vector takes 4/3 bytes in base64 (if the server supports it) or about 5 as digits.
         width = 5 * vectors.nbytes // max(1, len(ids))
         self._send([width + 2 * len(text) + _METADATA_BYTES for text in texts], send)
 
     def update_metadata(self, ids: Sequence[str], metadatas: Sequence[Metadata]) -> None:
-        """Change rows' metadata; vectors and texts stay, and so does the graph."""
+        """Change rows' metadata; vectors, texts and the graph stay."""
 
         def send(part: slice) -> None:
             self._collection.update(
@@ -217,21 +248,23 @@ class ChunkStore:
         self._send([_ID_BYTES] * len(ids), lambda part: self._collection.delete(ids=list(ids[part])))
 
     def scan(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """All rows: id and metadata, a page at a time. Nothing may be written meanwhile."""
+        """Yield id and metadata of all rows, read in pages. Nothing may be written meanwhile."""
         offset = 0
         while True:
-            rows = self._collection.get(limit=_PAGE, offset=offset, include=["metadatas"])
+            rows = self._collection.get(limit=self._page, offset=offset, include=["metadatas"])
             for row_id, metadata in zip(rows["ids"], rows["metadatas"] or [], strict=True):
                 yield row_id, dict(metadata or {})
-            if len(rows["ids"]) < _PAGE:
+            if len(rows["ids"]) < self._page:
                 return
-            offset += _PAGE
+            offset += self._page
 
     def pages(self) -> Iterator[list[tuple[str, str, dict[str, Any], Vectors]]]:
-        """All rows: id, text, metadata and vector (dim,), a page at a time. Nothing may be written meanwhile."""
+        """Yield pages of all rows: id, text, metadata, vector (dim,). Nothing may be written meanwhile."""
         offset = 0
         while True:
-            rows = self._collection.get(limit=_PAGE, offset=offset, include=["documents", "metadatas", "embeddings"])
+            rows = self._collection.get(
+                limit=self._page, offset=offset, include=["documents", "metadatas", "embeddings"]
+            )
             ids = rows["ids"]
             vectors: Sequence[Vectors] | Vectors = []
             if ids:
@@ -242,25 +275,25 @@ class ChunkStore:
                     ids, rows["documents"] or [], rows["metadatas"] or [], vectors, strict=True
                 )
             ]
-            if len(ids) < _PAGE:
+            if len(ids) < self._page:
                 return
-            offset += _PAGE
+            offset += self._page
 
     def nearest(
         self, vector: Vectors, k: int, allowed: AbstractCollection[str] | None = None
     ) -> list[tuple[str, float]]:
-        """The k rows nearest to a vector.
+        """Return the k rows nearest to a vector.
 
         Args:
-            vector: (dim,), of length 1.
-            k: The most rows.
-            allowed: Ids of the only rows that may be found; None for all.
+            vector: Unit vector (dim,).
+            k: Maximum number of rows.
+            allowed: Ids to search among; None for all.
 
         Returns:
-            (id, cosine), best first; equal ones in the order of their ids.
+            (id, cosine), best first; equal cosines in the order of their ids.
         """
         wanted = k if allowed is None else min(k, len(allowed))
-        if wanted > _PAGE:  # Chroma makes room for as many; to count its rows, it reads all of them
+        if wanted > self._page:  # Chroma allocates room for as many; counting reads all rows
             wanted = min(wanted, self.count())
         if wanted < 1:
             return []
@@ -275,12 +308,12 @@ class ChunkStore:
         return sorted(found, key=lambda row: (-row[1], row[0]))
 
     def get(self, ids: AbstractCollection[str]) -> dict[str, Record]:
-        """Rows by id, with their vectors; those that are not there are left out."""
+        """Return rows by id, without those that do not exist."""
         wanted = sorted(ids)
         found: dict[str, Record] = {}
-        for start in range(0, len(wanted), _PAGE):
+        for start in range(0, len(wanted), self._page):
             rows = self._collection.get(
-                ids=wanted[start : start + _PAGE], include=["documents", "metadatas", "embeddings"]
+                ids=wanted[start : start + self._page], include=["documents", "metadatas", "embeddings"]
             )
             vectors: Vectors = np.asarray(rows["embeddings"], dtype=np.float32)
             for row_id, text, metadata, vector in zip(
@@ -290,11 +323,11 @@ class ChunkStore:
         return found
 
     def version(self) -> int:
-        """Always the same: a reader opens a collection anew when it has changed."""
+        """Return a constant: readers reopen a collection that has changed."""
         return 0
 
     def probe(self) -> None:
-        """Let Chroma finish what it has taken, and see that it can read the collection's graph and search in it.
+        """Make Chroma flush pending writes, and check that it can read the graph and search in it.
 
         Raises:
             ChromaServerError: If it cannot.
@@ -304,15 +337,15 @@ class ChunkStore:
             self.nearest(np.asarray(rows["embeddings"], dtype=np.float32)[0], 1)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the client."""
         _close(self._client)
 
     def _send(self, sizes: Sequence[int], send: Callable[[slice], object]) -> None:
-        """Send rows in parts that are not too large for Chroma, nor for what lies between.
+        """Send rows in parts that are not too large for Chroma and for proxies.
 
         Args:
-            sizes: About how many bytes each row takes.
-            send: Sends a part. It may be called again for rows that were sent.
+            sizes: Approximate size of each row in bytes.
+            send: Sends a part; may be called again for rows that were sent.
         """
         start = 0
         while start < len(sizes):
@@ -330,8 +363,10 @@ class ChunkStore:
             start = end
 
 
-def _client(place: Place, patience: float) -> ClientAPI | ServerClient:
-    return folder_client(place) if isinstance(place, Path) else ServerClient(place.server, patience=patience)
+def _client(place: Place, patience: float, timing: Timing = DEFAULT_TIMING) -> ClientAPI | ServerClient:
+    if isinstance(place, Path):
+        return folder_client(place)
+    return ServerClient(place.server, patience=patience, timing=timing)
 
 
 def _close(client: ClientAPI | ServerClient) -> None:
@@ -339,7 +374,7 @@ def _close(client: ClientAPI | ServerClient) -> None:
 
 
 def _public_name(place: Place) -> str:
-    """The name of the collection that counts."""
+    """Return the name of the current collection."""
     return COLLECTION if isinstance(place, Path) else f"{COLLECTION}_{place.index_id}"
 
 
@@ -348,7 +383,7 @@ def _mark(place: Place) -> dict[str, str]:
 
 
 def _owned(client: ClientAPI | ServerClient, place: Place, collection_id: str | None = None) -> Iterable[Collection]:
-    """The index's own collections (or the one with an id); what others keep in the same database is not touched."""
+    """Yield the index's collections (or the one with an id), but not those of others in the same database."""
     there: Iterable[Collection | None]
     if isinstance(client, ServerClient) and collection_id is not None:
         there = [client.find_collection(collection_id)]
@@ -364,15 +399,15 @@ def _check_space(collection: Collection, place: Place) -> None:
     space = (collection.configuration_json.get("hnsw") or {}).get("space")
     if space != "cosine":
         raise IndexStateError(
-            f"the collection in {place} has space {space}, an index needs cosine; "
-            "run `epic-rag index --rebuild` with the indexed folder to make it anew"
+            f"The collection in {place} has space {space}, an index needs cosine. "
+            "Run `epic-rag index --rebuild` with the indexed folder."
         )
 
 
 def _unreadable(place: Place, error: Exception) -> IndexStateError:
     why = " ".join(str(error).split())[:160]
     where = place / CHROMA_FOLDER if isinstance(place, Path) else place
-    return IndexStateError(f"Chroma cannot read {where} ({why}); run `epic-rag clear --yes` and then `epic-rag index`")
+    return IndexStateError(f"Chroma cannot read {where} ({why}). Run `epic-rag clear --yes` and then `epic-rag index`.")
 
 
 def _storable(metadata: Metadata) -> dict[str, str | int | float | bool]:

@@ -1,8 +1,16 @@
-"""Exact search over an index's own rows: what answers while Chroma's files may not be opened.
+"""SQLite database of an index: its rows (chunks with vectors), and brute-force search over them.
 
-That is so while a run is writing, after one that died, and in a folder that cannot be written to. Every answer is of
-one moment: SQLite shows a reader the last commit. The vectors are kept between queries and read again when rows have
-changed; where that takes long, at most every tenth of the time is spent on it, and nothing that is gone is ever shown.
+Each collection has its own files, named after its id, so that a rebuild fills new ones. They are in write-ahead mode: a
+reader sees the last commit, and neither waits for the writer nor delays it.
+
+Chroma keeps vectors in the files of an HNSW graph, which it overwrites in place; a killed process leaves a graph that
+is neither old nor new. Rows are therefore written here in transactions, before Chroma gets them:
+
+* No vector is computed twice: renamed, moved or copied text finds its vector by the hash of the embedded text, and so
+  does the run after a crash.
+* A corrupt collection is rebuilt without the model.
+* While Chroma is being written to and after a crash, queries are answered by `BruteForceIndex`. docs/reliability.md has
+  its cost.
 """
 
 from __future__ import annotations
@@ -24,7 +32,7 @@ import numpy.typing as npt
 from epic_rag_chroma.errors import IndexStateError
 
 __all__ = [
-    "FEW",
+    "MAX_VARIABLES",
     "BruteForceIndex",
     "Record",
     "RecordStore",
@@ -38,17 +46,12 @@ __all__ = [
 ]
 
 
-# --- from database
-# The SQLite files beside Chroma's: one for each collection, in write-ahead mode, opened to write or to read.
-#
-# A reader sees the last commit, and neither waits for the writer nor makes it wait.
-
 logger = logging.getLogger(__name__)
 
-# SQLite before 3.32 takes no more variables than 999.
-FEW = 900
+MAX_VARIABLES = 900
+"""Ids in a statement: SQLite before 3.32 allows 999 variables."""
 _SUFFIX = ".sqlite"
-# What SQLite keeps beside a database that is open.
+# Suffixes of the files of an open database.
 _COMPANIONS = ("", "-wal", "-shm", "-journal")
 _BUSY_SECONDS = 30.0
 
@@ -56,17 +59,17 @@ Check = Callable[[sqlite3.Connection], object]
 
 
 def file_of(index_dir: Path, kind: str, collection_id: str) -> Path:
-    """The file of a kind ("records", "keywords") for a collection."""
+    """Return the file of a kind ("records", "keywords") for a collection."""
     return index_dir / f"{kind}-{collection_id}{_SUFFIX}"
 
 
 def open_writing(path: Path, make: Check, check: Check) -> sqlite3.Connection:
-    """Open a database to write to; made empty if it is missing or broken.
+    """Open a database for writing; replace it by an empty one if it is missing or broken.
 
     Args:
         path: The file.
-        make: Makes the tables where there are none.
-        check: Raises sqlite3.DatabaseError if the database is not one that this version reads.
+        make: Creates the tables if there are none.
+        check: Raises sqlite3.DatabaseError if this version cannot read the database.
 
     Raises:
         OSError, sqlite3.Error: If it can be neither read nor replaced.
@@ -75,8 +78,8 @@ def open_writing(path: Path, make: Check, check: Check) -> sqlite3.Connection:
         return _opened(path, make, check)
     except sqlite3.DatabaseError as error:
         if not is_broken(error):
-            raise  # locked, read-only or a full disk: nothing that a new file would mend
-        logger.info("%s is made anew: %s", path, error)
+            raise  # locked, read-only or a full disk, where a new file would not help
+        logger.info("Replacing %s: %s", path, error)
         delete_database(path)
         return _opened(path, make, check)
 
@@ -88,7 +91,7 @@ def _opened(path: Path, make: Check, check: Check) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")
         make(connection)
         check(connection)
-        # Pages that are torn or were written over: about a second for 100,000 chunks.
+        # Finds torn and overwritten pages; about one second for 100,000 chunks.
         said = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if said != "ok":
             raise sqlite3.DatabaseError(said)
@@ -99,10 +102,10 @@ def _opened(path: Path, make: Check, check: Check) -> sqlite3.Connection:
 
 
 def open_reading(path: Path, check: Check) -> sqlite3.Connection:
-    """Open a database to read. Writes nothing, and works in a folder that is read-only.
+    """Open a database for reading. Writes nothing, and works in a read-only folder.
 
     Args:
-        path: The file, which must be there.
+        path: The file; must exist.
         check: See `open_writing`.
 
     Raises:
@@ -112,7 +115,7 @@ def open_reading(path: Path, check: Check) -> sqlite3.Connection:
     try:
         return _checked(uri, check)
     except sqlite3.Error:
-        # Write-ahead mode needs a file for shared memory. Where none can be made nobody writes, either.
+        # Write-ahead mode needs a shared-memory file. Where it cannot be created, nobody writes either.
         if _has_content(path.with_name(path.name + "-wal")):
             raise
     return _checked(f"{uri}&immutable=1", check)
@@ -133,22 +136,22 @@ def _connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
 
 
 def delete_database(path: Path) -> None:
-    """Delete a database with what SQLite keeps beside it."""
+    """Delete a database and SQLite's files beside it."""
     for companion in _COMPANIONS:
         path.with_name(path.name + companion).unlink(missing_ok=True)
 
 
 def delete_others(index_dir: Path, kind: str, collection_id: str | None) -> None:
-    """Delete the files of a kind of all other collections; of all with None."""
+    """Delete the files of a kind of all other collections; with None, of all collections."""
     keep = None if collection_id is None else file_of(index_dir, kind, collection_id)
     for path in index_dir.glob(f"{kind}-*{_SUFFIX}"):
         if path != keep:
-            with suppress(PermissionError):  # open in a query on Windows: it goes after the next run
+            with suppress(PermissionError):  # open in a query on Windows; the next run deletes it
                 delete_database(path)
 
 
 def is_broken(error: sqlite3.Error) -> bool:
-    """Whether an error means that the file's content is wrong, and not that it cannot be reached now."""
+    """Return whether an error means that the file's content is wrong, as opposed to temporarily unreachable."""
     return not isinstance(error, sqlite3.OperationalError) or "no such" in str(error)
 
 
@@ -158,21 +161,6 @@ def _has_content(path: Path) -> bool:
     except OSError:
         return False
 
-
-# --- from records
-# The index's own copy of its rows, in one SQLite file: what Chroma's collection is made from, and made again from.
-#
-# Chroma keeps texts in SQLite and vectors in the files of an HNSW graph, which it overwrites in place; a process that is
-# killed meanwhile leaves a graph that is neither old nor new, and a second process that opens it while it is written
-# reads the same. Rows here are written in transactions, before Chroma gets them. So
-#
-# * a vector is never computed twice: text that was renamed, moved or copied finds its vector by the hash of what the
-#   model reads, and so does the run after a crash;
-# * a collection that was torn is made again without the model;
-# * a query that comes while Chroma is being written to, or after a crash, is answered from here (`exact.py`).
-#
-# The file is in write-ahead mode: a reader sees the last commit, and neither waits for the writer nor makes it wait.
-# Which collection the rows belong to is in the file's name, so that a rebuild fills a file of its own.
 
 _RECORDS = "records"
 _RECORDS_VERSION = 1
@@ -197,12 +185,12 @@ Metadata = Mapping[str, Any]
 
 
 class RecordsUnavailableError(IndexStateError):
-    """The index's own rows are missing or cannot be read; the message says what to run."""
+    """The rows are missing or cannot be read."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A row: id, text, metadata as Chroma has it (without None), and vector (dim,) float32."""
+    """A row: id, text, metadata as in Chroma (without None), and vector (dim,) float32."""
 
     id: str
     text: str
@@ -211,9 +199,9 @@ class Record:
 
 
 class RecordStore:
-    """The rows of one collection.
+    """Rows of one collection.
 
-    Make one with `open` to write or `open_reading` to read, and close it. Not for two threads at once.
+    Made by `open` for writing or `open_reading`; must be closed. Not thread-safe.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
@@ -222,7 +210,7 @@ class RecordStore:
 
     @classmethod
     def open(cls, index_dir: Path, collection_id: str) -> RecordStore:
-        """Open the rows of a collection for writing; made empty if they are missing, broken or of another version.
+        """Open the rows of a collection for writing; start empty if they are missing, broken or of another version.
 
         Raises:
             IndexStateError: If the file can be neither read nor replaced (permissions, a full disk).
@@ -235,7 +223,7 @@ class RecordStore:
 
     @classmethod
     def open_reading(cls, index_dir: Path, collection_id: str) -> RecordStore:
-        """Open the rows of a collection for reading. Writes nothing, and works in a folder that is read-only.
+        """Open the rows of a collection for reading. Writes nothing, and works in a read-only folder.
 
         Raises:
             RecordsUnavailableError: If they are missing, broken or of another version.
@@ -250,11 +238,11 @@ class RecordStore:
 
     @staticmethod
     def delete_others(index_dir: Path, collection_id: str | None) -> None:
-        """Delete the rows of all other collections; of all with None."""
+        """Delete the rows of all other collections; with None, of all collections."""
         delete_others(index_dir, _RECORDS, collection_id)
 
     def copy_to(self, index_dir: Path, collection_id: str) -> RecordStore:
-        """Copy all rows for another collection; the copy, open for writing.
+        """Copy all rows for another collection, and return the copy, open for writing.
 
         Raises:
             IndexStateError: If it cannot be written.
@@ -270,35 +258,33 @@ class RecordStore:
         return RecordStore.open(index_dir, collection_id)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._connection.close()
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Everything that is read inside is of one moment."""
+        """Read everything inside from one snapshot."""
         with self._reading():
             self._connection.execute("BEGIN")
             try:
-                self._connection.execute(
-                    "SELECT 1 FROM records LIMIT 1"
-                ).fetchone()  # the moment is that of the first look
+                self._connection.execute("SELECT 1 FROM records LIMIT 1").fetchone()  # starts the snapshot
                 yield
             finally:
                 with suppress(sqlite3.Error):
                     self._connection.execute("ROLLBACK")
 
     def data_version(self) -> int:
-        """Changes whenever another connection has committed."""
+        """Return a number that changes whenever another connection has committed."""
         with self._reading():
             return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
 
     def count(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         with self._reading():
             return int(self._connection.execute("SELECT count(*) FROM records").fetchone()[0])
 
     def write(self, records: Sequence[Record]) -> None:
-        """Write rows, all or none; those that exist are replaced.
+        """Write rows, all or none; existing ones are replaced.
 
         Args:
             records: Rows; their metadata has `doc_id` and `embedded_hash`.
@@ -339,9 +325,9 @@ class RecordStore:
             )
 
     def delete(self, ids: Collection[str]) -> None:
-        """Delete rows, all or none; an id that is not there is no error.
+        """Delete rows, all or none; unknown ids are ignored.
 
-        Their vectors stay until `drop_tombstones`: the text may turn up in another file of the same run.
+        Their vectors stay until `drop_tombstones`: the text may reappear in another file of the same run.
 
         Raises:
             IndexStateError: If the file cannot be written.
@@ -354,7 +340,7 @@ class RecordStore:
             self._connection.executemany("DELETE FROM records WHERE id = ?", ((row_id,) for row_id in ids))
 
     def drop_tombstones(self) -> None:
-        """Delete the vectors of rows that are gone.
+        """Delete the vectors of deleted rows.
 
         Raises:
             IndexStateError: If the file cannot be written.
@@ -363,7 +349,7 @@ class RecordStore:
             self._connection.execute("DELETE FROM spare")
 
     def vectors_by_hash(self, hashes: Collection[str]) -> dict[str, Vector]:
-        """Vectors of what the model has read already: for each hash that is known, its vector (dim,)."""
+        """Return the vector (dim,) of each known hash of embedded text, also of rows deleted in this run."""
         found: dict[str, Vector] = {}
         for table in ("spare", "records"):
             select = f"SELECT embedded_hash, vector FROM {table} WHERE embedded_hash IN"
@@ -371,29 +357,29 @@ class RecordStore:
         return found
 
     def ids_by_document(self, documents: Collection[str]) -> dict[str, set[str]]:
-        """Ids of the rows of documents, by their `doc_id`."""
+        """Return the ids of the rows of documents, by their `doc_id`."""
         found: dict[str, set[str]] = {document: set() for document in documents}
         for document, row_id in self._selected("SELECT doc_id, id FROM records WHERE doc_id IN", documents):
             found[str(document)].add(str(row_id))
         return found
 
     def get(self, ids: Collection[str]) -> dict[str, Record]:
-        """Rows by id; those that are not there are left out."""
+        """Return rows by id, without those that do not exist."""
         rows = self._selected("SELECT id, text, metadata, vector FROM records WHERE id IN", ids)
         return {str(row[0]): _record(row) for row in rows}
 
     def known(self, ids: Collection[str]) -> set[str]:
-        """Which of some ids have a row."""
+        """Return those of the ids that have a row."""
         return {str(row[0]) for row in self._selected("SELECT id FROM records WHERE id IN", ids)}
 
     def scan(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """All rows: id and metadata, in the order of the ids."""
+        """Yield id and metadata of all rows, in the order of the ids."""
         with self._reading():
             for row_id, metadata in self._connection.execute("SELECT id, metadata FROM records ORDER BY id"):
                 yield str(row_id), dict(json.loads(metadata))
 
     def pages(self) -> Iterator[list[Record]]:
-        """All rows, some at a time. Rows may be written meanwhile; those that are may be missing."""
+        """Yield pages of all rows. Rows that are written meanwhile may be missing."""
         last = -1
         while True:
             with self._reading():
@@ -407,9 +393,9 @@ class RecordStore:
             yield [_record(row) for row in rows]
 
     def matrix(self) -> tuple[list[str], Vector]:
-        """Ids of all rows and their vectors (rows, dim), in the order of the ids; (0, 0) without any."""
+        """Return the ids of all rows and their vectors (rows, dim), in the order of the ids; (0, 0) without rows."""
         ids: list[str] = []
-        values = bytearray()  # grows in place: the vectors are in memory once
+        values = bytearray()  # grows in place, so that the vectors are in memory once
         with self._reading():
             for row_id, vector in self._connection.execute("SELECT id, vector FROM records ORDER BY id"):
                 ids.append(str(row_id))
@@ -418,13 +404,13 @@ class RecordStore:
         try:
             return ids, flat.reshape(len(ids), -1) if ids else np.zeros((0, 0), dtype=np.float32)
         except ValueError as error:
-            raise _records_unavailable(self._path, "its vectors are not equally long") from error
+            raise _records_unavailable(self._path, "its vectors differ in length") from error
 
     def _selected(self, select: str, values: Collection[str]) -> Iterator[tuple[Any, ...]]:
         wanted = sorted(values)
         with self._reading():
-            for start in range(0, len(wanted), FEW):
-                some = wanted[start : start + FEW]
+            for start in range(0, len(wanted), MAX_VARIABLES):
+                some = wanted[start : start + MAX_VARIABLES]
                 yield from self._connection.execute(f"{select} ({','.join('?' * len(some))})", some)
 
     @contextmanager
@@ -441,7 +427,7 @@ class RecordStore:
             yield
             self._connection.execute("COMMIT")
         except BaseException as error:
-            with suppress(sqlite3.Error):  # a full disk rolls back by itself
+            with suppress(sqlite3.Error):  # after a full disk SQLite has rolled back already
                 self._connection.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
                 raise _records_unwritable(self._path, error) from error
@@ -466,7 +452,7 @@ def _make_records(connection: sqlite3.Connection) -> None:
 
 
 def _check_records(connection: sqlite3.Connection) -> None:
-    """Raise sqlite3.DatabaseError unless the file is one of ours that this version reads."""
+    """Raise sqlite3.DatabaseError unless this version can read the file."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version != _RECORDS_VERSION:
         raise sqlite3.DatabaseError(f"it has version {version}, this epic-rag reads {_RECORDS_VERSION}")
@@ -477,33 +463,48 @@ def _check_records(connection: sqlite3.Connection) -> None:
 
 def _records_unavailable(path: Path, why: str) -> RecordsUnavailableError:
     why = " ".join(why.split())[:120]
-    return RecordsUnavailableError(f"{path} cannot be read ({why}); run `epic-rag index` to make it again")
+    return RecordsUnavailableError(f"{path} cannot be read ({why}). Run `epic-rag index` to rebuild it.")
 
 
 def _records_unwritable(path: Path, error: Exception) -> IndexStateError:
     why = " ".join(str(error).split())[:120]
     return IndexStateError(
-        f"{path} cannot be written ({why}); what is stored stays: see to the folder's permissions and free space, and "
-        "run `epic-rag index` again"
+        f"{path} cannot be written ({why}). Stored data is intact: free disk space or fix permissions, then run "
+        "`epic-rag index` again."
     )
 
 
-_SHORT_SECONDS = 0.05
-_SHARE = 10.0
+# Reloading the vectors is throttled if it takes longer than this, to one part in so many of the time.
+FREE_RELOAD_SECONDS = 0.05
+RELOAD_THROTTLE = 10.0
 
 
 class BruteForceIndex:
-    """The rows of a collection, searched by comparing with every one. Close it. Not for two threads at once.
+    """Brute-force search over the rows of a collection. Must be closed; not thread-safe.
+
+    Vectors are kept in memory between queries and reloaded when rows have changed. If that takes long, it is throttled:
+    new rows then appear later, but deleted rows are never returned.
 
     Args:
         index_dir: The index folder.
         collection: The collection's id.
+        free_reload_seconds: Up to this duration, reloading is not throttled.
+        throttle: One part in so many of the time is spent on reloading.
 
     Raises:
         RecordsUnavailableError: If the rows are missing or cannot be read.
     """
 
-    def __init__(self, index_dir: Path, collection: str) -> None:
+    def __init__(
+        self,
+        index_dir: Path,
+        collection: str,
+        *,
+        free_reload_seconds: float = FREE_RELOAD_SECONDS,
+        throttle: float = RELOAD_THROTTLE,
+    ) -> None:
+        self._free_reload_seconds = free_reload_seconds
+        self._throttle = throttle
         self._records = RecordStore.open_reading(index_dir, collection)
         self._version = -1
         self._read_at = 0.0
@@ -512,46 +513,46 @@ class BruteForceIndex:
         self._matrix: Vector = np.zeros((0, 0), dtype=np.float32)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._records.close()
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Everything that is asked inside is answered as of one moment."""
+        """Answer everything inside from one snapshot."""
         with self._records.snapshot():
             yield
 
     def count(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return self._records.count()
 
     def get(self, ids: Collection[str]) -> dict[str, Record]:
-        """Rows by id; those that are not there are left out."""
+        """Return rows by id, without those that do not exist."""
         return self._records.get(ids)
 
     def scan(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """All rows: id and metadata."""
+        """Yield id and metadata of all rows."""
         return self._records.scan()
 
     def version(self) -> int:
-        """Another number whenever rows have changed."""
+        """Return a number that changes with the rows."""
         return self._records.data_version()
 
     def nearest(self, vector: Vector, k: int, allowed: Collection[str] | None = None) -> list[tuple[str, float]]:
-        """The rows nearest to a vector.
+        """Return the k rows nearest to a vector.
 
         Args:
-            vector: (dim,) float32, of length one.
-            k: The most rows.
-            allowed: Ids of the only rows that may be found; None for all.
+            vector: Unit vector (dim,) float32.
+            k: Maximum number of rows.
+            allowed: Ids to search among; None for all.
 
         Returns:
-            (id, cosine), best first; equal ones in the order of their ids.
+            (id, cosine), best first; equal cosines in the order of their ids.
         """
         self._refresh(force=False)
         found = self._nearest(vector, k, allowed)
         if len(self._records.known([row_id for row_id, _ in found])) < len(found):
-            # Some have gone since the vectors were read.
+            # Some were deleted since the vectors were loaded.
             self._refresh(force=True)
             found = self._nearest(vector, k, allowed)
         return found
@@ -573,7 +574,7 @@ class BruteForceIndex:
         now = time.monotonic()
         if not force and version == self._version:
             return
-        if not force and self._cost > _SHORT_SECONDS and now - self._read_at < self._cost * _SHARE:
+        if not force and self._cost > self._free_reload_seconds and now - self._read_at < self._cost * self._throttle:
             return
         self._ids, self._matrix = self._records.matrix()
         self._version = version

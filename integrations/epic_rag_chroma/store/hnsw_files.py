@@ -25,7 +25,7 @@ _LENGTH = struct.Struct("=I")
 
 
 def hnsw_files_fit(index_dir: Path, collection: str) -> bool:
-    """Whether the lengths of a collection's graph files agree with each other; True where nothing can be said."""
+    """Return whether the lengths of a collection's graph files are consistent; True if they cannot be checked."""
     try:
         with closing(_database(index_dir)) as database:
             select = "SELECT id FROM segments WHERE scope = 'VECTOR' AND collection = ?"
@@ -34,20 +34,20 @@ def hnsw_files_fit(index_dir: Path, collection: str) -> bool:
                 _folder_fits(index_dir / CHROMA_FOLDER / segment, _written(database, segment)) for segment in segments
             )
     except sqlite3.Error:
-        return True  # Chroma will say what is wrong with it
+        return True  # Chroma will report the error
 
 
 def delete_orphaned_graphs(index_dir: Path) -> None:
-    """Delete the files of graphs whose collections are gone: Chroma 1.5 leaves them where they are."""
+    """Delete graph files of deleted collections, which Chroma 1.5 leaves behind."""
     folder = index_dir / CHROMA_FOLDER
     try:
         with closing(_database(index_dir)) as database:
             known = {str(row[0]) for row in database.execute("SELECT id FROM segments")}
     except sqlite3.Error:
-        return  # there is none, or Chroma will say what is wrong with it
+        return  # there is no database, or Chroma will report the error
     for path in folder.iterdir():
         if path.name not in known and _is_graph(path):
-            shutil.rmtree(path, ignore_errors=True)  # on Windows somebody may be reading; the next run tries again
+            shutil.rmtree(path, ignore_errors=True)  # on Windows a reader may have it open; the next run tries again
 
 
 def _is_graph(path: Path) -> bool:
@@ -63,7 +63,7 @@ def _database(index_dir: Path) -> sqlite3.Connection:
 
 
 def _written(database: sqlite3.Connection, segment: str) -> bool:
-    """Whether Chroma remembers to have written a graph."""
+    """Return whether Chroma's database records that a graph was written."""
     return database.execute("SELECT 1 FROM max_seq_id WHERE segment_id = ?", (segment,)).fetchone() is not None
 
 
@@ -77,7 +77,7 @@ def _folder_fits(folder: Path, is_written: bool) -> bool:
         fields = _HEADER.unpack(header[: _HEADER.size])
         version, _, capacity, elements, stride, label_at, data_at, top_level, _, degree, *_ = fields
         if version != _FILE_VERSION:
-            return True  # a layout that we do not know
+            return True  # an unknown layout
         return (
             len(header) == _HEADER.size
             and capacity >= elements
@@ -91,13 +91,13 @@ def _folder_fits(folder: Path, is_written: bool) -> bool:
 
 
 class _Levels(NamedTuple):
-    """How many neighbours a chunk has on each level above the lowest, and the highest level."""
+    """Neighbours of a chunk on each level above the lowest, and the highest level."""
 
     degree: int
     top: int
 
-    def takes(self, links: int) -> bool:
-        """Whether this is the length, in bytes, of the lists of one chunk: 4 a neighbour, and 4 that count them."""
+    def is_valid(self, links: int) -> bool:
+        """Return whether a chunk's neighbour lists can take that many bytes: 4 a neighbour, and 4 for the count."""
         return links % (4 * self.degree + 4) == 0 and 0 <= links <= self.longest
 
     @property
@@ -106,7 +106,7 @@ class _Levels(NamedTuple):
 
 
 def _links_fit(path: Path, elements: int, capacity: int, levels: _Levels) -> bool:
-    # Before it is read: a file that has grown may not fit into memory.
+    # Checked before reading: a file that has grown may not fit into memory.
     if path.stat().st_size > capacity * (_LENGTH.size + levels.longest):
         return False
     links, at = path.read_bytes(), 0
@@ -114,7 +114,7 @@ def _links_fit(path: Path, elements: int, capacity: int, levels: _Levels) -> boo
         if at + _LENGTH.size > len(links):
             return False
         (length,) = _LENGTH.unpack_from(links, at)
-        if not levels.takes(length):
+        if not levels.is_valid(length):
             return False
         at += _LENGTH.size + length
     return at <= len(links)

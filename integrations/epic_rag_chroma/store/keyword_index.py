@@ -16,7 +16,7 @@ from typing import Any
 
 from epic_rag_chroma.errors import IndexStateError
 from epic_rag_chroma.store.database import (
-    FEW,
+    MAX_VARIABLES,
     delete_database,
     delete_others,
     file_of,
@@ -30,13 +30,12 @@ __all__ = ["KeywordIndex", "KeywordsUnavailableError"]
 
 _KEYWORDS = "keywords"
 _KEYWORDS_VERSION = f"1.{TERMS_VERSION}"
-_MOST_TERMS = 100
-# A term in more than this share of the chunks is left out where a query has rarer ones: FTS5 gives a term in more than
-# half of them no weight at all, and every chunk that has it would have to be scored.
-_COMMON = 0.5
-_COMMON_COUNTED = 2000
-# How many more chunks are scored than are wanted, since equal scores are put in the order of ids.
-_SPARE = FEW
+_MAX_TERMS = 100
+# A term in more than this share of the chunks is dropped if a query has rarer ones: FTS5 gives a term in more than half
+# of the chunks no weight, and every chunk with it would have to be scored.
+_COMMON_SHARE = 0.5
+# Up to this number of chunks, common terms are kept.
+MIN_CHUNKS_TO_PRUNE = 2000
 
 _KEYWORDS_SCHEMA = """
 CREATE TABLE meta (version TEXT NOT NULL);
@@ -46,45 +45,60 @@ CREATE VIRTUAL TABLE words USING fts5 (terms, tokenize = 'porter unicode61 remov
 
 
 class KeywordsUnavailableError(IndexStateError):
-    """The keyword index is missing or cannot be read; the message says what to run."""
+    """The keyword index is missing or cannot be read."""
 
 
 class KeywordIndex:
-    """The words of one collection's chunks.
+    """Keyword index of one collection.
 
-    Make one with `open` to write or `open_reading` to search, and close it. Not for two threads at once.
+    Made by `open` for writing or `open_reading`; must be closed. Not thread-safe.
+
+    Args:
+        connection: The open database.
+        path: Its file.
+        max_ids: Maximum number of ids in one statement.
+        min_chunks_to_prune: From this number of chunks on, common terms of a query are dropped.
 
     Example:
-        >>> words = KeywordIndex.open(Path("docs/.epic-rag"), collection_id)
-        >>> words.upsert(["a"], ["Undo the last commit"], ["guide.md"])
-        >>> words.search("undo a commit", 10)
+        >>> keywords = KeywordIndex.open(Path("docs/.epic-rag"), collection_id)
+        >>> keywords.upsert(["a"], ["Undo the last commit"], ["guide.md"])
+        >>> keywords.search("undo a commit", 10)
         [('a', 0.9)]
     """
 
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        path: Path,
+        *,
+        max_ids: int = MAX_VARIABLES,
+        min_chunks_to_prune: int = MIN_CHUNKS_TO_PRUNE,
+    ) -> None:
+        self._max_ids = max_ids
+        self._min_chunks_to_prune = min_chunks_to_prune
         self._connection = connection
         self._path = path
         self._counted: tuple[tuple[int, int], int] | None = None
 
     @classmethod
-    def open(cls, index_dir: Path, collection_id: str) -> KeywordIndex:
-        """Open the words of a collection for writing; made empty if they are missing, broken or of another version.
+    def open(cls, index_dir: Path, collection_id: str, **limits: int) -> KeywordIndex:
+        """Open the index of a collection for writing; start empty if it is missing, broken or of another version.
 
         Raises:
             IndexStateError: If the file can be neither read nor replaced (permissions, a full disk).
         """
         path = file_of(index_dir, _KEYWORDS, collection_id)
         try:
-            return cls(open_writing(path, _make_keywords, _check_all), path)
+            return cls(open_writing(path, _make_keywords, _check_all), path, **limits)
         except (OSError, sqlite3.Error) as error:
             raise _keywords_unwritable(path, error) from error
 
     @classmethod
     def open_reading(cls, index_dir: Path, collection_id: str) -> KeywordIndex:
-        """Open the words of a collection for searching. Writes nothing, and works in a folder that is read-only.
+        """Open the index of a collection for searching. Writes nothing, and works in a read-only folder.
 
         Raises:
-            KeywordsUnavailableError: If they are missing, broken or of another version.
+            KeywordsUnavailableError: If it is missing, broken or of another version.
         """
         path = file_of(index_dir, _KEYWORDS, collection_id)
         if not path.is_file():
@@ -96,27 +110,27 @@ class KeywordIndex:
 
     @staticmethod
     def delete_others(index_dir: Path, collection_id: str | None) -> None:
-        """Delete the words of all other collections; of all with None."""
+        """Delete the indexes of all other collections; with None, of all collections."""
         delete_others(index_dir, _KEYWORDS, collection_id)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._connection.close()
 
     def count(self) -> int:
-        """Number of chunks."""
+        """Return the number of chunks."""
         return int(self._connection.execute("SELECT count(*) FROM chunks").fetchone()[0])
 
     def ids(self) -> set[str]:
-        """Ids of all chunks."""
+        """Return the ids of all chunks."""
         return {row[0] for row in self._connection.execute("SELECT id FROM chunks")}
 
     def upsert(self, ids: Sequence[str], texts: Sequence[str], doc_ids: Sequence[str]) -> None:
-        """Write chunks, all or none; those that exist are replaced.
+        """Write chunks, all or none; existing ones are replaced.
 
         Args:
             ids: The chunks' ids in the collection.
-            texts: What is searched: the text with the headings above it.
+            texts: The text to search, with the headings above it.
             doc_ids: The chunks' documents.
 
         Raises:
@@ -133,7 +147,7 @@ class KeywordIndex:
                 )
 
     def delete(self, ids: Collection[str]) -> None:
-        """Delete chunks, all or none; an id that is not there is no error.
+        """Delete chunks, all or none; unknown ids are ignored.
 
         Raises:
             IndexStateError: If the file cannot be written.
@@ -155,31 +169,32 @@ class KeywordIndex:
             yield
             self._connection.execute("COMMIT")
         except BaseException as error:
-            with suppress(sqlite3.Error):  # a full disk rolls back by itself
+            with suppress(sqlite3.Error):  # after a full disk SQLite has rolled back already
                 self._connection.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
                 if is_broken(error):
                     self.close()
-                    delete_database(self._path)  # so that the next run makes it anew
+                    delete_database(self._path)  # so that the next run rebuilds it
                 raise _keywords_unwritable(self._path, error) from error
             raise
 
     def search(self, query: str, k: int, allowed: Collection[str] | None = None) -> list[tuple[str, float]]:
-        """The chunks that have words of a query.
+        """Return the k chunks with the highest BM25 scores.
 
         Args:
-            query: Any text; nothing in it has a special meaning.
-            k: The most chunks.
-            allowed: Ids of the only chunks that may be found; None for all.
+            query: Any text; it has no special syntax.
+            k: Maximum number of chunks.
+            allowed: Ids to search among; None for all.
 
         Returns:
-            (id, BM25 score) with the highest score first, equal ones in the order of their ids.
+            (id, BM25 score), best first; equal scores in the order of their ids. Chunks without a term of the query are
+            left out.
 
         Raises:
             KeywordsUnavailableError: If the file is broken.
         """
         try:
-            terms = self._rare(query_terms(query))
+            terms = self._prune(query_terms(query))
             if not terms or k < 1 or (allowed is not None and not allowed):
                 return []
             select = (
@@ -190,8 +205,8 @@ class KeywordIndex:
             if allowed is None:
                 best = self._best(_match(terms), k)
                 rows = best if best is not None else self._connection.execute(f"{select} {order}", (_match(terms), k))
-            elif len(allowed) <= FEW:
-                # The plus keeps SQLite from asking FTS5 again for each number.
+            elif len(allowed) <= self._max_ids:
+                # The plus keeps SQLite from querying FTS5 once for each number.
                 places = ",".join("?" * len(allowed))
                 rows = self._connection.execute(
                     f"{select} AND +words.rowid IN (SELECT number FROM chunks WHERE id IN ({places})) {order}",
@@ -206,38 +221,41 @@ class KeywordIndex:
             raise _keywords_unavailable(self._path, str(error)) from error
 
     def _best(self, match: str, k: int) -> list[tuple[str, float]] | None:
-        """The k best chunks, whose ids alone are looked up; None if more than a few are as good as the last of them."""
+        """Return the k best chunks and look up only their ids; None if too many chunks share the last score.
+
+        SQLite has to look up the ids of all matching chunks to break ties by id; here, a few more than k suffice.
+        """
         scored = self._connection.execute(
             "SELECT rowid, -bm25(words) AS score FROM words WHERE words MATCH ? ORDER BY score DESC LIMIT ?",
-            (match, k + _SPARE),
+            (match, k + self._max_ids),
         ).fetchall()
-        if len(scored) == k + _SPARE and scored[-1][1] == scored[k - 1][1]:
+        if len(scored) == k + self._max_ids and scored[-1][1] == scored[k - 1][1]:
             return None
         last = scored[min(k, len(scored)) - 1][1] if scored else 0.0
         scores = {int(number): float(score) for number, score in scored if score >= last}
         found: list[tuple[str, float]] = []
         numbers = list(scores)
-        for start in range(0, len(numbers), _SPARE):
-            some = numbers[start : start + _SPARE]
+        for start in range(0, len(numbers), self._max_ids):
+            some = numbers[start : start + self._max_ids]
             rows = self._connection.execute(
                 f"SELECT number, id FROM chunks WHERE number IN ({','.join('?' * len(some))})", some
             )
             found += [(str(row_id), scores[int(number)]) for number, row_id in rows]
         return sorted(found, key=lambda row: (-row[1], row[0]))[:k]
 
-    def _rare(self, terms: list[str]) -> list[str]:
-        """The terms that make a difference, so that frequent words do not make a search slow."""
+    def _prune(self, terms: list[str]) -> list[str]:
+        """Drop common terms, which make a search slow and hardly change its result."""
         if len(terms) == 1:
             return terms
         total = self._total()
-        if total < _COMMON_COUNTED and len(terms) <= _MOST_TERMS:
+        if total < self._min_chunks_to_prune and len(terms) <= _MAX_TERMS:
             return terms
-        counted = sorted((self._frequency(term), place, term) for place, term in enumerate(terms[: 10 * _MOST_TERMS]))
-        found = [(count, term) for count, _, term in counted if count > 0][:_MOST_TERMS]
-        return [term for count, term in found if count <= total * _COMMON] or [term for _, term in found[:1]]
+        counted = sorted((self._frequency(term), place, term) for place, term in enumerate(terms[: 10 * _MAX_TERMS]))
+        found = [(count, term) for count, _, term in counted if count > 0][:_MAX_TERMS]
+        return [term for count, term in found if count <= total * _COMMON_SHARE] or [term for _, term in found[:1]]
 
     def _total(self) -> int:
-        """`count`, which reads every page of ids, asked again only when somebody has written."""
+        """Return `count()`, which reads all ids, cached until the next write."""
         version = int(self._connection.execute("PRAGMA data_version").fetchone()[0])
         key = (version, self._connection.total_changes)
         if self._counted is None or self._counted[0] != key:
@@ -250,7 +268,7 @@ class KeywordIndex:
 
 
 def _match(terms: Sequence[str]) -> str:
-    # In quotes nothing has a meaning; a term holds no quote, only letters, digits and marks.
+    # Quoted text has no syntax; a term contains only letters, digits and marks.
     return " OR ".join(f'"{term}"' for term in terms)
 
 
@@ -267,7 +285,7 @@ def _check_all(connection: sqlite3.Connection) -> None:
 
 
 def _check_keywords(connection: sqlite3.Connection) -> None:
-    """Raise sqlite3.DatabaseError unless the file is one of ours that this version reads."""
+    """Raise sqlite3.DatabaseError unless this version can read the file."""
     row = connection.execute("SELECT version FROM meta").fetchone()
     if row is None or row[0] != _KEYWORDS_VERSION:
         raise sqlite3.DatabaseError(
@@ -280,13 +298,13 @@ def _check_keywords(connection: sqlite3.Connection) -> None:
 def _keywords_unavailable(path: Path, why: str) -> KeywordsUnavailableError:
     why = " ".join(why.split())[:120]
     return KeywordsUnavailableError(
-        f"keyword search is not available: {path}: {why}; run `epic-rag index` to make it again, "
-        "or search with --mode dense"
+        f"Keyword search is not available: {path}: {why}. Run `epic-rag index` to rebuild it, "
+        "or search with --mode dense."
     )
 
 
 def _keywords_unwritable(path: Path, error: Exception) -> IndexStateError:
     return IndexStateError(
-        f"{path} cannot be written ({error}); check the folder's permissions and free space and run "
-        "`epic-rag index` again"
+        f"{path} cannot be written ({error}). Stored data is intact: free disk space or fix permissions, then run "
+        "`epic-rag index` again."
     )

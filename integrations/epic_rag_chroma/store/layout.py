@@ -1,4 +1,4 @@
-"""The index folder: making it, telling it from other folders, and taking it away without touching anything else."""
+"""Index folder: create it, check who owns it, and delete its files without touching others."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ __all__ = [
 
 
 BROKEN_FOLDER = "chroma.broken"
-# Index folders whose owner is somebody else and trusted, as in PATH.
 TRUSTED_VARIABLE = "EPIC_RAG_TRUSTED_INDEX"
+"""Environment variable with trusted index folders of other users, separated as in PATH."""
+
 _IGNORE_FILE = ".gitignore"
-# What an index consists of, running.json after the rows and index.json last: as long as it is there, deleting can be
-# repeated.
+# All files of an index. running.json comes after the rows and index.json last: an interrupted deletion can be repeated.
 _OWN_FOLDERS = (CHROMA_FOLDER, BROKEN_FOLDER)
 _OWN_PATTERNS = (
     "records-*.sqlite",
     "records-*.sqlite-*",
     "keywords-*.sqlite",
     "keywords-*.sqlite-*",
-    ".*.json-*",  # what a killed process left of an atomic write
+    ".*.json-*",  # left by a process that was killed during an atomic write
     "running.next",
     MANIFEST_FILE,
     _IGNORE_FILE,
@@ -54,32 +54,32 @@ _LOCKS = (LOCK_FILE, CHROMA_LOCK_FILE)
 
 @contextmanager
 def index_folder(folder: Path) -> Iterator[None]:
-    """Make the index folder; take it away again if nothing came of it.
+    """Create the index folder; delete it again if the block fails before there is an index.
 
     Raises:
-        IndexStateError: If it holds something else, or belongs to somebody else.
+        IndexStateError: If the folder contains something else, or belongs to another user.
     """
     if folder.is_dir():
         check_owner(folder)
         if not (folder / INDEX_FILE).is_file():
-            # Rows lie in nobody else's folder: an index that has lost its index.json is made anew.
+            # A folder with rows is an index that has lost its index.json; it is rebuilt.
             known = _OWN_FOLDERS if any(folder.glob("records-*.sqlite")) else ()
             others = sorted(path.name for path in folder.iterdir() if not _is_own(path.name) and path.name not in known)
             if others:
                 raise IndexStateError(
-                    f"{folder} holds {others[0]} and no {INDEX_FILE}, so it is no index; run `epic-rag index` with "
-                    "another --index-dir"
+                    f"{folder} contains {others[0]} and no {INDEX_FILE}, so it is not an index. "
+                    "Run `epic-rag index` with another --index-dir."
                 )
     elif folder.exists():
         raise IndexStateError(
-            f"{folder} is a file, an index is a folder; run `epic-rag index` with another --index-dir"
+            f"{folder} is a file, an index is a folder. Run `epic-rag index` with another --index-dir."
         )
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         ignore = folder / _IGNORE_FILE
         if not ignore.exists():
-            ignore.write_text("# made by epic-rag: an index is not for version control\n*\n", encoding="utf-8")
+            ignore.write_text("# created by epic-rag: keeps the index out of version control\n*\n", encoding="utf-8")
         yield
     except BaseException:
         if made and not (folder / INDEX_FILE).is_file():
@@ -93,13 +93,13 @@ def _is_own(name: str) -> bool:
 
 
 def check_owner(folder: Path) -> None:
-    """Refuse an index that somebody else could have made, or could change while it is read.
+    """Refuse an index that another user could have made, or could change while it is read.
 
-    What lies in it decides which model is loaded, which files a hit names and which rows are shown.
+    Its content decides which model is loaded, which files a hit names and which rows are shown.
 
     Raises:
-        IndexStateError: If the folder, or what it is made of, belongs to another user (root's are taken, and root takes
-            everybody's), or may be written by everybody.
+        IndexStateError: If the folder or a file in it belongs to another user (except root, who may also read all), or
+            is writable by everybody.
     """
     if not hasattr(os, "geteuid") or _is_trusted(folder):
         return
@@ -112,15 +112,15 @@ def check_owner(folder: Path) -> None:
         shown = shlex.quote(str(path))
         if info.st_uid not in (me, 0) and me != 0:
             raise IndexStateError(
-                f"{path} belongs to user {_user(info.st_uid)} and you are {_user(me)}, so it could be made to mislead "
-                f"you; if you trust that user, set {TRUSTED_VARIABLE}={shlex.quote(str(folder))}, or make an index of "
-                "your own with `epic-rag index --index-dir`"
+                f"{path} belongs to user {_user(info.st_uid)} and you are {_user(me)}, so its content is not trusted. "
+                f"If you trust that user, set {TRUSTED_VARIABLE}={shlex.quote(str(folder))}. Otherwise create another "
+                "index with `epic-rag index --index-dir`."
             )
         if info.st_mode & stat.S_IWOTH:
             raise IndexStateError(
-                f"every user may write to {path} (mode {stat.S_IMODE(info.st_mode):o}), so it could be made to mislead "
-                f"you; run `chmod o-w {shown}` if its content is yours, or set {TRUSTED_VARIABLE}="
-                f"{shlex.quote(str(folder))}"
+                f"Every user may write to {path} (mode {stat.S_IMODE(info.st_mode):o}), so its content is not trusted. "
+                f"Run `chmod o-w {shown}` if its content is yours, or set {TRUSTED_VARIABLE}="
+                f"{shlex.quote(str(folder))}."
             )
 
 
@@ -139,12 +139,12 @@ def _user(number: int) -> str:
 
 
 def is_safe_relative_path(path: str) -> bool:
-    """Whether a path of the index, relative to a root, stays below it."""
+    """Return whether a path relative to a root stays below it."""
     return bool(path) and "\0" not in path and not os.path.isabs(path) and ".." not in path.split("/")
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that holds nothing but locks."""
+    """Remove a folder that contains nothing but lock files."""
     for name in _LOCKS:
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):
@@ -152,7 +152,7 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def file_versions(folder: Path) -> tuple[object, ...]:
-    """Changes whenever a run has begun to write, and whenever one has ended."""
+    """Return a value that changes whenever a run has started to write or has ended."""
     seen: list[object] = [(folder / RUNNING_FILE).exists()]
     for name in (INDEX_FILE, MANIFEST_FILE):
         try:
@@ -164,7 +164,7 @@ def file_versions(folder: Path) -> tuple[object, ...]:
 
 
 def delete_index(folder: Path) -> None:
-    """Delete what an index consists of, and nothing else that lies in the folder."""
+    """Delete the files of an index, and nothing else in the folder."""
     for name in _OWN_FOLDERS:
         path = folder / name
         if path.is_symlink() or path.is_file():
@@ -177,12 +177,12 @@ def delete_index(folder: Path) -> None:
 def _delete_files(folder: Path) -> None:
     for pattern in _OWN_PATTERNS:
         for path in sorted(folder.glob(pattern)):
-            if path.is_symlink() or not path.is_dir():  # a folder in a file's place is nobody we know
+            if path.is_symlink() or not path.is_dir():  # a folder of that name is not ours
                 path.unlink(missing_ok=True)
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Return the total size of all files in a folder in bytes."""
     total = 0
     for path in folder.rglob("*"):
         with suppress(OSError):

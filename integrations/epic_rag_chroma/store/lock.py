@@ -26,8 +26,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from epic_rag.errors import ConfigError
+from epic_rag.files import write_atomically
 from epic_rag_chroma.errors import IndexLockedError
-from epic_rag_chroma.store.paths import CHROMA_FOLDER, CHROMA_LOCK_FILE, RUNNING_FILE, write_atomically
+from epic_rag_chroma.store.paths import CHROMA_FOLDER, CHROMA_LOCK_FILE, RUNNING_FILE
 from epic_rag_chroma.types import RunState
 
 __all__ = [
@@ -43,36 +44,35 @@ __all__ = [
 ]
 
 LOCK_FILE = "lock"
-# Beside the lock, not in it: some versions of filelock truncate the lock file when they try it.
+# Beside the lock, not in it: some versions of filelock truncate the lock file.
 HOLDER_FILE = "lock.holder"
 _POLL_SECONDS = 0.1
 
 
 @contextmanager
 def write_lock(index_dir: Path, *, wait: float | None = 0.0) -> Iterator[None]:
-    """Hold the right to write to an index.
+    """Hold the write lock of an index.
 
-    The lock is the operating system's, on an open file: a process that dies gives it up, so a stale lock file holds
-    nobody back.
+    The operating system locks an open file and unlocks it when the process dies, so a stale lock file does no harm.
 
     Args:
         index_dir: The index folder.
-        wait: For how many seconds to wait for another process; None for ever.
+        wait: How many seconds to wait for another process; None without limit.
 
     Raises:
         ConfigError: If `wait` is negative.
-        IndexLockedError: If another process (or another indexer of this one) holds it; says which.
+        IndexLockedError: If another process, or another indexer of this process, holds the lock.
     """
     if wait is not None and not wait >= 0:
-        raise ConfigError(f"wait is {wait}; it must be at least 0 seconds, or None to wait for ever")
+        raise ConfigError(f"wait is {wait}. Use 0 seconds or more, or None for no limit.")
     lock = FileLock(str(index_dir / LOCK_FILE), timeout=-1 if wait is None else wait)
     try:
         lock.acquire(poll_interval=_POLL_SECONDS)
     except Timeout as error:
         waited = f" after {wait:g} s" if wait else ""
         raise IndexLockedError(
-            f"{index_dir} is{' still' if wait else ''} being written{waited} by {_holder(index_dir)}; wait until it is "
-            "done (or stop it), then run `epic-rag index` again, or let it wait with --wait"
+            f"{index_dir} is{' still' if wait else ''} being written{waited} by {_holder(index_dir)}. "
+            "Wait until it is done, or run `epic-rag index --wait`."
         ) from error
     holder = index_dir / HOLDER_FILE
     try:
@@ -90,28 +90,28 @@ def _holder(index_dir: Path) -> str:
         facts = json.loads((index_dir / HOLDER_FILE).read_text(encoding="utf-8"))
         return f"process {facts['pid']} on {facts['host']} since {facts['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "another process"  # it has only just begun
+        return "another process"  # which has only just started
 
 
-# A query holds the lock while Chroma reads its graph: a second for a hundred thousand chunks.
+# A query holds the lock while Chroma reads its graph: one second for 100,000 chunks.
 _PATIENCE = 120.0
 _BOOT_FILE = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextmanager
 def chroma_lock(index_dir: Path) -> Iterator[None]:
-    """Keep queries from opening Chroma's files; waits for those that are about to have opened them.
+    """Keep queries from opening Chroma's files; wait for those that are opening them.
 
     Raises:
-        IndexLockedError: If one does not get done.
+        IndexLockedError: If a query holds the lock for too long.
     """
     lock = FileLock(str(index_dir / CHROMA_LOCK_FILE), timeout=_PATIENCE)
     try:
         lock.acquire()
     except Timeout as error:
         raise IndexLockedError(
-            f"{index_dir} has been opened by a query for more than {_PATIENCE:.0f} s; end that process (it holds "
-            f"{CHROMA_LOCK_FILE}) and run `epic-rag index` again"
+            f"A query has held {CHROMA_LOCK_FILE} in {index_dir} for more than {_PATIENCE:.0f} s. "
+            "End that process and run `epic-rag index` again."
         ) from error
     try:
         yield
@@ -121,11 +121,11 @@ def chroma_lock(index_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def try_chroma_lock(index_dir: Path) -> Iterator[bool]:
-    """Whether Chroma's files may be opened for reading; nobody writes to them while this lasts."""
+    """Yield whether Chroma's files may be opened for reading; nobody writes to them in the meantime."""
     lock = FileLock(str(index_dir / CHROMA_LOCK_FILE), timeout=0)
     try:
         lock.acquire()
-    except (Timeout, OSError):  # a run; or a folder that cannot be written to, where Chroma opens nothing either
+    except (Timeout, OSError):  # a run, or a read-only folder, where Chroma cannot open anything either
         yield False
         return
     try:
@@ -135,12 +135,12 @@ def try_chroma_lock(index_dir: Path) -> Iterator[bool]:
 
 
 def is_dirty(index_dir: Path) -> bool:
-    """Whether a run has begun to write and has not ended: it goes on, or its process died."""
+    """Return whether a run has started to write and has not finished: it is still running, or its process died."""
     return (index_dir / RUNNING_FILE).exists()
 
 
 def run_state(index_dir: Path) -> RunState:
-    """Whether a run goes on, has died, or neither. Writes nothing but may be seen as a query that opens the files."""
+    """Return whether a run is running, was interrupted, or neither. Takes the Chroma lock for a moment."""
     if not is_dirty(index_dir):
         return "complete"
     lock = FileLock(str(index_dir / CHROMA_LOCK_FILE), timeout=0)
@@ -154,57 +154,57 @@ def run_state(index_dir: Path) -> RunState:
     return "interrupted" if is_dirty(index_dir) else "complete"
 
 
-# Like no files at all: a collection on a server is not relied on when a write to it has not ended well.
+# Equal to no state of the files: a collection on a server is not trusted if a write to it has failed.
 _ON_SERVER: dict[str, list[int]] = {"server": []}
 
 
 class DirtyMarker:
-    """The mark of a run in the index folder.
+    """The dirty marker of a run in the index folder.
 
     Args:
         index_dir: The index folder.
         collection: The id of the collection that is written to.
-        torn: Ids of other collections whose graph cannot be relied on.
-        on_server: Whether the graph's files are a Chroma server's, where they cannot be looked at.
+        corrupt: Ids of other collections whose graph may be corrupt.
+        on_server: Whether the graph's files are on a Chroma server, where they cannot be checked.
     """
 
     def __init__(
-        self, index_dir: Path, collection: str, torn: frozenset[str] = frozenset(), *, on_server: bool = False
+        self, index_dir: Path, collection: str, corrupt: frozenset[str] = frozenset(), *, on_server: bool = False
     ) -> None:
         self._index_dir = index_dir
         self._collection = collection
-        self._torn = sorted(torn)
+        self._corrupt = sorted(corrupt)
         self._on_server = on_server
         self._begun = False
 
     @property
     def has_begun(self) -> bool:
-        """Whether the collection may be unlike the manifest."""
+        """Whether the collection may differ from the manifest."""
         return self._begun
 
     def begin(self) -> None:
-        """Say that from here on, the collection may be unlike the manifest. Safe to repeat."""
+        """Create the marker: from now on the collection may differ from the manifest. Idempotent."""
         if not self._begun:
             self._write(None, durable=True)
             self._begun = True
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Around each write to the collection."""
+        """Wrap each write to the collection."""
         self.begin()
         self._write(_ON_SERVER if self._on_server else _graph_files(self._index_dir))
         try:
             yield
         except KeyboardInterrupt:
-            self._write(None)  # it comes before or after Chroma's own code, never in its middle
+            self._write(None)  # raised before or after Chroma's native code, never within
             raise
-        # Not where it failed: what Chroma has in memory then is not known, as after the death of the process.
+        # Not after a failure: Chroma's state in memory is then unknown, as after the death of the process.
         self._write(None)
 
     def end(self) -> None:
-        """Say that everything is written."""
-        for name in _graph_files(self._index_dir):  # Chroma leaves it to the system when they get to the disk
-            _to_disk(self._index_dir / name)
+        """Delete the marker: everything is written."""
+        for name in _graph_files(self._index_dir):  # Chroma does not call fsync
+            _fsync(self._index_dir / name)
         (self._index_dir / RUNNING_FILE).unlink(missing_ok=True)
         self._begun = False
 
@@ -214,32 +214,32 @@ class DirtyMarker:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "boot": _boot(),
             "collection": self._collection,
-            "torn": self._torn,
+            "torn": self._corrupt,
             "busy": busy,
         }
         path = self._index_dir / RUNNING_FILE
         if durable:
             write_atomically(path, json.dumps(content))
             return
-        # Twice for each batch, and needed after the death of the process only: not worth waiting for the disk.
+        # Twice for each batch, and only needed if the process dies: not worth an fsync.
         beside = path.with_suffix(".next")
         beside.write_text(json.dumps(content), encoding="utf-8")
         os.replace(beside, path)
 
 
 def corrupt_collections(index_dir: Path, current: str | None) -> frozenset[str]:
-    """Ids of the collections whose graph the last run may have left half written. Hold `chroma_lock`.
+    """Return ids of collections whose graph the last run may have left half written. Requires `chroma_lock`.
 
     Args:
         index_dir: The index folder.
-        current: The collection that counts; it is torn if the mark of the last run cannot be understood.
+        current: The current collection; it is corrupt if the marker of the last run cannot be parsed.
     """
     try:
         content: Any = json.loads((index_dir / RUNNING_FILE).read_text(encoding="utf-8"))
-        torn = {str(each) for each in content["torn"]}
-        # What the system had not yet written out when the machine went down is lost.
-        whole = content["boot"] == _boot() and content["busy"] in (None, _graph_files(index_dir))
-        return frozenset(torn if whole else torn | {str(content["collection"])})
+        corrupt = {str(each) for each in content["torn"]}
+        # After a crash of the machine, unwritten pages are lost.
+        intact = content["boot"] == _boot() and content["busy"] in (None, _graph_files(index_dir))
+        return frozenset(corrupt if intact else corrupt | {str(content["collection"])})
     except FileNotFoundError:
         return frozenset()
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -247,7 +247,7 @@ def corrupt_collections(index_dir: Path, current: str | None) -> frozenset[str]:
 
 
 def _graph_files(index_dir: Path) -> dict[str, list[int]]:
-    """What the files of all graphs look like: size, time and inode by name."""
+    """Return size, time and inode of all graph files by name."""
     files = {}
     for path in index_dir.glob(f"{CHROMA_FOLDER}/*/*"):
         with suppress(OSError):
@@ -256,13 +256,13 @@ def _graph_files(index_dir: Path) -> dict[str, list[int]]:
     return files
 
 
-def _to_disk(path: Path) -> None:
+def _fsync(path: Path) -> None:
     with suppress(OSError), open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def _boot() -> str | None:
-    """Names the time since the machine was started; None where the system does not say."""
+    """Return an id of the current boot of the machine; None if the system has none."""
     try:
         return _BOOT_FILE.read_text(encoding="ascii").strip()
     except OSError:

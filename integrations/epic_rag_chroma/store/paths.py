@@ -1,11 +1,12 @@
-"""The folders and files that an index covers, kept relative to the index folder so that all can move together."""
+"""File names of an index, and its roots: indexed folders and files, stored relative to the index folder.
+
+Relative roots let the index and the documents move together.
+"""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,18 +24,21 @@ __all__ = [
     "merge_roots",
     "relative_root",
     "root_path",
-    "write_atomically",
 ]
 
-# The root's path relative to the index folder, and the file's relative to the root, both with slashes.
-DocumentKey = tuple[str, str]
-
 INDEX_FILE = "index.json"
+MANIFEST_FILE = "manifest.json"
+RUNNING_FILE = "running.json"
+CHROMA_FOLDER = "chroma"
+CHROMA_LOCK_FILE = "chroma.lock"
+
+DocumentKey = tuple[str, str]
+"""The root's path relative to the index folder, and the file's path relative to the root, both with slashes."""
 
 
 @dataclass(frozen=True)
 class FileStamp:
-    """What the file system says of a file; equal stamps of old enough files mean equal content, as git has it."""
+    """Stat data of a file. As in git, equal stamps of old enough files mean equal content."""
 
     size: int
     mtime_ns: int
@@ -43,55 +47,24 @@ class FileStamp:
 
     @classmethod
     def of(cls, info: os.stat_result) -> FileStamp:
-        """The stamp of a stat result."""
+        """Return the stamp of a stat result."""
         return cls(info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
 
 
-MANIFEST_FILE = "manifest.json"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content so that it is, at every moment and after a crash, all old or all new."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
-    with suppress(OSError):  # a folder cannot be opened on Windows, where the rename is durable by itself
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-CHROMA_FOLDER = "chroma"
-
-CHROMA_LOCK_FILE = "chroma.lock"
-
-RUNNING_FILE = "running.json"
-
-
 def existing_path(path: str | os.PathLike[str]) -> Path:
-    """A path with its links resolved.
+    """Return a path with its links resolved.
 
     Raises:
-        DataError: If there is nothing.
+        DataError: If it does not exist.
     """
     resolved = Path(path).resolve()
     if not resolved.exists():
-        raise DataError(f"no such file or folder: {os.fspath(path)}; check the path and run `epic-rag index` again")
+        raise DataError(f"No such file or folder: {os.fspath(path)}. Check the path.")
     return resolved
 
 
 def relative_root(path: Path, index_dir: Path) -> str:
-    """A root as it is kept: relative to the index folder, with slashes; absolute only on another Windows drive."""
+    """Return a root as it is stored: relative to the index folder, with slashes; absolute only on another drive."""
     try:
         return os.path.relpath(path, index_dir).replace(os.sep, "/")
     except ValueError:
@@ -99,12 +72,12 @@ def relative_root(path: Path, index_dir: Path) -> str:
 
 
 def root_path(root: str, index_dir: Path) -> Path:
-    """Where a kept root is now."""
+    """Return the current path of a stored root."""
     return Path(os.path.normpath(index_dir / root))
 
 
 def merge_roots(paths: Sequence[Path], kept: Iterable[str], index_dir: Path) -> list[str]:
-    """The roots of an index after paths are added: none lies inside another.
+    """Return the stored roots of an index after paths are added, without those inside another root.
 
     Raises:
         DataError: If there are none.
@@ -115,5 +88,5 @@ def merge_roots(paths: Sequence[Path], kept: Iterable[str], index_dir: Path) -> 
             continue
         merged = [other for other in merged if not other.is_relative_to(path)] + [path]
     if not merged:
-        raise DataError("no path is given and the index has none; run `epic-rag index PATH`")
+        raise DataError("No path is given and the index has none. Run `epic-rag index PATH`.")
     return [relative_root(path, index_dir) for path in merged]

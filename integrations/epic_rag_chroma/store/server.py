@@ -1,9 +1,18 @@
-"""Which Chroma servers this person has named, as opposed to an index folder that came from elsewhere.
+"""Chroma servers: addresses, credentials, and which servers the user has named.
 
-An index folder says where its vectors are. If that were believed, a folder in somebody's archive or repository could
-have texts, queries and the token sent wherever its author likes. So an address counts once the user has given it, by
-argument or environment; it is noted in a file of the user's own, and from then on an index may remember it. Without
-credentials, a server on this machine needs no naming.
+An index keeps its vectors in its folder or on a server. It stores the server's address, tenant, database and the id
+of its collections there in `index.json`. Credentials are read from the environment each time and never stored:
+
+    EPIC_RAG_CHROMA            address of the server for new indexes
+    EPIC_RAG_CHROMA_TENANT     default tenant and database of addresses
+    EPIC_RAG_CHROMA_DATABASE
+    EPIC_RAG_CHROMA_TOKEN      sent with every request
+    EPIC_RAG_CHROMA_HEADERS    further headers, for a proxy before the server: a JSON object of names and values
+
+Trust: if the address in an index folder were simply used, a folder from somebody's archive or repository could have
+texts, queries and the token sent anywhere. So an address is used only after the user has named it, as an argument or
+in the environment; it is then recorded in the user's state folder. A server on this machine needs no naming as long as
+there are no credentials.
 """
 
 from __future__ import annotations
@@ -19,9 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import platformdirs
+
 from epic_rag.errors import ConfigError
+from epic_rag.files import write_atomically
 from epic_rag_chroma.errors import ChromaServerError, IndexStateError
-from epic_rag_chroma.store.paths import write_atomically
 
 __all__ = [
     "ADDRESS_VARIABLE",
@@ -71,7 +82,7 @@ class ChromaServer:
         database: The tenant's database. It must exist.
 
     Raises:
-        ConfigError: If the address cannot be one, or has credentials in it.
+        ConfigError: If the address is invalid, or contains credentials.
     """
 
     url: str
@@ -83,9 +94,7 @@ class ChromaServer:
         for name in ("tenant", "database"):
             value = getattr(self, name)
             if not value or not value.isprintable() or "/" in value:
-                raise ConfigError(
-                    f"the {name} of a Chroma server cannot be {value!r}; give the name that the server has"
-                )
+                raise ConfigError(f"The {name} of a Chroma server cannot be {value!r}. Use the name on the server.")
 
     def __str__(self) -> str:
         parts = []
@@ -97,7 +106,7 @@ class ChromaServer:
 
     @property
     def is_local(self) -> bool:
-        """Whether nothing that is sent there leaves this machine."""
+        """Whether requests stay on this machine."""
         host = urlsplit(self.url).hostname or ""
         try:
             return ipaddress.ip_address(host).is_loopback
@@ -107,7 +116,7 @@ class ChromaServer:
 
 @dataclass(frozen=True)
 class ServerPlace:
-    """An index's place on a server; `index_id` tells its collections from those of other indexes."""
+    """An index's place on a server; `index_id` marks its collections."""
 
     server: ChromaServer
     index_id: str
@@ -116,32 +125,32 @@ class ServerPlace:
         return str(self.server)
 
     def to_json(self) -> dict[str, str]:
-        """What `index.json` keeps."""
+        """Return the form that `index.json` stores."""
         server = self.server
         return {"url": server.url, "tenant": server.tenant, "database": server.database, "index_id": self.index_id}
 
     @classmethod
     def from_json(cls, content: dict[str, str]) -> ServerPlace:
-        """Read what `to_json` made."""
+        """Parse the result of `to_json`."""
         server = ChromaServer(str(content["url"]), str(content["tenant"]), str(content["database"]))
         return cls(server, str(content["index_id"]))
 
 
-# The index folder, or a place on a server.
 Place = Path | ServerPlace
+"""The index folder, or a place on a server."""
 
 
 class RestartedError(ChromaServerError):
-    """The server was away while rows were being written. It is there again, and has done what was asked last."""
+    """The server was restarted while rows were being written. The last request succeeded."""
 
 
 def may_be_corrupt(error: ChromaServerError) -> bool:
-    """Whether an error says that a collection's graph may be broken, and not that it cannot be reached."""
+    """Return whether a collection may be corrupt after an error, as opposed to unreachable."""
     return isinstance(error, RestartedError) or error.status == 500
 
 
 def parse_server(given: str | ChromaServer | None) -> ChromaServer | str | None:
-    """What a caller asks for: a server, the index folder (`LOCAL`), or whatever the index has (None)."""
+    """Return the requested place: a server, the index folder (`LOCAL`), or the place that the index has (None)."""
     if given is None or isinstance(given, ChromaServer):
         return given
     if given == LOCAL:
@@ -153,50 +162,49 @@ def parse_server(given: str | ChromaServer | None) -> ChromaServer | str | None:
     )
 
 
-def new_place(asked: ChromaServer | str | None, known: ServerPlace | None, *, is_new: bool) -> ServerPlace | None:
-    """The place of an index that is made or made anew; None for its folder.
+def new_place(requested: ChromaServer | str | None, current: ServerPlace | None, *, is_new: bool) -> ServerPlace | None:
+    """Return the place of an index that is created or rebuilt; None for its folder.
 
     Args:
-        asked: What `parse_server` says.
-        known: Where the index is now, if there is one.
-        is_new: Whether there is none; only then does the environment's address count.
+        requested: The result of `parse_server`.
+        current: The current place of the index, if there is one.
+        is_new: Whether there is no index yet; only then is the environment's address used.
     """
-    if asked is None and is_new:
-        asked = parse_server(os.environ.get(ADDRESS_VARIABLE) or None)
-    elif asked is None:
-        return known
-    if not isinstance(asked, ChromaServer):
+    if requested is None and is_new:
+        requested = parse_server(os.environ.get(ADDRESS_VARIABLE) or None)
+    elif requested is None:
+        return current
+    if not isinstance(requested, ChromaServer):
         return None
-    if known is not None and known.server == asked:
-        return known
-    return ServerPlace(asked, uuid.uuid4().hex[:16])
+    if current is not None and current.server == requested:
+        return current
+    return ServerPlace(requested, uuid.uuid4().hex[:16])
 
 
 def is_named_by_environment(server: ChromaServer) -> bool:
-    """Whether the environment has the server's address."""
+    """Return whether the environment names the server."""
     given = os.environ.get(ADDRESS_VARIABLE, "")
     return given not in ("", LOCAL) and ChromaServer(given).url == server.url
 
 
 def has_credentials() -> bool:
-    """Whether there is anything secret to send."""
+    """Return whether the environment has credentials."""
     return bool(os.environ.get(TOKEN_VARIABLE, "").strip() or os.environ.get(HEADERS_VARIABLE, "").strip())
 
 
 def request_headers() -> dict[str, str]:
-    """The headers with the credentials that the environment has; for requests only, never to be kept or shown.
+    """Return headers with the environment's credentials, which must never be stored or shown.
 
-    A token goes into both headers in use: Chroma's own (`X-Chroma-Token`, also Chroma Cloud's) and `Authorization`,
-    which is what most proxies check.
+    A token is sent in both usual headers: `X-Chroma-Token` (Chroma, Chroma Cloud) and `Authorization` (most proxies).
 
     Raises:
-        ConfigError: If they cannot be sent. The message does not repeat them.
+        ConfigError: If they are invalid. The message does not repeat them.
     """
     headers: dict[str, str] = {}
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if token:
         if _HEADER_VALUE.fullmatch(token) is None:
-            raise ConfigError(f"{TOKEN_VARIABLE} has characters that no token can have; set it to the token alone")
+            raise ConfigError(f"{TOKEN_VARIABLE} has invalid characters. Set it to the token alone.")
         headers = {"X-Chroma-Token": token, "Authorization": f"Bearer {token}"}
     more = os.environ.get(HEADERS_VARIABLE, "").strip()
     if more:
@@ -209,8 +217,8 @@ def request_headers() -> dict[str, str]:
             for name, value in content.items()
         ):
             raise ConfigError(
-                f"{HEADERS_VARIABLE} is no JSON object of header names and values; set it to one, as in "
-                '\'{"X-Api-Key": "..."}\''
+                f"{HEADERS_VARIABLE} is not a JSON object of header names and values. Set it to one, as in "
+                '\'{"X-Api-Key": "..."}\'.'
             )
         for name, value in content.items():
             headers = {known: kept for known, kept in headers.items() if known.lower() != name.lower()}
@@ -219,25 +227,25 @@ def request_headers() -> dict[str, str]:
 
 
 def _normal(url: str) -> str:
-    """An address in the one way that addresses are compared in."""
-    example = "give it as http://localhost:8000 or https://host:port"
+    """Return the canonical form of an address."""
+    example = "Use the form http://localhost:8000 or https://host:port."
     try:
         parts = urlsplit(url.strip())
         port = parts.port
     except ValueError:
-        shown = repr(url.rpartition("@")[2])  # a password would stand before the sign
-        raise ConfigError(f"{shown} is no address of a Chroma server; {example}") from None
+        shown = repr(url.rpartition("@")[2])  # a password would be before the @
+        raise ConfigError(f"{shown} is not the address of a Chroma server. {example}") from None
     if parts.username is not None or parts.password is not None:
-        # Not repeated: it is written into index.json and messages, where no password may be.
+        # Not repeated, since messages and index.json must not contain passwords.
         raise ConfigError(
-            f"the address of the Chroma server on {parts.hostname} has a name or password in it; leave it out, and set "
-            f"{TOKEN_VARIABLE} or {HEADERS_VARIABLE} instead"
+            f"The address of the Chroma server on {parts.hostname} contains a name or password. "
+            f"Set {TOKEN_VARIABLE} or {HEADERS_VARIABLE} instead."
         )
     host = (parts.hostname or "").rstrip(".")
     if parts.scheme.lower() not in ("http", "https") or not re.fullmatch(r"[\w.:%-]+", host):
-        raise ConfigError(f"{url!r} is no address of a Chroma server; {example}")
+        raise ConfigError(f"{url!r} is not the address of a Chroma server. {example}")
     if parts.query or parts.fragment:
-        raise ConfigError(f"{url!r} has more than an address in it; {example}")
+        raise ConfigError(f"{url!r} contains more than an address. {example}")
     scheme = parts.scheme.lower()
     port = port if port is not None else {"http": 80, "https": 443}[scheme]
     shown = f"[{host}]" if ":" in host else host
@@ -246,48 +254,46 @@ def _normal(url: str) -> str:
 
 
 def known_file() -> Path:
-    """Where the addresses are noted."""
-    given = os.environ.get("XDG_STATE_HOME", "")
-    state = Path(given) if os.path.isabs(given) else Path.home() / ".local" / "state"
-    return state / "epic-rag" / "chroma_servers.json"
+    """Return the file of named servers in the user's state folder."""
+    return platformdirs.user_state_path("epic-rag", appauthor=False) / "chroma_servers.json"
 
 
 def require_known(index_dir: Path, server: ChromaServer, *, is_named: bool) -> None:
-    """Refuse an address that nobody but an index folder has named.
+    """Refuse an address that only an index folder has named.
 
     Args:
         index_dir: The index folder.
         server: The server that it names.
-        is_named: Whether the caller has named it, too.
+        is_named: Whether the caller has named it, too; it is then recorded.
 
     Raises:
-        IndexStateError: If it is unknown.
+        IndexStateError: If the user has never named it.
     """
     if server.is_local and not has_credentials():
         return
-    known = _read()
+    known = _read_known()
     if server.url in known:
         return
     if is_named or is_named_by_environment(server):
-        _write(known | {server.url})
+        _write_known(known | {server.url})
         return
     raise IndexStateError(
-        f"the index in {index_dir} has its vectors on {server}, which you have not named on this machine; if you trust "
-        f"that server with texts and queries, give --chroma {shlex.quote(server.url)} once, or set {ADDRESS_VARIABLE}"
+        f"The index in {index_dir} has its vectors on {server}, which you have not named on this machine. If you trust "
+        f"that server with texts and queries, pass --chroma {shlex.quote(server.url)} once, or set {ADDRESS_VARIABLE}."
     )
 
 
-def _read() -> frozenset[str]:
+def _read_known() -> frozenset[str]:
     try:
         return frozenset(map(str, json.loads(known_file().read_text(encoding="utf-8"))["servers"]))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # the last: there is no home folder
-        return frozenset()  # then the user names it again
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: no home folder
+        return frozenset()  # the user has to name it again
 
 
-def _write(servers: frozenset[str]) -> None:
+def _write_known(servers: frozenset[str]) -> None:
     try:
         path = known_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps({"servers": sorted(servers)}, indent=2) + "\n")
     except (OSError, RuntimeError) as error:
-        logger.warning("cannot note that you use this Chroma server (%s); name it with --chroma each time", error)
+        logger.warning("The Chroma server cannot be recorded (%s). Pass --chroma each time.", error)

@@ -1,8 +1,7 @@
-"""The two small files beside the rows: `index.json` says what the index is, `manifest.json` which files it holds.
+"""`index.json`, the settings and the current collection of an index, and `manifest.json`, its files.
 
-Both are replaced whole and only after they are safely on disk, so that a crash leaves the old one or the new one.
-`index.json` is the truth about which collection counts. `manifest.json` is a cache of what the rows themselves say:
-when it is missing, broken, not marked complete or about another collection, it is made again from them.
+Both are replaced atomically. `index.json` defines which collection is current. `manifest.json` is a cache of what the
+rows contain: if it is missing, broken, incomplete or of another collection, it is rebuilt from them.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from epic_rag.errors import EpicError
+from epic_rag.files import write_atomically
 from epic_rag_chroma.errors import IndexMismatchError, IndexStateError
-from epic_rag_chroma.store.paths import INDEX_FILE, MANIFEST_FILE, DocumentKey, FileStamp, write_atomically
+from epic_rag_chroma.store.paths import INDEX_FILE, MANIFEST_FILE, DocumentKey, FileStamp
 from epic_rag_chroma.store.server import Place, ServerPlace
 from epic_rag_chroma.types import IndexSettings
 
@@ -23,17 +23,17 @@ __all__ = ["FORMAT", "Entry", "IndexState", "Manifest"]
 
 FORMAT = "epic-rag-index"
 FORMAT_VERSION = 2
-# Raised whenever the same file would be cut or embedded differently: an index of another version is rebuilt.
+# Increased whenever a file would be chunked or embedded differently; an index of another version has to be rebuilt.
 CHUNKER_VERSION = 2
 _RACY_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class IndexState:
-    """What `index.json` says.
+    """Content of `index.json`.
 
-    `collection` is the id of the Chroma collection that counts; None before there is one. `chroma` is where that is, if
-    it is on a server; None for the index folder.
+    `collection` is the id of the current Chroma collection; None before there is one. `chroma` is its place on a
+    server; None for the index folder.
     """
 
     model: str
@@ -50,7 +50,7 @@ class IndexState:
     last_run: dict[str, float] | None = None
 
     def place(self, index_dir: Path) -> Place:
-        """Where the collection is."""
+        """Return the place of the collection."""
         return index_dir if self.chroma is None else self.chroma
 
     def save(self, index_dir: Path) -> None:
@@ -65,11 +65,11 @@ class IndexState:
 
         Args:
             index_dir: The index folder.
-            any_version: Take an older version for what it is: to make the index anew.
+            any_version: Also accept older versions, for a rebuild.
 
         Raises:
             IndexMismatchError: If it is of an older version.
-            IndexStateError: If it cannot be understood.
+            IndexStateError: If it cannot be parsed.
         """
         path = index_dir / INDEX_FILE
         try:
@@ -83,12 +83,12 @@ class IndexState:
             if int(content["format_version"]) < FORMAT_VERSION and content["format"] == FORMAT and not any_version:
                 raise IndexMismatchError(
                     f"{index_dir} has format {content['format_version']}, this version of epic-rag reads "
-                    f"{FORMAT_VERSION}; run `epic-rag index --rebuild` with the indexed folder to make it anew"
+                    f"{FORMAT_VERSION}. Run `epic-rag index --rebuild` with the indexed folder."
                 )
             if int(content["format_version"]) > FORMAT_VERSION:
                 raise IndexStateError(
-                    f"{path} has format {content['format_version']}, this version of epic-rag reads {FORMAT_VERSION}; "
-                    "run `pip install --upgrade epic-rag`, or `epic-rag index --rebuild` to make the index anew"
+                    f"{path} has format {content['format_version']}, this version of epic-rag reads {FORMAT_VERSION}. "
+                    "Run `pip install --upgrade epic-rag`, or rebuild with `epic-rag index --rebuild`."
                 )
             if content["format"] != FORMAT:
                 raise ValueError(f"format is {content['format']!r}")
@@ -121,20 +121,18 @@ def _numbers(content: dict[str, Any] | None) -> dict[str, float] | None:
 
 def _broken(path: Path, why: str) -> IndexStateError:
     why = " ".join(why.split())[:120]
-    return IndexStateError(
-        f"{path} cannot be read ({why}); run `epic-rag index --rebuild` with the indexed folder to make it anew"
-    )
+    return IndexStateError(f"{path} cannot be read ({why}). Run `epic-rag index --rebuild` with the indexed folder.")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of an indexed file.
+    """An indexed file.
 
     Args:
-        digest: Hash of its bytes; "" when its chunks may be incomplete, which makes the next run read it again.
+        digest: Hash of its bytes; "" if its chunks may be incomplete, so that the next run reads it again.
         chunks: Number of its chunks.
-        stamp: What the file system said when it was read; None if unknown.
-        checked_ns: When that was.
+        stamp: Its stat data when it was read; None if unknown.
+        checked_ns: The time of that.
     """
 
     digest: str
@@ -143,10 +141,10 @@ class Entry:
     checked_ns: int = 0
 
     def stat_unchanged(self, stamp: FileStamp) -> bool:
-        """Whether the stamp alone proves that the file is what it was.
+        """Return whether the stamp alone proves that the file is unchanged.
 
-        A file that was written within the file system's clock tick of the reading can change without its stamp
-        changing, so a stamp counts only if it was old when it was taken.
+        A file can change without its stamp within one clock tick of the file system, so only stamps that were old when
+        they were taken count.
         """
         return (
             self.digest != ""
@@ -157,7 +155,7 @@ class Entry:
 
 @dataclass
 class Manifest:
-    """What `manifest.json` says: the files of one collection. `complete` is false after a run that did not end."""
+    """Content of `manifest.json`: the files of a collection. `complete` is false after an interrupted run."""
 
     collection: str
     entries: dict[DocumentKey, Entry] = field(default_factory=dict)
@@ -165,7 +163,7 @@ class Manifest:
 
     @property
     def chunks(self) -> int:
-        """Number of chunks of all files."""
+        """The number of chunks of all files."""
         return sum(entry.chunks for entry in self.entries.values())
 
     def save(self, index_dir: Path, *, complete: bool) -> None:
@@ -180,7 +178,7 @@ class Manifest:
 
     @classmethod
     def load(cls, index_dir: Path) -> Manifest | None:
-        """Read `manifest.json`; None if there is none that can be understood, since the rows have it all."""
+        """Read `manifest.json`; None if it is missing or broken, since it can be rebuilt from the rows."""
         try:
             content = json.loads((index_dir / MANIFEST_FILE).read_text(encoding="utf-8"))
             if content["version"] != FORMAT_VERSION:
@@ -194,7 +192,7 @@ class Manifest:
             return None
 
     def restamp(self, key: DocumentKey, stamp: FileStamp, checked_ns: int) -> None:
-        """Note that a file was read again and is what it was."""
+        """Record that a file was read again and is unchanged."""
         self.entries[key] = replace(self.entries[key], stamp=stamp, checked_ns=checked_ns)
 
 

@@ -1,13 +1,13 @@
-"""What keyword search takes for a word: the terms of a text, the same for chunks and for queries.
+"""Tokenizer of the keyword index: the terms of a text, the same for chunks and for queries.
 
-FTS5's own tokenizer keeps `getUserName` and a whole Chinese sentence as one word each, and splits `3.11` without a
-trace. So a text is taken apart here, and the terms are handed over separated by spaces:
+FTS5's tokenizer keeps `getUserName` and a whole Chinese sentence as one word each, and splits `3.11`. So texts are
+tokenized here, and FTS5 gets the terms separated by spaces:
 
-* A compound (`get_user_name`, `os.path.join`, `git-rebase`, `3.11`) gives its parts and the whole without punctuation,
-  so that it is found by a part, and best by its own name however that is written.
+* A compound (`get_user_name`, `os.path.join`, `git-rebase`, `3.11`) gives its parts and the whole without punctuation:
+  it is found by a part, and best by its full name in any spelling.
 * CamelCase gives the whole and its parts; so does a word that ends in digits (`python3`).
-* Scripts without spaces between words (Chinese, Japanese, Thai, ...; Korean, whose words carry particles) give
-  pairs of characters, as is usual, and the single characters for a query of only one.
+* Scripts without spaces between words (Chinese, Japanese, Thai, ...; also Korean, whose words carry particles) give
+  character bigrams, and single characters for queries of one character.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import lru_cache
 __all__ = ["RUN", "STOP_WORDS", "TERMS_VERSION", "UNSPACED_RUN", "document_terms", "query_terms", "words"]
 
 
-# Raised whenever the same text would give other terms: words that were stored before are made again.
+# Increased whenever a text gives other terms than before; stored keyword indexes are then rebuilt.
 TERMS_VERSION = 1
 _LONGEST = 128
 
@@ -30,7 +30,7 @@ _STOP_WORDS = """
     your"""
 STOP_WORDS = frozenset(_STOP_WORDS.split())
 
-# Marks that words of many scripts contain and `\w` leaves out: Hebrew, Arabic, the scripts of India and their kin.
+# Combining marks within words that `\w` does not match: Hebrew, Arabic, the scripts of India and stop_words.
 _MARKS = (
     "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff\u0e00-\u0eff"
     "\u1000-\u109f\u1780-\u17ff"
@@ -48,7 +48,7 @@ _NUMBERED = re.compile(r"([^\W\d]{2,})\d+")
 
 
 def document_terms(text: str) -> str:
-    """The terms of a chunk, in order and as often as they occur, separated by spaces."""
+    """Return the terms of a chunk, in order and with repetitions, separated by spaces."""
     found: list[str] = []
     for compound in _COMPOUND.findall(unicodedata.normalize("NFKC", text)):
         found += _expand(compound)
@@ -56,29 +56,29 @@ def document_terms(text: str) -> str:
 
 
 def query_terms(text: str) -> list[str]:
-    """The terms of a query, each once, without stop words unless there is nothing else."""
-    telling: dict[str, None] = {}
-    others: dict[str, None] = {}
+    """Return the distinct terms of a query, without stop words unless there is nothing else."""
+    content: dict[str, None] = {}
+    stop_words: dict[str, None] = {}
     for compound in _COMPOUND.findall(unicodedata.normalize("NFKC", text)):
         terms = _expand(compound)
         if len(terms) == 1 and terms[0] in STOP_WORDS:
-            others[terms[0]] = None
+            stop_words[terms[0]] = None
         elif UNSPACED_RUN.search(compound):
-            telling.update(dict.fromkeys(_pairs_where_possible(terms)))
+            content.update(dict.fromkeys(_pairs_where_possible(terms)))
         else:
-            telling.update(dict.fromkeys(terms))
-    return list(telling or others)
+            content.update(dict.fromkeys(terms))
+    return list(content or stop_words)
 
 
 def _pairs_where_possible(terms: tuple[str, ...]) -> list[str]:
-    """Single characters match nearly everything; they count only where the query has nothing longer."""
+    """Drop single characters, which match nearly everything, unless the query has nothing longer."""
     longer = [term for term in terms if len(term) > 1]
     return longer or list(terms)
 
 
 @lru_cache(maxsize=65536)
 def _expand(compound: str) -> tuple[str, ...]:
-    """The terms of a word with whatever it is joined to."""
+    """Return the terms of a compound."""
     compound = _POSSESSIVE.sub("", compound)
     runs = RUN.findall(compound)
     terms: list[str] = []
@@ -86,7 +86,7 @@ def _expand(compound: str) -> tuple[str, ...]:
         whole = "".join(runs).casefold()
         if len(whole) <= _LONGEST:
             terms.append(whole)
-        # Single letters are what is left of "e-mail" and "don't".
+        # Single letters come from "e-mail" and "don't".
         runs = [run for run in runs if len(run) > 1 or run.isdigit()]
     for run in runs:
         terms += _pairs(run) if UNSPACED_RUN.match(run) else _parts(run)
@@ -100,7 +100,7 @@ def _pairs(run: str) -> list[str]:
 def _parts(run: str) -> list[str]:
     whole = run.casefold()
     if len(whole) > _LONGEST:
-        return []  # no word that anyone would type, but perhaps megabytes of base64
+        return []  # perhaps megabytes of base64
     if whole.isalpha() and (run == whole or run[1:] == whole[1:] or run.isupper()):
         return [whole]
     numbered = _NUMBERED.fullmatch(run)
@@ -112,7 +112,7 @@ def _parts(run: str) -> list[str]:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text without regard to case and punctuation; single characters in scripts without spaces."""
+    """Return the words of a text, case-folded and without punctuation; characters in scripts without spaces."""
     found: list[str] = []
     for run in RUN.findall(unicodedata.normalize("NFKC", text)):
         if UNSPACED_RUN.match(run):

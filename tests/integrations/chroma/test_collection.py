@@ -15,7 +15,6 @@ import pytest
 from chromadb.config import Settings
 
 from epic_rag_chroma.errors import IndexStateError
-from epic_rag_chroma.store import collection as store_module
 from epic_rag_chroma.store.collection import COLLECTION, ChunkStore
 
 Vectors = npt.NDArray[np.float32]
@@ -65,7 +64,7 @@ def test_batches_are_those_that_the_client_allows(tmp_path: Path, monkeypatch: p
     collection = store._collection
     with pytest.raises(Exception, match=r"(?i)batch size"):  # the trap
         collection.upsert(ids=ids, embeddings=vectors)
-    monkeypatch.setattr(store, "_max_batch", 7)
+    store = ChunkStore(store._client, collection, tmp_path, max_batch=7)
     sizes: list[int] = []
     upsert = type(collection).upsert
     monkeypatch.setattr(
@@ -99,7 +98,7 @@ def test_another_configuration_is_kept_silently_by_chroma_and_refused_by_us(tmp_
             "mine", configuration={"hnsw": {"space": "cosine"}}, embedding_function=None
         )
         assert again.configuration_json["hnsw"]["space"] == "l2"  # the trap
-    with pytest.raises(IndexStateError, match=r"has space l2, an index needs cosine; run `epic-rag index --rebuild`"):
+    with pytest.raises(IndexStateError, match=r"has space l2, an index needs cosine\. Run `epic-rag index --rebuild`"):
         ChunkStore.open(tmp_path, str(made.id))
 
 
@@ -232,8 +231,8 @@ def test_publishing_swaps_and_leaves_foreign_collections(tmp_path: Path) -> None
     opened.close()
 
 
-def test_scan_pages_through_everything(store: ChunkStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_PAGE", 10)
+def test_scan_pages_through_everything(store: ChunkStore) -> None:
+    paged = ChunkStore(store._client, store._collection, store._place, page=10)
     for n in (20, 25):
         write(store, [f"{number}" for number in range(n)], random_vectors(n, 8))
-        assert {row for row, _ in store.scan()} == {f"{number}" for number in range(n)}
+        assert {row for row, _ in paged.scan()} == {f"{number}" for number in range(n)}

@@ -118,7 +118,7 @@ def test_broken_index_file(indexer: ChromaIndexer, docs: Path, broken: str) -> N
 def test_newer_format(indexer: ChromaIndexer, docs: Path) -> None:
     indexer.index([docs])
     (docs / ".epic-rag/index.json").write_text('{"format_version": 99}')
-    with pytest.raises(IndexStateError, match="format 99, this version of epic-rag reads 2; run `pip install"):
+    with pytest.raises(IndexStateError, match=r"format 99, this version of epic-rag reads 2\. Run `pip install"):
         indexer.index([docs])
 
 
@@ -131,9 +131,9 @@ def test_no_index(tmp_path: Path) -> None:
 
 
 def test_missing_paths_and_bad_arguments(indexer: ChromaIndexer, docs: Path) -> None:
-    with pytest.raises(DataError, match=r"no such file or folder: .*missing"):
+    with pytest.raises(DataError, match=r"No such file or folder: .*missing"):
         indexer.index([docs, docs / "missing"])
-    with pytest.raises(DataError, match="no path is given"):
+    with pytest.raises(DataError, match="No path is given"):
         indexer.index([])
     assert not (docs / ".epic-rag").exists()
     indexer.index([docs])
@@ -142,7 +142,7 @@ def test_missing_paths_and_bad_arguments(indexer: ChromaIndexer, docs: Path) -> 
 
 
 def test_folder_with_other_files(docs: Path, tiny_encoder: EpicEncoder) -> None:
-    with pytest.raises(IndexStateError, match=r"docs holds guide\.md and no index\.json.*--index-dir"):
+    with pytest.raises(IndexStateError, match=r"docs contains guide\.md and no index\.json.*--index-dir"):
         ChromaIndexer(docs, encoder=tiny_encoder).index([docs])
     assert sorted(path.name for path in docs.iterdir()) == ["guide.md", "notes.txt", "src"]
 

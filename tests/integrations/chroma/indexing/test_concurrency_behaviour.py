@@ -165,7 +165,6 @@ def test_wait_for_the_lock(docs: Path, tiny_encoder: EpicEncoder) -> None:
 def test_brute_force_sees_each_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
-    from epic_rag_chroma.store import database as exact
     from epic_rag_chroma.store.database import Record
 
     def record(name: str, *vector: float) -> Record:
@@ -182,9 +181,10 @@ def test_brute_force_sees_each_commit(tmp_path: Path, monkeypatch: pytest.Monkey
     assert rows.nearest(query, 0) == []
     store.write([record("d", 0, 1)])
     assert [row for row, _ in rows.nearest(query, 5)] == ["b", "c", "d", "a"]
-    # As if reading had taken long: what is new may be seen later, what is gone may not be shown.
-    monkeypatch.setattr(exact, "_SHORT_SECONDS", -1.0)
-    monkeypatch.setattr(exact, "_SHARE", 1e9)
+    # With throttled reloading new rows may appear later, deleted rows may not appear.
+    rows.close()
+    rows = BruteForceIndex(tmp_path, "id", free_reload_seconds=-1.0, throttle=1e9)
+    assert len(rows.nearest(query, 5)) == 4
     store.write([record("e", 0, 1)])
     assert [row for row, _ in rows.nearest(query, 5)] == ["b", "c", "d", "a"]
     store.delete(["c"])

@@ -59,8 +59,8 @@ def test_commands(
     assert run(["status"]) == 0
     assert chroma.url in capsys.readouterr().out
     assert failed("query", "cats", "--chroma", "localhost:8000") == (
-        "error: 'localhost:8000' is no address of a Chroma server; give it as http://localhost:8000 or "
-        "https://host:port\n"
+        "error: 'localhost:8000' is not the address of a Chroma server. Use the form http://localhost:8000 or "
+        "https://host:port.\n"
     )
     for command in (["query", "cats"], ["status"], ["clear", "--yes"]):
         error = failed(*command, "--chroma", "http://localhost:1")
@@ -82,7 +82,7 @@ def test_stopped_server(
         assert run(["clear", "--yes", "--index-dir", str(docs / ".epic-rag")]) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert f"no Chroma server answers at {mortal.url}" in error
+        assert f"No Chroma server answers at {mortal.url}" in error
         assert f"delete the folder {docs / '.epic-rag'}" in error
         assert run(["status", "--index-dir", str(docs / ".epic-rag")]) == 0
         with pytest.raises(ChromaServerError, match=f"chroma run --path FOLDER --port {mortal.port}"):

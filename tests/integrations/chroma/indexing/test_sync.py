@@ -152,7 +152,7 @@ def test_plan(books: Path, tiny_encoder: EpicEncoder, monkeypatch: pytest.Monkey
         report = indexer.index([books])
         assert (report.added, report.changed, report.deleted, report.renamed) == (1, 1, 1, 1)
         assert indexer.plan([books]).unchanged == 3
-        with pytest.raises(DataError, match="no such file or folder"):
+        with pytest.raises(DataError, match="No such file or folder"):
             other.plan([books / "missing"])
 
 

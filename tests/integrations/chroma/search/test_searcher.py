@@ -396,9 +396,9 @@ def test_without_words_hybrid_says_so_and_searches_by_vectors(
     with caplog.at_level(logging.WARNING):
         hits = indexer.query("cats", k=3)
     assert ids(hits) == ids(indexer.query("cats", k=3, mode="dense"))
-    assert "keyword search is not available" in caplog.text
-    assert "run `epic-rag index`" in caplog.text
-    with pytest.raises(KeywordsUnavailableError, match="run `epic-rag index` to make it again"):
+    assert "Keyword search is not available" in caplog.text
+    assert "Run `epic-rag index`" in caplog.text
+    with pytest.raises(KeywordsUnavailableError, match="Run `epic-rag index` to rebuild it"):
         indexer.query("cats", mode="keyword")
     indexer.index([docs])
     (best,) = indexer.query("cats", mode="keyword")

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epic_rag_chroma.errors import IndexStateError
-from epic_rag_chroma.store import keyword_index as keywords
 from epic_rag_chroma.store.keyword_index import KeywordIndex, KeywordsUnavailableError
 
 TEXTS = {
@@ -76,9 +75,8 @@ def test_equal_scores_are_in_the_order_of_the_ids(words: KeywordIndex) -> None:
 
 
 @pytest.mark.parametrize("few", [1, 3, 900])
-def test_every_cut_of_a_ranking_is_its_beginning(tmp_path: Path, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keywords, "_SPARE", few)
-    words = KeywordIndex.open(tmp_path, "ties")
+def test_every_cut_of_a_ranking_is_its_beginning(tmp_path: Path, few: int) -> None:
+    words = KeywordIndex.open(tmp_path, "ties", max_ids=few)
     texts = ["cat", "cat cat dog", "dog", "cat", "cat", "a dog and a cat", "cat", "cat cat dog"]
     ids = [f"{(7 * number) % 8}" for number in range(8)]  # not in the order in which they are written
     words.upsert(ids, texts, ["doc"] * 8)
@@ -90,9 +88,10 @@ def test_every_cut_of_a_ranking_is_its_beginning(tmp_path: Path, few: int, monke
     words.close()
 
 
-@pytest.mark.parametrize("few", [900, 0])
-def test_only_what_is_allowed_is_found(words: KeywordIndex, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keywords, "FEW", few)
+@pytest.mark.parametrize("few", [900, 1])
+def test_only_allowed_chunks_are_found(words: KeywordIndex, few: int, tmp_path: Path) -> None:
+    words.close()
+    words = KeywordIndex.open(tmp_path, "one", max_ids=few)
     assert [each for each, _ in words.search("commit", 10, {"a", "e", "unknown"})] == ["a"]
     assert words.search("commit", 10, set()) == []
     everything = words.search("commit", 10)
@@ -132,11 +131,12 @@ def test_an_incremental_index_ranks_like_a_new_one(words: KeywordIndex, tmp_path
     fresh.close()
 
 
-def test_frequent_words_do_not_change_the_ranking(words: KeywordIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frequent_words_do_not_change_the_ranking(words: KeywordIndex, tmp_path: Path) -> None:
     words.upsert([f"n{n}" for n in range(20)], [f"text about topic{n} text" for n in range(20)], ["doc"] * 20)
     query = "text about topic7 text undo commits"
     expected = words.search(query, 2)
-    monkeypatch.setattr(keywords, "_COMMON_COUNTED", 0)
+    words.close()
+    words = KeywordIndex.open(tmp_path, "one", min_chunks_to_prune=0)
     assert [each for each, _ in words.search(query, 2)] == [each for each, _ in expected]
     assert len(words.search("text about", 30)) == 20  # nothing rarer to go by
 
@@ -274,7 +274,7 @@ def test_a_broken_file_is_said_by_readers_and_replaced_by_the_writer(
     words.upsert([f"n{n}" for n in range(300)], [f"text {n} of many" for n in range(300)], ["doc"] * 300)
     words.close()
     damage(tmp_path / FILE)
-    with pytest.raises(KeywordsUnavailableError, match=r"keyword search is not available: .* run `epic-rag index`"):
+    with pytest.raises(KeywordsUnavailableError, match=r"Keyword search is not available: .* Run `epic-rag index`"):
         open_and_search(tmp_path)
     again = KeywordIndex.open(tmp_path, "one")
     assert again.count() == 0

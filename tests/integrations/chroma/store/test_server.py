@@ -315,7 +315,7 @@ def test_what_somebody_deleted_on_the_server_comes_back(
     with plain_client(chroma.url) as client:
         client.delete_collection(name)
     on_server.close()
-    with pytest.raises(IndexStateError, match="run `epic-rag index` with the indexed folder"):
+    with pytest.raises(IndexStateError, match="Run `epic-rag index` with the indexed folder"):
         on_server.query("cats", mode="dense")
     assert on_server.index([docs]).chunks_embedded == 0
     assert_same(rows_on(chroma.url, docs / ".epic-rag"), before)
