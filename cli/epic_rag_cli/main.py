@@ -168,7 +168,7 @@ def _report_usage_error(error: Any) -> int:
     text = error.format_message().rstrip(".").replace(": Value error, ", ": ")
     context, option = error.ctx, getattr(error, "param", None)
     source = context.get_parameter_source(option.name) if context is not None and option is not None else None
-    if source is not None and source.name == "DEFAULT_MAP":
+    if option is not None and source is not None and source.name == "DEFAULT_MAP":
         key = next(key for key, known in option_keys(context.command).items() if known is option)
         given = context.params.get("config_file") or context.obj
         origin = load(context, given).origins[context.info_name][option.name]

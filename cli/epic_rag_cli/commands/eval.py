@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from epic_rag_cli.options import Json, Quiet, Verbose
+from epic_rag_cli.options import Json, Quiet, Strategy, Verbose
 from epic_rag_cli.terminal import Interrupted, Verbosity, emit, emit_json, message, verbosity
 
 __all__ = ["ablate", "eval_command"]
@@ -50,15 +50,7 @@ def eval_command(
     num_demonstrations: Annotated[
         str, typer.Option("--num-demonstrations", "-n", metavar="K,...", help="Numbers of demonstrations.")
     ] = "0,8",
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            "--strategy",
-            metavar="NAME",
-            help="How demonstrations reach the query: task-vector, epic (as embeddings) or text.",
-            show_default="the checkpoint's",
-        ),
-    ] = None,
+    strategy: Strategy = None,
     bank: Annotated[
         list[str] | None,
         typer.Option(
@@ -181,7 +173,6 @@ def eval_command(
         run_evaluation,
         split_names,
     )
-    from epic_rag.query_prompt import QueryPrompt
 
     request = EvaluationRequest(
         # Typer would split the variable of a list option at spaces, which a folder's name may have.
@@ -190,7 +181,7 @@ def eval_command(
         tasks=None if tasks is None else split_names(tasks),
         kinds=None if kinds is None else parse_choices(kinds, KINDS, "--kinds"),
         num_demonstrations=parse_ks(num_demonstrations),
-        strategy=QueryPrompt(strategy=strategy).strategy,
+        strategy=strategy,
         instructions={} if instructions is None else read_mapping(instructions),
         banks=parse_banks(bank or []),
         heldout=tuple(heldout or ()),
