@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import json
 import os
 import re
@@ -537,3 +538,18 @@ def test_gc_state_is_restored(
         assert (during, gc.isenabled()) == ([False], enabled)
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_functions_between_the_entry_point_and_the_index(
+    fake: type[FakeIndexer], cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`main`, `run` and the command: a query reaches the index in four calls."""
+    stack: list[str] = []
+
+    def query(*_: object) -> list[Hit]:
+        stack.extend(frame.function for frame in inspect.stack() if "epic_rag_cli" in Path(frame.filename).parts)
+        return []
+
+    monkeypatch.setattr(fake, "query", query)
+    cli("query", "x", "--index-dir", "anywhere")
+    assert stack == ["query", "run"]
