@@ -7,7 +7,6 @@ import inspect
 import re
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -45,8 +44,8 @@ def steps(heading: str) -> list[str]:
     return found
 
 
-def called(action: Callable[[], object]) -> dict[CodeType, int]:
-    """Return the code objects that are called, in any thread, with their position in the order of first calls."""
+def run_profiled(command: list[str]) -> tuple[int, dict[CodeType, int]]:
+    """Run a command; return its status and each code object called in any thread, with its place in that order."""
     order: dict[CodeType, int] = {}
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
@@ -56,11 +55,10 @@ def called(action: Callable[[], object]) -> dict[CodeType, int]:
     threading.setprofile(profile)
     sys.setprofile(profile)
     try:
-        action()
+        return run(command), order
     finally:
         sys.setprofile(None)
         threading.setprofile(None)  # type: ignore[arg-type]
-    return order
 
 
 def test_names_exist() -> None:
@@ -82,9 +80,8 @@ def test_the_ways_of_a_document_and_of_a_query(tmp_path: Path, monkeypatch: pyte
         "The way of a query": ["query", "undo", "--bank", "docs", "--index-dir", "docs/.epic-rag"],
     }
     for heading, command in commands.items():
-        statuses: list[int] = []
-        order = called(lambda command=command: statuses.append(run(command)))  # type: ignore[misc]
-        assert statuses == [0]
+        status, order = run_profiled(command)
+        assert status == 0
         names = steps(heading)
         positions = [order.get(inspect.unwrap(resolve(name)).__code__, -1) for name in names]
         assert dict(zip(names, positions, strict=True)) == dict(zip(names, sorted(positions), strict=True))

@@ -17,7 +17,7 @@ PAGE = (ROOT / "docs" / "encoder.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize(
     ("heading", "arguments"),
     [
-        ("argument", [name for name in inspect.signature(EpicEncoder.from_pretrained).parameters][1:]),
+        ("argument", list(inspect.signature(EpicEncoder.from_pretrained).parameters)[1:]),
         ("field of `QueryPrompt`", list(PromptSettings.__annotations__)),
     ],
 )
