@@ -211,7 +211,7 @@ class EpicEncoder:
 
     @property
     def strategy(self) -> QueryStrategy:
-        """How demonstrations reach a query for which no strategy is given."""
+        """Strategy of demonstrations for queries that name none."""
         return self.config.strategy or "epic"
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -132,3 +133,15 @@ def test_other_packages_import_only_what_epic_rag_chroma_exports() -> None:
 def test_modules_have_at_most_900_lines() -> None:
     lines = {module: path.read_text(encoding="utf-8").count("\n") for module, path in modules().items()}
     assert {module: count for module, count in lines.items() if count > MAX_LINES} == {}
+
+
+def test_docstrings_begin_with_what_the_code_does() -> None:
+    first_word = re.compile(r"(What|Whether|How|Where|Which|Let|See|Give)\b")
+    found = []
+    for module, path in modules().items():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                docstring = ast.get_docstring(node)
+                if docstring and first_word.match(docstring):
+                    found.append(f"{module}.{getattr(node, 'name', '')}: {docstring.splitlines()[0]}")
+    assert found == []

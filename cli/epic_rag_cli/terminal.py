@@ -112,7 +112,7 @@ def size(count: int) -> str:
 
 
 class Verbosity(enum.Enum):
-    """What stderr gets: errors only; also notes, warnings and progress; also what is read and done."""
+    """Verbosity of stderr: errors; also notes, warnings and progress; also every file and step."""
 
     QUIET = "--quiet"
     NORMAL = ""

@@ -218,7 +218,7 @@ def draw_demonstrations(pool: Sequence[Pair], k: int, *, seed: int) -> list[Pair
 
 
 def shuffle_passages(demonstrations: Sequence[Pair], pool: Sequence[Pair], *, seed: int) -> list[Demonstration] | None:
-    """Give each demonstration's query the passage of another one, of another component, so that it is wrong.
+    """Pair each demonstration's query with the passage of another component, so that the pair is wrong.
 
     Passages come from the demonstrations themselves where they can (the same vectors, paired wrongly),
     otherwise from the pool.

@@ -1,4 +1,4 @@
-"""What the indexer takes and gives: plain frozen dataclasses, free of any import that costs time."""
+"""Settings, reports and hits of the indexer: frozen dataclasses without slow imports."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DEFAULT_MODE: SearchMode = "hybrid"
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """What goes into an index, and in which pieces.
+    """Settings of an index: files and chunk sizes.
 
     Args:
         chunk_tokens: The most tokens of a chunk, by the encoder's own tokenizer, heading path included. The default
@@ -78,7 +78,7 @@ class SkippedFile:
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What a run of the indexer did.
+    """Result of a run of the indexer.
 
     Args:
         added: Files that were not there before.
@@ -88,7 +88,7 @@ class IndexReport:
         skipped: Files that were found and not indexed.
         chunks_embedded: Chunks that the model read.
         chunks_total: Chunks that the index holds now.
-        seconds: How long it took.
+        seconds: Duration.
         renamed: Files that have the content of a file that is gone; neither `added` nor `deleted`.
         chunks_reused: Chunks of new, changed and renamed files whose vectors were in the index already.
     """
@@ -107,7 +107,7 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """What a run of the indexer would do: paths, each relative to its root. Nothing is written to find out.
+    """Dry run of the indexer: paths, each relative to its root. Nothing is written.
 
     Args:
         added: Files that are not in the index.
@@ -148,7 +148,7 @@ class SearchFilters:
 
 @dataclass(frozen=True)
 class IndexProgress:
-    """How far a run is: `done` of `total` files in `stage` ("scanning", "indexing", "deleting")."""
+    """Progress of a run: `done` of `total` files in `stage` ("scanning", "indexing", "deleting")."""
 
     stage: str
     done: int
@@ -177,7 +177,7 @@ class Hit:
         lang: The programming language of source code ("python", ...); "" for everything else.
         cosine: Cosine of query and chunk; None in keyword mode.
         bm25: BM25 score of the chunk; None where no word of the query occurs in it, and in dense mode.
-        rerank_score: What the reranker gave; None without one.
+        rerank_score: Score of the reranker; None without one.
         duplicates: Where near-duplicates of this text are ("path:line"), which the results leave out.
     """
 
@@ -202,7 +202,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class IndexStatus:
-    """What an index holds; `roots` are absolute paths.
+    """Contents and state of an index; `roots` are absolute paths.
 
     `chroma` is the address of the Chroma server that holds the vectors, None for the index folder itself; `last_run`
     has the counts of the last complete run of the indexer (IndexReport's numbers by name), None before there was one.

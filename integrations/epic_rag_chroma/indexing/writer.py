@@ -229,7 +229,7 @@ class IndexWriter:
                 self.store.probe()
 
     def publish(self) -> None:
-        """Let the collection take the place of the previous one."""
+        """Replace the previous collection by this one."""
         with _chroma_errors(self._index_dir):
             self.store.publish()
 

@@ -128,7 +128,7 @@ class IsolatedReader:
 
     @property
     def has_worker(self) -> bool:
-        """Whether there is a worker process."""
+        """True while there is a worker process."""
         return self._process is not None
 
     def close(self) -> None:
@@ -364,7 +364,7 @@ def _limit_memory(memory: int) -> None:
 
 
 def _limit_time(seconds: float) -> None:
-    """Let the operating system kill this process after an amount of CPU time, also inside a parser; 0 for no limit.
+    """Limit the CPU time of this process; the operating system kills it, also inside a parser. 0 for no limit.
 
     A wall clock alarm covers a parser that waits, in case the indexer that would kill it is gone.
     """

@@ -200,7 +200,7 @@ class ChunkStore:
         return str((self._collection.metadata or {}).get("fingerprint", ""))
 
     def publish(self) -> None:
-        """Give the collection its public name and delete the index's other collections. Idempotent."""
+        """Set the collection's public name and delete the index's other collections. Idempotent."""
         for other in list(_owned(self._client, self._place)):
             if str(other.id) != self.id:
                 self._client.delete_collection(other.name)

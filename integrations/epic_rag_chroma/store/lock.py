@@ -179,7 +179,7 @@ class DirtyMarker:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the collection may differ from the manifest."""
+        """True if the collection may differ from the manifest."""
         return self._begun
 
     def begin(self) -> None:

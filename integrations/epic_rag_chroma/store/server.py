@@ -106,7 +106,7 @@ class ChromaServer:
 
     @property
     def is_local(self) -> bool:
-        """Whether requests stay on this machine."""
+        """True if requests stay on this machine."""
         host = urlsplit(self.url).hostname or ""
         try:
             return ipaddress.ip_address(host).is_loopback
