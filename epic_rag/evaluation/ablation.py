@@ -28,7 +28,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
@@ -217,6 +217,8 @@ def load_grid(
     overrides = [item for item in settings if not item.startswith(_PREFIX)]
     folder = output if output is not None else Path("runs") / file.stem
     arms = tuple(_arm(str(name), entry, base, overrides, folder) for name, entry in entries.items())
+    if not evaluation.table_k:  # without demonstrations there is nothing to show
+        arms = tuple(replace(arm, strategies=arm.strategies[:1]) for arm in arms)
     reference = values.get("reference")
     if reference is not None and reference not in entries:
         raise ConfigError(f"reference is {reference}. The arms are {', '.join(arm.name for arm in arms)}.")
