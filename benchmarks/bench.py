@@ -73,7 +73,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
 
 def quick_commands(folder: Path) -> dict[str, list[str]]:
     """Return the same commands on tiny models and data, made in `folder`."""
-    from results_quick import make_encoder  # imports torch, which the real stages do in processes of their own
+    from results_quick import make_encoder  # imports torch; the real stages import it in their processes
 
     model = str(folder / "model")
     make_encoder(folder / "model", seed=0, trained=True)
@@ -152,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.quick:
             with tempfile.TemporaryDirectory() as folder:
                 for name, command in quick_commands(Path(folder)).items():
-                    run(name, command)
+                    if name in wanted:
+                        run(name, command)
             return 0
         for stage in ("prompt_cache", "prompt_cache_bf16"):
             if stage in wanted and not options.smollm2:

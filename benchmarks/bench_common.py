@@ -1,4 +1,4 @@
-"""What the benchmarks share: a bar and whether it is met, interleaved timing, and the record of the machine."""
+"""Shared by the benchmarks: bars (figures with a limit), interleaved timing, and records of results."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["Bar", "bars_table", "encoding_options", "interleaved", "milliseconds
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure that has a limit.
+    """Figure with a limit.
 
     Attributes:
-        what: What is compared.
-        value: What was measured: median of the ratios of runs side by side, or a single figure.
+        what: Description.
+        value: Median of the ratios of runs side by side, or a single figure.
         limit: The limit.
         at_most: Whether the limit is an upper one.
         low: Lower quartile of the ratios; None for a single figure.
@@ -54,12 +54,12 @@ class Bar:
 
 
 def bars_table(bars: list[Bar]) -> str:
-    """The bars as a Markdown table."""
+    """Return the bars as a Markdown table."""
     return markdown_table(["bar", "measured", "limit", ""], [bar.row() for bar in bars], text_columns=1)
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], runs: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call in each run, all calls in turn, so that a machine that slows down does so for all."""
+    """Time each call in each run, all calls in turn, so that a slower minute of the machine is in all of them."""
     for call in calls.values():  # warm-up
         call()
     found: dict[str, list[float]] = {name: [] for name in calls}
@@ -71,7 +71,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], runs: int, device: to
 
 
 def ratio(what: str, above: list[float], below: list[float], limit: float, *, at_most: bool) -> Bar:
-    """A bar on the ratio of two calls: the median of the ratios of runs side by side, and their quartiles."""
+    """Make a bar on the ratio of two calls: median and quartiles of the ratios of runs side by side."""
     spread = spread_of([a / b for a, b in zip(above, below, strict=True)])
     return Bar(what, spread.median, limit, at_most, spread.low, spread.high)
 
@@ -99,7 +99,7 @@ def write(folder: Path, name: str, markdown: str, bars: list[Bar], device: torch
 
 
 def encoding_options(description: str, count: int) -> argparse.ArgumentParser:
-    """The options of a benchmark that encodes texts."""
+    """Return the options of a benchmark that encodes texts."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--model", help="a checkpoint, a folder or a hub name; default: the shipped checkpoint")
     options.add_argument("--num-layers", type=int, metavar="N")
@@ -120,5 +120,5 @@ def run_main(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namesp
 
 
 def say(line: str) -> None:
-    """One line of progress."""
+    """Print a line of progress."""
     sys.stderr.write(f"{line}\n")

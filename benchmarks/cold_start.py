@@ -1,8 +1,8 @@
-"""How long a command takes from nothing: `epic-rag --help` and `epic-rag query`, against the imports they stand on.
+"""Start-up time of commands: `epic-rag --help` and `epic-rag query`, compared with the imports they need.
 
     python benchmarks/cold_start.py --output DIR
 
-Every process is started anew in each run, all kinds in turn. The index is made of this project's own documents. Writes
+Every run starts a new process of each kind, in turn. The index is made of this project's own documents. Writes
 cold_start.json and cold_start.md to DIR.
 """
 
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(command: Sequence[str]) -> None:
-    """Run a command to its end; its output is of no interest unless it fails."""
+    """Run a command; its output is only used if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise EpicError(f"`{' '.join(command)}` ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace) -> int:
         [[name, milliseconds(each)] for name, each in seconds.items()],
         text_columns=1,
     )
-    head = f"Each process started anew, {options.runs} runs; an index of {options.docs.name}/."
+    head = f"New processes, {options.runs} runs; an index of {options.docs.name}/."
     write(
         options.output,
         "cold_start",

@@ -25,7 +25,7 @@ from epic_rag.errors import ConfigError
 from epic_rag.evaluation.report import markdown_table
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}
-"""How far vectors of two devices may be apart, by dtype."""
+"""Largest difference of vectors of two devices, by dtype."""
 
 
 def parser() -> argparse.ArgumentParser:

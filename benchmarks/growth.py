@@ -1,12 +1,12 @@
-"""How an index grows: first run, unchanged run, one file changed, one query, at growing numbers of chunks.
+"""Scaling of an index: first run, unchanged run, one file changed, one query, at growing numbers of chunks.
 
     python benchmarks/growth.py --sizes 100,1000,10000,100000 --output DIR
 
 Files of synthetic text (words of a Zipf distribution, seeded), ten chunks each. Up to --model-up-to chunks the
-checkpoint embeds them; and at every size a stand-in of the same width and tokenizer makes vectors at once out of the
-texts' hashes, so that the first run is everything but the model. Queries are encoded by the checkpoint in both cases.
-Each size runs in a process of its own, whose peak memory is recorded; one query is also asked by `epic-rag query`, in
-a process that begins with nothing. Writes growth.json, growth.md and a log-log plot to DIR.
+checkpoint embeds them; and at every size a stub of the same width and tokenizer makes vectors of the texts' hashes, so
+that the first run is everything but the model. Queries are encoded by the checkpoint in both cases. Each size runs in a
+new process, whose peak memory is recorded; one query also runs as `epic-rag query`, in a new process. Writes
+growth.json, growth.md and a log-log plot to DIR.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 class HashedEncoder:
-    """Stands for an encoder: all of its own but the vectors of documents, which are made of hashes."""
+    """Encoder whose document vectors are made of hashes."""
 
     def __init__(self, encoder: EpicEncoder) -> None:
         self._encoder = encoder
@@ -77,8 +77,8 @@ class HashedEncoder:
     def encode_document(self, texts: Sequence[str], **_: Any) -> np.ndarray[Any, Any]:
         return np.stack([self._vector(text) for text in texts]) if texts else np.zeros((0, self.dimension), np.float32)
 
-    def encode_query(self, text: str | Sequence[str], **options: Any) -> np.ndarray[Any, Any]:
-        return self._encoder.encode_query(text, **options)
+    def encode_query(self, *arguments: Any, **options: Any) -> np.ndarray[Any, Any]:
+        return self._encoder.encode_query(*arguments, **options)
 
     def _vector(self, text: str) -> np.ndarray[Any, Any]:
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -88,12 +88,12 @@ class HashedEncoder:
 
 
 def vocabulary(draw: random.Random) -> list[str]:
-    """Words, the most frequent first."""
+    """Return words, the most frequent first."""
     return ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(20000)]
 
 
 def questions() -> list[str]:
-    """Three words each, as often as the files have them, without the most frequent, of which no question is made."""
+    """Return queries of three words, as frequent as in the files, without the most frequent ones."""
     words = vocabulary(random.Random(0))[STOP_WORDS:]
     weights = [1 / rank for rank in range(STOP_WORDS + 1, STOP_WORDS + len(words) + 1)]
     draw = random.Random(1)
@@ -101,7 +101,7 @@ def questions() -> list[str]:
 
 
 def make_files(folder: Path, chunks: int) -> None:
-    """Files of `CHUNKS_PER_FILE` sections, each of which makes one chunk."""
+    """Write files of `CHUNKS_PER_FILE` sections, each of which makes one chunk."""
     draw = random.Random(0)
     words = vocabulary(draw)
     weights = [1 / rank for rank in range(1, len(words) + 1)]
@@ -117,7 +117,7 @@ def make_files(folder: Path, chunks: int) -> None:
 
 
 def measure_one(chunks: int, how: str, model: str | None) -> dict[str, Any]:
-    """All measurements at one size."""
+    """Measure everything at one size."""
     encoder: Any = EpicEncoder.from_pretrained(model, dtype="auto")
     if how == "hashed":
         encoder = HashedEncoder(encoder)
@@ -127,7 +127,7 @@ def measure_one(chunks: int, how: str, model: str | None) -> dict[str, Any]:
         docs = Path(place) / "docs"
         docs.mkdir()
         make_files(docs, chunks)
-        time.sleep(2.1)  # a file that was written just now cannot be told by its time
+        time.sleep(2.1)  # the time of a file that was written just now is not trusted
         with ChromaIndexer(Path(place) / "index", encoder=encoder) as indexer:
 
             def index() -> float:
@@ -137,7 +137,7 @@ def measure_one(chunks: int, how: str, model: str | None) -> dict[str, Any]:
                 return time.perf_counter() - started
 
             found["first"] = index()
-            index()  # takes note of the files' times, which were too young before
+            index()  # records the files' times, which were too young before
             found["unchanged"] = spread_of([index() for _ in range(3)]).median
             changed = next(iter(sorted(docs.rglob("*.md"))))
             changed.write_text(changed.read_text(encoding="utf-8") + "\nOne more line.\n", encoding="utf-8")
@@ -154,7 +154,7 @@ def measure_one(chunks: int, how: str, model: str | None) -> dict[str, Any]:
 
 
 def median_of(ask: Callable[[str], object]) -> float:
-    """Seconds of a query: the median of some, after a first one."""
+    """Return the median seconds of some queries, after a first one."""
     first, *others = questions()
     ask(first)
     times = []
@@ -166,7 +166,7 @@ def median_of(ask: Callable[[str], object]) -> float:
 
 
 def in_a_process(chunks: int, how: str, options: argparse.Namespace) -> dict[str, Any]:
-    """`measure_one` in a process of its own."""
+    """Run `measure_one` in a new process."""
     command = [sys.executable, __file__, "--one", str(chunks), "--encoder", how, "--output", str(options.output)]
     if options.model is not None:
         command += ["--model", options.model]
@@ -178,7 +178,7 @@ def in_a_process(chunks: int, how: str, options: argparse.Namespace) -> dict[str
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
-    """All times against the number of chunks, both axes logarithmic; PATH.svg and PATH.png."""
+    """Plot all times against the number of chunks, both axes logarithmic, as PATH.svg and PATH.png."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.0, 4.0), layout="constrained")

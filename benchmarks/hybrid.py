@@ -1,4 +1,4 @@
-"""What hybrid search is worth: vectors, words, and both, on the retrieval sets of a folder.
+"""Hybrid search compared with dense and keyword search on the retrieval sets of a folder.
 
     python benchmarks/hybrid.py --data DIR [--model NAME] [--dtype bfloat16] [--cache-dir DIR] [--output DIR]
                                 [--document docs/search.md]
@@ -139,7 +139,7 @@ def by_words(texts: Sequence[str], queries: Sequence[str], candidates: list[list
 
 
 def duplicates(texts: Sequence[str], documents: npt.NDArray[np.float32]) -> tuple[int, list[tuple[float, str, str]]]:
-    """How many passages resemble one of their nearest neighbours, and the pairs with their cosines."""
+    """Count the passages that resemble one of their nearest neighbours; return the pairs with their cosines, too."""
     passages = [ComparedText(text) for text in texts]
     repeated: set[int] = set()
     pairs = []
@@ -163,7 +163,7 @@ def fused(item: Ranked, *, constant: int = RANK_CONSTANT, depth: int = FUSION_DE
 
 
 def weighted(item: Ranked, weight: float) -> Rankings:
-    """The fusion with the words' ranking counted more or less often than the vectors'."""
+    """Fuse with a weight on the keyword ranking."""
     found = []
     for rankings in zip(item.dense, item.keyword, strict=True):
         scores: dict[int, float] = {}
@@ -175,7 +175,7 @@ def weighted(item: Ranked, weight: float) -> Rankings:
 
 
 def tables(items: Sequence[Ranked]) -> tuple[str, dict[str, object]]:
-    """The tables, and the same figures for machines."""
+    """Return the tables, and the same figures for the JSON file."""
     names = [item.name for item in items]
     scores: dict[str, list[float]] = {}
 
@@ -199,8 +199,8 @@ def tables(items: Sequence[Ranked]) -> tuple[str, dict[str, object]]:
     others = [label for label in scores if label not in modes]
     parts = [
         score_table(names, {label: scores[label] for label in modes}),
-        f"Other fusions than with constant {RANK_CONSTANT} to depth {FUSION_DEPTH} (the constants that were best on the "
-        f"other sets are {', '.join(map(str, held_out))}):",
+        f"Other fusions than with constant {RANK_CONSTANT} to depth {FUSION_DEPTH} (the constants that were best on "
+        f"the other sets are {', '.join(map(str, held_out))}):",
         score_table(names, {label: scores[label] for label in others}),
         "Near-duplicates in the corpora:",
         markdown_table(
@@ -228,7 +228,7 @@ def tables(items: Sequence[Ranked]) -> tuple[str, dict[str, object]]:
 
 
 def best_elsewhere(scores: Mapping[str, Sequence[float]], left_out: int) -> int:
-    """The constant with the highest mean over the other sets; the smallest of equal ones."""
+    """Return the constant with the highest mean over the other sets; the smallest of equal ones."""
 
     def mean(constant: int) -> float:
         rest = [score for number, score in enumerate(scores[f"constant {constant}"]) if number != left_out]

@@ -1,4 +1,4 @@
-"""What is left: where the time of documents and of a query goes, by torch.profiler.
+"""Profile of documents and of a query, by torch.profiler.
 
     python benchmarks/profiling.py --texts sections.jsonl.gz [--llm FOLDER --num-layers 12] --output DIR
 
@@ -61,7 +61,7 @@ def kind_of(operator: str) -> str:
 
 
 def shares(call: Callable[[], object], runs: int) -> tuple[float, dict[str, float]]:
-    """Seconds of a run (median, profiled), and the share of each kind of work."""
+    """Return the median seconds of a profiled run, and the share of each kind of work."""
     call()
     seconds = []
     own: dict[str, float] = {}

@@ -77,7 +77,7 @@ ROWS: Sequence[tuple[str, str, Callable[[Facts], str], str]] = (
 
 
 def table(folder: Path) -> str:
-    """The rows of what has run, as Markdown; empty if nothing has."""
+    """Return a row for each test that has run, as Markdown; empty without any."""
     lines = []
     for name, done, count, test in ROWS:
         try:

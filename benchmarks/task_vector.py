@@ -1,4 +1,4 @@
-"""How far a task vector should move a query, by quality on pairs that the checkpoint was trained on; and what it costs.
+"""Strength of the task vector by nDCG@10 on pairs that the checkpoint was trained on, and its cost.
 
     python benchmarks/task_vector.py --pairs squad_sentence.jsonl.gz,medquad.jsonl.gz --output DIR
 
@@ -38,7 +38,7 @@ from epic_rag.task_vector import task_vector
 
 
 class Moving:
-    """An encoder that moves queries by task vectors of a strength of its own.
+    """Encoder with task vectors of another strength.
 
     Args:
         encoder: Embeds the demonstrations.
@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def cost(encoder: EpicEncoder, split: HeldoutSplit, k: int, runs: int) -> list[Bar]:
-    """Seconds with a task vector against seconds without demonstrations, one query after the other and in a batch."""
+    """Compare the seconds with and without a task vector, one query after the other and in a batch."""
     texts = list(split.queries[:32])
     bank = DemonstrationBank([(pair.query, pair.passage) for pair in split.pool[:k]], instruction="")
     bank.embed(encoder)

@@ -49,7 +49,7 @@ def test_stages_that_there_are_not(tmp_path: Path) -> None:
 
 
 def _run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> tuple[Any, Any]:
-    """A step whose program is a few lines that see where their output goes; and a run."""
+    """Return a step whose program is a few lines of code, and a run."""
     script = tmp_path / "script.py"
     script.write_text(code)
     monkeypatch.setattr(results, "interpreter", lambda words: [sys.executable, str(script), *words])

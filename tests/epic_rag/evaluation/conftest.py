@@ -1,4 +1,4 @@
-"""An encoder whose vectors a test writes down, and tiny evaluation sets on disk."""
+"""Encoder with given vectors, and tiny evaluation sets on disk."""
 
 from __future__ import annotations
 
