@@ -35,6 +35,7 @@ from mteb.types import EncodeKwargs, PromptType
 from sklearn.exceptions import ConvergenceWarning, UndefinedMetricWarning  # type: ignore[import-untyped]
 
 from epic_rag.errors import TaskError
+from epic_rag.evaluation.bm25 import require_bm25
 from epic_rag.evaluation.datasets import (
     ClassificationData,
     ClusteringData,
@@ -271,7 +272,12 @@ def _model_name(label: str) -> str:
 
 
 def bm25_model() -> SearchProtocol:
-    """Return mteb's BM25 baseline: bm25s with k1 = 1.5, b = 0.75, English stems, no stop words."""
+    """Return mteb's BM25 baseline: bm25s with k1 = 1.5, b = 0.75, English stems, no stop words.
+
+    Raises:
+        MissingExtraError: bm25s is not installed.
+    """
+    require_bm25()
     with _quiet():
         return cast("SearchProtocol", mteb.get_model("mteb/baseline-bm25s"))
 

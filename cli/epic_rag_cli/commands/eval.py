@@ -240,9 +240,9 @@ def ablate(
 ) -> None:
     """Train the arms of a grid and print their scores as a table.
 
-    Every arm is scored on files that no arm trains on, and on rows that training leaves out. The same command
-    continues an interrupted run. docs/evaluation.md explains the grid and the table; the examples use a grid.yaml in
-    the working directory.
+    Every arm is scored on files that no arm trains on, and on rows that training leaves out. Arms whose results are
+    in the folder are skipped. docs/evaluation.md explains the grid and the table; the examples use a grid.yaml in the
+    working directory.
 
     Examples:
         epic-rag ablate grid.yaml --quiet
