@@ -300,7 +300,7 @@ def test_a_file_of_one_encoder_from_before_is_read(
     built = embedded(bank_with_instruction, tiny_encoder)
     built.save(tmp_path)
     assert built.embeddings is not None
-    metadata = {"encoder": str(built.encoder_fingerprint), "bank_with_instruction": built.fingerprint}
+    metadata = {"encoder": str(built.encoder_fingerprint), "bank": built.fingerprint}
     save_file({"embeddings": built.embeddings}, tmp_path / "embeddings.safetensors", metadata=metadata)
     loaded = DemonstrationBank.load(tmp_path)
     assert loaded.encoder_fingerprints == built.encoder_fingerprints
