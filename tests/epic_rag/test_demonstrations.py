@@ -544,7 +544,7 @@ def test_vectors_of_another_shape_are_not_used(built_bank: DemonstrationBank, tm
 
     built_bank.save(tmp_path)
     assert built_bank.embeddings is not None
-    metadata = {"encoder": str(built_bank.encoder_fingerprint), "saved_bank": built_bank.fingerprint}
+    metadata = {"encoder": str(built_bank.encoder_fingerprint), "bank": built_bank.fingerprint}
     save_file({"embeddings": built_bank.embeddings[:3]}, tmp_path / "embeddings.safetensors", metadata=metadata)
     assert DemonstrationBank.load(tmp_path).embeddings is None
 
