@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 Vectors = npt.NDArray[np.float32]
 Selection = Literal["first", "random", "diverse", "nearest"]
-"""How demonstrations are picked from a bank that holds more than are used."""
+"""Rule that picks demonstrations from a bank that holds more than are used."""
 SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 
 BANK_FILE = "bank.json"

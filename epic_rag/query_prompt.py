@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["QUERY_STRATEGIES", "PromptSettings", "QueryPrompt", "QueryStrategy"]
 
 QueryStrategy = Literal["task-vector", "epic", "text"]
-"""How demonstrations reach a query: added to its vector, or before it in the prompt as embeddings or as texts."""
+"""Way of demonstrations to a query: added to its vector, or before it in the prompt as embeddings or as texts."""
 QUERY_STRATEGIES: tuple[QueryStrategy, ...] = get_args(QueryStrategy)
 
 

@@ -82,7 +82,7 @@ _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 PARTS = {"trained": "trained tasks", "heldout": "held-out tasks"}
 """Rows of trained tasks that training left out, and files never trained on; and their names in tables."""
 Shown = Literal["epic", "text"]
-"""How demonstrations are shown: as vectors or as texts."""
+"""Form of the demonstrations: vectors or texts."""
 
 
 class GridEvaluation(BaseModel):

@@ -190,7 +190,7 @@ def make_task(local_set: LocalSet) -> AbsTask:
 
 
 MtebModel = AbsEncoder | SearchProtocol
-"""What mteb can evaluate: a model of vectors, or one that searches by itself."""
+"""Models that mteb can evaluate: of vectors, or a search method."""
 
 
 class EpicMtebEncoder(AbsEncoder):

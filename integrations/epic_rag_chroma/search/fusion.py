@@ -13,7 +13,7 @@ __all__ = ["FUSION_DEPTH", "RANK_CONSTANT", "fuse"]
 
 RANK_CONSTANT = 5
 FUSION_DEPTH = 100
-"""How deep each ranking is read."""
+"""Depth to which each ranking is read."""
 
 
 def fuse(*rankings: Sequence[str], constant: int = RANK_CONSTANT) -> list[tuple[str, float]]:

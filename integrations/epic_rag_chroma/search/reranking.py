@@ -16,7 +16,7 @@ Reranker = Callable[[str, Sequence[str]], Sequence[float]]
 """Query and texts in, one score for each text out; higher is better."""
 
 RERANK_DEPTH = 50
-"""How many of the best hits are reranked: a cross-encoder is slow."""
+"""Number of hits that are reranked; a cross-encoder is slow."""
 
 
 def load_reranker(name: str) -> Reranker:
