@@ -69,7 +69,7 @@ def ids(hits: Sequence[Hit]) -> list[str]:
     return [hit.id for hit in hits]
 
 
-def words_of(index: ChromaIndexer) -> dict[str, float]:
+def bm25_of(index: ChromaIndexer) -> dict[str, float]:
     state = index._state()
     words = KeywordIndex.open_reading(index._index_dir, state.collection or "")
     found = dict(words.search(QUERY, 10_000))
@@ -77,7 +77,7 @@ def words_of(index: ChromaIndexer) -> dict[str, float]:
     return found
 
 
-def test_dense_ranks_by_cosine(index: ChromaIndexer, truth: dict[str, tuple[Any, ...]]) -> None:
+def test_dense_mode(index: ChromaIndexer, truth: dict[str, tuple[Any, ...]]) -> None:
     hits = index.query(QUERY, k=20, mode="dense", collapse=False)
     assert [hit.rank for hit in hits] == list(range(1, 21))
     best = sorted((found[2] for found in truth.values()), reverse=True)[:20]
@@ -89,11 +89,11 @@ def test_dense_ranks_by_cosine(index: ChromaIndexer, truth: dict[str, tuple[Any,
         assert (hit.bm25, hit.rerank_score, hit.duplicates) == (None, None, ())
 
 
-def test_keyword_ranks_by_bm25_and_loads_no_model(index: ChromaIndexer) -> None:
+def test_keyword_mode_loads_no_model(index: ChromaIndexer) -> None:
     def never() -> EpicEncoder:
         raise AssertionError("a model was asked for")
 
-    expected = words_of(index)
+    expected = bm25_of(index)
     with ChromaIndexer(index._index_dir, encoder=never) as reader:
         hits = reader.query(QUERY, k=500, mode="keyword", collapse=False)
     assert ids(hits) == list(expected)
@@ -103,8 +103,8 @@ def test_keyword_ranks_by_bm25_and_loads_no_model(index: ChromaIndexer) -> None:
     assert "cats" in hits[0].text.lower()
 
 
-def test_hybrid_fuses_both_rankings(index: ChromaIndexer, truth: dict[str, tuple[Any, ...]]) -> None:
-    expected = words_of(index)
+def test_hybrid_mode(index: ChromaIndexer, truth: dict[str, tuple[Any, ...]]) -> None:
+    expected = bm25_of(index)
     dense = ids(index.query(QUERY, k=100, mode="dense", collapse=False))
     hits = index.query(QUERY, k=30, mode="hybrid", collapse=False)
     fused = fuse(dense, list(expected)[:100])[:30]
@@ -128,7 +128,7 @@ def test_hits_of_one_ranking_get_the_scores_of_the_other(
     dense = by_cosine(truth)
     assert {hit.id for hit in hits} - set(dense[:12])
     assert all(hit.cosine == pytest.approx(truth[hit.id][2], abs=1e-5) for hit in hits)
-    expected = words_of(index)
+    expected = bm25_of(index)
     assert all(hit.bm25 == expected.get(hit.id) for hit in hits)
 
 
@@ -169,7 +169,7 @@ PATHS = {"guide/cats.md", "src/sleep.py"}
 @pytest.mark.parametrize("filters", FILTERS, ids=[str(number) for number in range(len(FILTERS))])
 @pytest.mark.parametrize("max_brute_force", [10_000, 0], ids=["few", "many"])
 @pytest.mark.parametrize("k", [1, 7, 500])
-def test_filters_are_exact_in_every_mode(
+def test_filters_are_exact(
     index: ChromaIndexer,
     truth: dict[str, tuple[Any, ...]],
     tiny_encoder: EpicEncoder,
@@ -188,34 +188,19 @@ def test_filters_are_exact_in_every_mode(
     best = sorted((truth[row][2] for row in allowed), reverse=True)[:k]
     assert set(ids(dense)) <= allowed
     assert [hit.score for hit in dense] == pytest.approx(best, abs=1e-5)
-    by_words = [row for row in words_of(index) if row in allowed]
-    assert ids(ask("keyword")) == by_words[:k]
+    by_bm25 = [row for row in bm25_of(index) if row in allowed]
+    assert ids(ask("keyword")) == by_bm25[:k]
     hybrid = ask("hybrid")
     assert set(ids(hybrid)) <= allowed
     assert len(hybrid) == min(k, len(allowed))
 
 
-def test_unknown_filters_are_refused_before_a_model_is_loaded(index: ChromaIndexer) -> None:
+def test_unknown_filters_fail_before_encoding(index: ChromaIndexer) -> None:
     with pytest.raises(ConfigError, match="Cannot filter by 'colour'"):
         index.query(QUERY, filters=SearchFilters(("colour=red",)))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"k": 0}, r"k is 0\. Use 1 or more"),
-        ({"mode": "sparse"}, r"Unknown mode 'sparse'\. Choose one of dense"),
-        ({"colour": 1}, r"Unknown setting colour\. Known are "),
-        ({"prompt": QueryPrompt(), "task": "qa"}, "Both a prompt and task are given"),
-        ({"request": SearchRequest(), "k": 3}, "Both a request and k are given"),
-    ],
-)
-def test_invalid_settings(index: ChromaIndexer, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        index.query(QUERY, **options)
-
-
-def test_many_queries_are_embedded_in_one_call(
+def test_query_many_encodes_once(
     index: ChromaIndexer, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [QUERY, "bees work", "stones", QUERY]
@@ -238,7 +223,7 @@ def test_many_queries_are_embedded_in_one_call(
     assert len(calls) == 1
 
 
-def test_a_request_is_the_same_as_its_settings(index: ChromaIndexer) -> None:
+def test_request_and_settings_are_equivalent(index: ChromaIndexer) -> None:
     prompt = QueryPrompt(instruction="Find cats")
     request = SearchRequest(prompt, k=3, mode="dense", filters=parse_filters(["kind=markdown"], [], None))
     expected = index.query(QUERY, request)
@@ -295,7 +280,7 @@ def copies(tmp_path: Path, tiny_encoder: EpicEncoder) -> Iterator[ChromaIndexer]
 
 
 @pytest.mark.parametrize("mode", ["dense", "hybrid", "keyword"])
-def test_near_duplicates_are_folded_into_the_best(copies: ChromaIndexer, mode: Any) -> None:
+def test_near_duplicates_are_folded(copies: ChromaIndexer, mode: Any) -> None:
     plain = copies.query("undo the last commit", k=3, mode=mode, collapse=False)
     hits = copies.query("undo the last commit", k=3, mode=mode)
     assert len(plain) == 3
@@ -309,7 +294,7 @@ def test_near_duplicates_are_folded_into_the_best(copies: ChromaIndexer, mode: A
     assert [hit.rank for hit in hits] == list(range(1, expected + 1))
 
 
-def test_versions_of_a_page_stay_apart(tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
+def test_versions_of_a_page_are_separate_hits(tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
     for version in ("2.0", "2.1"):
         (tmp_path / f"{version}.txt").write_text(f"In version {version}: {PASSAGE}")
     with ChromaIndexer(tmp_path / ".epic-rag", encoder=tiny_encoder) as indexer:
@@ -321,7 +306,7 @@ def by_length(query: str, passages: Sequence[str]) -> list[float]:
     return [float(len(passage)) for passage in passages]
 
 
-def test_a_function_can_rerank(index: ChromaIndexer) -> None:
+def test_reranking_by_a_function(index: ChromaIndexer) -> None:
     asked: list[tuple[str, int]] = []
 
     def reranker(query: str, passages: Sequence[str]) -> list[float]:
@@ -340,14 +325,14 @@ def test_a_function_can_rerank(index: ChromaIndexer) -> None:
     assert ids(equal) == ids(pool)[:5]  # ties keep their order
 
 
-def test_a_reranker_reads_the_heading_with_the_text(index: ChromaIndexer) -> None:
+def test_rerankers_get_headings(index: ChromaIndexer) -> None:
     seen: list[str] = []
     index.query(QUERY, k=1, reranker=lambda query, passages: [seen.append(each) or 0.0 for each in passages])
     assert any(passage.startswith("Cats sleep\n") for passage in seen)
 
 
 @pytest.mark.parametrize("given", [[], [0.0], [float("nan")] * reranking.RERANK_DEPTH])
-def test_a_reranker_gives_a_number_for_each_passage(index: ChromaIndexer, given: list[float]) -> None:
+def test_rerankers_return_a_number_for_each_text(index: ChromaIndexer, given: list[float]) -> None:
     with pytest.raises(ConfigError, match=f"for {reranking.RERANK_DEPTH} texts"):
         index.query(QUERY, reranker=lambda query, passages: given)
 
@@ -365,7 +350,7 @@ def test_a_cross_encoder_in_a_folder_can_rerank(index: ChromaIndexer, tmp_path: 
     assert ids(index.query(QUERY, k=4, reranker=str(folder))) == ids(hits)
 
 
-def test_what_is_no_cross_encoder(index: ChromaIndexer, tmp_path: Path) -> None:
+def test_not_a_cross_encoder(index: ChromaIndexer, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="There is no folder"):
         index.query(QUERY, reranker=tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
@@ -386,7 +371,7 @@ def damaged_inside(words: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, overwritten, damaged_inside])
-def test_without_words_hybrid_says_so_and_searches_by_vectors(
+def test_hybrid_mode_without_keyword_index(
     docs: Path, indexer: ChromaIndexer, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
     indexer.index([docs])
@@ -405,7 +390,7 @@ def test_without_words_hybrid_says_so_and_searches_by_vectors(
     assert best.path == "notes.txt"
 
 
-def test_words_follow_every_change(docs: Path, indexer: ChromaIndexer) -> None:
+def test_keywords_follow_every_change(docs: Path, indexer: ChromaIndexer) -> None:
     def where(query: str) -> list[str]:
         return sorted({hit.path for hit in indexer.query(query, k=9, mode="keyword")})
 
@@ -422,7 +407,7 @@ def test_words_follow_every_change(docs: Path, indexer: ChromaIndexer) -> None:
     assert len(list((docs / ".epic-rag").glob("keywords-*.sqlite"))) == 1
 
 
-def test_results_are_the_same_every_time(index: ChromaIndexer, tiny_encoder: EpicEncoder) -> None:
+def test_results_are_deterministic(index: ChromaIndexer, tiny_encoder: EpicEncoder) -> None:
     hits = index.query(QUERY, k=30)
     assert index.query(QUERY, k=30) == hits
     with ChromaIndexer(index._index_dir, encoder=tiny_encoder) as other:
