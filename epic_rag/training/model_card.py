@@ -174,7 +174,7 @@ def _stages(record: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 def _configuration(config: Mapping[str, Any]) -> str:
     """Return a configuration as YAML for `epic-rag train`; JSON values are YAML."""
-    defaults = {item.name: item.default for item in fields(TaskConfig)}
+    defaults = {item.name: item.default for item in fields(TaskConfig)} | {"sources": 0}
     lines = []
     for name, value in config.items():
         if name == "tasks":

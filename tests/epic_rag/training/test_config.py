@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from epic_rag import checkpoints
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
@@ -19,6 +20,8 @@ from epic_rag.errors import ConfigError, MissingExtraError
 from epic_rag.training import TaskConfig, TrainingConfig, list_recipes, load_recipe
 from epic_rag.training.config import deleted_settings
 
+PAGE = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+ROW = re.compile(r"^\| `(\w+)` \| (.+?) \| .+ \|$", re.MULTILINE)
 MINIMAL = {"model": "m", "output": "o", "data": "d", "tasks": {"faq": {}}}
 
 
@@ -245,3 +248,24 @@ def test_output_and_default_model(tmp_path: Path, recipe: Callable[..., Training
     (tmp_path / "run.yaml").write_text("output: o\ndata: d\ntasks: [a]\n")
     assert recipe(default_model="other").model == "other"
     assert recipe().model == DEFAULT_CHECKPOINT
+
+
+@pytest.mark.parametrize("config", [TrainingConfig, TaskConfig])
+def test_the_page_explains_every_setting(config: type) -> None:
+    rows = dict(ROW.findall(PAGE))
+    for item in dataclasses.fields(config):
+        assert item.name in rows, f"docs/training.md does not explain {item.name}"
+        default = rows[item.name]
+        if item.default is dataclasses.MISSING:
+            assert default == "required"
+        elif item.default == "":
+            assert default == "empty"
+        elif item.name == "generic_instructions":
+            assert default == "see `config.py`"
+        else:
+            wanted = list(item.default) if isinstance(item.default, tuple) else item.default
+            assert yaml.safe_load(default.strip("`")) == wanted, item.name
+    known = {item.name for each in (TrainingConfig, TaskConfig) for item in dataclasses.fields(each)}
+    row_keys = {"query", "positive", "negatives", "group", "source"}
+    explained = set(rows) - row_keys
+    assert explained <= known, f"docs/training.md explains what does not exist: {explained - known}"
