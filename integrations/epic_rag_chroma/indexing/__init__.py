@@ -1,1 +1,1 @@
-"""Indexing runs: change detection, embedding, and writing to the store."""
+"""Indexing: change detection, embedding, and writing to the index."""

@@ -1,1 +1,1 @@
-"""Readers: from the bytes of a file to a `Document` of lines, headings and cut costs."""
+"""Readers: from the bytes of a file to a `Document` of lines, headings and split costs."""

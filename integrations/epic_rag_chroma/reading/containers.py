@@ -41,6 +41,7 @@ __all__ = [
     "MAX_TOTAL_BYTES",
     "Archive",
     "DocumentBuilder",
+    "Parts",
     "attribute",
     "children",
     "local_name",
@@ -219,6 +220,29 @@ def parsing(format_name: str) -> Iterator[None]:
         raise BrokenFileError(
             f"a broken {format_name}: {type(error).__name__}{': ' if message else ''}{message}"
         ) from error
+
+
+class Parts:
+    """Skips damaged parts of a file, such as slides, and raises the first error if every part is damaged."""
+
+    def __init__(self) -> None:
+        self._error: BrokenFileError | None = None
+        self._any_read = False
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Read a part ("slide 3 of a presentation") in the block, and skip it if that fails."""
+        try:
+            with parsing(name):
+                yield
+            self._any_read = True
+        except BrokenFileError as error:
+            self._error = self._error or error
+
+    def check(self) -> None:
+        """Raise the first error if no part was read."""
+        if self._error is not None and not self._any_read:
+            raise self._error
 
 
 class DocumentBuilder:

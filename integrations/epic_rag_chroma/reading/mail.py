@@ -16,14 +16,14 @@ from email.parser import Parser
 from email.policy import compat32
 from quopri import decodestring
 
-from epic_rag_chroma.reading.containers import DocumentBuilder, parsing, printable
+from epic_rag_chroma.reading.containers import DocumentBuilder, Parts, parsing, printable
 from epic_rag_chroma.reading.document import BrokenFileError, Document, SplitCost, split_lines, text_split_costs
 from epic_rag_chroma.reading.html import read_html
 
 __all__ = ["read_email", "read_mailbox"]
 
 
-_WHAT = "e-mail message"
+_FORMAT = "e-mail message"
 _MAILBOX = "mailbox"
 # The line before each message of a mailbox: sender and date, at the top or after an empty line.
 _SEPARATOR = re.compile(rb"(?:\A|(?<=\n\n))From [^\n]*\d{4}[^\n]*\n")
@@ -43,8 +43,8 @@ def read_email(data: bytes) -> Document:
         NotTextError: If there is no text in it.
         MissingExtraError: If beautifulsoup4 is not installed and a part is HTML.
     """
-    out = DocumentBuilder(_WHAT)
-    with parsing(_WHAT):
+    out = DocumentBuilder(_FORMAT)
+    with parsing(_FORMAT):
         _Reader(_with_line_feeds(data), 0, out).read()
     return out.with_lines()
 
@@ -56,20 +56,14 @@ def read_mailbox(data: bytes) -> Document:
     if not starts:
         raise BrokenFileError(f"not a {_MAILBOX}: no line that begins a message")
     out = DocumentBuilder(_MAILBOX)
-    broken: BrokenFileError | None = None
-    read_any = False
+    parts = Parts()
     line, counted = 0, 0
     for (_, first), (end, _) in zip(starts, [*starts[1:], (len(data), 0)], strict=True):
         line += data.count(b"\n", counted, first)
         counted = first
-        try:
-            with parsing(f"{_WHAT} at line {line + 1}"):
-                _Reader(data[first:end], line, out).read()
-            read_any = True
-        except BrokenFileError as error:
-            broken = broken or error
-    if broken is not None and not read_any:
-        raise broken
+        with parts.part(f"{_FORMAT} at line {line + 1}"):
+            _Reader(data[first:end], line, out).read()
+    parts.check()
     return out.with_lines()
 
 
@@ -98,7 +92,7 @@ class _Reader:
     def read(self) -> None:
         """Add the message to the document."""
         if not any(name in self._message for name in _SIGNS):
-            raise BrokenFileError(f"not an {_WHAT}: none of its headers")
+            raise BrokenFileError(f"not an {_FORMAT}: none of its headers")
         self._headers(self._message, 1)
         self._part(self._message, 1)
 
@@ -208,7 +202,7 @@ def _first_header(message: Message) -> str:
 
 
 def _from_base64(payload: str) -> bytes:
-    """Decode base64, also if it is cut off."""
+    """Decode base64, also if it is truncated."""
     letters = re.sub(r"[^A-Za-z0-9+/]", "", payload)
     return binascii.a2b_base64(letters[: len(letters) - (len(letters) % 4 == 1)] + "=" * (-len(letters) % 4 % 3))
 

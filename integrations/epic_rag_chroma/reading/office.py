@@ -27,6 +27,7 @@ from epic_rag.errors import MissingExtraError
 from epic_rag_chroma.reading.containers import (
     Archive,
     DocumentBuilder,
+    Parts,
     attribute,
     children,
     local_name,
@@ -237,17 +238,11 @@ def read_pptx(data: bytes) -> Document:
     out = DocumentBuilder(_SLIDES)
     with Archive(data, _SLIDES), parsing(_SLIDES):
         slides = pptx.Presentation(io.BytesIO(data)).slides
-        broken: BrokenFileError | None = None
-        read_any = False
+        parts = Parts()
         for number in range(1, len(slides) + 1):
-            try:
-                with parsing(f"slide {number} of a presentation"):
-                    _add_slide(slides[number - 1], number, out)
-                read_any = True
-            except BrokenFileError as error:
-                broken = broken or error
-        if broken is not None and not read_any:
-            raise broken
+            with parts.part(f"slide {number} of a presentation"):
+                _add_slide(slides[number - 1], number, out)
+        parts.check()
         return out.with_pages()
 
 
@@ -464,17 +459,13 @@ def read_epub(data: bytes) -> Document:
         creator = _metadata(package, "creator")
         if title:
             out.heading(f"{title} ({creator})" if creator else title, _BOOK_LEVEL)
-        broken: BrokenFileError | None = None
-        read_any = False
+        if not chapters:
+            raise BrokenFileError(f"a broken {_EPUB}: no document in its spine")
+        parts = Parts()
         for chapter in chapters:
-            try:
-                with parsing(f"chapter {chapter[:80]} of an {_EPUB}"):
-                    out.add_document(read_html(archive.read(chapter)))
-                read_any = True
-            except BrokenFileError as error:
-                broken = broken or error
-        if not read_any:
-            raise broken or BrokenFileError(f"a broken {_EPUB}: no document in its spine")
+            with parts.part(f"chapter {chapter[:80]} of an {_EPUB}"):
+                out.add_document(read_html(archive.read(chapter)))
+        parts.check()
         return out.with_pages()
 
 

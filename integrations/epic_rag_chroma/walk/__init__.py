@@ -1,1 +1,1 @@
-"""The walk: files below the indexed folders, without what .gitignore and .epicignore exclude."""
+"""Walk of the indexed folders: .gitignore and .epicignore, links, safe reading of files."""
