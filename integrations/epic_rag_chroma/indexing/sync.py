@@ -1,7 +1,7 @@
 """Synchronise an index with its files: change detection, chunking, embedding, storing.
 
-`detect_change` compares a file with the manifest: first by its stat result, then by the hash of its bytes. `plan_sync`
-lists what a run would do, without a model and without writing. `Sync` does it.
+`detect_changes` compares the files of a walk with the manifest: first by their stat results, then by the hash of their
+bytes. `plan_sync` lists what a run would do, without a model and without writing. `Sync` does it.
 
 The order of writes makes a crash at any moment harmless. The index is marked dirty first; the new chunks of a file are
 stored before its stale ones are deleted; the dirty flag is removed at the end. In between, the stored chunks are the
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
 __all__ = [
     "BATCH_CHUNKS",
     "Changed",
-    "RenameDetection",
+    "FileChange",
     "Skipped",
     "Sync",
     "Unchanged",
     "Vanished",
     "deleted_files",
-    "detect_change",
+    "detect_changes",
     "plan_sync",
 ]
 
@@ -94,16 +94,64 @@ class Changed:
     document: Document
 
 
-def detect_change(
-    entry: Entry | None, file: FoundFile, reader: IsolatedReader
-) -> Unchanged | Vanished | Skipped | Changed:
-    """Compare a file with its entry in the manifest, and read it if it changed.
+@dataclass(frozen=True)
+class FileChange:
+    """The result of change detection for a file.
 
     Args:
-        entry: The file's entry; None for a new file.
-        file: The file.
-        reader: Reads new content.
+        key: The file.
+        entry: Its entry in the manifest; None for a new file.
+        change: What changed.
+        renamed_from: The deleted file whose content a new file has, if there is one.
     """
+
+    key: DocumentKey
+    entry: Entry | None
+    change: Unchanged | Vanished | Skipped | Changed
+    renamed_from: DocumentKey | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the file stays in the index."""
+        return self.change.keep if isinstance(self.change, Skipped) else not isinstance(self.change, Vanished)
+
+
+def detect_changes(
+    manifest: Manifest,
+    roots: Iterable[str],
+    scans: dict[str, Scan],
+    reader: IsolatedReader,
+    before: Callable[[str], None] = lambda path: None,
+) -> Iterator[FileChange]:
+    """Compare the files of a walk with the manifest, and read those that changed.
+
+    Args:
+        manifest: The indexed files.
+        roots: As for `deleted_files`.
+        scans: As for `deleted_files`.
+        reader: Reads new content.
+        before: Called with the path of each file before it is read.
+    """
+    deleted: defaultdict[str, list[DocumentKey]] = defaultdict(list)
+    found = {(root, file.path) for root, scanned in scans.items() for file in scanned.files}
+    for key in sorted(deleted_files(manifest, roots, scans, found), reverse=True):
+        entry = manifest.entries[key]
+        if entry.digest and entry.chunks:  # all empty files have the same content
+            deleted[entry.digest].append(key)
+    for root, scanned in scans.items():
+        for file in scanned.files:
+            before(file.path)
+            file_entry = manifest.entries.get((root, file.path))
+            change = _detect_change(file_entry, file, reader)
+            source = None
+            if file_entry is None and isinstance(change, Changed) and deleted.get(change.digest):
+                source = deleted[change.digest].pop()  # each explains one new file
+            yield FileChange((root, file.path), file_entry, change, source)
+
+
+def _detect_change(
+    entry: Entry | None, file: FoundFile, reader: IsolatedReader
+) -> Unchanged | Vanished | Skipped | Changed:
     try:
         stamp = FileStamp.of(file.location.lstat())
         if entry is not None and entry.stat_unchanged(stamp):
@@ -151,31 +199,6 @@ def deleted_files(
             yield root, path
 
 
-class RenameDetection:
-    """Matches new files with deleted ones of the same content.
-
-    Args:
-        manifest: The indexed files.
-        roots: As for `deleted_files`.
-        scans: As for `deleted_files`.
-    """
-
-    def __init__(self, manifest: Manifest, roots: Iterable[str], scans: dict[str, Scan]) -> None:
-        self._deleted: defaultdict[str, list[DocumentKey]] = defaultdict(list)
-        found = {(root, file.path) for root, scanned in scans.items() for file in scanned.files}
-        for key in deleted_files(manifest, roots, scans, found):
-            entry = manifest.entries[key]
-            if entry.digest and entry.chunks:  # all empty files have the same content
-                self._deleted[entry.digest].append(key)
-        for keys in self._deleted.values():
-            keys.sort(reverse=True)
-
-    def take(self, digest: str) -> DocumentKey | None:
-        """Return a deleted file with this content, each only once; None if there is none left."""
-        keys = self._deleted.get(digest)
-        return keys.pop() if keys else None
-
-
 def plan_sync(
     manifest: Manifest,
     roots: Iterable[str],
@@ -193,7 +216,6 @@ def plan_sync(
         reader: Reads new content.
     """
     known_roots = list(roots)
-    renames = RenameDetection(manifest, known_roots, scans)
     added: list[str] = []
     changed: list[str] = []
     renamed: list[tuple[str, str]] = []
@@ -201,28 +223,19 @@ def plan_sync(
     kept: set[DocumentKey] = set()
     sources: set[DocumentKey] = set()
     unchanged = 0
-    for root, scanned in scans.items():
-        for file in scanned.files:
-            key = (root, file.path)
-            entry = manifest.entries.get(key)
-            change = detect_change(entry, file, reader)
-            if isinstance(change, Skipped):
-                all_skipped.append(SkippedFile(file.path, change.reason))
-                if change.keep:
-                    kept.add(key)
-            elif isinstance(change, Unchanged):
-                unchanged += 1
-                kept.add(key)
-            elif isinstance(change, Changed):
-                kept.add(key)
-                source = renames.take(change.digest) if entry is None else None
-                if source is not None:
-                    sources.add(source)
-                    renamed.append((source[1], file.path))
-                elif entry is None:
-                    added.append(file.path)
-                else:
-                    changed.append(file.path)
+    for file in detect_changes(manifest, known_roots, scans, reader):
+        path = file.key[1]
+        if isinstance(file.change, Skipped):
+            all_skipped.append(SkippedFile(path, file.change.reason))
+        elif isinstance(file.change, Unchanged):
+            unchanged += 1
+        elif file.renamed_from is not None:
+            sources.add(file.renamed_from)
+            renamed.append((file.renamed_from[1], path))
+        elif isinstance(file.change, Changed):
+            (added if file.entry is None else changed).append(path)
+        if file.is_kept:
+            kept.add(file.key)
     deleted = sorted(
         path for root, path in deleted_files(manifest, known_roots, scans, kept) if (root, path) not in sources
     )
@@ -300,33 +313,26 @@ class Sync:
             scans: As for `deleted_files`.
         """
         known_roots = list(roots)
-        renames = RenameDetection(self.manifest, known_roots, scans)
         self._total = sum(len(scanned.files) for scanned in scans.values())
+        self.skipped += [file for scanned in scans.values() for file in scanned.skipped]
         with IsolatedReader() as reader:
-            for root, scanned in scans.items():
-                self.skipped += scanned.skipped
-                for file in scanned.files:
-                    self._report(file.path)
-                    key = (root, file.path)
-                    entry = self.manifest.entries.get(key)
-                    change = detect_change(entry, file, reader)
-                    if isinstance(change, Skipped):
-                        self._skip(key, change.reason, keep=change.keep)
-                    elif isinstance(change, Unchanged):
-                        if change.stamp is not None:
-                            self.manifest.restamp(key, change.stamp, change.checked_ns)
-                        self.unchanged += 1
-                        self._kept.add(key)
-                    elif isinstance(change, Changed):
-                        self._kept.add(key)
-                        source = renames.take(change.digest) if entry is None else None
-                        self._add_file(key, change, is_new=entry is None, source=source)
-                    self._done += 1
+            for file in detect_changes(self.manifest, known_roots, scans, reader, self._report):
+                if file.is_kept:
+                    self._kept.add(file.key)
+                if isinstance(file.change, Skipped):
+                    self.skipped.append(SkippedFile(file.key[1], file.change.reason))
+                elif isinstance(file.change, Unchanged):
+                    self.unchanged += 1
+                    if file.change.stamp is not None:
+                        self.manifest.restamp(file.key, file.change.stamp, file.change.checked_ns)
+                elif isinstance(file.change, Changed):
+                    self._add_file(file, file.change)
+                self._done += 1
         self._flush()
         self._report(None)
         self._delete_files(list(deleted_files(self.manifest, known_roots, scans, self._kept)))
 
-    def _add_file(self, key: DocumentKey, change: Changed, *, is_new: bool, source: DocumentKey | None) -> None:
+    def _add_file(self, file: FileChange, change: Changed) -> None:
         """Split a file into chunks and put them into the buffer."""
         with self.encoder_lock:
             chunks = chunk_document(
@@ -336,20 +342,24 @@ class Sync:
                 count_tokens=self.encoder.count_tokens,
             )
         self.writer.begin()
-        stored = set() if is_new else self.writer.ids_by_document([_document_id(key)])[_document_id(key)]
-        file = _PendingFile(key, Entry(change.digest, len(chunks), change.stamp, change.checked_ns), stored)
-        if source is not None:
-            self._sources.add(source)
+        document = _document_id(file.key)
+        stored = set() if file.entry is None else self.writer.ids_by_document([document])[document]
+        entry = Entry(change.digest, len(chunks), change.stamp, change.checked_ns)
+        pending = _PendingFile(file.key, entry, stored)
+        if file.renamed_from is not None:
+            self._sources.add(file.renamed_from)
             self.renamed += 1
-        elif is_new:
+            what = "renamed"
+        elif file.entry is None:
             self.added += 1
+            what = "new"
         else:
             self.changed += 1
-        what = "renamed" if source is not None else "new" if is_new else "changed"
-        logger.info("%s: %s, %d chunks", key[1], what, len(chunks))
+            what = "changed"
+        logger.info("%s: %s, %d chunks", file.key[1], what, len(chunks))
         if not chunks:
-            self._complete(file)
-        for chunk in _pending_chunks(file, chunks):
+            self._complete(pending)
+        for chunk in _pending_chunks(pending, chunks):
             self._buffer.append(chunk)
             if len(self._buffer) >= self.batch_chunks:
                 self._flush()
@@ -395,7 +405,9 @@ class Sync:
             if chunk.embedded_hash not in vectors and not chunk.file.failed:
                 chunk.file.failed = True
                 self.manifest.entries[chunk.file.key] = Entry("", 0)
-                self._skip(chunk.file.key, "the model returns no finite vector for a part of it", keep=True)
+                self.skipped.append(
+                    SkippedFile(chunk.file.key[1], "the model returns no finite vector for a part of it")
+                )
         finite_chunks = [chunk for chunk in chunks if chunk.embedded_hash in vectors]
         self._store(finite_chunks, vectors)
         embedded_count = len(texts.keys() & vectors.keys())
@@ -428,11 +440,6 @@ class Sync:
                 if key not in self._sources:
                     self.deleted += 1
                     logger.info("%s: deleted", key[1])
-
-    def _skip(self, key: DocumentKey, reason: str, *, keep: bool) -> None:
-        self.skipped.append(SkippedFile(key[1], reason))
-        if keep:
-            self._kept.add(key)
 
     def _report(self, path: str | None, *, waiting: float | None = None) -> None:
         """Report progress; files that were read and whose chunks are `waiting` to be embedded are not done."""
