@@ -4,46 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import chromadb
 import pytest
 
 from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer
-
-Rows = dict[str, tuple[str, dict[str, Any], list[float]]]
-
-FILES = {
-    "guide.md": "# Guide\n\n## Install\n\nRun the installer, then read the manual.\n\n## Remove\n\nDelete the folder.\n",
-    "notes.txt": "Cats sleep most of the day.\nThey wake up for food.\n",
-    "src/tool.py": "def encode(texts):\n    result = list(texts)\n    return result\n",
-}
-
-
-def read_rows(index_dir: Path) -> Rows:
-    """All rows of an index through a client of Chroma's own: id -> text, metadata, vector."""
-    client = chromadb.PersistentClient(str(index_dir / "chroma"))
-    try:
-        rows = client.get_collection("epic_rag", embedding_function=None).get(
-            include=["documents", "metadatas", "embeddings"]
-        )
-    finally:
-        client.close()
-    return {
-        row: (text, dict(metadata), [float(value) for value in vector])
-        for row, text, metadata, vector in zip(
-            rows["ids"], rows["documents"], rows["metadatas"], rows["embeddings"], strict=True
-        )
-    }
-
-
-def write_tree(folder: Path, files: dict[str, str | bytes]) -> Path:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
+from tests.helpers.indexes import FILES, Rows, read_rows, write_tree
 
 
 def make_pdf(pages: list[str]) -> bytes:

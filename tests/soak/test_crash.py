@@ -19,8 +19,8 @@ import pytest
 
 from tests.helpers.changing_folder import ChangingFolder, Texts
 from tests.helpers.fork_server import ForkServer, Job
+from tests.helpers.indexes import read_rows
 from tests.helpers.soak import SEED, SOAK, report
-from tests.integrations.conftest import read_rows
 
 KILLS = 60 if SOAK else 3
 FILES = 90 if SOAK else 20

@@ -23,9 +23,9 @@ from epic_rag_chroma.store.collection import ChunkStore
 from epic_rag_chroma.store.state import IndexState
 from tests.helpers.changing_folder import ChangingFolder
 from tests.helpers.fork_server import ForkServer, HashEncoder
+from tests.helpers.indexes import Rows, read_rows
 from tests.helpers.servers import ChromaProcess, plain_client
 from tests.helpers.soak import SEED, SOAK, report
-from tests.integrations.conftest import Rows, read_rows
 
 SERVER_KILLS = 60 if SOAK else 1
 INDEXER_KILLS = 20 if SOAK else 1
@@ -190,7 +190,7 @@ def test_server_that_lost_its_data_is_filled_again(forks: ForkServer, tmp_path: 
     server.start()
     with (
         ChromaIndexer(docs.folder / ".epic-rag", encoder=HashEncoder()) as indexer,
-        pytest.raises(Exception, match="[Rr]un `epic-rag index` with the indexed folder"),
+        pytest.raises(Exception, match=r"[Rr]un `epic-rag index` with the indexed folder"),
     ):
         indexer.query("river", mode="dense")
     assert index(docs.folder) == 0

@@ -26,48 +26,23 @@ from epic_rag_chroma.store import state as manifest_module
 from epic_rag_chroma.store.collection import ChunkStore
 from epic_rag_chroma.store.database import RecordStore
 from epic_rag_chroma.store.keyword_index import KeywordIndex
+from tests.helpers.indexes import TEXTS, Rows, assert_same, run, start, texts_found, write
 
-Rows = dict[str, tuple[str, dict[str, Any], list[float]]]
 ReadRows = Callable[[Path], Rows]
 
-TEXTS = [
-    "",
-    "one\n",
-    "two\n\nparagraphs of text\n",
-    "# A\n\ntext\n\n## B\n\nmore text\n",
-    "# A\n\ntext\n\n## B\n\nother text\n\n## C\n\nlast\n",
-    "same\n\n# S\n\nsame\n\n# S\n\nsame\n",
-    "word " * 150 + "\n",
-]
 NAMES = ["a.md", "b.txt", "sub/a.md", "sub/deep/c.rst"]
 
 
 class KilledError(BaseException):
-    """Stands for the end of the process at that moment."""
-
-
-def write(folder: Path, name: str, text: str) -> None:
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(text)
-
-
-def run(folder: Path, encoder: EpicEncoder, *, batch_chunks: int | None = None, **options: Any) -> Any:
-    with ChromaIndexer(folder / ".epic-rag", encoder=encoder, batch_chunks=batch_chunks) as indexer:
-        return indexer.index([folder], **options)
+    """Stand-in for the end of the process."""
 
 
 def clean(folder: Path, encoder: EpicEncoder, rows: ReadRows) -> Rows:
-    """The rows of a clean index of a copy of the folder."""
+    """Return the rows of a clean index of a copy of the folder."""
     with tempfile.TemporaryDirectory() as place:
         copy = Path(shutil.copytree(folder, Path(place, "copy"), ignore=shutil.ignore_patterns(".epic-rag")))
         run(copy, encoder)
         return rows(copy / ".epic-rag")
-
-
-def assert_same(found: Rows, expected: Rows) -> None:
-    assert {row: value[:2] for row, value in found.items()} == {row: value[:2] for row, value in expected.items()}
-    for row, value in found.items():
-        assert value[2] == pytest.approx(expected[row][2], abs=1e-4)
 
 
 STEP = st.one_of(
@@ -111,7 +86,7 @@ def test_random_edits(
 
 
 def edited(folder: Path) -> None:
-    """Adds, changes, moves and deletes."""
+    """Add, change, move and delete files."""
     write(folder, "added.md", TEXTS[4])
     write(folder, "a.md", TEXTS[4])
     write(folder, "grown.md", TEXTS[5] + TEXTS[6])
@@ -120,18 +95,11 @@ def edited(folder: Path) -> None:
 
 
 def edited_again(folder: Path) -> None:
-    """Takes back a part of it, as may happen between a crash and the next run."""
+    """Revert a part of it, as may happen between a crash and the next run."""
     (folder / "added.md").unlink()
     write(folder, "a.md", TEXTS[3])
     write(folder, "grown.md", TEXTS[2])
     write(folder, "gone.md", TEXTS[1])
-
-
-def start(folder: Path) -> Path:
-    for name, text in {"a.md": TEXTS[3], "grown.md": TEXTS[1], "gone.md": TEXTS[2], "moved.md": TEXTS[4]}.items():
-        write(folder, name, text)
-    write(folder, "sub/kept.md", TEXTS[5])
-    return folder
 
 
 # Every write of a run, before and after it happens.
@@ -151,7 +119,7 @@ WRITES = [
 
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> Callable[[], int]:
-    """Make the run end at its n-th moment; the number of moments seen."""
+    """Make the run end at its n-th moment; return a function that counts the moments."""
     seen = 0
 
     def tick() -> None:
@@ -179,11 +147,6 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> Callable[[], int]
         wrapped = wrap(original)
         monkeypatch.setattr(owner, name, staticmethod(wrapped) if name == "create" else wrapped)
     return lambda: seen
-
-
-def texts_found(folder: Path, encoder: EpicEncoder) -> set[tuple[str, str]]:
-    with ChromaIndexer(folder / ".epic-rag", encoder=encoder) as indexer:
-        return {(hit.path, hit.text) for hit in indexer.query("x", k=1000, mode="dense", collapse=False)}
 
 
 @pytest.mark.parametrize("kind", ["first", "update", "rebuild"])

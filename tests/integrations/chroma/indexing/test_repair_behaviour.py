@@ -12,11 +12,11 @@ from typing import Any
 
 import chromadb
 import pytest
-from tests.integrations.chroma.indexing.test_crash import assert_same, run, start, texts_found, write
 
 from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.errors import IndexStateError
+from tests.helpers.indexes import assert_same, run, start, texts_found, write
 
 Rows = dict[str, tuple[str, dict[str, Any], list[float]]]
 ReadRows = Callable[[Path], Rows]

@@ -18,8 +18,8 @@ from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.errors import IndexMismatchError, IndexStateError
 from epic_rag_chroma.store.layout import TRUSTED_VARIABLE, check_owner, is_safe_relative_path
+from tests.helpers.indexes import FILES
 from tests.helpers.users import as_another_user, make_readable
-from tests.integrations.conftest import FILES
 
 Calls = list[Callable[[], Any]]
 
