@@ -1,7 +1,7 @@
-"""Chroma for epic-rag: an embedding function, and an indexer from folders to a collection.
+"""Chroma for epic-rag: `ChromaIndexer` indexes and searches folders, `EpicEmbeddingFunction` serves any collection.
 
-`EpicEmbeddingFunction` is registered with Chroma when it is imported. Nothing here imports chromadb, torch or
-llama_index before it is needed.
+Import everything from here. Names are loaded when they are first used: importing this package, `ChromaIndexer` and
+`SearchRequest` loads neither chromadb nor torch. Importing `EpicEmbeddingFunction` registers it with Chroma.
 """
 
 from __future__ import annotations

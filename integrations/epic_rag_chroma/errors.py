@@ -1,11 +1,11 @@
 """Errors of an index and of Chroma servers.
 
 EpicError
-├── ChromaServerError      a Chroma server cannot be reached, or refuses a request
-└── IndexStateError        an index folder is not in the state that the call needs
-├── IndexNotFoundError     there is no index
-├── IndexLockedError       another process is writing to it
-└── IndexMismatchError     it was built with another model or other settings
+├── ChromaServerError           a Chroma server cannot be reached, or refuses a request
+└── IndexStateError             an index folder is not in the required state
+    ├── IndexNotFoundError      there is no index
+    ├── IndexLockedError        another process is writing to it
+    └── IndexMismatchError      it was built with another model or other settings
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = [
 
 
 class ChromaServerError(EpicError):
-    """A Chroma server cannot be reached, or refuses what is asked of it.
+    """A Chroma server cannot be reached, or refuses a request.
 
     Args:
-        message: The two facts and what to do next.
-        status: The HTTP status that it answered; None if it did not answer.
+        message: Fact and remedy.
+        status: The HTTP status of its answer; None without an answer.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -35,7 +35,7 @@ class ChromaServerError(EpicError):
 
 
 class IndexStateError(EpicError):
-    """An index folder is not in the state that the call needs."""
+    """An index folder is not in the required state."""
 
 
 class IndexNotFoundError(IndexStateError):

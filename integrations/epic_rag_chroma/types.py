@@ -41,15 +41,15 @@ class IndexSettings:
     """Settings of an index: files and chunk sizes.
 
     Args:
-        chunk_tokens: The most tokens of a chunk, by the encoder's own tokenizer, heading path included. The default
-            shrinks to what the model reads of a document.
-        chunk_overlap: The most tokens that a chunk repeats of the one before it.
-        include: Patterns in .gitignore's syntax; when there are any, only files that match one are indexed.
+        chunk_tokens: Maximum number of tokens of a chunk by the encoder's tokenizer, heading path included. The default
+            is reduced to the model's maximum length.
+        chunk_overlap: Maximum number of tokens that a chunk repeats of the previous one.
+        include: Patterns in .gitignore's syntax; if there are any, only files that match one are indexed.
         exclude: Patterns in .gitignore's syntax of files and folders to leave out.
-        follow_links: Also read what symbolic links that leave the indexed folder point to.
+        follow_links: Whether to follow symbolic links that leave the indexed folder.
 
     Raises:
-        ConfigError: If the numbers cannot work.
+        ConfigError: If the sizes are invalid.
     """
 
     chunk_tokens: int = 200
@@ -60,17 +60,17 @@ class IndexSettings:
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1:
-            raise ConfigError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1")
+            raise ConfigError(f"chunk_tokens is {self.chunk_tokens}. Use 1 or more.")
         if not 0 <= self.chunk_overlap < self.chunk_tokens:
             raise ConfigError(
-                f"chunk_overlap is {self.chunk_overlap} and chunk_tokens {self.chunk_tokens}; "
-                "the overlap must be at least 0 and smaller than the chunk"
+                f"chunk_overlap is {self.chunk_overlap} and chunk_tokens {self.chunk_tokens}. "
+                "Use an overlap of at least 0 that is smaller than the chunk."
             )
 
 
 @dataclass(frozen=True)
 class SkippedFile:
-    """A file (or folder) that was found and not indexed, and why."""
+    """A file or folder that was found but not indexed, and the reason."""
 
     path: str
     reason: str
@@ -81,16 +81,16 @@ class IndexReport:
     """Result of a run of the indexer.
 
     Args:
-        added: Files that were not there before.
-        changed: Files with other content.
-        deleted: Files that are gone.
-        unchanged: Files that are what they were.
-        skipped: Files that were found and not indexed.
-        chunks_embedded: Chunks that the model read.
-        chunks_total: Chunks that the index holds now.
+        added: Number of new files.
+        changed: Number of files with changed content.
+        deleted: Number of deleted files.
+        unchanged: Number of unchanged files.
+        skipped: Files that were found but not indexed.
+        chunks_embedded: Number of chunks that were embedded.
+        chunks_total: Number of chunks in the index.
         seconds: Duration.
-        renamed: Files that have the content of a file that is gone; neither `added` nor `deleted`.
-        chunks_reused: Chunks of new, changed and renamed files whose vectors were in the index already.
+        renamed: Number of files with the content of a deleted file; counted neither as added nor as deleted.
+        chunks_reused: Number of chunks of new, changed and renamed files that already had vectors.
     """
 
     added: int
@@ -111,10 +111,10 @@ class IndexPlan:
 
     Args:
         added: Files that are not in the index.
-        changed: Files with other content than the index has.
+        changed: Files with other content than in the index.
         deleted: Files that would leave the index.
-        renamed: (old, new) for a file that is gone and one with its content.
-        unchanged: Number of files that would be left as they are.
+        renamed: (old, new) for a deleted file and a new one with its content.
+        unchanged: Number of unchanged files.
         skipped: Files that would not be indexed.
     """
 
@@ -158,7 +158,7 @@ class IndexProgress:
 
 @dataclass(frozen=True)
 class Hit:
-    """A chunk that a query found.
+    """A chunk found by a query.
 
     Args:
         rank: 1 for the best.
@@ -166,19 +166,19 @@ class Hit:
             in keyword mode, the sum of reciprocal ranks in hybrid mode.
         path: The file, relative to the folder that was indexed.
         first_line: First line of the text in the file, from 1; None for formats without lines (PDF, Office, EPUB).
-        last_line: Last line, inclusive; None where `first_line` is.
-        page: Page of a PDF or slide of a presentation, from 1; None for everything else.
+        last_line: Last line, inclusive; None if `first_line` is None.
+        page: Page of a PDF or slide of a presentation, from 1; None for other formats.
         heading_path: Headings above the text, outermost first.
         text: The exact text of those lines.
         id: The chunk's id in the collection.
         document_id: The id of its file in the index.
-        root: Absolute path of the folder that was indexed, where it is now: `root` + `path` is the file.
+        root: Current absolute path of the indexed folder; `root`/`path` is the file.
         kind: The file's format ("markdown", "pdf", "code", ...).
-        lang: The programming language of source code ("python", ...); "" for everything else.
+        lang: The programming language of source code ("python", ...); "" for other formats.
         cosine: Cosine of query and chunk; None in keyword mode.
-        bm25: BM25 score of the chunk; None where no word of the query occurs in it, and in dense mode.
+        bm25: BM25 score; None if the chunk contains no term of the query, and in dense mode.
         rerank_score: Score of the reranker; None without one.
-        duplicates: Where near-duplicates of this text are ("path:line"), which the results leave out.
+        duplicates: Locations ("path:line") of near-duplicates, which the results leave out.
     """
 
     rank: int
@@ -206,8 +206,8 @@ class IndexStatus:
 
     `chroma` is the address of the Chroma server that holds the vectors, None for the index folder itself; `last_run`
     has the counts of the last complete run of the indexer (IndexReport's numbers by name), None before there was one.
-    `state` says whether a run goes on ("running") or did not end ("interrupted"): what it stored counts, and the next
-    run goes on from there. `kinds` counts the files of each format.
+    `state` is "running" during a run and "interrupted" after one that did not finish: what it stored is used, and the
+    next run completes it. `kinds` counts the files of each format.
     """
 
     index_dir: str

@@ -327,7 +327,7 @@ class ChunkStore:
         return 0
 
     def probe(self) -> None:
-        """Make Chroma flush pending writes, and check that it can read the graph and search in it.
+        """Flush pending writes, and check that Chroma can read the graph and search in it.
 
         Raises:
             ChromaServerError: If it cannot.
