@@ -177,7 +177,7 @@ def test_mistakes_raise_at_construction(index_dir: Path, settings: dict[str, Any
 
 
 def test_errors_of_the_index(index_dir: Path, tmp_path: Path, other_checkpoint: Path) -> None:
-    with pytest.raises(IndexNotFoundError, match="run `epic-rag index"):
+    with pytest.raises(IndexNotFoundError, match="Run `epic-rag index PATH`"):
         EpicRetriever(tmp_path).retrieve("x")
     other = EpicRetriever(index_dir, encoder=lambda: EpicEncoder.from_pretrained(other_checkpoint), mode="dense")
     with pytest.raises(IndexMismatchError):
@@ -221,9 +221,9 @@ def test_invalid_query_vectors(dense: EpicRetriever) -> None:
 
     assert search("Cats sleep") == search(["Cats sleep"]) == ids(dense.retrieve("Cats sleep"))
     for embedded, message in (
-        ([], "there is no text to embed"),
-        (np.zeros(32, dtype=np.float32), "has length 0.0; it must have a direction"),
-        (np.full(32, np.nan, dtype=np.float32), "has length nan; it must have a direction"),
+        ([], "There is no text to embed"),
+        (np.zeros(32, dtype=np.float32), "has length 0.0. Pass one with a direction"),
+        (np.full(32, np.nan, dtype=np.float32), "has length nan. Pass one with a direction"),
         (np.zeros((2, 32), dtype=np.float32), r"has the shape \(2, 32\), the vectors of the index have 32"),
     ):
         with pytest.raises(ConfigError, match=message):
