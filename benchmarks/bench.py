@@ -116,7 +116,7 @@ def quick_commands(folder: Path) -> dict[str, list[str]]:
             *("--output", out),
         ],
         "cold_start": ["cold_start.py", "--model", model, "--docs", str(docs), "--runs", "2", "--output", out],
-        "growth": ["growth.py", "--model", model, "--sizes", "20,40", "--output", out],
+        "growth": ["growth.py", "--model", model, "--sizes", "20", "--output", out],
     }
 
 
