@@ -112,7 +112,7 @@ class FileChange:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the file stays in the index."""
+        """True if the file stays in the index."""
         return self.change.keep if isinstance(self.change, Skipped) else not isinstance(self.change, Vanished)
 
 
