@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from epic_rag.training import TrainingConfig
 from epic_rag_cli.main import run
 from tests.helpers.training import WORDS, run_values, write_task
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Train with one thread, here and in subprocesses: on busy machines several slow tiny models down many times."""
-    threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    yield
-    torch.set_num_threads(threads)
-    os.environ.pop("OMP_NUM_THREADS")
-    if variable is not None:
-        os.environ["OMP_NUM_THREADS"] = variable
 
 
 @dataclass(frozen=True)
