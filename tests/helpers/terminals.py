@@ -1,4 +1,4 @@
-"""A pseudo-terminal to run the command on, as a person would."""
+"""A pseudo-terminal that runs a command."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 MODULE = (sys.executable, "-m", "epic_rag_cli")
-# The shell opens the terminal, which makes it the session's own: Ctrl-C and /dev/tty work as for a person.
+# The shell opens the terminal, which becomes the controlling one: Ctrl-C and /dev/tty work.
 _ON_TERMINAL = 'exec "$@" <"$TTY_NAME" >"$TTY_NAME" 2>&1'
 
 
 class Terminal:
-    """A command on a terminal of its own; use as a context manager."""
+    """A command on a new terminal; a context manager."""
 
     def __init__(
         self, *arguments: object, env: Mapping[str, str] | None = None, command: Sequence[str] = MODULE
@@ -71,7 +71,7 @@ class Terminal:
         while self._child.poll() is None:
             self._read(min(end, time.monotonic() + 0.2))
             if time.monotonic() > end:
-                raise AssertionError(f"it goes on and on; shown: {self.shown!r}")
+                raise AssertionError(f"the command is still running; shown: {self.shown!r}")
         while self._read(time.monotonic() + 0.2):
             pass
         return self._child.returncode
@@ -82,7 +82,7 @@ class Terminal:
             return False
         try:
             part = os.read(self._master, 65536)
-        except OSError:  # Linux says so when the other end is closed
+        except OSError:  # Linux: the other end is closed
             return False
         if self._slave is not None:
             os.close(self._slave)
@@ -92,5 +92,5 @@ class Terminal:
 
 
 def plain(shown: str) -> str:
-    """Return what a person sees: without styles and links, and with plain line ends."""
+    """Return the text without styles and links, and with plain line ends."""
     return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]|\x1b\]8;[^\x1b]*\x1b\\", "", shown).replace("\r", "")
