@@ -236,7 +236,7 @@ def _limit_from(variable: str, default: float) -> float:
     except ValueError:
         limit = 0.0
     if not 0 < limit < 1e9:
-        raise ConfigError(f"{variable} is {value!r}; it must be a positive number")
+        raise ConfigError(f"{variable} is {value!r}. It must be a positive number.")
     return limit
 
 

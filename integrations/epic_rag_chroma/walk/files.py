@@ -287,7 +287,7 @@ def scan_roots(
         else:
             result.roots.append(root)
             result.missing.add(root)
-            result.skipped.append(SkippedFile(str(location), "the folder is gone; what was indexed of it stays"))
+            result.skipped.append(SkippedFile(str(location), "the folder is missing. Its chunks stay in the index."))
             continue
         result.roots.append(root)
         merged = result.scans.setdefault(base, Scan())

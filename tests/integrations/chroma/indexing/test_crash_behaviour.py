@@ -262,7 +262,7 @@ def test_lock_of_another_process(tmp_path: Path, tiny_encoder: EpicEncoder) -> N
         assert writer.stdout.readline() == "locked\n"
         with ChromaIndexer(index, encoder=tiny_encoder) as indexer:
             for call in (lambda: indexer.index([folder]), indexer.clear):
-                with pytest.raises(IndexLockedError, match=rf"process {writer.pid} on .*; wait until it is done"):
+                with pytest.raises(IndexLockedError, match=rf"process {writer.pid} on .*\. Wait until it is done"):
                     call()
             assert indexer.query("x", mode="dense")  # reading needs no lock
         os.kill(writer.pid, signal.SIGKILL)

@@ -134,7 +134,7 @@ def test_rebuild_deletes_old_graphs(tmp_path: Path, tiny_encoder: EpicEncoder) -
 
 
 class PanicException(BaseException):
-    """What Chroma's bindings raise when Rust panics; their own class can be made by Rust alone."""
+    """Stand-in for the exception of Chroma's bindings for a Rust panic, which only Rust can create."""
 
 
 def test_panic_of_chroma(

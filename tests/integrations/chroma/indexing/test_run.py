@@ -174,7 +174,7 @@ def test_missing_root(tmp_path: Path, docs: Path, tree: Tree, tiny_encoder: Epic
         shutil.rmtree(away)
         report = indexer.index([docs])
         assert counts(report) == (0, 0, 0, 3)
-        assert [(file.path, "gone" in file.reason) for file in report.skipped] == [(str(away), True)]
+        assert [(file.path, "missing" in file.reason) for file in report.skipped] == [(str(away), True)]
         assert any(hit.path == "a.md" for hit in indexer.query("x", k=20))
 
 

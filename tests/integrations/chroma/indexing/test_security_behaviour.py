@@ -121,7 +121,7 @@ BROKEN: dict[str, Callable[[Path], object]] = {
 
 
 def attempt(call: Callable[[], Any]) -> tuple[Any, str]:
-    """What it returns, or what it says instead."""
+    """Return the result of a call, or the message of its error."""
     try:
         return call(), ""
     except IndexStateError as error:
@@ -240,7 +240,7 @@ def test_no_pickle() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to become another user")
 def test_read_only_index(docs: Path, tiny_encoder: EpicEncoder) -> None:
-    """A user who may only read the index can query it; a run reports the permissions."""
+    """Query as a user who may only read the index; a run reports the permissions."""
     with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
         expected = [hit.id for hit in indexer.query("cats", k=9, mode="dense")]
     make_readable(docs)

@@ -30,7 +30,7 @@ def books(tmp_path: Path, tree: Tree) -> Path:
 
 
 def counts(report: IndexReport) -> dict[str, int]:
-    """What is not zero."""
+    """Return the counts that are not zero."""
     names = ("added", "changed", "deleted", "renamed", "unchanged", "chunks_embedded", "chunks_reused")
     return {name: getattr(report, name) for name in names if getattr(report, name)}
 

@@ -60,7 +60,7 @@ class Answer:
 
 @contextmanager
 def opened(index_dir: Path, **options: Any) -> Iterator[Any]:
-    """The index's collection, through a client of Chroma's own."""
+    """Open the index's collection with a plain Chroma client."""
     client = chromadb.PersistentClient(str(index_dir / "chroma"))
     try:
         yield client.get_collection("epic_rag", **options)
@@ -100,7 +100,7 @@ def by_retriever(index_dir: Path, questions: Sequence[str], **settings: Any) -> 
 
 
 def indexed(folder: Path, *arguments: str | Path) -> Path:
-    """An index of files, made by the command."""
+    """Index files with the command; return the index folder."""
     assert run(["index", *map(str, arguments), "--index-dir", str(folder)]) == 0
     return folder
 

@@ -71,7 +71,7 @@ def test_nested_archive() -> None:
 
 
 def lying(data: bytes, name: str, size: int) -> bytes:
-    """An archive whose directory gives one member another size."""
+    """Change the size of one member in the directory of an archive."""
     at = data.rindex(name.encode()) - 46
     assert data[at : at + 4] == b"PK\x01\x02"
     return data[: at + 24] + struct.pack("<I", size) + data[at + 28 :]

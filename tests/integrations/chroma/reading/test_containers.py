@@ -33,7 +33,7 @@ def shown(name: str, data: bytes | None = None) -> list[tuple[tuple[str, ...], i
 
 
 def with_member(data: bytes, member: str, change: Mapping[str, str]) -> bytes:
-    """An archive with text of one member replaced."""
+    """Replace text in one member of an archive."""
     import io
     import zipfile
 

@@ -17,7 +17,7 @@ CONTAINERS = ("docx", "pptx", "xlsx", "epub", "odt", "ipynb", "eml", "mbox", "rt
 
 
 def with_member(data: bytes, member: str, change: Mapping[str, str]) -> bytes:
-    """An archive with text of one member replaced."""
+    """Replace text in one member of an archive."""
     import io
     import zipfile
 

@@ -194,7 +194,6 @@ BLOCKS = {
 @pytest.mark.parametrize(("name", "block"), [(name, block) for name, blocks in BLOCKS.items() for block in blocks])
 @pytest.mark.parametrize("before", [3, 11, 22, 29])
 def test_blocks_are_kept_together(name: str, block: str, before: int) -> None:
-    """Wherever the limit would fall."""
     text = "\n".join(BLOCKS[name][block])
     assert len(text.split()) <= 30
     prose = f"x: {words(before)}" if name.endswith((".yaml", ".xml")) else f"{words(before)}\nand then it goes on."

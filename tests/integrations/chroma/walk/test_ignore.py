@@ -125,7 +125,7 @@ def test_patterns_that_never_match(pattern: str, caplog: pytest.LogCaptureFixtur
 
 
 def test_special_ignore_files(tmp_path: Path) -> None:
-    """A link is not followed, a FIFO is not waited for, and neither stops the walk."""
+    """Links are not followed, FIFOs do not block, and neither stops the walk."""
     (tmp_path / "elsewhere").write_text("*.md\n")
     root = tmp_path / "root"
     for name in ("a", "b", "c"):
