@@ -11,14 +11,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from epic_rag import DemonstrationBank, checkpoints
 from epic_rag_cli.main import run
@@ -38,8 +37,8 @@ WITH_EXAMPLES = sorted(
 @pytest.fixture
 def page_run(
     tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[PageRun]:
-    """An empty working directory, where every shipped checkpoint is the tiny one, which one thread computes fastest."""
+) -> PageRun:
+    """An empty working directory, where every shipped checkpoint is the tiny one."""
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -51,12 +50,7 @@ def page_run(
     for info in checkpoints.list_checkpoints():
         shutil.copytree(tiny_checkpoint, tmp_path / "shipped" / info.name)
     monkeypatch.setattr(checkpoints, "_SHIPPED", tmp_path / "shipped")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield PageRun(
-        folder, monkeypatch, capfd, environment={"EPIC_RAG_MODEL": str(tiny_checkpoint), "OMP_NUM_THREADS": "1"}
-    )
-    torch.set_num_threads(threads)
+    return PageRun(folder, monkeypatch, capfd, environment={"EPIC_RAG_MODEL": str(tiny_checkpoint)})
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES)
