@@ -131,7 +131,7 @@ def test_rebuild_changes_the_model(cli: Any, indexed: Path, other_checkpoint: Pa
 @pytest.mark.parametrize(
     ("options", "facts"),
     [
-        (["--task", "dosc"], ["dosc", "docs", "`epic-rag bank list`"]),
+        (["--task", "dosc"], ["dosc", r"did you mean docs\?"]),
         (["--bank", "no-such-bank"], ["no-such-bank", "docs", "`epic-rag bank list`"]),
         (["--bank", "drafts"], ["drafts", r"bank\.json", "`epic-rag bank list`"]),
         (["--bank", "notes.txt"], ["notes.txt is a file", "`epic-rag bank build notes.txt --out FOLDER --task docs`"]),

@@ -41,7 +41,7 @@ def test_jsonl_rows_know_their_lines(tmp_path: Path, name: str) -> None:
     ("content", "read", "said"),
     [
         ('{"text": "a"}\n{"text": \n', lambda row: row, ":2 is not valid JSON"),
-        ("[1]\n", lambda row: row, ":1 holds a list, not an object"),
+        ("[1]\n", lambda row: row, ":1 is not a JSON object (list)"),
         ('{"text": 1}\n', lambda row: row.text("text"), ':1 has 1 as "text". Write a string.'),
         ("{}\n", lambda row: row.text("text"), ':1 has None as "text". Write a string.'),
         ('{"label": true}\n', lambda row: row.label("label"), 'has True as "label". Write a string or an integer.'),

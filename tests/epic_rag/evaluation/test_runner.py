@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epic_rag import encoder as encoder_module
 from epic_rag.demonstrations import Demonstration, DemonstrationBank
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import BankError, ConfigError, DataError, MissingExtraError, PromptError, TaskError
@@ -275,7 +276,7 @@ def test_the_second_run_encodes_nothing(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(EpicEncoder, "_embed", refuse)
+    monkeypatch.setattr(encoder_module, "embed", refuse)
     run_evaluation(request)
 
 
