@@ -8,7 +8,7 @@ values (`prefix_cache`) where the model allows it.
 
 A worker is a model on a device with a thread of its own. Further devices hold copies of the weights; several workers
 on one CPU share them, and each has a part of torch's threads: a small matrix product that is spread over all cores
-waits for the slowest of them. Two workers on two cores encode 19% more passages a second than one
+waits for the slowest of them. Several workers take 0.81 of the time of one worker with all cores
 (`benchmarks/devices.py`, table in benchmarks/README.md). Towards the end batches become smaller, so that the workers
 finish at about the same time.
 """
