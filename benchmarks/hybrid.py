@@ -38,9 +38,8 @@ from epic_rag.evaluation.datasets import (
     load_local_set,
     set_kind,
 )
-from epic_rag.evaluation.embedding_store import EmbeddingStore
+from epic_rag.evaluation.embedding_store import EmbeddingStore, make_prompt
 from epic_rag.evaluation.report import markdown_table
-from epic_rag.evaluation.runner import plan_prompts
 from epic_rag.metrics import ndcg_of_scores
 from epic_rag_chroma.search.deduplicate import ComparedText
 from epic_rag_chroma.search.fusion import FUSION_DEPTH, RANK_CONSTANT, fuse
@@ -113,10 +112,10 @@ def contents(local: LocalSet) -> tuple[list[str], list[str], list[dict[int, int]
 
 def rank(local: LocalSet, store: EmbeddingStore) -> Ranked:
     texts, queries, relevant, candidates = contents(local)
-    plan = plan_prompts(local, entry_for(local.name, local.kind), max_k=0, instructions={}, banks={}, seed=0)
+    prompt = make_prompt(entry_for(local.name, local.kind).instruction)
     documents = store.documents(texts)
     dense: Rankings = []
-    for place, vector in enumerate(store.queries(queries, plan.prompt(0))):
+    for place, vector in enumerate(store.queries(queries, prompt)):
         allowed = np.arange(len(texts)) if candidates is None else np.array(candidates[place])
         order = np.argsort(-(documents[allowed] @ vector), kind="stable")[:DEPTH]
         dense.append([int(each) for each in allowed[order]])

@@ -2,21 +2,9 @@
 
     report = run_ablation(load_grid("grid.yaml", output=Path("runs/ablation")))
 
-A grid is a YAML file. `recipe` and `base` are the training settings that all arms share, `arms` maps names to the
-settings that differ, `evaluation` says how every arm is scored:
-
-    recipe: own-data
-    base: {data: my-pairs, tasks: [faq, tickets], evaluation_tasks: [faq], evaluation_rows: 20, steps: 60}
-    reference: epic
-    evaluation: {heldout: [wiki], num_demonstrations: [0, 8]}
-    arms:
-      epic: {axis: strategy}
-      none: {axis: strategy, strategy: none}
-      faq-only: {axis: tasks, without: [tickets]}
-
-Every arm trains with `epic_rag.training.Trainer` and is scored on files that no arm trains on and on rows of trained
-tasks that training left out. `arms/NAME/arm.json` keeps an arm's settings and scores; an arm whose settings are those
-on disk is skipped.
+A grid is a YAML file, described in docs/evaluation.md; `grids/` has those of docs/results.md. Every arm trains with
+`epic_rag.training.Trainer` and is scored on files that no arm trains on and on rows of trained tasks that training left
+out. `arms/NAME/arm.json` keeps an arm's settings and scores; an arm whose settings are those on disk is skipped.
 """
 
 from __future__ import annotations
@@ -24,13 +12,11 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import random
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -38,70 +24,30 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import ConfigError, DataError, EpicError, PromptError, TrainingError
-from epic_rag.evaluation.datasets import SYMMETRIC_PAIRS, content_revision, normalize_text
+from epic_rag.evaluation.datasets import content_revision
 from epic_rag.evaluation.embedding_store import EmbeddingStore
-from epic_rag.evaluation.heldout import (
-    Comparison,
-    HeldoutSplit,
-    Pair,
-    assemble_split,
-    condition_scores,
-    file_stem,
-    make_split,
-    query_rows,
-    with_components,
-)
+from epic_rag.evaluation.heldout import Comparison, HeldoutSplit, condition_scores, make_split, split_of_task
 from epic_rag.evaluation.report import difference, markdown_table, percent, pool_comparisons, versions
 from epic_rag.files import write_atomically
 from epic_rag.metrics import mean_and_error
+from epic_rag.query_prompt import QueryStrategy
 from epic_rag.training import Trainer
-from epic_rag.training.config import TrainingConfig, change_setting, recipe_values, yaml_module
+from epic_rag.training.config import TrainingConfig, change_setting, first_problem, recipe_values, yaml_module
 from epic_rag.training.data import load_datasets
 
-if TYPE_CHECKING:
-    from epic_rag.training.data import PairDataset
-
-__all__ = [
-    "AblationGrid",
-    "AblationReport",
-    "Arm",
-    "ArmResult",
-    "GridEvaluation",
-    "failed_arms",
-    "list_grids",
-    "load_grid",
-    "run_ablation",
-    "split_of_task",
-]
+__all__ = ["AblationGrid", "AblationReport", "Arm", "GridEvaluation", "list_grids", "load_grid", "run_ablation"]
 
 _GRIDS = Path(__file__).parent / "grids"
-_KEYS = ("recipe", "base", "reference", "evaluation", "arms")
-_PREFIX = "evaluation."
-_ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-
-PARTS = {"trained": "trained tasks", "heldout": "held-out tasks"}
-"""Rows of trained tasks that training left out, and files never trained on; and their names in tables."""
-Shown = Literal["epic", "text"]
-"""Form of the demonstrations: vectors or texts."""
+_PARTS = {"trained": "trained tasks", "heldout": "held-out tasks"}
 
 
 class GridEvaluation(BaseModel):
-    """Settings of an ablation's evaluation.
-
-    Attributes:
-        heldout: Files that no arm trains on: names in the data folder, or paths.
-        num_demonstrations: Values of k; 0 is always scored.
-        controls: Also score shuffled demonstrations and another task's.
-        queries: Most test queries from each file or task.
-        documents: Documents wanted in each corpus.
-        draws: Draws of demonstrations for each k.
-        seed: Seed of the splits.
-    """
+    """Settings of an ablation's evaluation, explained in docs/evaluation.md."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    heldout: list[str] = Field(default_factory=list)
-    num_demonstrations: list[Annotated[int, Field(ge=0)]] = Field(default=[8])
+    heldout: list[str] = []
+    num_demonstrations: list[Annotated[int, Field(ge=0)]] = [8]
     controls: bool = True
     queries: int = Field(default=200, ge=1)
     documents: int = Field(default=1000, ge=1)
@@ -114,64 +60,38 @@ class GridEvaluation(BaseModel):
         return 8 if 8 in self.num_demonstrations else max(self.num_demonstrations, default=0)
 
 
+class _GridFile(BaseModel):
+    """Contents of a grid's file, unchecked but for their types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    recipe: str | dict[str, Any] = {}
+    base: dict[str, Any] = {}
+    reference: str | None = None
+    evaluation: GridEvaluation = GridEvaluation()
+    # An arm's name is a folder.
+    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")], dict[str, Any] | None]
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One training run of a grid.
-
-    Attributes:
-        name: Its key in the file, and its folder.
-        axis: The choice that it varies; groups the table.
-        config: The run.
-        strategies: How demonstrations are shown when it is scored: as in its training; both ways for an arm that was
-            trained without demonstrations.
-    """
+    """Training run: its name, the choice that it varies, its configuration, the strategies that it is scored with."""
 
     name: str
     axis: str
     config: TrainingConfig
-    strategies: tuple[Shown, ...]
+    strategies: tuple[QueryStrategy, ...]
 
 
 @dataclass(frozen=True)
 class AblationGrid:
-    """A grid, read and checked.
-
-    Attributes:
-        source: The file, or the name of a shipped grid.
-        folder: Folder of runs and results.
-        arms: In the order of the file.
-        reference: The arm that the others are compared with; None for no comparison.
-        evaluation: How every arm is scored.
-    """
+    """A checked grid: its file or name, the folder of results, its arms, and the arm that others are compared with."""
 
     source: str
     folder: Path
     arms: tuple[Arm, ...]
     reference: str | None
     evaluation: GridEvaluation
-
-
-class ArmResult(TypedDict):
-    """Training and scores of an arm, as `arm.json` has them.
-
-    Attributes:
-        trained: Steps, pairs, tokens (padding not counted), seconds of the steps, and the last loss.
-        fingerprint: Of the checkpoint that was scored.
-        scores: Key of `score_key` -> nDCG@10 of each test query, mean over draws.
-        tests: Task or file -> hash of its test queries and corpus; scores of two arms are paired where it is equal.
-        skipped: A line for each test that could not be scored.
-    """
-
-    trained: dict[str, Any]
-    fingerprint: str
-    scores: dict[str, list[float]]
-    tests: dict[str, str]
-    skipped: list[str]
-
-
-def score_key(shown: str, part: str, task: str, condition: str, k: int) -> str:
-    """Return the key of a score: "epic heldout nl2bash own 8"."""
-    return f"{shown} {part} {task} {condition} {k}"
 
 
 def list_grids() -> list[str]:
@@ -204,88 +124,75 @@ def load_grid(
         if name_or_path not in list_grids():
             raise ConfigError(f"No file {name_or_path}. Pass a file, or one of the grids {', '.join(list_grids())}.")
         file = _GRIDS / f"{name_or_path}.yaml"
-    values = recipe_values(str(file))
-    unknown = sorted(str(key) for key in values if key not in _KEYS)
-    if unknown:
-        raise ConfigError(f"{name_or_path} has {', '.join(unknown)}. Known are {', '.join(_KEYS)}.")
-    entries, recipe = values.get("arms"), values.get("recipe") or {}
-    if not isinstance(entries, dict) or not entries:
-        raise ConfigError(f"{name_or_path} has no arms. Write arms: {{NAME: {{SETTING: VALUE}}}}.")
-    base = _merged(recipe_values(recipe) if isinstance(recipe, str) else recipe, values.get("base") or {})
-    base.setdefault("model", default_model)
-    evaluation = _evaluation(values.get("evaluation") or {}, [item for item in settings if item.startswith(_PREFIX)])
-    overrides = [item for item in settings if not item.startswith(_PREFIX)]
-    folder = output if output is not None else Path("runs") / file.stem
-    arms = tuple(_arm(str(name), entry, base, overrides, folder) for name, entry in entries.items())
-    if not evaluation.table_k:  # without demonstrations there is nothing to show
-        arms = tuple(replace(arm, strategies=arm.strategies[:1]) for arm in arms)
-    reference = values.get("reference")
-    if reference is not None and reference not in entries:
-        raise ConfigError(f"reference is {reference}. The arms are {', '.join(arm.name for arm in arms)}.")
-    if not evaluation.heldout and not (arms[0].config.evaluation_tasks and arms[0].config.evaluation_rows):
-        raise ConfigError(f"{name_or_path} scores nothing. Name files in evaluation.heldout or base.evaluation_tasks.")
-    for arm in arms:
-        both = sorted(set(evaluation.heldout) & set(arm.config.tasks))
-        if both:
-            raise ConfigError(f"Arm {arm.name} trains on {', '.join(both)} of evaluation.heldout. Use other files.")
-    return AblationGrid(name_or_path, folder, arms, reference, evaluation)
-
-
-def _evaluation(section: Mapping[str, Any], settings: Sequence[str]) -> GridEvaluation:
-    values = dict(section)
+    values = {key: value for key, value in recipe_values(str(file)).items() if value is not None}
+    overrides = [setting for setting in settings if not setting.startswith("evaluation.")]
     for setting in settings:
-        name, _, text = setting.removeprefix(_PREFIX).partition("=")
-        try:
-            values[name] = yaml_module().safe_load(text)
-        except yaml_module().YAMLError as error:
-            raise ConfigError(f"The value of {setting!r} is not valid YAML. Put it in quotes.") from error
+        name, _, text = setting.removeprefix("evaluation.").partition("=")
+        if setting not in overrides:
+            try:
+                values["evaluation"] = {**values.get("evaluation", {}), name: yaml_module().safe_load(text)}
+            except yaml_module().YAMLError as error:
+                raise ConfigError(f"The value of {setting!r} is not valid YAML. Put it in quotes.") from error
     try:
-        return GridEvaluation(**values)
+        grid = _GridFile(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        fact = f"evaluation.{'.'.join(map(str, first['loc']))} is {first['input']!r} ({first['msg']})"
-        raise ConfigError(f"{fact}. Settings are {', '.join(GridEvaluation.model_fields)}.") from error
+        raise ConfigError(f"{name_or_path}: {first_problem(error)} docs/evaluation.md has the settings.") from error
+    base = _merge(recipe_values(grid.recipe) if isinstance(grid.recipe, str) else grid.recipe, grid.base)
+    base.setdefault("model", default_model)
+    folder = output if output is not None else Path("runs") / file.stem
+    arms = tuple(
+        _read_arm(name, entry or {}, base, overrides, folder, grid.evaluation) for name, entry in grid.arms.items()
+    )
+    if not arms or grid.reference not in (None, *grid.arms):
+        raise ConfigError(f"reference is {grid.reference}. The arms are {', '.join(grid.arms) or 'missing'}.")
+    if not grid.evaluation.heldout and not (arms[0].config.evaluation_tasks and arms[0].config.evaluation_rows):
+        raise ConfigError(f"{name_or_path} scores nothing. Name files in evaluation.heldout or base.evaluation_tasks.")
+    return AblationGrid(name_or_path, folder, arms, grid.reference, grid.evaluation)
 
 
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Merge settings; tasks are merged name by name and setting by setting."""
-    merged = {**base, **changes}
-    tasks = _tasks(base.get("tasks"))
-    for name, entry in _tasks(changes.get("tasks")).items():
-        tasks[name] = {**(tasks.get(name) or {}), **(entry or {})}
-    merged["tasks"] = {name: entry for name, entry in tasks.items() if name not in without}
-    return merged
+    tasks: dict[str, Any] = {}
+    for source in (base.get("tasks") or {}, changes.get("tasks") or {}):
+        entries = source if isinstance(source, Mapping) else dict.fromkeys(source)
+        for name, entry in entries.items():
+            tasks[str(name)] = {**tasks.get(str(name), {}), **(entry or {})}
+    return {**base, **changes, "tasks": tasks}
 
 
-def _tasks(value: Any) -> dict[str, Any]:
-    return {str(name): {} for name in value} if isinstance(value, (list, tuple)) else dict(value or {})
-
-
-def _arm(name: str, entry: Any, base: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> Arm:
-    if not _ARM_NAME.fullmatch(name):
-        raise ConfigError(f"An arm is called {name!r}, and its name is a folder. Use letters, digits and . _ + -.")
-    if not isinstance(entry, (dict, type(None))):
-        raise ConfigError(f"Arm {name} is {entry!r}. Write {name}: {{SETTING: VALUE}}.")
-    changes = dict(entry or {})
+def _read_arm(
+    name: str,
+    entry: Mapping[str, Any],
+    base: Mapping[str, Any],
+    overrides: Sequence[str],
+    folder: Path,
+    evaluation: GridEvaluation,
+) -> Arm:
+    changes = dict(entry)
     axis, without = str(changes.pop("axis", "")), changes.pop("without", None) or []
-    tasks = _tasks(base.get("tasks"))
-    scored = [task for task in base.get("evaluation_tasks") or () if task in tasks]
+    scored = [task for task in base.get("evaluation_tasks") or () if task in base["tasks"]]
+    values = _merge(base, changes)
     for task in without:
-        if task not in tasks or task in scored:
+        if task not in base["tasks"] or task in scored:
             fact = "scores as a trained task" if task in scored else "does not train"
             raise ConfigError(f"Arm {name} leaves out {task}, which the base {fact}. Correct one of the two.")
-    values = _merged(base, changes, without)
+        values["tasks"].pop(task, None)
     try:
         for override in overrides:
             change_setting(values, override)
         # Arms are scored when they are done, and one that was interrupted starts again.
-        values |= {"name": name, "output": str(folder / "arms" / name)}
+        values |= {"name": name, "output": str(folder / "arms" / name), "evaluation_tasks": scored}
         values |= {"stop_at_step": None, "evaluate_every": 0, "save_every": 10**9}
-        config = TrainingConfig.from_dict({**values, "evaluation_tasks": scored}, origin=f"arm {name}")
+        config = TrainingConfig.from_dict(values, origin=f"arm {name}")
     except ConfigError as error:
         raise ConfigError(f"Arm {name}: {error}") from error
-    shown: tuple[Shown, ...] = ("epic", "text") if config.strategy == "none" else (config.strategy,)
-    return Arm(name, axis, config, shown)
+    both = sorted(set(evaluation.heldout) & set(config.tasks))
+    if both:
+        raise ConfigError(f"Arm {name} trains on {', '.join(both)} of evaluation.heldout. Use other files.")
+    if config.strategy != "none":
+        return Arm(name, axis, config, (config.strategy,))
+    # An arm that was trained without demonstrations is scored with vectors and with texts.
+    return Arm(name, axis, config, ("epic", "text") if evaluation.table_k else ("epic",))
 
 
 @dataclass
@@ -293,21 +200,22 @@ class AblationReport:
     """Results of an ablation so far.
 
     Attributes:
-        grid: The grid.
-        results: Arm -> result; arms without one are missing.
+        results: Arm -> its part of `arm.json`: "trained" (steps, pairs, tokens without padding, seconds, last loss),
+            "fingerprint" of the checkpoint, "scores" (`score_key` -> nDCG@10 of each test query, mean over draws),
+            "tests" (task -> hash of queries and corpus) and "skipped" (a line for each test without a score).
         failures: Arm -> why it could not be trained or scored.
-        command: The command line.
-        started: ISO time.
     """
 
     grid: AblationGrid
-    results: dict[str, ArmResult] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
     command: tuple[str, ...] = ()
-    started: str = ""
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    started: str = field(
+        default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    )
 
     def tasks(self, part: str) -> list[str]:
-        """Return the names of a part's tasks."""
+        """Return the names of the tasks of a part, "trained" or "heldout"."""
         keys = [key.split(" ", 2) for result in self.results.values() for key in result["scores"]]
         return list(dict.fromkeys(rest.rsplit(" ", 2)[0] for _, of, rest in keys if of == part))
 
@@ -318,57 +226,47 @@ class AblationReport:
 
         Args:
             part: "trained" or "heldout".
-            ours: Arm, how demonstrations were shown, condition and k of the first score.
+            ours: Arm, strategy, condition and k of the first score.
             theirs: The same of the second score.
         """
         found: list[Comparison | None] = []
         for task in self.tasks(part):
-            pair = []
-            for arm, shown, condition, k in (ours, theirs):
-                result = self.results[arm]
-                score = result["scores"].get(score_key(shown, part, task, condition, k))
-                pair.append((score, result["tests"].get(task)))
-            (a, test), (b, other_test) = pair
-            same = a is not None and b is not None and test == other_test
-            found.append(Comparison(*mean_and_error(np.array(a) - np.array(b))) if same else None)
+            scores, tests = [], []
+            for arm, strategy, condition, k in (ours, theirs):
+                scores.append(self.results[arm]["scores"].get(score_key(strategy, part, task, condition, k)))
+                tests.append(self.results[arm]["tests"].get(task))
+            paired = None not in scores and tests[0] == tests[1]
+            found.append(Comparison(*mean_and_error(np.subtract(*scores))) if paired else None)
         return pool_comparisons(found)
 
-    def row(self, arm: Arm, shown: Shown) -> dict[str, str]:
+    def _row(self, arm: Arm, strategy: QueryStrategy) -> dict[str, str]:
         """Return a line of the table, by column; scores times 100."""
-        evaluation, result = self.grid.evaluation, self.results[arm.name]
-        trained, k = result["trained"], evaluation.table_k
-        row = {"axis": arm.axis, "arm": arm.name if len(arm.strategies) == 1 else f"{arm.name}, shown as {shown}"}
-        row |= {"steps": f"{trained['steps']:,}", "tokens": f"{trained['tokens']:,}"}
-        row |= {"seconds": f"{trained['seconds']:,.0f}"}
-        for part, title in PARTS.items():
+        evaluation, result, k = self.grid.evaluation, self.results[arm.name], self.grid.evaluation.table_k
+        row = {"axis": arm.axis, "arm": arm.name if len(arm.strategies) == 1 else f"{arm.name}, shown as {strategy}"}
+        row |= {column: f"{result['trained'][column]:,.0f}" for column in ("steps", "tokens", "seconds")}
+        own = (arm.name, strategy, "own" if k else "none", k)
+        others = {f"k = {k} minus k = 0": (arm.name, strategy, "none", 0)} if k else {}
+        if k and evaluation.controls:
+            others |= {f"own minus {name}": (arm.name, strategy, name, k) for name in ("shuffled", "foreign")}
+        for reference in self.grid.arms:
+            if reference.name == self.grid.reference and reference.name in self.results:
+                others[f"minus {reference.name}"] = (reference.name, reference.strategies[0], *own[2:])
+        for part, title in _PARTS.items():
             tasks = self.tasks(part)
             if not tasks:
                 continue
-            zero = [result["scores"].get(score_key(shown, part, task, "none", 0)) for task in tasks]
-            means = [float(np.mean(by_query)) for by_query in zero if by_query is not None]
-            row[f"{title}: k = 0"] = percent(sum(means) / len(means) if len(means) == len(tasks) else None)
-            own = (arm.name, shown, "own" if k else "none", k)
-            others = {}
-            if k:
-                others[f"k = {k} minus k = 0"] = (arm.name, shown, "none", 0)
-            if k and evaluation.controls:
-                others["own minus shuffled"] = (arm.name, shown, "shuffled", k)
-                others["own minus foreign"] = (arm.name, shown, "foreign", k)
-            for reference in self.grid.arms:
-                if reference.name == self.grid.reference and reference.name in self.results:
-                    others[f"minus {reference.name}"] = (reference.name, reference.strategies[0], *own[2:])
+            zero = [result["scores"].get(score_key(strategy, part, task, "none", 0)) for task in tasks]
+            mean = None if None in zero else sum(float(np.mean(by_query)) for by_query in zero) / len(tasks)
+            row[f"{title}: k = 0"] = percent(mean)
             for name, other in others.items():
                 row[f"{title}: {name}"] = difference(self.difference(part, own, other)) or percent(None)
         return row
 
     def to_markdown(self) -> str:
         """Return the table, and below it the tests that were not scored."""
-        arms = [arm for arm in self.grid.arms if arm.name in self.results]
-        rows = [self.row(arm, shown) for arm in arms for shown in arm.strategies]
-        tasks = "; ".join(
-            f"{title}: {', '.join(self.tasks(part))}" for part, title in PARTS.items() if self.tasks(part)
-        )
-        blocks = [f"nDCG@10 times 100, ± one standard error over queries. {tasks}."]
+        rows = [self._row(arm, each) for arm in self.grid.arms if arm.name in self.results for each in arm.strategies]
+        parts = [f"{title}: {', '.join(self.tasks(part))}" for part, title in _PARTS.items() if self.tasks(part)]
+        blocks = [f"nDCG@10 times 100, ± one standard error over queries. {'; '.join(parts)}."]
         if rows:
             blocks.append(markdown_table(list(rows[0]), [list(row.values()) for row in rows], text_columns=2))
         notes = [f"- {arm} failed: {reason}" for arm, reason in self.failures.items()]
@@ -377,15 +275,23 @@ class AblationReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values; scores are fractions."""
-        grid = self.grid
         arms = [
-            {"name": arm.name, "axis": arm.axis, "config": _plain(arm.config.to_dict()), **self.results[arm.name]}
-            for arm in grid.arms
+            {"name": arm.name, "axis": arm.axis, "config": arm.config.to_dict(), **self.results[arm.name]}
+            for arm in self.grid.arms
             if arm.name in self.results
         ]
-        head = {"format_version": 2, "command": list(self.command), "started": self.started, "versions": versions()}
-        evaluation = {"evaluation": grid.evaluation.model_dump(), "reference": grid.reference}
-        return {**head, "grid": grid.source, **evaluation, "failures": self.failures, "arms": arms}
+        values = {
+            "format_version": 2,
+            "command": self.command,
+            "started": self.started,
+            "versions": versions(),
+            "grid": self.grid.source,
+            "evaluation": self.grid.evaluation.model_dump(),
+            "reference": self.grid.reference,
+            "failures": self.failures,
+            "arms": arms,
+        }
+        return _json_values(values)
 
     def write(self) -> None:
         """Write `ablation.json` and `ablation.md` into the grid's folder."""
@@ -394,16 +300,34 @@ class AblationReport:
         write_atomically(self.grid.folder / "ablation.json", text + "\n")
         write_atomically(self.grid.folder / "ablation.md", self.to_markdown() + "\n")
 
+    def check(self) -> None:
+        """Raise the error that a command ends with when arms have failed.
 
-def _plain(values: Any) -> Any:
-    return json.loads(json.dumps(values))
+        Raises:
+            TrainingError: If an arm has failed.
+        """
+        if self.failures:
+            count = f"{len(self.failures)} of {len(self.grid.arms)} arms failed"
+            first, reason = next(iter(self.failures.items()))
+            raise TrainingError(f"{count}. {first}: {reason} The results of the others are in {self.grid.folder}.")
+
+
+def score_key(strategy: str, part: str, task: str, condition: str, k: int) -> str:
+    """Return the key of a score: "epic heldout nl2bash own 8"."""
+    return f"{strategy} {part} {task} {condition} {k}"
+
+
+def _json_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values as JSON reads them back: tuples become lists."""
+    found: dict[str, Any] = json.loads(json.dumps(values))
+    return found
 
 
 def run_ablation(
     grid: AblationGrid,
     *,
     only: Sequence[str] = (),
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
     show_progress: bool = False,
     command: tuple[str, ...] = (),
 ) -> AblationReport:
@@ -413,68 +337,53 @@ def run_ablation(
 
     Args:
         grid: The grid.
-        only: Names of arms to train and score; the report also has the others whose results are on disk. Empty for
-            all.
+        only: Arms to train and score, empty for all; the report also has the others whose results are on disk.
         progress: Called with one line of text for each step.
-        show_progress: Whether the trainer draws progress bars.
+        show_progress: True to draw the trainer's progress bars.
         command: The command line, for the record.
 
-    Returns:
-        The report.
-
     Raises:
-        ConfigError: `only` names an unknown arm.
-        DataError: A held-out file is missing or malformed.
+        ConfigError: If `only` names an unknown arm.
+        DataError: If a held-out file is missing or malformed.
     """
-    say = progress or (lambda line: None)
     names = [arm.name for arm in grid.arms]
     for name in only:
         if name not in names:
             raise ConfigError(f"--only names {name}. The arms of {grid.source} are {', '.join(names)}.")
-    now = datetime.datetime.now(datetime.timezone.utc)
-    report = AblationReport(grid, command=command, started=now.isoformat(timespec="seconds"))
-    settings = grid.evaluation
+    report, settings = AblationReport(grid, command), grid.evaluation
     files = [_pairs_file(name, grid.arms[0].config.data) for name in settings.heldout]
     heldout = [
-        make_split(
-            file,
-            queries=settings.queries,
-            documents=settings.documents,
-            seed=settings.seed,
-            symmetric=file_stem(file) in SYMMETRIC_PAIRS,
-        )
-        for file in files
+        make_split(file, queries=settings.queries, documents=settings.documents, seed=settings.seed) for file in files
     ]
-    for arm in grid.arms:
-        title = f"arm {arm.name} ({names.index(arm.name) + 1} of {len(names)})"
+    for number, arm in enumerate(grid.arms, start=1):
+        title = f"arm {arm.name} ({number} of {len(names)})"
         wanted = not only or arm.name in only
         file = Path(arm.config.output) / "arm.json"
         try:
-            inputs = _inputs(arm, settings, heldout)
+            # Everything that decides an arm's result.
+            inputs = _json_values(
+                {
+                    "config": {**arm.config.to_dict(), "output": ""},
+                    "data": {task: content_revision([_pairs_file(task, arm.config.data)]) for task in arm.config.tasks},
+                    "evaluation": settings.model_dump(),
+                    "heldout": [[split.name, split.revision, split.instruction] for split in heldout],
+                }
+            )
             stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
             if stored is not None and stored["inputs"] == inputs:
                 report.results[arm.name] = stored["result"]
-                say(f"{title}: done before")
+                progress(f"{title}: done before")
             elif wanted:
-                say(f"{title}: training")
+                progress(f"{title}: training")
                 result = report.results[arm.name] = _train_and_score(arm, settings, heldout, show_progress)
-                say(f"{title}: {result['trained']['steps']:,} steps, {result['trained']['tokens']:,} tokens")
+                progress(f"{title}: {result['trained']['steps']:,} steps, {result['trained']['tokens']:,} tokens")
                 write_atomically(file, json.dumps({"inputs": inputs, "result": result}, ensure_ascii=False) + "\n")
         except EpicError as error:
             if wanted:
                 report.failures[arm.name] = str(error)
-                say(f"{title}: failed: {error}")
+                progress(f"{title}: failed: {error}")
         report.write()
     return report
-
-
-def failed_arms(report: AblationReport) -> TrainingError | None:
-    """Return the error that a command ends with when arms have failed; None if none has."""
-    if not report.failures:
-        return None
-    count = f"{len(report.failures)} of {len(report.grid.arms)} arms failed"
-    first, reason = next(iter(report.failures.items()))
-    return TrainingError(f"{count}. {first}: {reason} The results of the others are in {report.grid.folder}.")
 
 
 def _pairs_file(name: str, data: str) -> Path:
@@ -485,21 +394,50 @@ def _pairs_file(name: str, data: str) -> Path:
     raise DataError(f"No file {name}, and no {name}.jsonl or {name}.jsonl.gz in {data}. Correct the name, or set data.")
 
 
-def _inputs(arm: Arm, evaluation: GridEvaluation, heldout: Sequence[HeldoutSplit]) -> Any:
-    """Return everything that decides an arm's result, as JSON values."""
-    files = {name: content_revision([_pairs_file(name, arm.config.data)]) for name in arm.config.tasks}
-    tests = [[split.name, split.revision, split.instruction] for split in heldout]
-    config = {**arm.config.to_dict(), "output": ""}
-    return _plain({"config": config, "data": files, "evaluation": evaluation.model_dump(), "heldout": tests})
-
-
 def _train_and_score(
     arm: Arm, evaluation: GridEvaluation, heldout: Sequence[HeldoutSplit], show_progress: bool
-) -> ArmResult:
+) -> dict[str, Any]:
     trainer = Trainer(arm.config)
     final = trainer.train(resume=False, show_progress=show_progress)
     encoder = EpicEncoder.from_pretrained(final, device=arm.config.device)
     store = EmbeddingStore(encoder, precision=str(encoder.dtype).removeprefix("torch."))
+    left_out = [
+        split_of_task(dataset, queries=evaluation.queries, documents=evaluation.documents)
+        for dataset in load_datasets(arm.config)[1]
+    ]
+    parts = {"trained": [split for split in left_out if split is not None], "heldout": list(heldout)}
+    every = [split for tests in parts.values() for split in tests]
+    scores: dict[str, list[float]] = {}
+    hashes: dict[str, str] = {}
+    skipped: list[str] = []
+    for part, tests in parts.items():
+        # Foreign demonstrations are another task's of the same part, where there is one.
+        ring = tests if len(tests) > 1 else every
+        for split in tests:
+            test = json.dumps([split.queries, split.documents])
+            hashes[split.name] = hashlib.sha256(test.encode()).hexdigest()[:16]
+            foreign = ring[(ring.index(split) + 1) % len(ring)].pool if len(ring) > 1 else ()
+            cases = [(strategy, k) for strategy in arm.strategies for k in sorted({0, *evaluation.num_demonstrations})]
+            for strategy, k in cases:
+                try:
+                    found = condition_scores(
+                        store,
+                        split,
+                        ks=[k],
+                        draws=evaluation.draws,
+                        controls=evaluation.controls,
+                        foreign_pool=foreign if len(foreign) >= k else None,
+                        strategy=strategy,
+                    )
+                # Too few rows for k demonstrations, or texts that are longer than the model's positions.
+                except (DataError, PromptError) as error:
+                    skipped.append(f"{split.name} at k = {k}, shown as {strategy}: {error}")
+                    continue
+                for (condition, count), values in found.items():
+                    by_query = [round(float(value), 6) for value in values.mean(axis=0)]
+                    scores[score_key(strategy, part, split.name, condition, count)] = by_query
+    for checkpoint in Path(arm.config.output).glob("checkpoint-*"):  # with the optimizer's state, for resuming
+        shutil.rmtree(checkpoint)
     trained = {
         "steps": trainer.step,
         "pairs": trainer.pairs,
@@ -507,93 +445,5 @@ def _train_and_score(
         "seconds": round(trainer.seconds, 1),
         "loss": next(entry["loss"] for entry in reversed(trainer.metrics) if "loss" in entry),
     }
-    result = ArmResult(trained=trained, fingerprint=encoder.fingerprint, scores={}, tests={}, skipped=[])
-    left_out = [
-        split_of_task(dataset, queries=evaluation.queries, documents=evaluation.documents)
-        for dataset in load_datasets(arm.config)[1]
-    ]
-    parts = {"trained": [split for split in left_out if split is not None], "heldout": list(heldout)}
-    every = [split for tests in parts.values() for split in tests]
-    for part, tests in parts.items():
-        # Foreign demonstrations are another task's of the same part, where there is one.
-        ring = tests if len(tests) > 1 else every
-        for split in tests:
-            other = ring[(ring.index(split) + 1) % len(ring)]
-            test = json.dumps([split.queries, split.documents])
-            result["tests"][split.name] = hashlib.sha256(test.encode()).hexdigest()[:16]
-            for shown in arm.strategies:
-                foreign = other.pool if other is not split else None
-                _score_split(result, store, split, foreign, part, shown, evaluation)
-    for checkpoint in Path(arm.config.output).glob("checkpoint-*"):  # with the optimizer's state, for resuming
-        shutil.rmtree(checkpoint)
-    return result
-
-
-def _score_split(
-    result: ArmResult,
-    store: EmbeddingStore,
-    split: HeldoutSplit,
-    foreign: Sequence[Pair] | None,
-    part: str,
-    shown: Shown,
-    evaluation: GridEvaluation,
-) -> None:
-    for k in sorted({0, *evaluation.num_demonstrations}):
-        where = f"{split.name} at k = {k}, shown as {shown}"
-        if k > len(split.pool):
-            result["skipped"].append(f"{where}: {len(split.pool)} rows are free for demonstrations")
-            continue
-        try:
-            scores = condition_scores(
-                store,
-                split,
-                ks=[k],
-                draws=evaluation.draws,
-                controls=evaluation.controls,
-                foreign_pool=foreign if foreign is not None and len(foreign) >= k else None,
-                strategy=shown,
-            )
-        except PromptError as error:  # the texts are longer than the model's positions
-            result["skipped"].append(f"{where}: {error}")
-            continue
-        for (condition, count), values in scores.items():
-            by_query = [round(float(value), 6) for value in values.mean(axis=0)]
-            result["scores"][score_key(shown, part, split.name, condition, count)] = by_query
-
-
-def split_of_task(dataset: PairDataset, *, queries: int, documents: int) -> HeldoutSplit | None:
-    """Make a retrieval test of the rows that training left out.
-
-    The pool of demonstrations is made of trained rows that share nothing with a test query. In a task with few targets
-    (labels), where every label is in the pool, they share no query with one.
-
-    Args:
-        dataset: With held-out rows.
-        queries: Most test queries.
-        documents: Documents wanted in the corpus.
-
-    Returns:
-        The test; None if no held-out row can be a query.
-    """
-    pairs = with_components([(row.query, row.positive, row.group) for row in [*dataset.held_out, *dataset.rows]])
-    held, trained = pairs[: len(dataset.held_out)], pairs[len(dataset.held_out) :]
-    test = query_rows(held, queries)
-    if not test:
-        return None
-    random.Random(f"ablation-{dataset.name}").shuffle(trained)
-    if dataset.label_like:
-        tested = {normalize_text(pair.query) for pair in test}
-        pool = [pair for pair in trained if normalize_text(pair.query) not in tested]
-    else:
-        components = {pair.component for pair in held}
-        pool = [pair for pair in trained if pair.component not in components]
-    return assemble_split(
-        dataset.name,
-        test=test,
-        rest=[*held, *trained],
-        pool=pool,
-        documents=documents,
-        instruction=dataset.instruction or "",
-        revision=dataset.sha256[:16],
-        symmetric=dataset.symmetric,
-    )
+    result = {"trained": trained, "fingerprint": encoder.fingerprint}
+    return {**result, "scores": scores, "tests": hashes, "skipped": skipped}

@@ -44,6 +44,7 @@ __all__ = [
     "StsData",
     "content_revision",
     "entry_for",
+    "evaluated_texts",
     "find_local_sets",
     "load_local_set",
     "normalize_text",
@@ -65,13 +66,7 @@ def normalize_text(text: str) -> str:
 
 @dataclass(frozen=True)
 class JsonRow:
-    """A line of a JSON lines file, with typed access to its fields.
-
-    Args:
-        values: The decoded JSON object.
-        path: The file it was read from.
-        line: Its 1-based line number.
-    """
+    """A line of a JSON lines file; its accessors raise a `DataError` that names the file and the line."""
 
     values: Mapping[str, Any]
     path: Path
@@ -82,33 +77,21 @@ class JsonRow:
         return DataError(f"{self.path}:{self.line} {problem}")
 
     def text(self, key: str, default: str | None = None) -> str:
-        """Return a string field.
-
-        Raises:
-            DataError: The field is missing (and no default is given) or not a string.
-        """
+        """Return a string field; `default` where it is missing."""
         value = self.values.get(key, default)
         if not isinstance(value, str):
             raise self.error(f'has {value!r} as "{key}". Write a string.')
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """Return a field that holds a list of strings.
-
-        Raises:
-            DataError: The field is missing or not a list of strings.
-        """
+        """Return a field that holds a list of strings."""
         value = self.values.get(key)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.error(f'has {value!r} as "{key}". Write a list of strings.')
         return tuple(cast("list[str]", value))
 
     def label(self, key: str) -> str | int:
-        """Return a class label: a string or an integer.
-
-        Raises:
-            DataError: The field is missing or has another type.
-        """
+        """Return a class label: a string or an integer."""
         value = self.values.get(key)
         if not isinstance(value, (str, int)) or isinstance(value, bool):
             raise self.error(f'has {value!r} as "{key}". Write a string or an integer.')
@@ -270,11 +253,6 @@ class RetrievalData:
     queries: Mapping[str, str]
     relevant: Mapping[str, Mapping[str, int]]
 
-    @property
-    def test_texts(self) -> frozenset[str]:
-        """Test texts, which may not be demonstrations."""
-        return frozenset(self.queries.values())
-
 
 @dataclass(frozen=True)
 class StsData:
@@ -283,11 +261,6 @@ class StsData:
     first: tuple[str, ...]
     second: tuple[str, ...]
     scores: tuple[float, ...]
-
-    @property
-    def test_texts(self) -> frozenset[str]:
-        """Test texts, which may not be demonstrations."""
-        return frozenset(self.first) | frozenset(self.second)
 
 
 @dataclass(frozen=True)
@@ -298,11 +271,6 @@ class ClassificationData:
     test: tuple[tuple[str, int], ...]
     label_names: tuple[str, ...]
 
-    @property
-    def test_texts(self) -> frozenset[str]:
-        """Test texts, which may not be demonstrations."""
-        return frozenset(text for text, _ in self.test)
-
 
 @dataclass(frozen=True)
 class ClusteringData:
@@ -310,11 +278,6 @@ class ClusteringData:
 
     texts: tuple[str, ...]
     labels: tuple[int, ...]
-
-    @property
-    def test_texts(self) -> frozenset[str]:
-        """Test texts, which may not be demonstrations."""
-        return frozenset(self.texts)
 
 
 @dataclass(frozen=True)
@@ -325,30 +288,27 @@ class RerankingData:
     positives: tuple[tuple[str, ...], ...]
     negatives: tuple[tuple[str, ...], ...]
 
-    @property
-    def test_texts(self) -> frozenset[str]:
-        """Test texts, which may not be demonstrations."""
-        return frozenset(self.queries)
-
 
 SetData = RetrievalData | StsData | ClassificationData | ClusteringData | RerankingData
 
 
+def evaluated_texts(data: SetData) -> frozenset[str]:
+    """Return the texts of a set's test split, which may not be demonstrations."""
+    if isinstance(data, RetrievalData):
+        return frozenset(data.queries.values())
+    if isinstance(data, StsData):
+        return frozenset({*data.first, *data.second})
+    if isinstance(data, ClassificationData):
+        return frozenset(text for text, _ in data.test)
+    return frozenset(data.texts if isinstance(data, ClusteringData) else data.queries)
+
+
 @dataclass(frozen=True)
 class LocalSet:
-    """Evaluation set with its contents.
-
-    Args:
-        name: The folder's name.
-        kind: Its kind.
-        folder: Its folder.
-        revision: A hash of its files.
-        data: The contents.
-    """
+    """Evaluation set: the folder's name, its kind, a hash of its files, and its contents."""
 
     name: str
     kind: Kind
-    folder: Path
     revision: str
     data: SetData
 
@@ -430,7 +390,7 @@ def load_local_set(folder: Path) -> LocalSet:
         "reranking": _load_reranking,
     }
     data = loaders[kind](*paths)
-    return LocalSet(folder.resolve().name, kind, folder, content_revision(paths), data)
+    return LocalSet(folder.resolve().name, kind, content_revision(paths), data)
 
 
 def _load_retrieval(corpus_path: Path, queries_path: Path, qrels_path: Path) -> RetrievalData:

@@ -100,7 +100,6 @@ class EmbeddingStore:
 
     Attributes:
         revision: The model's fingerprint, and the precision where it is not float32.
-        texts_encoded: Number of texts that the model has encoded.
     """
 
     def __init__(
@@ -113,7 +112,6 @@ class EmbeddingStore:
         show_progress: bool = False,
     ) -> None:
         self.encoder = encoder
-        self.texts_encoded = 0
         self.revision = encoder.fingerprint if precision == "float32" else f"{encoder.fingerprint}-{precision}"
         self._folder = folder / self.revision if folder else None
         self._batch_size = batch_size
@@ -121,19 +119,11 @@ class EmbeddingStore:
         self._vectors: dict[str, Vectors] = {}
 
     def documents(self, texts: Sequence[str]) -> Vectors:
-        """Encode documents, bare.
-
-        Returns:
-            (n, dim) float32, in the order of `texts`.
-        """
+        """Encode documents, bare: (n, dim) float32, in the order of `texts`."""
         return self._cached("documents", texts, None)
 
     def queries(self, texts: Sequence[str], prompt: QueryPrompt) -> Vectors:
-        """Encode queries behind a prompt.
-
-        Returns:
-            (n, dim) float32, in the order of `texts`.
-        """
+        """Encode queries behind a prompt: (n, dim) float32, in the order of `texts`."""
         return self._cached(f"queries-{prompt_fingerprint(prompt)}", texts, prompt)
 
     def _cached(self, role: str, texts: Sequence[str], prompt: QueryPrompt | None) -> Vectors:
@@ -144,7 +134,6 @@ class EmbeddingStore:
             vectors = self._load(key, len(unique))
             if vectors is None:
                 vectors = self._encode(unique, prompt)
-                self.texts_encoded += len(unique)
                 self._save(key, vectors)
             self._vectors[key] = vectors
         vectors = self._vectors[key]

@@ -15,10 +15,10 @@ import logging
 import math
 import random
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,14 @@ import numpy.typing as npt
 from epic_rag.demonstrations import Demonstration
 from epic_rag.errors import ConfigError, DataError
 from epic_rag.evaluation.bm25 import Bm25Index
-from epic_rag.evaluation.datasets import content_revision, normalize_text, read_mapping, read_rows
-from epic_rag.evaluation.embedding_store import EmbeddingStore, Vectors, make_prompt
+from epic_rag.evaluation.datasets import SYMMETRIC_PAIRS, content_revision, normalize_text, read_mapping
+from epic_rag.evaluation.embedding_store import EmbeddingStore, make_prompt
 from epic_rag.metrics import mean_and_error, ndcg_at_k, ndcg_of_scores
 from epic_rag.query_prompt import QueryStrategy
+
+if TYPE_CHECKING:
+    from epic_rag.training.data import Pair as TrainingPair
+    from epic_rag.training.data import PairDataset
 
 __all__ = [
     "CONDITIONS",
@@ -55,7 +59,7 @@ __all__ = [
     "score_heldout",
     "score_heldout_bm25",
     "shuffle_passages",
-    "summarize",
+    "split_of_task",
     "with_components",
     "with_instruction",
 ]
@@ -85,14 +89,7 @@ QueryScores = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Pair:
-    """Row of a pairs file.
-
-    Args:
-        query: The query.
-        passage: Its positive.
-        group: Rows with the same group are each other's positives; None for a row without one.
-        component: Number of the connected rows that this one belongs to; set by `with_components`.
-    """
+    """Row of a pairs file; rows with the same group are each other's positives, `component` counts connected rows."""
 
     query: str
     passage: str
@@ -105,19 +102,15 @@ class HeldoutSplit:
     """Retrieval test made of a pairs file, and the rows that demonstrations are drawn from.
 
     Args:
-        name: The file's name without its endings.
-        instruction: The task in words.
         revision: A hash of the file.
         queries: Test queries, all different.
         documents: The corpus, all different.
         relevant: For each query the corpus rows that answer it.
         excluded: For each query the corpus rows that are the query itself (and would come first).
         pool: Rows that share nothing with a test query.
-        symmetric: Whether documents are encoded like queries.
+        symmetric: True if documents are encoded like queries.
         other_queries: Queries of rows that are neither in the test nor in the pool, all different and none of
             them a test query; a corpus can hold them as documents that answer nothing.
-        collection: The kind of corpus.
-        instruction_source: The origin of the instruction.
         parts: The lists of texts that a pooled corpus was made of, each encoded once for all of its files; empty
             for a file's own corpus.
     """
@@ -156,18 +149,13 @@ def load_pairs(path: Path) -> list[Pair]:
     Raises:
         DataError: The file cannot be read or a line is malformed.
     """
-    rows: list[tuple[str, str, str | None]] = []
-    for row in read_rows(path):
-        group = row.values.get("group")
-        query, passage = row.text("query"), row.text("passage" if "passage" in row.values else "positive")
-        if not (query.strip() and passage.strip()):
-            raise row.error('has an empty "query" or "positive". Write a text, or delete the line.')
-        rows.append((query, passage, None if group is None else str(group)))
-    return with_components(rows)
+    from epic_rag.training.data import load_pairs as load_training_pairs
+
+    return with_components(load_training_pairs(path)[0])
 
 
-def with_components(rows: Sequence[tuple[str, str, str | None]]) -> list[Pair]:
-    """Turn (query, passage, group) rows into pairs with the numbers of their connected components.
+def with_components(rows: Sequence[TrainingPair]) -> list[Pair]:
+    """Return rows with the numbers of their connected components.
 
     Rows that share a query, a passage or a group, directly or through other rows, form a component.
     """
@@ -179,14 +167,14 @@ def with_components(rows: Sequence[tuple[str, str, str | None]]) -> list[Pair]:
             row = parent[row]
         return row
 
-    first_with: dict[Hashable, int] = {}
-    for number, (query, passage, group) in enumerate(rows):
-        keys: list[Hashable] = [("query", normalize_text(query)), ("passage", passage_key(passage))]
-        if group is not None:
-            keys.append(("group", group))
+    first_with: dict[tuple[str, str], int] = {}
+    for number, row in enumerate(rows):
+        keys = [("query", normalize_text(row.query)), ("passage", passage_key(row.positive))]
+        if row.group is not None:
+            keys.append(("group", row.group))
         for key in keys:
             parent[root(number)] = root(first_with.setdefault(key, number))
-    return [Pair(*row, component=root(number)) for number, row in enumerate(rows)]
+    return [Pair(row.query, row.positive, row.group, root(number)) for number, row in enumerate(rows)]
 
 
 def draw_demonstrations(pool: Sequence[Pair], k: int, *, seed: int) -> list[Pair]:
@@ -248,7 +236,6 @@ def make_split(
     documents: int = 5000,
     seed: int = 0,
     instruction: str | None = None,
-    symmetric: bool = False,
 ) -> HeldoutSplit:
     """Split a pairs file into test queries, a corpus and a pool of demonstrations.
 
@@ -262,7 +249,6 @@ def make_split(
         seed: Seed of all draws.
         instruction: The task in words; None takes it from `instructions.json` beside the file, or a generic
             one where there is no such file.
-        symmetric: Whether documents are encoded like queries.
 
     Raises:
         ConfigError: `queries` or `documents` is below 1.
@@ -272,7 +258,15 @@ def make_split(
         raise ConfigError(f"{queries} test queries and {documents} documents are too few. Use 1 or more of each.")
     name = file_stem(path)
     if instruction is None:
-        instruction = _instruction_beside(path, name)
+        beside = path.parent / "instructions.json"
+        instruction = GENERIC_INSTRUCTION
+        if beside.is_file():
+            instructions = read_mapping(beside)
+            if name not in instructions:
+                raise DataError(f'{beside} has no instruction for "{name}". Add one, or pass --instructions FILE.json.')
+            instruction = instructions[name]
+        else:
+            logger.warning('No %s: queries get "%s". Pass --instructions FILE.json.', beside, GENERIC_INSTRUCTION)
     pairs = load_pairs(path)
     components = sorted({pair.component for pair in pairs})
     if len(components) < 2:
@@ -300,20 +294,8 @@ def make_split(
         documents=documents,
         instruction=instruction,
         revision=content_revision([path]),
-        symmetric=symmetric,
+        symmetric=name in SYMMETRIC_PAIRS,
     )
-
-
-def _instruction_beside(path: Path, name: str) -> str:
-    """Return a file's instruction from the `instructions.json` in its folder."""
-    beside = path.parent / "instructions.json"
-    if not beside.is_file():
-        logger.warning('No %s: queries get "%s". Pass --instructions FILE.json.', beside, GENERIC_INSTRUCTION)
-        return GENERIC_INSTRUCTION
-    instructions = read_mapping(beside)
-    if name not in instructions:
-        raise DataError(f'{beside} has no instruction for "{name}". Add one, or pass --instructions FILE.json.')
-    return instructions[name]
 
 
 def query_rows(rows: Sequence[Pair], count: int) -> list[Pair]:
@@ -340,17 +322,9 @@ def assemble_split(
 ) -> HeldoutSplit:
     """Make a retrieval test of chosen rows.
 
-    Args:
-        name: Name of the test in reports.
-        test: Rows of the test queries, all different.
-        rest: Rows that fill the corpus up and decide further relevant documents; the test rows among them.
-        pool: Rows that demonstrations are drawn from.
-        documents: Documents wanted in the corpus, which is never cut below the test rows' passages.
-        instruction: The task in words.
-        revision: A hash of the data.
-        symmetric: Whether documents are encoded like queries.
+    The corpus is made of the test rows' passages, filled up to `documents` with those of `rest`, which also decides
+    further relevant documents and holds the test rows, too.
     """
-    # The corpus: the test rows' passages, then those of other rows.
     rows: dict[str, int] = {}
     texts: list[str] = []
     for number, pair in enumerate([*test, *rest]):
@@ -396,6 +370,36 @@ def assemble_split(
     )
 
 
+def split_of_task(dataset: PairDataset, *, queries: int, documents: int) -> HeldoutSplit | None:
+    """Make a retrieval test of the rows that training left out; None if no held-out row can be a query.
+
+    The pool of demonstrations is made of trained rows that share nothing with a test query. In a task with few targets
+    (labels), where every label is in the pool, they share no query with one.
+    """
+    pairs = with_components([*dataset.held_out, *dataset.rows])
+    held, trained = pairs[: len(dataset.held_out)], pairs[len(dataset.held_out) :]
+    test = query_rows(held, queries)
+    if not test:
+        return None
+    random.Random(f"ablation-{dataset.name}").shuffle(trained)
+    if dataset.label_like:
+        tested = {normalize_text(pair.query) for pair in test}
+        pool = [pair for pair in trained if normalize_text(pair.query) not in tested]
+    else:
+        components = {pair.component for pair in held}
+        pool = [pair for pair in trained if pair.component not in components]
+    return assemble_split(
+        dataset.name,
+        test=test,
+        rest=[*held, *trained],
+        pool=pool,
+        documents=documents,
+        instruction=dataset.instruction or "",
+        revision=dataset.sha256[:16],
+        symmetric=dataset.symmetric,
+    )
+
+
 def rows_of_queries(queries: Sequence[str], documents: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Return for each query the rows of the documents that equal it but for case and spacing."""
     rows: dict[str, list[int]] = {normalize_text(query): [] for query in queries}
@@ -412,13 +416,6 @@ def in_collection(splits: Sequence[HeldoutSplit], collection: Collection) -> lis
     In a file's own corpus all documents are of the kind that its queries want; an index of a real folder holds many
     kinds. Equal documents (but for spacing) are one document, and relevant to every query that it answers by any
     file. A text that is a test query of any file is never added as another row's query.
-
-    Args:
-        splits: The files, each with its own corpus.
-        collection: The documents that queries are ranked in.
-
-    Returns:
-        The same tests, in order, over the collection.
 
     Raises:
         ConfigError: A file is symmetric: its documents are encoded with its instruction, others bare.
@@ -468,13 +465,7 @@ def in_collection(splits: Sequence[HeldoutSplit], collection: Collection) -> lis
 
 
 def with_instruction(split: HeldoutSplit, source: InstructionSource, *, default: str | None) -> HeldoutSplit:
-    """Return the same test with the file's own instruction, a checkpoint's default, or none.
-
-    Args:
-        split: The test.
-        source: The instruction to use.
-        default: The checkpoint's default instruction; None for one that has none.
-    """
+    """Return the same test with the file's own instruction, the checkpoint's `default`, or none."""
     if source == "own":
         return split
     return replace(split, instruction=(default or "") if source == "default" else "", instruction_source=source)
@@ -482,12 +473,7 @@ def with_instruction(split: HeldoutSplit, source: InstructionSource, *, default:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired difference of nDCG@10 over the test queries, averaged over draws first.
-
-    Args:
-        difference: Its mean.
-        standard_error: Of the mean, over test queries.
-    """
+    """Paired difference of nDCG@10, averaged over draws: its mean and standard error over the test queries."""
 
     difference: float
     standard_error: float
@@ -498,8 +484,6 @@ class HeldoutScore:
     """nDCG@10 at one k under one condition.
 
     Args:
-        condition: The kind of demonstrations.
-        k: Their number.
         ndcg_at_10: Mean over draws and queries.
         draws: nDCG@10 of each draw of demonstrations.
         spread: Standard deviation over the draws (0 for one draw).
@@ -520,19 +504,12 @@ class HeldoutScore:
 
 @dataclass(frozen=True)
 class HeldoutResult:
-    """All scores of one model on one file.
+    """All scores of one model on one file, with the numbers of its queries, documents and rows for demonstrations.
 
     Args:
-        name: The file's name.
-        revision: A hash of the file.
         instruction: The queries' instruction, "" for none; None for a plain model and for BM25.
-        queries: Number of test queries.
-        documents: Number of documents.
-        pool: Number of rows that demonstrations were drawn from.
         scores: By condition and k.
-        seconds: Wall time.
-        collection: The kind of corpus.
-        instruction_source: The origin of the instruction; "plain" for a model without one.
+        instruction_source: "plain" for a model without an instruction.
     """
 
     name: str
@@ -581,7 +558,7 @@ def score_heldout(
         plain=plain,
         strategy=strategy,
     )
-    return _result(split, summarize(scores), started, plain=plain)
+    return _result(split, scores, started, plain=plain)
 
 
 def condition_scores(
@@ -600,8 +577,12 @@ def condition_scores(
     if split.symmetric:
         # The documents of a symmetric task are queries without demonstrations, as in training.
         documents = store.queries(split.documents, make_prompt(instruction))
+    elif split.parts:  # texts that several corpora share are encoded once
+        vectors = np.concatenate([store.documents(part) for part in split.parts])
+        rows = {text: row for row, text in enumerate(text for part in split.parts for text in part)}
+        documents = vectors[[rows[text] for text in split.documents]]
     else:
-        documents = _corpus_vectors(store, split)
+        documents = store.documents(split.documents)
 
     def score(variants: Sequence[Sequence[Demonstration]]) -> QueryScores:
         prompts = [make_prompt(instruction, shown, symmetric=split.symmetric, strategy=strategy) for shown in variants]
@@ -628,45 +609,8 @@ def condition_scores(
     return found
 
 
-def _corpus_vectors(store: EmbeddingStore, split: HeldoutSplit) -> Vectors:
-    """Return (m, dim) vectors of the corpus; texts that several corpora share are encoded once."""
-    if not split.parts:
-        return store.documents(split.documents)
-    vectors = np.concatenate([store.documents(part) for part in split.parts])
-    rows = {text: row for row, text in enumerate(text for part in split.parts for text in part)}
-    return vectors[[rows[text] for text in split.documents]]
-
-
 def _as_demonstrations(rows: Sequence[Pair]) -> list[Demonstration]:
     return [Demonstration(row.query, row.passage) for row in rows]
-
-
-def summarize(scores: Mapping[tuple[Condition, int], QueryScores]) -> list[HeldoutScore]:
-    """Return means over draws and queries, and paired differences to k = 0 and to the controls."""
-    zero = scores["none", 0]
-
-    def versus(condition: Condition, k: int, other: QueryScores | None) -> Comparison | None:
-        if other is None:
-            return None
-        return Comparison(*mean_and_error(scores[condition, k].mean(axis=0) - other.mean(axis=0)))
-
-    found = []
-    for (condition, k), values in scores.items():
-        draws = values.mean(axis=1)
-        own = condition == "own"
-        found.append(
-            HeldoutScore(
-                condition=condition,
-                k=k,
-                ndcg_at_10=float(draws.mean()),
-                draws=tuple(map(float, draws)),
-                spread=float(draws.std(ddof=1)) if len(draws) > 1 else 0.0,
-                versus_zero=versus(condition, k, zero if k else None),
-                versus_shuffled=versus(condition, k, scores.get(("shuffled", k)) if own else None),
-                versus_foreign=versus(condition, k, scores.get(("foreign", k)) if own else None),
-            )
-        )
-    return found
 
 
 def score_heldout_bm25(split: HeldoutSplit) -> HeldoutResult:
@@ -678,10 +622,33 @@ def score_heldout_bm25(split: HeldoutSplit) -> HeldoutResult:
     started = time.monotonic()
     index = Bm25Index(split.documents)
     zero = ndcg_of_scores(index.scores(split.queries), split.relevant, excluded=split.excluded)
-    return _result(split, summarize({("none", 0): zero[None]}), started, plain=True)
+    return _result(split, {("none", 0): zero[None]}, started, plain=True)
 
 
-def _result(split: HeldoutSplit, scores: Sequence[HeldoutScore], started: float, *, plain: bool) -> HeldoutResult:
+def _result(
+    split: HeldoutSplit, scores: Mapping[tuple[Condition, int], QueryScores], started: float, *, plain: bool
+) -> HeldoutResult:
+    """Return means over draws and queries, and paired differences to k = 0 and to the controls."""
+
+    def versus(values: QueryScores, other: QueryScores | None) -> Comparison | None:
+        return None if other is None else Comparison(*mean_and_error(values.mean(axis=0) - other.mean(axis=0)))
+
+    found = []
+    for (condition, k), values in scores.items():
+        draws = values.mean(axis=1)
+        controls = {other: scores.get((other, k)) if condition == "own" else None for other in CONDITIONS}
+        found.append(
+            HeldoutScore(
+                condition=condition,
+                k=k,
+                ndcg_at_10=float(draws.mean()),
+                draws=tuple(map(float, draws)),
+                spread=float(draws.std(ddof=1)) if len(draws) > 1 else 0.0,
+                versus_zero=versus(values, scores["none", 0] if k else None),
+                versus_shuffled=versus(values, controls["shuffled"]),
+                versus_foreign=versus(values, controls["foreign"]),
+            )
+        )
     return HeldoutResult(
         name=split.name,
         revision=split.revision,
@@ -689,7 +656,7 @@ def _result(split: HeldoutSplit, scores: Sequence[HeldoutScore], started: float,
         queries=len(split.queries),
         documents=len(split.documents),
         pool=len(split.pool),
-        scores=tuple(scores),
+        scores=tuple(found),
         seconds=time.monotonic() - started,
         collection=split.collection,
         instruction_source="plain" if plain else split.instruction_source,

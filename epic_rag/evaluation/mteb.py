@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import datasets  # type: ignore[import-untyped]
 import mteb
@@ -49,7 +49,6 @@ from epic_rag.evaluation.embedding_store import EmbeddingStore, Vectors, prompt_
 from epic_rag.query_prompt import QueryPrompt
 
 __all__ = [
-    "MAIN_SCORES",
     "EpicMtebEncoder",
     "bm25_model",
     "hub_instruction",
@@ -57,38 +56,6 @@ __all__ = [
     "make_task",
     "run_task",
 ]
-
-
-_MtebType = Literal["Retrieval", "Reranking", "STS", "Classification", "Clustering"]
-_TYPES: dict[Kind, _MtebType] = {
-    "retrieval": "Retrieval",
-    "reranking": "Reranking",
-    "sts": "STS",
-    "classification": "Classification",
-    "clustering": "Clustering",
-}
-MAIN_SCORES: dict[Kind, str] = {
-    "retrieval": "ndcg_at_10",
-    "reranking": "map_at_1000",
-    "sts": "cosine_spearman",
-    "classification": "accuracy",
-    "clustering": "v_measure",
-}
-"""The score of each kind that tables show."""
-
-
-def _metadata(local_set: LocalSet) -> TaskMetadata:
-    return TaskMetadata(
-        name=local_set.name,
-        type=_TYPES[local_set.kind],
-        main_score=MAIN_SCORES[local_set.kind],
-        description=f"The local {local_set.kind} set {local_set.name}.",
-        # mteb reuses a stored result only under the same revision, so it is a hash of the data.
-        dataset={"path": f"local/{local_set.name}", "revision": local_set.revision},
-        eval_splits=["test"],
-        eval_langs=["eng-Latn"],
-        category="t2t",
-    )
 
 
 # mteb expects the metadata on the task's class, so `make_task` derives a class for each set.
@@ -171,21 +138,36 @@ class _Clustering(AbsTaskClustering):
         self.data_loaded = True
 
 
+_KINDS: dict[Kind, tuple[type[AbsTask], Any, str]] = {
+    "retrieval": (_Retrieval, "Retrieval", "ndcg_at_10"),
+    "reranking": (_Reranking, "Reranking", "map_at_1000"),
+    "sts": (_Sts, "STS", "cosine_spearman"),
+    "classification": (_Classification, "Classification", "accuracy"),
+    "clustering": (_Clustering, "Clustering", "v_measure"),
+}
+"""Base class, mteb's name and main score of each kind."""
+
+
 def make_task(local_set: LocalSet) -> AbsTask:
     """Return a new mteb task over a local set.
 
     A task has a generator of samples with a state. Make a new task for each run, so that every model and k is scored
     on the same samples.
     """
-    bases: dict[Kind, type[AbsTask]] = {
-        "retrieval": _Retrieval,
-        "reranking": _Reranking,
-        "sts": _Sts,
-        "classification": _Classification,
-        "clustering": _Clustering,
-    }
-    attributes = {"metadata": _metadata(local_set), "source": local_set.data, "__module__": __name__}
-    task_class: type[AbsTask] = type(f"Local_{local_set.kind}", (bases[local_set.kind],), attributes)
+    base, mteb_type, main_score = _KINDS[local_set.kind]
+    metadata = TaskMetadata(
+        name=local_set.name,
+        type=mteb_type,
+        main_score=main_score,
+        description=f"The local {local_set.kind} set {local_set.name}.",
+        # mteb reuses a stored result only under the same revision, so it is a hash of the data.
+        dataset={"path": f"local/{local_set.name}", "revision": local_set.revision},
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        category="t2t",
+    )
+    attributes = {"metadata": metadata, "source": local_set.data, "__module__": __name__}
+    task_class: type[AbsTask] = type(f"Local_{local_set.kind}", (base,), attributes)
     return task_class()
 
 
@@ -204,26 +186,18 @@ class EpicMtebEncoder(AbsEncoder):
 
     Args:
         store: The model's embeddings.
-        prompt: The queries' prompt, or a function from a task's metadata to one.
+        prompt: The queries' prompt.
         name: The model's name in mteb's files.
     """
 
     mteb_model_meta: ModelMeta
 
-    def __init__(
-        self,
-        store: EmbeddingStore,
-        prompt: QueryPrompt | Callable[[TaskMetadata], QueryPrompt],
-        *,
-        name: str = "model",
-    ) -> None:
+    def __init__(self, store: EmbeddingStore, prompt: QueryPrompt, *, name: str = "model") -> None:
         self.model = store
         self._prompt = prompt
-        experiment: dict[str, Any] | None = None
-        if isinstance(prompt, QueryPrompt):
-            experiment = {"k": prompt.num_demonstrations or 0, "prompt": prompt_fingerprint(prompt)}
-            if prompt.bank is not None:
-                experiment["strategy"] = prompt.strategy
+        experiment: dict[str, Any] = {"k": prompt.num_demonstrations or 0, "prompt": prompt_fingerprint(prompt)}
+        if prompt.bank is not None:
+            experiment["strategy"] = prompt.strategy
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={
                 "name": _model_name(name),
@@ -249,7 +223,7 @@ class EpicMtebEncoder(AbsEncoder):
 
         Args:
             inputs: Batches with a "text" list each; a document's text is its title and text already.
-            task_metadata: Of the task; a prompt function gets it.
+            task_metadata: Ignored.
             hf_split: Ignored.
             hf_subset: Ignored.
             prompt_type: Document, query, or None for symmetric tasks.
@@ -262,8 +236,7 @@ class EpicMtebEncoder(AbsEncoder):
         store: EmbeddingStore = self.model
         if prompt_type == PromptType.document:
             return store.documents(texts)
-        prompt = self._prompt if isinstance(self._prompt, QueryPrompt) else self._prompt(task_metadata)
-        return store.queries(texts, prompt)
+        return store.queries(texts, self._prompt)
 
 
 def _model_name(label: str) -> str:

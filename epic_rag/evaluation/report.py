@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import itertools
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from epic_rag.evaluation.heldout import CONDITIONS, Comparison, HeldoutResult, HeldoutScore
 from epic_rag.files import write_atomically
+from epic_rag.query_prompt import QueryStrategy
 
 __all__ = [
     "EvaluationReport",
@@ -38,14 +38,8 @@ class ModelRecord:
         label: Its name in tables.
         source: The name or folder that it was loaded from.
         fingerprint: Hash of everything that decides its vectors.
-        dimension: Length of a vector.
-        plain: Whether queries were encoded bare.
-        max_query_tokens: Limit of a query.
-        max_document_tokens: Limit of a document.
-        device: Its device.
-        dtype: Its precision.
-        lexical: Whether it is BM25, which has no vectors; dimension and limits are 0 then.
-        strategy: How demonstrations were used.
+        plain: True if queries were encoded bare.
+        lexical: True for BM25, which has no vectors; dimension and limits are 0 then.
     """
 
     label: str
@@ -58,7 +52,7 @@ class ModelRecord:
     device: str
     dtype: str
     lexical: bool = False
-    strategy: str = "epic"
+    strategy: QueryStrategy = "epic"
 
 
 @dataclass(frozen=True)
@@ -66,18 +60,13 @@ class SetScore:
     """Score of one model on one evaluation set at one k.
 
     Args:
-        model: The model's label.
-        set_name: The set.
-        kind: The set's kind.
         revision: A hash of the data, or the hub's revision.
         metric: Name of the main score.
-        k: Number of demonstrations.
         score: The main score, between 0 and 1 (or -1 and 1).
         instruction: The queries' instruction; None for a plain model.
         demonstrations: Origin of the demonstrations; None without any.
         prompt: Hash of instruction and demonstrations.
         scores: All of mteb's numbers.
-        seconds: Wall time.
     """
 
     model: str
@@ -124,16 +113,13 @@ class EvaluationReport:
         ]
 
     def mean(self, model: str, k: int, kind: str | None = None) -> float | None:
-        """Return the mean main score of a column over all sets of a kind, or over all sets.
-
-        Returns:
-            None if the column lacks one of the sets: its mean could not be compared with the others'.
-        """
+        """Return the mean main score of a column over all sets of a kind; None if the column lacks one of them."""
         wanted = {score.set_name for score in self.sets if kind in (None, score.kind)}
-        found = [
-            score.score for score in self.sets if score.model == model and score.k == k and kind in (None, score.kind)
-        ]
-        return sum(found) / len(found) if found and len(found) == len(wanted) else None
+        return self._mean_over(wanted, model, k)
+
+    def _mean_over(self, names: Collection[str], model: str, k: int) -> float | None:
+        found = [score.score for score in self.sets if (score.model, score.k) == (model, k) and score.set_name in names]
+        return sum(found) / len(found) if found and len(found) == len(names) else None
 
     def shared_sets(self) -> list[str]:
         """Return the sets that every column has a score on, over which all columns can be compared."""
@@ -144,20 +130,11 @@ class EvaluationReport:
 
     def shared_mean(self, model: str, k: int) -> float | None:
         """Return the mean main score of a column over `shared_sets`; None if there are none."""
-        shared = set(self.shared_sets())
-        found = [
-            score.score for score in self.sets if (score.model, score.k) == (model, k) and score.set_name in shared
-        ]
-        return sum(found) / len(found) if found else None
+        return self._mean_over(self.shared_sets(), model, k)
 
     def to_markdown(self) -> str:
         """Return the tables, scores times 100."""
-        parts = []
-        if self.sets:
-            parts.append(self._set_table())
-        if self.heldout:
-            parts.append(self._heldout_table())
-        return "\n\n".join(parts)
+        return "\n\n".join([*([self._set_table()] if self.sets else []), *self._heldout_tables()])
 
     def _set_table(self) -> str:
         columns = self.columns()
@@ -184,48 +161,40 @@ class EvaluationReport:
             rows.append(_mean_row(f"**mean of the {len(shared)} in all columns**", means))
         return markdown_table(header, rows, text_columns=2)
 
-    def _heldout_table(self) -> str:
-        # A column with the same value in every line is left out.
-        collections = {result.collection for _, result in self.heldout}
-        sources = {result.instruction_source for _, result in self.heldout} - {"plain"}
-        show = (len(collections) > 1 or collections != {"own"}, len(sources) > 1 or not sources <= {"own"})
-
-        def where(result: HeldoutResult) -> list[str]:
-            return list(itertools.compress((result.collection, result.instruction_source), show))
-
+    def _heldout_tables(self) -> list[str]:
         header = [
             "held-out file",
             "model",
-            *itertools.compress(("collection", "instruction"), show),
+            "collection",
+            "instruction",
             "demonstrations",
             "k",
             "nDCG@10",
             "sd of draws",
-            "minus k = 0",
-            "own minus it",
         ]
         rows = []
-        for label, result in self.heldout:
-            for score in result.scores:
-                rows.append(
-                    [
-                        result.name,
-                        label,
-                        *where(result),
-                        CONDITIONS[score.condition],
-                        str(score.k),
-                        percent(score.ndcg_at_10),
-                        percent(score.spread) if len(score.draws) > 1 else "",
-                        difference(score.versus_zero),
-                        difference(_own_minus(result, score)),
-                    ]
-                )
         groups: dict[tuple[str, str, str], list[HeldoutResult]] = {}
         for label, result in self.heldout:
-            groups.setdefault((label, result.collection, result.instruction_source), []).append(result)
-        for (label, _, _), results in groups.items():
-            rows += _mean_rows([label, *where(results[0])], results)
-        return markdown_table(header, rows, text_columns=3 + sum(show))
+            place = (label, result.collection, result.instruction_source)
+            groups.setdefault(place, []).append(result)
+            for score in result.scores:
+                spread = percent(score.spread) if len(score.draws) > 1 else ""
+                values = [CONDITIONS[score.condition], str(score.k), percent(score.ndcg_at_10), spread]
+                gains = [difference(score.versus_zero), difference(_own_minus(result, score))]
+                rows.append([result.name, *place, *values, *gains])
+        for group, results in groups.items():
+            rows += _mean_rows(group, results)
+        # A column with the default value in every line is left out.
+        hidden = [
+            column
+            for column, default in ((3, {"own", "plain"}), (2, {"own"}))
+            if {row[column] for row in rows} <= default
+        ]
+        header += ["minus k = 0", "own minus it"]
+        for row in (header, *rows):
+            for column in hidden:
+                del row[column]
+        return [markdown_table(header, rows, text_columns=5 - len(hidden))] if rows else []
 
     def to_json(self) -> dict[str, object]:
         """Return everything as JSON values; scores are fractions."""
@@ -263,7 +232,7 @@ def _mean_row(title: str, means: Iterable[float | None]) -> list[str]:
     return [title, "", *(f"**{percent(mean)}**" if mean is not None else percent(None) for mean in means)]
 
 
-def _mean_rows(who: Sequence[str], results: Sequence[HeldoutResult]) -> list[list[str]]:
+def _mean_rows(place: Sequence[str], results: Sequence[HeldoutResult]) -> list[list[str]]:
     """Return the mean lines of one model in one collection with one kind of instruction, for several files."""
     keys = dict.fromkeys((score.condition, score.k) for result in results for score in result.scores)
     rows = []
@@ -280,7 +249,9 @@ def _mean_rows(who: Sequence[str], results: Sequence[HeldoutResult]) -> list[lis
         gain = pool_comparisons([score.versus_zero for _, score in found])
         own = pool_comparisons([_own_minus(result, score) for result, score in found])
         title = f"**mean of {len(found)} files**"
-        rows.append([title, *who, CONDITIONS[condition], str(k), percent(mean), "", difference(gain), difference(own)])
+        rows.append(
+            [title, *place, CONDITIONS[condition], str(k), percent(mean), "", difference(gain), difference(own)]
+        )
     return rows
 
 

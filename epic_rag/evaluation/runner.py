@@ -1,6 +1,6 @@
 """An evaluation run: request, plan, scores, report.
 
-`EvaluationRequest` holds the settings, `plan_sets` reads the evaluation sets and their prompts, `load_scorer` loads a
+`EvaluationRequest` holds the settings, `plan_sets` reads the evaluation sets and their prompts, `load_model` loads a
 model (or BM25), and `run_evaluation` scores every model on every set and held-out file. Data and settings are checked
 before the first model is loaded.
 """
@@ -14,9 +14,9 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.demonstrations import Demonstration, DemonstrationBank
@@ -24,7 +24,6 @@ from epic_rag.errors import ConfigError, DataError, MissingExtraError, PromptErr
 from epic_rag.evaluation.bm25 import BM25_NAME, bm25_fingerprint, require_bm25
 from epic_rag.evaluation.datasets import (
     KINDS,
-    SYMMETRIC_PAIRS,
     TRAIN_LABELS,
     TRAIN_PAIRS,
     ClassificationData,
@@ -32,6 +31,7 @@ from epic_rag.evaluation.datasets import (
     LocalSet,
     SetEntry,
     entry_for,
+    evaluated_texts,
     find_local_sets,
     load_local_set,
     normalize_text,
@@ -52,26 +52,17 @@ from epic_rag.evaluation.heldout import (
     with_instruction,
 )
 from epic_rag.evaluation.report import EvaluationReport, ModelRecord, SetScore
-from epic_rag.query_prompt import QUERY_STRATEGIES, QueryPrompt, QueryStrategy
-
-if TYPE_CHECKING:
-    from mteb.abstasks import AbsTask
-
-    from epic_rag.encoder import EpicEncoder
-    from epic_rag.evaluation.mteb import MtebModel
+from epic_rag.query_prompt import QueryPrompt, QueryStrategy
 
 __all__ = [
     "COLLECTIONS",
     "INSTRUCTION_SOURCES",
-    "Bm25Scorer",
-    "EncoderScorer",
     "EvaluationRequest",
+    "LoadedModel",
     "ModelSpec",
     "PlannedSet",
     "PromptPlan",
-    "Scorer",
-    "load_demonstrations",
-    "load_scorer",
+    "load_model",
     "parse_banks",
     "parse_choices",
     "parse_ks",
@@ -178,8 +169,7 @@ class EvaluationRequest:
             raise ConfigError(
                 f"The numbers of demonstrations are {list(self.num_demonstrations)}. Use --num-demonstrations 0,8."
             )
-        if self.strategy is not None and self.strategy not in QUERY_STRATEGIES:
-            raise PromptError(f"Unknown strategy {self.strategy!r}. Choose one of {', '.join(QUERY_STRATEGIES)}.")
+        QueryPrompt(strategy=self.strategy)  # raises if it is unknown
         parse_choices(self.heldout_collections, COLLECTIONS, "--heldout-collection")
         parse_choices(self.heldout_instructions, INSTRUCTION_SOURCES, "--heldout-instruction")
         if self.kinds is not None:
@@ -302,12 +292,7 @@ class PromptPlan:
     symmetric: bool = False
 
     def prompt(self, k: int, *, plain: bool = False, strategy: QueryStrategy = "epic") -> QueryPrompt:
-        """Return the prompt with the first k demonstrations.
-
-        Args:
-            k: Number of demonstrations.
-            plain: Without an instruction (for models that were never trained with one).
-            strategy: How demonstrations are used.
+        """Return the prompt with the first k demonstrations; a plain model's has no instruction.
 
         Raises:
             PromptError: There are fewer than k demonstrations, or k > 0 for a plain model.
@@ -327,18 +312,12 @@ class PromptPlan:
 def training_demonstrations(
     data: ClassificationData, *, labels: bool, count: int, seed: int = 0
 ) -> tuple[Demonstration, ...]:
-    """Draw demonstrations from a classification set's training split, one label after the other.
+    """Draw at most `count` demonstrations from a classification set's training split, one label after the other.
 
-    Args:
-        data: The set. Training texts that are also test texts are left out.
-        labels: Pair a text with its label's name; otherwise with another text of the same label.
-        count: Largest number.
-        seed: Seed of the draw.
-
-    Returns:
-        At most `count` demonstrations, the first ones with labels as different as possible.
+    A text is paired with its label's name or with another text of the same label. Training texts that are also test
+    texts are left out.
     """
-    test = {normalize_text(text) for text in data.test_texts}
+    test = {normalize_text(text) for text in evaluated_texts(data)}
     by_label: dict[int, list[str]] = {}
     for text, label in data.train:
         if text.strip() and normalize_text(text) not in test:
@@ -359,89 +338,53 @@ def training_demonstrations(
     return tuple(drawn)
 
 
-def load_demonstrations(source: str, local_set: LocalSet | None, *, count: int, seed: int = 0) -> PromptPlan:
-    """Return a source's demonstrations, with the instruction that came with them or "".
+def plan_prompts(
+    local_set: LocalSet | None, instruction: str, source: str | None, *, max_k: int, seed: int = 0
+) -> PromptPlan:
+    """Read a set's demonstrations.
 
     Args:
-        source: A built-in bank's name, a bank folder, a JSONL file, `train` or `train-labels`.
-        local_set: The set; needed for `train` and `train-labels`.
-        count: Largest number needed; only the training split is limited by it.
+        local_set: The set, which `train` and `train-labels` need; None for a task of the hub.
+        instruction: The task in words.
+        source: A built-in bank's name, a bank folder, a JSONL file, `train` or `train-labels`; None for none.
+        max_k: Largest number of demonstrations needed; with 0 no source is opened.
         seed: Seed of a draw from a training split.
 
     Raises:
-        DataError: The source is `train` and the set has no training split.
+        DataError: The source is `train` and the set has no training split, or a demonstration is one of the set's test
+            texts.
     """
+    if max_k == 0 or source is None:
+        return PromptPlan(instruction)
     if source in (TRAIN_PAIRS, TRAIN_LABELS):
         if local_set is None or not isinstance(local_set.data, ClassificationData):
             name = local_set.name if local_set else "A set of the hub"
             raise DataError(f"{name} has no training split for --bank SET={source}. Name a bank instead.")
-        drawn = training_demonstrations(local_set.data, labels=source == TRAIN_LABELS, count=count, seed=seed)
+        drawn = training_demonstrations(local_set.data, labels=source == TRAIN_LABELS, count=max_k, seed=seed)
         # Two texts of a class are of one kind; a label's name is the passage of a text.
-        return PromptPlan("", f"{local_set.name}/{source}", drawn, symmetric=source == TRAIN_PAIRS)
-    path = Path(source)
-    bank = DemonstrationBank.from_jsonl(path) if path.is_file() else DemonstrationBank.load(source)
-    return PromptPlan(bank.instruction or "", source, bank.demonstrations, bank.symmetric)
-
-
-def plan_prompts(
-    local_set: LocalSet,
-    entry: SetEntry,
-    *,
-    max_k: int,
-    instructions: Mapping[str, str] | None = None,
-    banks: Mapping[str, str] | None = None,
-    seed: int = 0,
-) -> PromptPlan:
-    """Choose a local set's instruction and demonstrations.
-
-    Args:
-        local_set: The set.
-        entry: Its entry in the catalogue.
-        max_k: Largest number of demonstrations needed; with 0 no source is opened.
-        instructions: Instructions by set name that take precedence over the catalogue's.
-        banks: Sources by set name that take precedence over the catalogue's.
-        seed: Seed of a draw from a training split.
-
-    Raises:
-        DataError: A demonstration is one of the set's test texts.
-    """
-    instruction = (instructions or {}).get(local_set.name, entry.instruction)
-    source = (banks or {}).get(local_set.name, entry.demonstrations)
-    if max_k == 0 or source is None:
-        return PromptPlan(instruction)
-    found = load_demonstrations(source, local_set, count=max_k, seed=seed)
-    test = {normalize_text(text) for text in local_set.data.test_texts}
-    for demonstration in found.demonstrations:
-        for text in (demonstration.query, demonstration.passage):
-            if normalize_text(text) in test:
-                raise DataError(
-                    f'"{text}" is a demonstration of {found.source} and a test text of {local_set.name}. '
-                    f"Use another source: --bank {local_set.name}=SOURCE."
-                )
-    return replace(found, instruction=instruction)
+        plan = PromptPlan(instruction, f"{local_set.name}/{source}", drawn, symmetric=source == TRAIN_PAIRS)
+    else:
+        path = Path(source)
+        bank = DemonstrationBank.from_jsonl(path) if path.is_file() else DemonstrationBank.load(source)
+        plan = PromptPlan(instruction, source, bank.demonstrations, bank.symmetric)
+    test = {normalize_text(text) for text in evaluated_texts(local_set.data)} if local_set else set()
+    for text in (text for item in plan.demonstrations for text in (item.query, item.passage)):
+        if normalize_text(text) in test and local_set is not None:
+            raise DataError(
+                f'"{text}" is a demonstration of {plan.source} and a test text of {local_set.name}. '
+                f"Use another source: --bank {local_set.name}=SOURCE."
+            )
+    return plan
 
 
 @dataclass(frozen=True)
 class PlannedSet:
-    """Evaluation set that is ready to run.
-
-    Args:
-        name: The set.
-        kind: Its kind.
-        local: Its contents; None for a task of the hub.
-        plan: Its instruction and demonstrations.
-    """
+    """Evaluation set that is ready to run: its contents (None for a task of the hub) and its prompts."""
 
     name: str
     kind: str
     local: LocalSet | None
     plan: PromptPlan
-
-    def task(self) -> AbsTask:
-        """Return a new mteb task."""
-        from epic_rag.evaluation.mteb import hub_task, make_task
-
-        return make_task(self.local) if self.local is not None else hub_task(self.name)
 
 
 def plan_sets(request: EvaluationRequest) -> list[PlannedSet]:
@@ -469,10 +412,29 @@ def plan_sets(request: EvaluationRequest) -> list[PlannedSet]:
     max_k = max(request.num_demonstrations)
     planned = []
     for name in names:
-        local = request.data is not None and name in available
-        item = _plan_local_set(name, request, max_k) if local else _plan_hub_task(name, request, max_k)
-        if item is None:
+        if name in available:
+            folder = (request.data or Path()) / name
+            kind = str(set_kind(folder))
+        else:
+            from epic_rag.evaluation.mteb import hub_instruction, hub_task
+
+            task = hub_task(name)
+            kind = task.metadata.type.lower()
+        if request.kinds is not None and kind not in request.kinds:
             continue
+        local = load_local_set(folder) if name in available else None
+        if local is not None:
+            name, entry = local.name, entry_for(local.name, local.kind)
+        else:
+            entry = SetEntry(hub_instruction(task), None)
+        plan = plan_prompts(
+            local,
+            request.instructions.get(name, entry.instruction),
+            request.banks.get(name, entry.demonstrations),
+            max_k=max_k,
+            seed=request.seed,
+        )
+        item = PlannedSet(name, kind, local, plan)
         planned.append(item)
         if item.plan.source is not None:
             item.plan.prompt(max_k)  # fails here, before a model is loaded, if there are too few demonstrations
@@ -488,202 +450,80 @@ def plan_sets(request: EvaluationRequest) -> list[PlannedSet]:
     return planned
 
 
-def _plan_local_set(name: str, request: EvaluationRequest, max_k: int) -> PlannedSet | None:
-    """Plan a folder; return None, without reading it, if its kind is not wanted."""
-    folder = (request.data or Path()) / name
-    if request.kinds is not None and set_kind(folder) not in request.kinds:
-        return None
-    local = load_local_set(folder)
-    plan = plan_prompts(
-        local,
-        entry_for(local.name, local.kind),
-        max_k=max_k,
-        instructions=request.instructions,
-        banks=request.banks,
-        seed=request.seed,
-    )
-    return PlannedSet(local.name, local.kind, local, plan)
-
-
-def _plan_hub_task(name: str, request: EvaluationRequest, max_k: int) -> PlannedSet | None:
-    from epic_rag.evaluation.mteb import hub_instruction, hub_task
-
-    task = hub_task(name)
-    kind = task.metadata.type.lower()
-    if request.kinds is not None and kind not in request.kinds:
-        return None
-    plan = PromptPlan("")
-    if name in request.banks and max_k > 0:
-        plan = load_demonstrations(request.banks[name], None, count=max_k, seed=request.seed)
-    instruction = request.instructions.get(name) or hub_instruction(task)
-    return PlannedSet(name, kind, None, replace(plan, instruction=instruction))
-
-
-class Scorer(Protocol):
-    """A model of an evaluation run: an encoder, or BM25."""
-
-    @property
-    def record(self) -> ModelRecord:
-        """Description for the report."""
-
-    def values_of_k(self, item: PlannedSet) -> list[int]:
-        """Return the numbers of demonstrations to score a set with; none for a set that it cannot do."""
-
-    def score_set(self, item: PlannedSet, k: int) -> SetScore:
-        """Score it on a set with k demonstrations."""
-
-    def score_split(self, split: HeldoutSplit, foreign_pool: Sequence[Pair] | None) -> list[HeldoutResult]:
-        """Score it on held-out pairs, with every instruction of the request."""
-
-
-class EncoderScorer:
-    """Encoder with a cache of its vectors.
+@dataclass(frozen=True)
+class LoadedModel:
+    """Model of a run: an encoder with a cache of its vectors, or BM25, which has no vectors.
 
     Args:
-        encoder: The model.
-        spec: Its specification.
-        request: The run.
-        plain: Whether its queries are encoded bare.
+        record: Description for the report.
+        store: The encoder and its vectors; None for BM25.
+        default_instruction: The checkpoint's.
     """
 
-    def __init__(self, encoder: EpicEncoder, spec: ModelSpec, request: EvaluationRequest, plain: bool) -> None:
-        self._strategy = request.strategy or encoder.strategy
-        self.record = ModelRecord(
-            label=spec.label,
-            source=spec.source,
-            fingerprint=encoder.fingerprint,
-            dimension=encoder.dimension,
-            plain=plain,
-            max_query_tokens=encoder.max_query_tokens,
-            max_document_tokens=encoder.max_document_tokens,
-            device=",".join(map(str, encoder.devices)),
-            dtype=str(encoder.dtype).removeprefix("torch."),
-            strategy=self._strategy,
-        )
-        self._default_instruction = encoder.default_instruction
-        self._request = request
-        self._plain = plain
-        self._store = EmbeddingStore(
-            encoder,
-            folder=request.cache_dir,
-            precision=self.record.dtype,
-            batch_size=request.batch_size,
-            show_progress=sys.stderr.isatty(),
-        )
+    record: ModelRecord
+    store: EmbeddingStore | None = None
+    default_instruction: str | None = None
 
-    def values_of_k(self, item: PlannedSet) -> list[int]:
-        """Return k = 0 only for a plain model and for a set without demonstrations."""
-        if self._plain:
+    def values_of_k(self, item: PlannedSet, request: EvaluationRequest) -> list[int]:
+        """Return the numbers of demonstrations to score a set with; none for a set that the model cannot do."""
+        if self.store is None:
+            return [0] if item.kind in ("retrieval", "reranking") else []
+        if self.record.plain:
             return [0]
-        return [k for k in self._request.num_demonstrations if k == 0 or item.plan.source is not None]
+        return [k for k in request.num_demonstrations if k == 0 or item.plan.source is not None]
 
-    def score_set(self, item: PlannedSet, k: int) -> SetScore:
-        """Score the model on a set with its first k demonstrations."""
-        from epic_rag.evaluation.mteb import EpicMtebEncoder
+    def score_set(self, item: PlannedSet, k: int, *, output: Path | None) -> SetScore:
+        """Score the model on a set with its first k demonstrations; mteb's result files are in `output`."""
+        from epic_rag.evaluation.mteb import EpicMtebEncoder, MtebModel, bm25_model, hub_task, make_task, run_task
 
-        prompt = item.plan.prompt(k, plain=self._plain, strategy=self._strategy)
-        model = EpicMtebEncoder(self._store, prompt, name=self.record.label)
-        return _run_set(
-            item,
-            model,
-            self.record,
-            self._request,
+        started = time.monotonic()
+        task = make_task(item.local) if item.local is not None else hub_task(item.name)
+        fingerprint = ""
+        if self.store is None:
+            model: MtebModel = bm25_model()
+        else:
+            prompt = item.plan.prompt(k, plain=self.record.plain, strategy=self.record.strategy)
+            fingerprint = prompt_fingerprint(prompt)
+            model = EpicMtebEncoder(self.store, prompt, name=self.record.label)
+        score, numbers = run_task(task, model, output=output)
+        return SetScore(
+            model=self.record.label,
+            set_name=item.name,
+            kind=item.kind,
+            revision=str(task.metadata.revision),
+            metric=task.metadata.main_score,
             k=k,
-            instruction=None if self._plain else item.plan.instruction,
+            score=score,
+            instruction=None if self.record.plain else item.plan.instruction,
             demonstrations=item.plan.source if k else None,
-            prompt=prompt_fingerprint(prompt),
+            prompt=fingerprint,
+            scores=numbers,
+            seconds=time.monotonic() - started,
         )
 
-    def score_split(self, split: HeldoutSplit, foreign_pool: Sequence[Pair] | None) -> list[HeldoutResult]:
-        """Score the model with each instruction; a plain model has one result, because it gets none."""
-        request = self._request
-        sources = request.heldout_instructions[:1] if self._plain else request.heldout_instructions
+    def score_split(
+        self, split: HeldoutSplit, foreign_pool: Sequence[Pair] | None, request: EvaluationRequest
+    ) -> list[HeldoutResult]:
+        """Score the model on held-out pairs with each instruction; once where it gets none."""
+        if self.store is None:
+            return [score_heldout_bm25(split)]
+        plain = self.record.plain
         return [
             score_heldout(
-                self._store,
-                with_instruction(split, source, default=self._default_instruction),
+                self.store,
+                with_instruction(split, source, default=self.default_instruction),
                 ks=request.num_demonstrations,
                 draws=request.draws,
                 controls=request.controls,
                 foreign_pool=foreign_pool,
-                plain=self._plain,
-                strategy=self._strategy,
+                plain=plain,
+                strategy=self.record.strategy,
             )
-            for source in sources
+            for source in (request.heldout_instructions[:1] if plain else request.heldout_instructions)
         ]
 
 
-class Bm25Scorer:
-    """BM25 at k = 0, on sets of documents: without vectors it has no score on STS and the like.
-
-    Args:
-        spec: Its specification.
-        request: The run.
-    """
-
-    def __init__(self, spec: ModelSpec, request: EvaluationRequest) -> None:
-        self._request = request
-        self.record = ModelRecord(
-            label=spec.label,
-            source=spec.source,
-            fingerprint=bm25_fingerprint(),
-            dimension=0,
-            plain=True,
-            max_query_tokens=0,
-            max_document_tokens=0,
-            device="cpu",
-            dtype="float32",
-            lexical=True,
-        )
-
-    def values_of_k(self, item: PlannedSet) -> list[int]:
-        """Return k = 0 for retrieval and reranking sets."""
-        return [0] if item.kind in ("retrieval", "reranking") else []
-
-    def score_set(self, item: PlannedSet, k: int) -> SetScore:
-        """Score BM25 on a set of documents; `k` is 0."""
-        from epic_rag.evaluation.mteb import bm25_model
-
-        return _run_set(item, bm25_model(), self.record, self._request, k=k)
-
-    def score_split(self, split: HeldoutSplit, foreign_pool: Sequence[Pair] | None) -> list[HeldoutResult]:
-        """Score BM25 on held-out pairs, once."""
-        return [score_heldout_bm25(split)]
-
-
-def _run_set(
-    item: PlannedSet,
-    model: MtebModel,
-    record: ModelRecord,
-    request: EvaluationRequest,
-    *,
-    k: int,
-    instruction: str | None = None,
-    demonstrations: str | None = None,
-    prompt: str = "",
-) -> SetScore:
-    from epic_rag.evaluation.mteb import run_task
-
-    started = time.monotonic()
-    task = item.task()
-    score, numbers = run_task(task, model, output=request.mteb_output)
-    return SetScore(
-        model=record.label,
-        set_name=item.name,
-        kind=item.kind,
-        revision=str(task.metadata.revision),
-        metric=task.metadata.main_score,
-        k=k,
-        score=score,
-        instruction=instruction,
-        demonstrations=demonstrations,
-        prompt=prompt,
-        scores=numbers,
-        seconds=time.monotonic() - started,
-    )
-
-
-def load_scorer(spec: ModelSpec, request: EvaluationRequest) -> Scorer:
+def load_model(spec: ModelSpec, request: EvaluationRequest) -> LoadedModel:
     """Load a model.
 
     Raises:
@@ -691,7 +531,10 @@ def load_scorer(spec: ModelSpec, request: EvaluationRequest) -> Scorer:
         MissingExtraError: The model is BM25 and bm25s is missing.
     """
     if spec.mode == "bm25":
-        return Bm25Scorer(spec, request)
+        fingerprint = bm25_fingerprint()
+        return LoadedModel(
+            ModelRecord(spec.label, spec.source, fingerprint, 0, True, 0, 0, "cpu", "float32", lexical=True)
+        )
     from epic_rag.encoder import EpicEncoder
 
     encoder = EpicEncoder.from_pretrained(
@@ -703,13 +546,32 @@ def load_scorer(spec: ModelSpec, request: EvaluationRequest) -> Scorer:
     plain = spec.mode == "plain" or (spec.mode == "auto" and not encoder.config.training)
     if plain and spec.mode == "auto":
         logger.info("%s has no training record. It gets no instructions and no demonstrations.", spec.label)
-    return EncoderScorer(encoder, spec, request, plain)
+    record = ModelRecord(
+        label=spec.label,
+        source=spec.source,
+        fingerprint=encoder.fingerprint,
+        dimension=encoder.dimension,
+        plain=plain,
+        max_query_tokens=encoder.max_query_tokens,
+        max_document_tokens=encoder.max_document_tokens,
+        device=",".join(map(str, encoder.devices)),
+        dtype=str(encoder.dtype).removeprefix("torch."),
+        strategy=request.strategy or encoder.strategy,
+    )
+    store = EmbeddingStore(
+        encoder,
+        folder=request.cache_dir,
+        precision=record.dtype,
+        batch_size=request.batch_size,
+        show_progress=sys.stderr.isatty(),
+    )
+    return LoadedModel(record, store, encoder.default_instruction)
 
 
 def run_evaluation(
     request: EvaluationRequest,
     *,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
     on_update: Callable[[EvaluationReport], None] | None = None,
 ) -> EvaluationReport:
     """Evaluate models on evaluation sets and held-out files.
@@ -729,7 +591,6 @@ def run_evaluation(
         EpicError: Data, models or settings that cannot work; a package is missing that a set or BM25 needs.
     """
     started = time.monotonic()
-    progress = progress or (lambda line: None)
     report = EvaluationReport(
         settings=request.record(),
         command=request.command,
@@ -751,19 +612,18 @@ def run_evaluation(
             documents=request.heldout_documents,
             seed=request.seed,
             instruction=request.instructions.get(file_stem(path)),
-            symmetric=file_stem(path) in SYMMETRIC_PAIRS,
         )
         for path in request.heldout
     ]
     collections = [in_collection(splits, collection) for collection in request.heldout_collections] if splits else []
     for spec in request.models:
-        scorer = load_scorer(spec, request)
-        record = scorer.record
+        model = load_model(spec, request)
+        record = model.record
         progress(f"{record.label}: loaded, fingerprint {record.fingerprint}{', plain' if record.plain else ''}")
         report.models.append(record)
         for item in planned:
-            for k in scorer.values_of_k(item):
-                score = scorer.score_set(item, k)
+            for k in model.values_of_k(item, request):
+                score = model.score_set(item, k, output=request.mteb_output)
                 report.sets.append(score)
                 progress(f"{record.label}, {item.name}, k = {k}: {100 * score.score:.2f} ({score.seconds:.0f} s)")
                 update()
@@ -771,7 +631,7 @@ def run_evaluation(
             for number, split in enumerate(members):
                 # Another task's demonstrations are those of the next file.
                 foreign = members[(number + 1) % len(members)].pool if len(members) > 1 else None
-                for result in scorer.score_split(split, foreign):
+                for result in model.score_split(split, foreign, request):
                     report.heldout.append((record.label, result))
                     scores = ", ".join(f"k = {s.k} {s.condition} {100 * s.ndcg_at_10:.2f}" for s in result.scores)
                     where = f"{split.collection}, instruction {result.instruction_source}"

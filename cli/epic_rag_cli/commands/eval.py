@@ -249,7 +249,7 @@ def ablate(
         epic-rag ablate grid.yaml --only epic --set steps=3 -o runs/quick --json
     """
     from epic_rag.checkpoints import DEFAULT_CHECKPOINT
-    from epic_rag.evaluation.ablation import failed_arms, load_grid, run_ablation
+    from epic_rag.evaluation.ablation import load_grid, run_ablation
     from epic_rag.evaluation.runner import split_names
 
     read = load_grid(
@@ -274,6 +274,4 @@ def ablate(
         emit_json(report.to_json())
     else:
         emit([report.to_markdown()])
-    failure = failed_arms(report)
-    if failure is not None:
-        raise failure
+    report.check()

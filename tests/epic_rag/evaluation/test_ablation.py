@@ -16,13 +16,12 @@ from epic_rag.errors import ConfigError, DataError, TrainingError
 from epic_rag.evaluation.ablation import (
     AblationReport,
     GridEvaluation,
-    failed_arms,
     list_grids,
     load_grid,
     run_ablation,
     score_key,
-    split_of_task,
 )
+from epic_rag.evaluation.heldout import split_of_task
 from epic_rag.training.data import Pair, PairDataset
 from epic_rag_cli.main import run
 
@@ -106,23 +105,23 @@ def test_settings_override_arms(values: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("arms", {}, "grid.yaml has no arms"),
-        ("nonsense", 1, "grid.yaml has nonsense. Known are recipe, base"),
+        ("arms", {}, "reference is epic. The arms are missing"),
+        ("nonsense", 1, "nonsense is 1. Extra inputs are not permitted"),
         ("recipe", "unheard", "No file or recipe unheard"),
         ("reference", "nobody", "reference is nobody. The arms are epic, none"),
         ("arms.epic", {"projector": "cube"}, "Arm epic: "),
         ("arms.epic", {"max_demos": 1}, "Arm epic: "),
         ("arms.epic", {"max_demonstrations": "x"}, "Arm epic: "),
-        ("arms.epic", 3, "Arm epic is 3. Write epic: {SETTING: VALUE}"),
-        ("arms", {"../up": {}}, "An arm is called '../up'"),
+        ("arms.epic", 3, "arms.epic is 3. It must be a valid dictionary"),
+        ("arms", {"../up": {}}, "arms.../up.[key] is '../up'. String should match"),
         ("arms.epic", {"without": ["up"]}, "Arm epic leaves out up, which the base scores as a trained task"),
         ("arms.epic", {"without": ["other"]}, "Arm epic leaves out other, which the base does not train"),
         ("arms.epic", {"tasks": {"far": {}}}, "Arm epic trains on far of evaluation.heldout"),
-        ("evaluation.kinds", 1, "evaluation.kinds is 1 (Extra inputs are not permitted). Settings are heldout"),
-        ("evaluation.queries", 0, "evaluation.queries is 0 (Input should be greater than"),
-        ("evaluation.controls", 1, "evaluation.controls is 1 (Input should be a valid boolean"),
-        ("evaluation.num_demonstrations", [-1], "evaluation.num_demonstrations.0 is -1 (Input should be greater"),
-        ("evaluation.num_demonstrations", 8, "evaluation.num_demonstrations is 8 (Input should be a valid list"),
+        ("evaluation.kinds", 1, "evaluation.kinds is 1. Extra inputs are not permitted. docs/evaluation.md"),
+        ("evaluation.queries", 0, "evaluation.queries is 0. It must be greater than"),
+        ("evaluation.controls", 1, "evaluation.controls is 1. It must be a valid boolean"),
+        ("evaluation.num_demonstrations", [-1], "evaluation.num_demonstrations.0 is -1. It must be greater"),
+        ("evaluation.num_demonstrations", 8, "evaluation.num_demonstrations is 8. It must be a valid list"),
         ("evaluation.heldout", [], "scores nothing"),
     ],
 )
@@ -244,9 +243,8 @@ def test_differences_are_paired_by_query(finished: tuple[dict[str, Any], Ablatio
 def test_an_arm_that_fails_stops_no_other(finished: tuple[dict[str, Any], AblationReport]) -> None:
     _, report = finished
     assert list(report.results) == ["epic", "none"]
-    failure = failed_arms(report)
-    assert isinstance(failure, TrainingError)
-    assert "1 of 3 arms failed. bad: " in str(failure)
+    with pytest.raises(TrainingError, match=r"1 of 3 arms failed\. bad: "):
+        report.check()
     assert "- bad failed: " in report.to_markdown()
     assert list(report.to_json()["failures"]) == ["bad"]
 

@@ -17,6 +17,7 @@ from epic_rag.evaluation.datasets import (
     RetrievalData,
     StsData,
     content_revision,
+    evaluated_texts,
     find_local_sets,
     load_local_set,
     read_mapping,
@@ -115,12 +116,12 @@ def test_contents_of_each_kind(sets: Path) -> None:
     assert isinstance(library, RetrievalData)
     assert library.corpus[0] == Document("d1", "Alpha", "first")
     assert library.relevant == {"q1": {"d2": 1}, "q2": {"d1": 2, "d3": 1}}
-    assert library.test_texts == {"ask one", "ask two"}, "a query without judgements is left out"
+    assert evaluated_texts(library) == {"ask one", "ask two"}, "a query without judgements is left out"
     likeness = load_local_set(sets / "likeness").data
     assert isinstance(likeness, StsData)
     assert likeness.first[2] == 'a"3'
     assert likeness.scores == (0.5, 1.5, 3.0, 5.0)
-    assert "b4" in likeness.test_texts
+    assert "b4" in evaluated_texts(likeness)
     requests = load_local_set(sets / "requests").data
     assert isinstance(requests, ClassificationData)
     assert requests.label_names == ("lost", "pay")

@@ -139,7 +139,7 @@ def test_files_that_cannot_be_split(tmp_path: Path, jsonl: Callable[[Path, Any],
     echoes = [{"query": f"q{number}", "positive": f"Q{number}"} for number in range(5)]
     with pytest.raises(DataError, match=r"No row of .*b.jsonl has a query that differs"):
         make_split(jsonl(tmp_path / "b.jsonl", echoes), instruction="x")
-    with pytest.raises(DataError, match=r'c\.jsonl:1 has an empty "query" or "positive"'):
+    with pytest.raises(DataError, match=r'c\.jsonl:1 has no text for "query"'):
         load_pairs(jsonl(tmp_path / "c.jsonl", [{"query": " ", "positive": "p"}]))
 
 

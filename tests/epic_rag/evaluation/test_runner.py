@@ -22,7 +22,6 @@ from epic_rag.errors import BankError, ConfigError, DataError, MissingExtraError
 from epic_rag.evaluation.datasets import (
     CATALOGUE,
     ClassificationData,
-    SetEntry,
     entry_for,
     load_local_set,
     normalize_text,
@@ -165,15 +164,15 @@ def test_a_plan_gives_the_first_k() -> None:
 def test_a_source_is_a_bank_a_file_or_the_training_split(sets: Path, tmp_path: Path) -> None:
     requests = load_local_set(sets / "requests")
     entry = entry_for("requests", "classification")
-    plan = plan_prompts(requests, entry, max_k=4)
+    plan = plan_prompts(requests, entry.instruction, entry.demonstrations, max_k=4)
     assert plan.source == "requests/train"
     assert plan.symmetric
     assert len(plan.demonstrations) == 4
-    labels = plan_prompts(requests, entry, max_k=2, banks={"requests": "train-labels"})
+    labels = plan_prompts(requests, "", "train-labels", max_k=2)
     assert {item.passage for item in labels.demonstrations} == {"pay", "lost"}
     assert not labels.symmetric
 
-    built_in = plan_prompts(requests, SetEntry("classify", "intent"), max_k=2, instructions={"requests": "mine"})
+    built_in = plan_prompts(requests, "mine", "intent", max_k=2)
     bank = DemonstrationBank.load("intent")
     assert built_in.instruction == "mine"
     assert built_in.demonstrations == bank.demonstrations
@@ -181,15 +180,15 @@ def test_a_source_is_a_bank_a_file_or_the_training_split(sets: Path, tmp_path: P
 
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"query": "q", "positive": "p"}\n', encoding="utf-8")
-    from_file = plan_prompts(requests, entry, max_k=1, banks={"requests": str(file)})
+    from_file = plan_prompts(requests, "", str(file), max_k=1)
     assert from_file.demonstrations == (Demonstration("q", "p"),)
     DemonstrationBank([("q", "p")], symmetric=True).save(tmp_path / "bank")
-    assert plan_prompts(requests, entry, max_k=1, banks={"requests": str(tmp_path / "bank")}).symmetric
+    assert plan_prompts(requests, "", str(tmp_path / "bank"), max_k=1).symmetric
     with pytest.raises(BankError, match="no demonstration bank nothing"):
-        plan_prompts(requests, entry, max_k=1, banks={"requests": "nothing"})
-    assert plan_prompts(requests, entry, max_k=0, banks={"requests": "nothing"}).source is None
+        plan_prompts(requests, "", "nothing", max_k=1)
+    assert plan_prompts(requests, "", "nothing", max_k=0).source is None
     with pytest.raises(DataError, match=r"library has no training split for --bank SET=train"):
-        plan_prompts(load_local_set(sets / "library"), entry, max_k=1)
+        plan_prompts(load_local_set(sets / "library"), "", "train", max_k=1)
 
 
 @pytest.mark.parametrize("row", ['{"query": "Ask  ONE", "passage": "p"}', '{"query": "q", "passage": "ask one"}'])
@@ -199,7 +198,7 @@ def test_a_demonstration_may_not_be_a_test_text(sets: Path, tmp_path: Path, row:
     with pytest.raises(
         DataError, match=r'(?i)"ask +one" is a demonstration of .*pairs\.jsonl and a test text of library'
     ):
-        plan_prompts(load_local_set(sets / "library"), SetEntry("find", str(file)), max_k=1)
+        plan_prompts(load_local_set(sets / "library"), "find", str(file), max_k=1)
 
 
 def test_the_catalogue_names_banks_that_are_there() -> None:
