@@ -291,21 +291,17 @@ class PromptPlan:
     demonstrations: tuple[Demonstration, ...] = ()
     symmetric: bool = False
 
-    def prompt(self, k: int, *, plain: bool = False, strategy: QueryStrategy = "epic") -> QueryPrompt:
-        """Return the prompt with the first k demonstrations; a plain model's has no instruction.
+    def prompt(self, k: int, *, strategy: QueryStrategy = "epic") -> QueryPrompt:
+        """Return the prompt with the first k demonstrations.
 
         Raises:
-            PromptError: There are fewer than k demonstrations, or k > 0 for a plain model.
+            PromptError: There are fewer than k demonstrations.
         """
-        if plain and k:
-            raise PromptError(f"A plain model takes no demonstrations, and k is {k}. Use k = 0.")
         if k > len(self.demonstrations):
             raise PromptError(
                 f"{self.source or 'This set'} has {len(self.demonstrations)} demonstrations, and k is {k}. "
                 "Lower --num-demonstrations, or name a larger source with --bank SET=SOURCE."
             )
-        if plain:
-            return make_prompt(None)
         return make_prompt(self.instruction, self.demonstrations[:k], symmetric=self.symmetric, strategy=strategy)
 
 
@@ -482,7 +478,8 @@ class LoadedModel:
         if self.store is None:
             model: MtebModel = bm25_model()
         else:
-            prompt = item.plan.prompt(k, plain=self.record.plain, strategy=self.record.strategy)
+            plain = self.record.plain
+            prompt = make_prompt(None) if plain else item.plan.prompt(k, strategy=self.record.strategy)
             fingerprint = prompt_fingerprint(prompt)
             model = EpicMtebEncoder(self.store, prompt, name=self.record.label)
         score, numbers = run_task(task, model, output=output)

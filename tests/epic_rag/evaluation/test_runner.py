@@ -154,11 +154,8 @@ def test_a_plan_gives_the_first_k() -> None:
     assert bank is not None
     assert (bank.instruction, bank.demonstrations, bank.symmetric) == ("find it", shown[:2], True)
     assert (prompt.num_demonstrations, prompt.strategy) == (2, "text")
-    assert plan.prompt(0, plain=True) == QueryPrompt(instruction="")
     with pytest.raises(PromptError, match=r"bank has 3 demonstrations, and k is 4. Lower --num-demonstrations"):
         plan.prompt(4)
-    with pytest.raises(PromptError, match="A plain model takes no demonstrations"):
-        plan.prompt(1, plain=True)
 
 
 def test_a_source_is_a_bank_a_file_or_the_training_split(sets: Path, tmp_path: Path) -> None:
