@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from epic_rag_chroma.reading.document import HEADING_SEPARATOR, Document, Scope, SplitCost
+from epic_rag_chroma.reading.document import HEADING_SEPARATOR, Document, SplitCost
 
 __all__ = ["Chunk", "CountTokens", "Section", "chunk_document", "sections_of", "split_long_line"]
 
@@ -58,7 +58,7 @@ def sections_of(document: Document, fits: Callable[[Section], bool]) -> Iterator
         fits: Returns whether a section fits into one chunk; a class that does is one section with its methods.
     """
     if document.scopes:
-        yield from _Scopes(document, fits).sections()
+        yield from _by_scope(document, fits)
     else:
         yield from _by_heading(document)
 
@@ -88,66 +88,51 @@ def _by_heading(document: Document) -> Iterator[Section]:
         pending = None
 
 
-class _Scopes:
-    def __init__(self, document: Document, fits: Callable[[Section], bool]) -> None:
-        self._lines = document.lines
-        self._scopes = document.scopes
-        self._fits = fits
+def _by_scope(document: Document, fits: Callable[[Section], bool]) -> Iterator[Section]:
+    """Yield each scope that fits, and the lines between scopes; without recursion because of the depth."""
+    lines, scopes = document.lines, document.scopes
+    open_scopes: list[tuple[int, str]] = []  # (end, title) of the scopes around the position
+    position = 0
 
-    def sections(self) -> Iterator[Section]:
-        """Yield each scope that fits, and the lines between scopes; without recursion because of the depth."""
-        position = 0
-        open_scopes: list[tuple[int, str]] = []  # (end, title) of the scopes around the position
-        number = 0
-        while number < len(self._scopes):
-            scope = self._scopes[number]
-            position = yield from self._close(open_scopes, position, scope.first)
-            yield from self._between(position, scope.first, open_scopes)
-            path = (*(title for _, title in open_scopes), scope.title)
-            following = self._next_outside(number)
-            whole = Section(scope.first, self._with_closers(scope, open_scopes, following), path, scope.body)
-            if not self._fits(whole):
-                whole = Section(scope.first, scope.end, path, scope.body)
-            if self._fits(whole) or following == number + 1:
-                yield whole
-                position, number = whole.end, following
-            else:
-                open_scopes.append((scope.end, scope.title))
-                inner = self._scopes[number + 1].first
-                yield Section(scope.first, inner, path, min(scope.body, inner))
-                position, number = inner, number + 1
-        position = yield from self._close(open_scopes, position, len(self._lines))
-        yield from self._between(position, len(self._lines), [])
+    def between(first: int, end: int) -> Iterator[Section]:
+        if any(line.strip() for line in lines[first:end]):
+            yield Section(first, end, tuple(title for _, title in open_scopes), first)
 
-    def _next_outside(self, number: int) -> int:
-        """Return the number of the first scope after a scope that is not inside it."""
-        end = self._scopes[number].end
-        number += 1
-        while number < len(self._scopes) and self._scopes[number].first < end:
-            number += 1
-        return number
+    def rest_until(line: int) -> Iterator[Section]:
+        """Yield the lines before a line, and close the scopes that end before it."""
+        nonlocal position
+        while open_scopes and open_scopes[-1][0] <= line:
+            yield from between(position, open_scopes[-1][0])
+            position = max(position, open_scopes[-1][0])
+            open_scopes.pop()
+        yield from between(position, line)
 
-    def _with_closers(self, scope: Scope, around: Sequence[tuple[int, str]], following: int) -> int:
-        """Return the end of a scope including the closing brackets after it."""
-        limit = self._scopes[following].first if following < len(self._scopes) else len(self._lines)
-        if around and any(any(map(str.isalnum, line)) for line in self._lines[scope.end : min(limit, around[-1][0])]):
-            return scope.end
-        end = scope.end
-        while end < limit and not any(map(str.isalnum, self._lines[end])):
-            end += 1
-        return end
-
-    def _close(self, around: list[tuple[int, str]], position: int, until: int) -> Generator[Section, None, int]:
-        """Close the scopes that end before a line: yield the rest of each, return the new position."""
-        while around and around[-1][0] <= until:
-            yield from self._between(position, around[-1][0], around)
-            position = max(position, around[-1][0])
-            around.pop()
-        return position
-
-    def _between(self, first: int, end: int, around: Sequence[tuple[int, str]]) -> Iterator[Section]:
-        if any(line.strip() for line in self._lines[first:end]):
-            yield Section(first, end, tuple(title for _, title in around), first)
+    number = 0
+    while number < len(scopes):
+        scope = scopes[number]
+        yield from rest_until(scope.first)
+        following = number + 1  # the first scope that is not inside this one
+        while following < len(scopes) and scopes[following].first < scope.end:
+            following += 1
+        # The closing brackets after a scope belong to it, unless other code of the scope around it follows them.
+        closed, limit = scope.end, scopes[following].first if following < len(scopes) else len(lines)
+        after = lines[scope.end : min(limit, open_scopes[-1][0])] if open_scopes else []
+        if not any(any(map(str.isalnum, line)) for line in after):
+            while closed < limit and not any(map(str.isalnum, lines[closed])):
+                closed += 1
+        path = (*(title for _, title in open_scopes), scope.title)
+        whole = Section(scope.first, closed, path, scope.body)
+        if not fits(whole):
+            whole = Section(scope.first, scope.end, path, scope.body)
+        if fits(whole) or following == number + 1:
+            yield whole
+            position, number = whole.end, following
+        else:
+            open_scopes.append((scope.end, scope.title))
+            inner = scopes[number + 1].first
+            yield Section(scope.first, inner, path, min(scope.body, inner))
+            position, number = inner, number + 1
+    yield from rest_until(len(lines))
 
 
 @dataclass(frozen=True)
@@ -358,15 +343,12 @@ class _Chunker:
                 elif best_cost[0] > SplitCost.INSIDE:
                     best = end
             yield units[atoms[position].first : atoms[best - 1].end]
-            position = self._overlapped(atoms, position, best)
-
-    def _overlapped(self, atoms: list[_Atom], first: int, end: int) -> int:
-        """Return the first atom of the next chunk, which repeats as many of atoms[first:end] as the overlap allows."""
-        tokens = 0
-        while end - 1 > first and tokens + atoms[end - 1].tokens <= self._overlap:
-            end -= 1
-            tokens += atoms[end].tokens
-        return end
+            # The next chunk repeats as many atoms of this one as the overlap allows.
+            repeated = 0
+            while best - 1 > position and repeated + atoms[best - 1].tokens <= self._overlap:
+                best -= 1
+                repeated += atoms[best].tokens
+            position = best
 
     def _trimmed(self, units: list[_Unit]) -> list[_Unit]:
         """Return units without blank lines at either end."""
@@ -387,13 +369,28 @@ class _Chunker:
     def _fitting(self, groups: list[list[_Unit]], section: Section, prefix: str) -> Iterator[Chunk]:
         """Yield the chunks of groups; a group with more tokens than the sum of its units is halved until it fits."""
         texts = [self._text(group) for group in groups]
-        counts = self._count([self._embedded(group, section, prefix) for group in groups])
-        for group, text, tokens in zip(groups, texts, counts, strict=True):
+        embedded = [self._embedded(group, section, prefix) for group in groups]
+        pages, spans = self._document.pages, self._document.spans
+        for group, text, read, tokens in zip(groups, texts, embedded, self._count(embedded), strict=True):
             if tokens > self._max and (len(group) > 1 or len(text) > 1):
-                halves = [self._trimmed(half) for half in self._halved(group)]
-                yield from self._fitting([half for half in halves if half], section, prefix)
+                middle = len(group) // 2
+                halves = [group[:middle], group[middle:]]
+                if len(group) == 1:
+                    unit = group[0]
+                    middle = (unit.start + unit.end) // 2
+                    halves = [
+                        [_Unit(unit.line, unit.start, middle, unit.tokens, unit.cost)],
+                        [_Unit(unit.line, middle, unit.end, unit.tokens, SplitCost.INSIDE)],
+                    ]
+                yield from self._fitting([half for half in map(self._trimmed, halves) if half], section, prefix)
+                continue
+            first, last = group[0].line, group[-1].line
+            if pages is not None:
+                yield Chunk(text, read, section.path, None, None, pages[first] or None, tokens)
+            elif spans is not None:
+                yield Chunk(text, read, section.path, spans[first][0], max(spans[last]), None, tokens)
             else:
-                yield self._chunk(group, text, tokens, section, prefix)
+                yield Chunk(text, read, section.path, first + 1, last + 1, None, tokens)
 
     def _embedded(self, group: list[_Unit], section: Section, prefix: str) -> str:
         hidden = self._document.display_only
@@ -406,24 +403,6 @@ class _Chunker:
         if group[0].line < section.body and group[0].start == 0 and len(section.path) <= 1:
             return text
         return prefix + text
-
-    def _halved(self, group: list[_Unit]) -> tuple[list[_Unit], list[_Unit]]:
-        if len(group) > 1:
-            return group[: len(group) // 2], group[len(group) // 2 :]
-        unit = group[0]
-        middle = (unit.start + unit.end) // 2
-        left = _Unit(unit.line, unit.start, middle, unit.tokens, unit.cost)
-        return [left], [_Unit(unit.line, middle, unit.end, unit.tokens, SplitCost.INSIDE)]
-
-    def _chunk(self, group: list[_Unit], text: str, tokens: int, section: Section, prefix: str) -> Chunk:
-        first, last = group[0].line, group[-1].line
-        embedded = self._embedded(group, section, prefix)
-        if self._document.pages is not None:
-            return Chunk(text, embedded, section.path, None, None, self._document.pages[first] or None, tokens)
-        spans = self._document.spans
-        if spans is None:
-            return Chunk(text, embedded, section.path, first + 1, last + 1, None, tokens)
-        return Chunk(text, embedded, section.path, spans[first][0], max(spans[last]), None, tokens)
 
 
 def _inside_runs(costs: list[SplitCost]) -> Iterator[tuple[int, int]]:

@@ -82,7 +82,12 @@ class IndexRunner:
             write_lock(self.index_dir, wait=wait),
             chroma_lock(self.index_dir),
         ):
-            old = self._old_state(rebuild)
+            try:
+                old = IndexState.load(self.index_dir, any_version=rebuild)
+            except IndexStateError:
+                if not rebuild:
+                    raise
+                old = None  # a rebuild does not need a readable index
             place = _place_for_writing(self.index_dir, old, self.server, paths, rebuild=rebuild)
             encoder = self.load(old)
             if old is not None and not rebuild:
@@ -126,7 +131,23 @@ class IndexRunner:
                     progress,
                     self.batch_chunks or BATCH_CHUNKS,
                 )
-                state = self._synchronise(sync, state)
+                progress(IndexProgress("scanning", 0, len(state.roots), None))
+                found = scan_roots(state.roots, manifest.entries, settings, self.index_dir)
+                sync.skipped += found.skipped
+                try:
+                    sync.run({root for root, _ in manifest.entries} - found.missing, found.scans)
+                    writer.settle()
+                except BaseException:
+                    if state.collection == writer.store.id:
+                        with suppress(OSError):  # for `status`; the next run reads the rows instead
+                            manifest.save(self.index_dir, complete=False)
+                    raise
+                state = replace(
+                    state,
+                    collection=writer.store.id,
+                    roots=tuple(found.roots),
+                    updated_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                )
                 manifest.collection = writer.store.id
                 report = IndexReport(
                     added=sync.added,
@@ -168,35 +189,6 @@ class IndexRunner:
         known = {root for root, _ in manifest.entries} - found.missing
         with IsolatedReader() as reader:
             return plan_sync(manifest, known, found.scans, found.skipped, reader)
-
-    def _old_state(self, rebuild: bool) -> IndexState | None:
-        """Load the index; a rebuild does not need a readable one."""
-        try:
-            return IndexState.load(self.index_dir, any_version=rebuild)
-        except IndexStateError:
-            if not rebuild:
-                raise
-            return None
-
-    def _synchronise(self, sync: Sync, state: IndexState) -> IndexState:
-        """Walk the roots and synchronise the index; return its new state."""
-        sync.progress(IndexProgress("scanning", 0, len(state.roots), None))
-        found = scan_roots(state.roots, sync.manifest.entries, state.settings, self.index_dir)
-        sync.skipped += found.skipped
-        try:
-            sync.run({root for root, _ in sync.manifest.entries} - found.missing, found.scans)
-            sync.writer.settle()
-        except BaseException:
-            if state.collection == sync.writer.store.id:
-                with suppress(OSError):  # for `status`; the next run reads the rows instead
-                    sync.manifest.save(self.index_dir, complete=False)
-            raise
-        return replace(
-            state,
-            collection=sync.writer.store.id,
-            roots=tuple(found.roots),
-            updated_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
 
 
 def _place_for_writing(
@@ -272,8 +264,7 @@ def _folder_errors(index_dir: Path) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise IndexStateError(
-            f"Out of memory. What was stored in {index_dir} is intact. Close other programs and run "
-            "`epic-rag index` again."
+            f"Out of memory. Stored data in {index_dir} is intact. Close other programs and run `epic-rag index` again."
         ) from error
     except OSError as error:
         if error.errno not in _FOLDER_ERRORS:

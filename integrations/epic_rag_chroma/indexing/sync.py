@@ -1,7 +1,7 @@
 """Synchronise an index with its files: change detection, chunking, embedding, storing.
 
 `detect_changes` compares the files of a walk with the manifest: first by their stat results, then by the hash of their
-bytes. `plan_sync` lists what a run would do, without a model and without writing. `Sync` does it.
+bytes. `plan_sync` lists the changes that a run would make, without a model and without writing. `Sync` does it.
 
 The order of writes makes a crash at any moment harmless. The index is marked dirty first; the new chunks of a file are
 stored before its stale ones are deleted; the dirty flag is removed at the end. In between, the stored chunks are the
@@ -40,18 +40,7 @@ from epic_rag_chroma.walk.files import FoundFile, Scan, read_file
 if TYPE_CHECKING:
     from epic_rag import EpicEncoder
 
-__all__ = [
-    "BATCH_CHUNKS",
-    "Changed",
-    "FileChange",
-    "Skipped",
-    "Sync",
-    "Unchanged",
-    "Vanished",
-    "deleted_files",
-    "detect_changes",
-    "plan_sync",
-]
+__all__ = ["BATCH_CHUNKS", "Sync", "detect_changes", "plan_sync"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +90,7 @@ class FileChange:
     Args:
         key: The file.
         entry: Its entry in the manifest; None for a new file.
-        change: What changed.
+        change: The difference.
         renamed_from: The deleted file whose content a new file has, if there is one.
     """
 
@@ -127,14 +116,14 @@ def detect_changes(
 
     Args:
         manifest: The indexed files.
-        roots: As for `deleted_files`.
-        scans: As for `deleted_files`.
+        roots: The roots that were walked or deleted; files of other roots are kept.
+        scans: The result of the walk by root. Files that may lie below an unreadable folder are kept.
         reader: Reads new content.
         before: Called with the path of each file before it is read.
     """
     deleted: defaultdict[str, list[DocumentKey]] = defaultdict(list)
     found = {(root, file.path) for root, scanned in scans.items() for file in scanned.files}
-    for key in sorted(deleted_files(manifest, roots, scans, found), reverse=True):
+    for key in sorted(_deleted_files(manifest, roots, scans, found), reverse=True):
         entry = manifest.entries[key]
         if entry.digest and entry.chunks:  # all empty files have the same content
             deleted[entry.digest].append(key)
@@ -179,17 +168,10 @@ def _detect_change(
     return Changed(digest, stamp, checked_ns, document)
 
 
-def deleted_files(
+def _deleted_files(
     manifest: Manifest, roots: Iterable[str], scans: dict[str, Scan], kept: Iterable[DocumentKey]
 ) -> Iterator[DocumentKey]:
-    """Yield the indexed files that are gone.
-
-    Args:
-        manifest: The indexed files.
-        roots: The roots that were walked or deleted; files of other roots are kept.
-        scans: The result of the walk by root. Files that may lie below an unreadable folder are kept.
-        kept: Files that were found.
-    """
+    """Yield the indexed files that were deleted: all but those `kept`; see `detect_changes` for the other arguments."""
     known_roots, found = set(roots), set(kept)
     for root, path in manifest.entries:
         if root not in known_roots or (root, path) in found:
@@ -206,15 +188,7 @@ def plan_sync(
     skipped: Iterable[SkippedFile],
     reader: IsolatedReader,
 ) -> IndexPlan:
-    """Return what a run would do.
-
-    Args:
-        manifest: The indexed files.
-        roots: As for `deleted_files`.
-        scans: As for `deleted_files`.
-        skipped: Missing roots.
-        reader: Reads new content.
-    """
+    """Return the changes that a run would make; the arguments are those of `detect_changes`, and the missing roots."""
     known_roots = list(roots)
     added: list[str] = []
     changed: list[str] = []
@@ -237,7 +211,7 @@ def plan_sync(
         if file.is_kept:
             kept.add(file.key)
     deleted = sorted(
-        path for root, path in deleted_files(manifest, known_roots, scans, kept) if (root, path) not in sources
+        path for root, path in _deleted_files(manifest, known_roots, scans, kept) if (root, path) not in sources
     )
     return IndexPlan(tuple(added), tuple(changed), tuple(deleted), tuple(renamed), unchanged, tuple(all_skipped))
 
@@ -261,11 +235,7 @@ class _PendingChunk:
     id: str
     chunk: Chunk
     metadata: dict[str, Any]
-
-    @property
-    def embedded_hash(self) -> str:
-        """Hash of the embedded text."""
-        return str(self.metadata["embedded_hash"])
+    embedded_hash: str
 
 
 @dataclass
@@ -306,12 +276,7 @@ class Sync:
     _total: int = 0
 
     def run(self, roots: Iterable[str], scans: dict[str, Scan]) -> None:
-        """Store the chunks of new and changed files, then delete those of deleted files.
-
-        Args:
-            roots: As for `deleted_files`.
-            scans: As for `deleted_files`.
-        """
+        """Store the chunks of new and changed files, then delete those of deleted files; see `detect_changes`."""
         known_roots = list(roots)
         self._total = sum(len(scanned.files) for scanned in scans.values())
         self.skipped += [file for scanned in scans.values() for file in scanned.skipped]
@@ -330,7 +295,7 @@ class Sync:
                 self._done += 1
         self._flush()
         self._report(None)
-        self._delete_files(list(deleted_files(self.manifest, known_roots, scans, self._kept)))
+        self._delete_files(list(_deleted_files(self.manifest, known_roots, scans, self._kept)))
 
     def _add_file(self, file: FileChange, change: Changed) -> None:
         """Split a file into chunks and put them into the buffer."""
@@ -343,20 +308,20 @@ class Sync:
             )
         self.writer.begin()
         document = _document_id(file.key)
-        stored = set() if file.entry is None else self.writer.ids_by_document([document])[document]
+        stored = set() if file.entry is None else self.writer.rows.ids_by_document([document])[document]
         entry = Entry(change.digest, len(chunks), change.stamp, change.checked_ns)
         pending = _PendingFile(file.key, entry, stored)
         if file.renamed_from is not None:
             self._sources.add(file.renamed_from)
             self.renamed += 1
-            what = "renamed"
+            change_name = "renamed"
         elif file.entry is None:
             self.added += 1
-            what = "new"
+            change_name = "new"
         else:
             self.changed += 1
-            what = "changed"
-        logger.info("%s: %s, %d chunks", file.key[1], what, len(chunks))
+            change_name = "changed"
+        logger.info("%s: %s, %d chunks", file.key[1], change_name, len(chunks))
         if not chunks:
             self._complete(pending)
         for chunk in _pending_chunks(pending, chunks):
@@ -376,7 +341,7 @@ class Sync:
         for chunk in stored:
             chunk.file.written.add(chunk.id)
         new = [chunk for chunk in chunks if chunk.id not in chunk.file.stored]
-        vectors = self.writer.vectors_by_hash({chunk.embedded_hash for chunk in new})
+        vectors = self.writer.rows.vectors_by_hash({chunk.embedded_hash for chunk in new})
         reused = [chunk for chunk in new if chunk.embedded_hash in vectors]
         self._store(reused, vectors)
         self.chunks_reused += len(stored) + len(reused)
@@ -433,7 +398,7 @@ class Sync:
             self.progress(IndexProgress("deleting", start, len(keys), keys[start][1]))
             some = keys[start : start + _DELETED_AT_ONCE]
             self.writer.begin()
-            ids = self.writer.ids_by_document([_document_id(key) for key in some])
+            ids = self.writer.rows.ids_by_document([_document_id(key) for key in some])
             self.writer.delete([chunk for chunks in ids.values() for chunk in sorted(chunks)])
             for key in some:
                 del self.manifest.entries[key]
@@ -468,6 +433,7 @@ def _pending_chunks(file: _PendingFile, chunks: list[Chunk]) -> Iterator[_Pendin
         content = (chunk.embedded, chunk.text)
         chunk_id = _hash(document, *content, str(seen[content]))
         seen[content] += 1
+        embedded_hash = _hash(chunk.embedded)
         metadata: dict[str, Any] = {
             "path": path,
             "root": root,
@@ -480,8 +446,8 @@ def _pending_chunks(file: _PendingFile, chunks: list[Chunk]) -> Iterator[_Pendin
             "page": chunk.page,
             "kind": kind_of(path),
             "lang": language_of(path),
-            "embedded_hash": _hash(chunk.embedded),
+            "embedded_hash": embedded_hash,
         }
         # Chroma cannot store None, and stored metadata is compared with this.
         metadata = {name: value for name, value in metadata.items() if value is not None}
-        yield _PendingChunk(file, chunk_id, chunk, metadata)
+        yield _PendingChunk(file, chunk_id, chunk, metadata, embedded_hash)

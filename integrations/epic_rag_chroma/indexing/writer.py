@@ -14,14 +14,13 @@ import re
 import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from epic_rag.errors import EpicError
 from epic_rag_chroma.errors import ChromaServerError, IndexStateError
@@ -85,10 +84,10 @@ class IndexWriter:
 
     @classmethod
     def open(cls, index_dir: Path, state: IndexState, corrupt: frozenset[str]) -> tuple[IndexWriter, Manifest]:
-        """Open an index for writing, and repair or replace what is missing or corrupt.
+        """Open an index for writing, and repair or replace missing and corrupt parts.
 
         Returns:
-            The writer, and the manifest of what it holds.
+            The writer, and the manifest of the index.
         """
         store = _open_collection(index_dir, state, corrupt)
         if store is None:
@@ -106,7 +105,10 @@ class IndexWriter:
                 or not manifest.chunks == rows == stored == writer.keywords.count()
             ):
                 if rows == 0 and stored > 0:
-                    writer._restore_rows()
+                    # The row file was lost: copy the rows from the collection.
+                    writer.begin()
+                    for page in store.pages():
+                        writer.rows.write([Record(*row) for row in page if _is_ours(row[2])])
                 manifest = manifest_from_rows(writer.rows, store.id)
                 writer.reconcile()
         except BaseException:
@@ -139,7 +141,12 @@ class IndexWriter:
         finally:
             previous.close()
         try:
-            writer._fill()
+            writer.begin()
+            for records in writer.rows.pages():
+                writer._write_collection(records)
+            writer.keywords.delete(sorted(writer.keywords.ids()))
+            for records in writer.rows.pages():
+                writer._write_keywords(records)
             return writer, manifest_from_rows(writer.rows, store.id)
         except BaseException:
             writer.close()
@@ -181,14 +188,6 @@ class IndexWriter:
         with self._collection_write():
             self.store.delete(ids)
         self.keywords.delete(ids)
-
-    def ids_by_document(self, documents: Collection[str]) -> dict[str, set[str]]:
-        """Return the ids of the chunks of documents, by `doc_id`."""
-        return self.rows.ids_by_document(documents)
-
-    def vectors_by_hash(self, hashes: Collection[str]) -> dict[str, npt.NDArray[np.float32]]:
-        """Return the stored vectors of embedded texts, by `embedded_hash`."""
-        return self.rows.vectors_by_hash(hashes)
 
     def reconcile(self) -> None:
         """Make collection and keyword index equal to the rows."""
@@ -249,21 +248,6 @@ class IndexWriter:
         while self._replaced_rows:
             self._replaced_rows.pop().close()
 
-    def _fill(self) -> None:
-        """Write all rows to an empty collection, and index their keywords again."""
-        self.begin()
-        for records in self.rows.pages():
-            self._write_collection(records)
-        self.keywords.delete(sorted(self.keywords.ids()))
-        for records in self.rows.pages():
-            self._write_keywords(records)
-
-    def _restore_rows(self) -> None:
-        """Copy all rows from the collection, because the row file was lost."""
-        self.begin()
-        for page in self.store.pages():
-            self.rows.write([Record(*row) for row in page if _is_ours(row[2])])
-
     def _records(self, ids: list[str]) -> Iterator[list[Record]]:
         for start in range(0, len(ids), _ROWS_AT_ONCE):
             yield list(self.rows.get(ids[start : start + _ROWS_AT_ONCE]).values())
@@ -293,7 +277,7 @@ class IndexWriter:
         except ChromaServerError as error:
             if self._state.chroma is None or not may_be_corrupt(error) or len(self._corrupt) >= _MAX_REPLACEMENTS:
                 raise
-            logger.warning("%s; its collection is rebuilt from the index's own rows", _fact(error))
+            logger.warning("%s; its collection is rebuilt from the index's rows", _fact(error))
             self._replace_collection()
 
     def _replace_collection(self) -> None:
@@ -314,7 +298,7 @@ def manifest_from_rows(rows: RecordStore, collection: str) -> Manifest:
     """Rebuild the manifest from the rows of a collection.
 
     A file is complete if all its rows have the same content hash and none is missing. Any other file gets an empty
-    digest, so it is read again, or its rows are deleted if it is gone.
+    digest, so it is read again, or its rows are deleted with it.
     """
     versions: dict[DocumentKey, Counter[tuple[str, int]]] = {}
     for _, metadata in rows.scan():
@@ -336,7 +320,7 @@ def _open_collection(index_dir: Path, state: IndexState, corrupt: frozenset[str]
     if state.collection is None:
         return None
     if state.collection in corrupt or (state.chroma is None and not hnsw_files_fit(index_dir, state.collection)):
-        logger.warning("Chroma's files are incomplete; they are rebuilt from the index's own rows")
+        logger.warning("Chroma's files are incomplete; they are rebuilt from the index's rows")
         return None
     from epic_rag_chroma.store.client import WRITER_PATIENCE
     from epic_rag_chroma.store.collection import ChunkStore
@@ -360,7 +344,7 @@ def _open_collection(index_dir: Path, state: IndexState, corrupt: frozenset[str]
     except ChromaServerError as error:
         if not may_be_corrupt(error):
             raise
-        logger.warning("%s; its collection is rebuilt from the index's own rows", _fact(error))
+        logger.warning("%s; its collection is rebuilt from the index's rows", _fact(error))
     except Exception as error:  # Chroma's bindings raise anything
         logger.warning("%s; its collection is rebuilt from the rows", error)
         if state.chroma is None:

@@ -1,7 +1,7 @@
 """Read source code by its syntax: functions and classes are scopes that stay whole where they fit into a chunk.
 
 tree-sitter parses some fifty languages, including code with errors. Without it, and for other languages, code is split
-at blank lines and by indentation. `LANGUAGES` has the tree-sitter queries of definitions.
+at blank lines and by indentation. `LANGUAGES` has the definitions of each language.
 """
 
 from __future__ import annotations
@@ -17,179 +17,108 @@ from epic_rag_chroma.reading.document import Document, Scope, SplitCost, clean_t
 if TYPE_CHECKING:
     from tree_sitter import Language, Node, Query, Tree
 
-__all__ = ["LANGUAGES", "query_of", "read_code", "warn_of_missing_parser"]
+__all__ = ["LANGUAGES", "read_code", "warn_of_missing_parser"]
 
 
-# Queries for definitions capture the definition as @def, its name as @name where the tree has one, and its last node as
-# @end if that is outside the definition. For most languages a list of node types with a field `name` is enough;
-# `type:child` is a node type whose name is its first child of type `child`.
-
-_JAVASCRIPT = (
-    "function_declaration generator_function_declaration class_declaration method_definition",
-    """(variable_declarator name: (_) @name value: [(arrow_function) (function_expression) (class)]) @def
+_JAVASCRIPT_TYPES = "function_declaration generator_function_declaration class_declaration method_definition"
+_JAVASCRIPT = """
+    (variable_declarator name: (_) @name value: [(arrow_function) (function_expression) (class)]) @def
     (assignment_expression left: (_) @name right: [(arrow_function) (function_expression) (class)]) @def
-    (pair key: (_) @name value: [(arrow_function) (function_expression)]) @def""",
-)
-_C = (
-    "",
-    """(function_definition) @def
+    (pair key: (_) @name value: [(arrow_function) (function_expression)]) @def"""
+_C = """
+    (function_definition) @def
     (struct_specifier name: (_) @name body: (_)) @def
     (union_specifier name: (_) @name body: (_)) @def
     (enum_specifier name: (_) @name body: (_)) @def
-    (type_definition declarator: (_) @name) @def""",
-)
-_SWIFT = "class_declaration protocol_declaration function_declaration init_declaration"
-_CSHARP = """class_declaration struct_declaration interface_declaration record_declaration enum_declaration
-    namespace_declaration method_declaration constructor_declaration property_declaration"""
-_PHP = """class_declaration interface_declaration trait_declaration enum_declaration method_declaration
-    function_definition"""
-_JAVA = """class_declaration interface_declaration enum_declaration record_declaration annotation_type_declaration
-    method_declaration constructor_declaration"""
+    (type_definition declarator: (_) @name) @def"""
 
-# language -> (grammar, node types, further patterns)
-LANGUAGES: dict[str, tuple[str, str, str]] = {
-    "python": ("python", "function_definition class_definition", ""),
-    "starlark": ("starlark", "function_definition", ""),
-    "javascript": ("javascript", *_JAVASCRIPT),
-    "typescript": (
-        "tsx",
-        f"{_JAVASCRIPT[0]} abstract_class_declaration interface_declaration enum_declaration type_alias_declaration "
-        "internal_module",
-        _JAVASCRIPT[1],
-    ),
-    "java": ("java", _JAVA, ""),
-    "kotlin": (
-        "kotlin",
-        "class_declaration:type_identifier object_declaration:type_identifier function_declaration:simple_identifier",
-        "",
-    ),
-    "scala": ("scala", "class_definition object_definition trait_definition function_definition", ""),
-    "c": ("c", *_C),
-    "cpp": ("cpp", "class_specifier namespace_definition", _C[1]),
-    "csharp": ("csharp", _CSHARP, ""),
-    "go": ("go", "function_declaration method_declaration type_spec", ""),
-    "rust": (
-        "rust",
-        "mod_item function_item struct_item enum_item union_item trait_item macro_definition",
-        "(impl_item type: (_) @name) @def",
-    ),
-    "swift": ("swift", _SWIFT, ""),
-    "objc": (
-        "objc",
-        "class_interface:identifier class_implementation:identifier method_definition:identifier",
-        _C[1],
-    ),
-    "ruby": ("ruby", "module class method singleton_method", ""),
-    "perl": ("perl", "subroutine_declaration_statement", ""),
-    "php": ("php", _PHP, ""),
-    "lua": (
-        "lua",
-        "function_declaration",
-        """(assignment_statement (variable_list name: (_) @name)
-            (expression_list value: (function_definition))) @def""",
-    ),
-    "r": ("r", "", "(binary_operator lhs: (_) @name rhs: (function_definition)) @def"),
-    "julia": (
-        "julia",
-        "module_definition",
-        """(function_definition (signature) @name) @def
+# The definitions of each language: node types with a field `name`, `type:child` for node types whose name is their
+# first child of type `child`, then queries. A query captures the definition as @def, its name as @name where the tree
+# has one, and its last node as @end if that is outside the definition.
+LANGUAGES = {
+    "python": "function_definition class_definition",
+    "starlark": "function_definition",
+    "javascript": _JAVASCRIPT_TYPES + _JAVASCRIPT,
+    "typescript": _JAVASCRIPT_TYPES
+    + " abstract_class_declaration interface_declaration enum_declaration type_alias_declaration internal_module"
+    + _JAVASCRIPT,
+    "java": """class_declaration interface_declaration enum_declaration record_declaration method_declaration
+        annotation_type_declaration constructor_declaration""",
+    "kotlin": "class_declaration:type_identifier object_declaration:type_identifier "
+    "function_declaration:simple_identifier",
+    "scala": "class_definition object_definition trait_definition function_definition",
+    "c": _C,
+    "cpp": "class_specifier namespace_definition" + _C,
+    "csharp": """class_declaration struct_declaration interface_declaration record_declaration enum_declaration
+        namespace_declaration method_declaration constructor_declaration property_declaration""",
+    "go": "function_declaration method_declaration type_spec",
+    "rust": """mod_item function_item struct_item enum_item union_item trait_item macro_definition
+        (impl_item type: (_) @name) @def""",
+    "swift": "class_declaration protocol_declaration function_declaration init_declaration",
+    "objc": "class_interface:identifier class_implementation:identifier method_definition:identifier" + _C,
+    "ruby": "module class method singleton_method",
+    "perl": "subroutine_declaration_statement",
+    "php": """class_declaration interface_declaration trait_declaration enum_declaration method_declaration
+        function_definition""",
+    "lua": """function_declaration
+        (assignment_statement (variable_list name: (_) @name) (expression_list value: (function_definition))) @def""",
+    "r": "(binary_operator lhs: (_) @name rhs: (function_definition)) @def",
+    "julia": """module_definition
+        (function_definition (signature) @name) @def
         (macro_definition (signature) @name) @def
         (struct_definition (type_head) @name) @def""",
-    ),
-    "haskell": (
-        "haskell",
-        "",
-        """(declarations [(signature name: (_) @name) (function name: (_) @name) (bind name: (_) @name)
-            (data_type name: (_) @name) (newtype name: (_) @name) (class name: (_) @name)
-            (instance name: (_) @name)] @def)""",
-    ),
-    "ocaml": (
-        "ocaml",
-        "",
-        """(value_definition (let_binding pattern: (value_name) @name)) @def
+    "haskell": """(declarations [
+        (signature name: (_) @name) (function name: (_) @name) (bind name: (_) @name) (data_type name: (_) @name)
+        (newtype name: (_) @name) (class name: (_) @name) (instance name: (_) @name)] @def)""",
+    "ocaml": """(value_definition (let_binding pattern: (value_name) @name)) @def
         (module_definition (module_binding (module_name) @name)) @def
         (type_definition (type_binding name: (_) @name)) @def""",
-    ),
-    "elixir": (
-        "elixir",
-        "",
-        '((call target: (identifier) @head (arguments . (_) @name)) @def (#match? @head "^def"))',
-    ),
-    "erlang": ("erlang", "", "(fun_decl clause: (function_clause name: (_) @name)) @def"),
-    "clojure": ("clojure", "", '((list_lit . (sym_lit) @head . (_) @name) @def (#match? @head "^def"))'),
-    "elisp": ("elisp", "function_definition macro_definition", ""),
-    "commonlisp": ("commonlisp", "", "(defun (defun_header function_name: (_) @name)) @def"),
-    "scheme": ("scheme", "", '((list . (symbol) @head . (_) @name) @def (#match? @head "^define"))'),
-    "shell": ("bash", "function_definition", ""),
-    "fish": ("fish", "function_definition", ""),
-    "powershell": (
-        "powershell",
-        "function_statement:function_name class_statement:simple_name class_method_definition:simple_name",
-        "",
-    ),
-    "sql": (
-        "sql",
-        "",
-        """(create_table (object_reference) @name) @def
+    "elixir": '((call target: (identifier) @head (arguments . (_) @name)) @def (#match? @head "^def"))',
+    "erlang": "(fun_decl clause: (function_clause name: (_) @name)) @def",
+    "clojure": '((list_lit . (sym_lit) @head . (_) @name) @def (#match? @head "^def"))',
+    "elisp": "function_definition macro_definition",
+    "commonlisp": "(defun (defun_header function_name: (_) @name)) @def",
+    "scheme": '((list . (symbol) @head . (_) @name) @def (#match? @head "^define"))',
+    "shell": "function_definition",
+    "fish": "function_definition",
+    "powershell": "function_statement:function_name class_statement:simple_name class_method_definition:simple_name",
+    "sql": """(create_table (object_reference) @name) @def
         (create_view (object_reference) @name) @def
         (create_function (object_reference) @name) @def""",
-    ),
-    "terraform": ("terraform", "", "(config_file (body (block) @def))"),
-    "cmake": (
-        "cmake",
-        "",
-        """(function_def (function_command (argument_list . (_) @name))) @def
+    "terraform": "(config_file (body (block) @def))",
+    "cmake": """(function_def (function_command (argument_list . (_) @name))) @def
         (macro_def (macro_command (argument_list . (_) @name))) @def""",
-    ),
-    "zig": (
-        "zig",
-        "",
-        """(Decl (FnProto function: (_) @name)) @def
+    "zig": """(Decl (FnProto function: (_) @name)) @def
         (Decl (VarDecl variable_type_function: (_) @name)) @def""",
-    ),
-    "nim": (
-        "nim",
-        "proc_declaration func_declaration template_declaration macro_declaration method_declaration "
-        "iterator_declaration",
-        "",
-    ),
-    "dart": (
-        "dart",
-        "class_definition enum_declaration extension_declaration",
-        """((function_signature name: (_) @name) @def . (function_body) @end)
+    "nim": """proc_declaration func_declaration template_declaration macro_declaration method_declaration
+        iterator_declaration""",
+    "dart": """class_definition enum_declaration extension_declaration
+        ((function_signature name: (_) @name) @def . (function_body) @end)
         ((method_signature (function_signature name: (_) @name)) @def . (function_body) @end)""",
-    ),
-    "vim": ("vim", "", "(function_definition (function_declaration name: (_) @name)) @def"),
-    "proto": ("proto", "message:message_name service:service_name enum:enum_name", ""),
-    "graphql": ("graphql", "", "(type_definition (_ (name) @name)) @def"),
-    "solidity": (
-        "solidity",
-        "contract_declaration interface_declaration library_declaration function_definition modifier_definition "
-        "struct_declaration",
-        "",
-    ),
-    "fortran": (
-        "fortran",
-        "",
-        """(subroutine (subroutine_statement name: (_) @name)) @def
+    "vim": "(function_definition (function_declaration name: (_) @name)) @def",
+    "proto": "message:message_name service:service_name enum:enum_name",
+    "graphql": "(type_definition (_ (name) @name)) @def",
+    "solidity": """contract_declaration interface_declaration library_declaration function_definition
+        modifier_definition struct_declaration""",
+    "fortran": """(subroutine (subroutine_statement name: (_) @name)) @def
         (function (function_statement name: (_) @name)) @def
         (module (module_statement (name) @name)) @def""",
-    ),
-    "pascal": ("pascal", "", "(defProc header: (declProc name: (_) @name)) @def"),
-    "verilog": ("verilog", "", "(module_declaration (module_header (simple_identifier) @name)) @def"),
-    "vhdl": ("vhdl", "entity_declaration architecture_body package_declaration", ""),
+    "pascal": "(defProc header: (declProc name: (_) @name)) @def",
+    "verilog": "(module_declaration (module_header (simple_identifier) @name)) @def",
+    "vhdl": "entity_declaration architecture_body package_declaration",
 }
+# The grammars whose names differ from the language's.
+_GRAMMARS = {"typescript": "tsx", "shell": "bash"}
 
 
-@cache
-def query_of(language: str) -> str:
+def _query_of(language: str) -> str:
     """Return the tree-sitter query for a language's definitions."""
-    _, types, further = LANGUAGES[language]
+    types, bracket, queries = LANGUAGES[language].partition("(")
     patterns = []
     for name in types.split():
         kind, _, child = name.partition(":")
         patterns.append(f"({kind} ({child}) @name) @def" if child else f"({kind} name: (_) @name) @def")
-    return "\n".join([*patterns, further])
+    return "\n".join([*patterns, bracket + queries])
 
 
 logger = logging.getLogger(__name__)
@@ -240,8 +169,11 @@ def read_code(lines: list[str], language: str) -> Document:
     from tree_sitter import Parser
 
     tree = Parser(tools[0]).parse("\n".join(lines).encode("utf-8", "replace"))
-    if _is_garbage(tree):
-        return document
+    root = tree.root_node
+    if root.has_error and any(
+        node.is_error and node.child_count > _MAX_ERRORS for node in (root, *root.children[:_MAX_ERRORS])
+    ):
+        return document  # thousands of errors in a row, for which a query takes quadratic time
     opaque, leading = _opaque_lines(tree, tools[2], lines)
     scopes = _scopes(tree, tools[1], lines, leading, by_clauses=language in _BY_CLAUSES)
     for first, last in opaque:
@@ -280,7 +212,7 @@ def _tools(language: str) -> tuple[Language, Query, Query | None] | None:
         from tree_sitter_language_pack import get_language
     except ImportError:
         return None
-    grammar = get_language(cast("Any", LANGUAGES[language][0]))
+    grammar = get_language(cast("Any", _GRAMMARS.get(language, language)))
     kinds = {
         grammar.node_kind_for_id(number)
         for number in range(grammar.node_kind_count)
@@ -289,16 +221,8 @@ def _tools(language: str) -> tuple[Language, Query, Query | None] | None:
     named = sorted(kind for kind in kinds if kind and (_OPAQUE.fullmatch(kind) or _LEADING.fullmatch(kind)))
     return (
         grammar,
-        Query(grammar, query_of(language)),
+        Query(grammar, _query_of(language)),
         Query(grammar, "[" + " ".join(f"({kind})" for kind in named) + "] @opaque") if named else None,
-    )
-
-
-def _is_garbage(tree: Tree) -> bool:
-    """Return whether there are thousands of errors in a row, for which a query takes quadratic time."""
-    root = tree.root_node
-    return root.has_error and any(
-        node.is_error and node.child_count > _MAX_ERRORS for node in (root, *root.children[:_MAX_ERRORS])
     )
 
 
@@ -336,7 +260,13 @@ def _scopes(tree: Tree, query: Query, lines: list[str], leading: set[int], *, by
         title = _title(node, name)
         if not title:
             continue
-        outer = _wrapped(node)
+        outer = node  # with decorators and key words around the definition
+        while (
+            outer.parent is not None
+            and _WRAPPERS.fullmatch(outer.parent.type)
+            and sum(not _BESIDE.search(child.type) for child in outer.parent.named_children) == 1
+        ):
+            outer = outer.parent
         last = _last_line(captures["end"][0]) if "end" in captures else _last_line(outer)
         first = outer.start_point[0]
         body = (name or node).start_point[0] + 1
@@ -354,21 +284,13 @@ def _characters(line: str, column: int) -> int:
     return len(line.encode("utf-8", "replace")[:column].decode("utf-8", "ignore"))
 
 
-def _wrapped(node: Node) -> Node:
-    """Return the outermost node that adds only decorators and key words to a definition."""
-    while (
-        node.parent is not None
-        and _WRAPPERS.fullmatch(node.parent.type)
-        and sum(not _BESIDE.search(child.type) for child in node.parent.named_children) == 1
-    ):
-        node = node.parent
-    return node
-
-
 def _title(node: Node, name: Node | None) -> str:
     """Return the name of a definition as a scope title."""
     if name is None and "function_definition" in node.type:
-        name = _declared(node)
+        # The name is inside C's nested declarators.
+        inner = node.child_by_field_name("declarator")
+        while inner is not None:
+            name, inner = inner, inner.child_by_field_name("declarator")
     if name is None:
         # A block of configuration: its first line, without the bracket.
         first_line = _text(node).split("\n", 1)[0].split("{", 1)[0].replace('"', "")
@@ -382,17 +304,6 @@ def _title(node: Node, name: Node | None) -> str:
         types = re.findall(r"\w+", _text(receiver).split("[", 1)[0])
         title = f"{types[-1]}.{title}" if types else title
     return title[:_MAX_TITLE]
-
-
-def _declared(node: Node) -> Node | None:
-    """Return the name inside C's nested declarators."""
-    name = node.child_by_field_name("declarator")
-    while name is not None:
-        inner = name.child_by_field_name("declarator")
-        if inner is None:
-            return name
-        name = inner
-    return None
 
 
 def _text(node: Node) -> str:

@@ -14,7 +14,6 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from epic_rag.errors import EpicError, MissingExtraError
@@ -35,10 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_CHARACTERS",
-    "MAX_MEMBERS",
-    "MAX_MEMBER_BYTES",
-    "MAX_RATIO",
-    "MAX_TOTAL_BYTES",
     "Archive",
     "DocumentBuilder",
     "Parts",
@@ -48,24 +43,28 @@ __all__ = [
     "parse_xml",
     "parsing",
     "printable",
+    "requires",
 ]
 
 
-def parse_xml(data: bytes, purpose: str) -> _Element:
-    """Parse untrusted XML and return the root element.
+@contextmanager
+def requires(package: str, purpose: str) -> Iterator[None]:
+    """Raise a `MissingExtraError` if the import in the block fails; the purpose is that of the error."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(package, "files", purpose) from error
 
-    Args:
-        data: The XML.
-        purpose: The purpose for the error message if lxml is missing ("reading EPUB files").
+
+def parse_xml(data: bytes, purpose: str) -> _Element:
+    """Parse untrusted XML and return the root element; the purpose is for the error message if lxml is missing.
 
     Raises:
         MissingExtraError: If lxml is not installed.
         lxml.etree.XMLSyntaxError: If the XML is not well-formed.
     """
-    try:
+    with requires("lxml", purpose):
         from lxml import etree
-    except ImportError as error:
-        raise MissingExtraError("lxml", "files", purpose) from error
     parser = etree.XMLParser(
         resolve_entities=False,
         no_network=True,
@@ -139,9 +138,6 @@ class Archive:
         except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError) as error:
             raise BrokenFileError(f"a broken {format_name}: {_message(error)}") from error
         self._members = {info.filename: info for info in self._zip.infolist()}
-        self._check()
-
-    def _check(self) -> None:
         total = 0
         for info in self._zip.infolist():
             if info.flag_bits & 0x1:
@@ -176,20 +172,8 @@ class Archive:
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError, OSError) as error:
             raise BrokenFileError(f"a broken {self._format}: {_message(error)}") from error
         if len(content) > info.file_size:
-            raise BrokenFileError(f"a broken {self._format}: {name[:80]} is longer than it says")
+            raise BrokenFileError(f"a broken {self._format}: {name[:80]} is longer than announced")
         return content
-
-    def close(self) -> None:
-        """Release the bytes."""
-        self._zip.close()
-
-    def __enter__(self) -> Archive:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _message(error: Exception) -> str:
@@ -216,10 +200,8 @@ def parsing(format_name: str) -> Iterator[None]:
     except (BrokenFileError, NotTextError, EpicError, MemoryError):
         raise
     except Exception as error:  # parsers raise nearly anything on damaged files
-        message = " ".join(str(error).split())[:120]
-        raise BrokenFileError(
-            f"a broken {format_name}: {type(error).__name__}{': ' if message else ''}{message}"
-        ) from error
+        message = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:120])))
+        raise BrokenFileError(f"a broken {format_name}: {message}") from error
 
 
 class Parts:
@@ -338,26 +320,14 @@ class DocumentBuilder:
         self._spans += spans
         return start
 
-    def with_pages(self) -> Document:
-        """Return the document with page numbers (0: without pages).
+    def document(self, *, paged: bool = True) -> Document:
+        """Return the document, with page numbers (0: without pages) or with the source lines of its lines.
 
         Raises:
             NotTextError: If there is no text.
         """
-        self._check_text()
-        return Document(
-            self._lines, self._costs, self._headings, pages=self._pages, repeated_headers=self._repeated_headers
-        )
-
-    def with_lines(self) -> Document:
-        """Return the document with the lines of the file that its lines come from.
-
-        Raises:
-            NotTextError: If there is no text.
-        """
-        self._check_text()
-        return Document(self._lines, self._costs, self._headings, spans=self._spans)
-
-    def _check_text(self) -> None:
         if not any(line.strip() for line in self._lines):
             raise NotTextError(f"no text in this {self._format}")
+        pages, spans = (self._pages, None) if paged else (None, self._spans)
+        headers = self._repeated_headers
+        return Document(self._lines, self._costs, self._headings, spans=spans, pages=pages, repeated_headers=headers)

@@ -40,11 +40,9 @@ def read_csv(lines: list[str]) -> Document:
             if _is_header("\n".join(lines[number:end])):
                 header = (number, end)
         number = end
-    if header is None:
-        return Document(lines, costs, keep_together=keep_together)
-    first, rows = header
     repeated_headers = []
-    if rows < len(lines):
+    if header is not None and header[1] < len(lines):
+        first, rows = header
         costs[rows] = SplitCost.INSIDE
         repeated_headers.append(RepeatedHeader(rows, len(lines), "\n".join(lines[first:rows])))
     return Document(lines, costs, keep_together=keep_together, repeated_headers=repeated_headers)
@@ -141,7 +139,7 @@ class _NestedLines:
         self._covered = max(end, self._covered)
 
     def document(self) -> Document:
-        """Close what is open and return the document."""
+        """Close the open containers and return the document."""
         while self._open:
             self.close(len(self._lines) - 1)
         return Document(

@@ -107,7 +107,7 @@ class Document:
         keep_together: (first, end) of lines that stay in one chunk where they fit: a table, a code block, a list item.
             They may be nested.
         repeated_headers: In order of lines, disjoint.
-        display_only: Lines that are part of the text and not of what is embedded (the times of subtitles).
+        display_only: Lines that are part of the text and not of the embedded text (the times of subtitles).
     """
 
     lines: list[str]

@@ -53,9 +53,12 @@ def decode(data: bytes) -> str:
     for mark, encoding in _BOMS:
         if data.startswith(mark):
             try:
-                return _checked_for_nul(data.decode(encoding))
+                text = data.decode(encoding)
             except UnicodeDecodeError as error:
                 raise NotTextError(f"not text: begins as {encoding} and is not") from error
+            if "\0" in text:  # breaks SQLite's full-text index, in which Chroma keeps documents
+                raise NotTextError("not text: it has null characters")
+            return text
     if b"\0" in data:
         return _decode_wide(data)
     try:
@@ -64,12 +67,6 @@ def decode(data: bytes) -> str:
         return _decode_legacy(data)
     if "\x1b$" in text and text.isascii():  # the 7-bit encoding of Japanese mail
         text = _try_decode(data, "iso2022_jp") or text
-    return text
-
-
-def _checked_for_nul(text: str) -> str:
-    if "\0" in text:  # breaks SQLite's full-text index, in which Chroma keeps documents
-        raise NotTextError("not text: it has null characters")
     return text
 
 
@@ -92,14 +89,12 @@ def _decode_wide(data: bytes) -> str:
     }
     for encoding, likely in guesses.items():
         text = _try_decode(data, encoding) if likely else None
-        if text is not None and "\0" not in text and not _is_garbled(text):
+        if text is None or "\0" in text:
+            continue
+        beginning = text[:_SNIFFED]
+        if sum(not (char.isprintable() or char.isspace()) for char in beginning) <= len(beginning) // 100:
             return text
     raise NotTextError("not text: it has null bytes")
-
-
-def _is_garbled(text: str) -> bool:
-    sample = text[:_SNIFFED]
-    return sum(not (char.isprintable() or char.isspace()) for char in sample) > len(sample) // 100
 
 
 def _decode_legacy(data: bytes) -> str:

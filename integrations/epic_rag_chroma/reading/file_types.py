@@ -91,17 +91,12 @@ _LANGUAGES = {
 }
 # Source code without a suffix.
 _NAMES = {
-    "makefile": "make",
-    "gnumakefile": "make",
-    "dockerfile": "dockerfile",
-    "containerfile": "dockerfile",
-    "cmakelists.txt": "cmake",
-    "rakefile": "ruby",
-    "gemfile": "ruby",
-    "vagrantfile": "ruby",
-    "jenkinsfile": "groovy",
-    "build.bazel": "starlark",
-    "workspace.bazel": "starlark",
+    "make": "makefile gnumakefile",
+    "dockerfile": "dockerfile containerfile",
+    "cmake": "cmakelists.txt",
+    "ruby": "rakefile gemfile vagrantfile",
+    "groovy": "jenkinsfile",
+    "starlark": "build.bazel workspace.bazel",
 }
 _BINARY_SUFFIXES = """
     .png .jpg .jpeg .gif .bmp .tif .tiff .webp .ico .icns .psd .heic .avif .mp3 .wav .flac .ogg .m4a .mp4 .mov .avi
@@ -111,6 +106,7 @@ _BINARY_SUFFIXES = """
 
 _KIND_OF = {suffix: kind for kind, suffixes in _KINDS.items() for suffix in suffixes.split()}
 _LANGUAGE_OF = {suffix: language for language, suffixes in _LANGUAGES.items() for suffix in suffixes.split()}
+_LANGUAGE_OF_NAME = {name: language for language, names in _NAMES.items() for name in names.split()}
 _BINARY = frozenset(_BINARY_SUFFIXES.split())
 
 # Above this size, text is a data dump; a file is held in memory.
@@ -134,7 +130,7 @@ def is_binary_name(name: str) -> bool:
 
 def language_of(name: str) -> str:
     """Return the programming language of a file ("python", "typescript"); "" if it is not source code."""
-    return _NAMES.get(os.path.basename(name).lower()) or _LANGUAGE_OF.get(_suffix(name), "")
+    return _LANGUAGE_OF_NAME.get(os.path.basename(name).lower()) or _LANGUAGE_OF.get(_suffix(name), "")
 
 
 def kind_of(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from epic_rag.errors import MissingExtraError
+from epic_rag_chroma.reading.containers import requires
 from epic_rag_chroma.reading.document import Document, Heading, RepeatedHeader, SplitCost, clean_title
 from epic_rag_chroma.reading.encoding import decode, is_utf16
 
@@ -103,15 +103,9 @@ class _Lines:
 
 
 def read_html(data: bytes) -> Document:
-    """Extract the text of a page: its main part if it is marked, without scripts, navigation and markup.
-
-    Raises:
-        MissingExtraError: If beautifulsoup4 is not installed.
-    """
-    try:
+    """Extract the text of a page: its main part if it is marked, without scripts, navigation and markup."""
+    with requires("beautifulsoup4", "reading HTML files"):
         from bs4 import BeautifulSoup
-    except ImportError as error:
-        raise MissingExtraError("beautifulsoup4", "files", "reading HTML files") from error
     with warnings.catch_warnings():
         # bs4 warns about XML, about markup that looks like a file name, and the like.
         warnings.simplefilter("ignore")

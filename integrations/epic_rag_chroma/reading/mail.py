@@ -36,21 +36,15 @@ _LinesWithSpans = list[tuple[str, tuple[int, int]]]
 
 
 def read_email(data: bytes) -> Document:
-    """Read an .eml file.
-
-    Raises:
-        BrokenFileError: If it is not a message.
-        NotTextError: If there is no text in it.
-        MissingExtraError: If beautifulsoup4 is not installed and a part is HTML.
-    """
+    """Read an .eml file."""
     out = DocumentBuilder(_FORMAT)
     with parsing(_FORMAT):
         _Reader(_with_line_feeds(data), 0, out).read()
-    return out.with_lines()
+    return out.document(paged=False)
 
 
 def read_mailbox(data: bytes) -> Document:
-    """Read an .mbox file; damaged messages are skipped. Raises the errors of `read_email`."""
+    """Read an .mbox file; damaged messages are skipped."""
     data = _with_line_feeds(data)
     starts = [match.span() for match in _SEPARATOR.finditer(data)]
     if not starts:
@@ -64,7 +58,7 @@ def read_mailbox(data: bytes) -> Document:
         with parts.part(f"{_FORMAT} at line {line + 1}"):
             _Reader(data[first:end], line, out).read()
     parts.check()
-    return out.with_lines()
+    return out.document(paged=False)
 
 
 def _with_line_feeds(data: bytes) -> bytes:
@@ -129,12 +123,17 @@ class _Reader:
         if kind == "message/rfc822" and isinstance(payload, list):
             for message in payload:
                 if isinstance(message, Message):
-                    self._advance(_first_header(message))
+                    self._advance(next((f"{name}:" for name in message), ""))
                     self._headers(message, level + 1)
                     self._part(message, level + 1)
         elif isinstance(payload, list):
             parts = [child for child in payload if isinstance(child, Message)]
-            for child in _chosen(parts) if kind == "multipart/alternative" else parts:
+            if kind == "multipart/alternative":
+                # The plain text if it is not empty, else the last alternative, which is the richest.
+                plain = [child for child in parts if child.get_content_type() == "text/plain"]
+                plain = [child for child in plain if str(child.get_payload()).strip()]
+                parts = plain[:1] or parts[-1:]
+            for child in parts:
                 self._part(child, level)
         elif isinstance(payload, str) and kind.startswith("text/") and kind not in _NEVER and payload.strip():
             if part.get_content_disposition() == "attachment" and kind == "text/html":
@@ -146,7 +145,7 @@ class _Reader:
     def _text(self, located: _LinesWithSpans, kind: str, level: int) -> None:
         lines = [line for line, _ in located]
         if kind == "text/html":
-            # The mark keeps the parser from believing a <meta> that says how the bytes once were encoded.
+            # With a byte order mark, the parser ignores a <meta> with the previous encoding.
             page = read_html("\n".join(lines).encode("utf-8-sig", "replace"))
             spans = [
                 (located[first - 1][1][0], located[min(last, len(located)) - 1][1][1])
@@ -164,7 +163,9 @@ class _Reader:
         raw = payload.split("\n")
         if encoding == "base64":
             place = (self._line, self._line + payload.rstrip("\n").count("\n"))
-            return [(line, place) for line in split_lines(_characters(_from_base64(payload), charset))]
+            letters = re.sub(r"[^A-Za-z0-9+/]", "", payload)
+            letters = letters[: len(letters) - (len(letters) % 4 == 1)] + "=" * (-len(letters) % 4 % 3)  # if truncated
+            return [(line, place) for line in split_lines(_characters(binascii.a2b_base64(letters), charset))]
         located: _LinesWithSpans = []
         start = 0
         for number, line in enumerate(raw):
@@ -186,25 +187,6 @@ class _Reader:
     def _skip(self, length: int) -> None:
         self._line += self._raw.count("\n", self._position, self._position + length)
         self._position += length
-
-
-def _chosen(parts: list[Message]) -> list[Message]:
-    """Return the alternative in plain text if it is not empty, else the last one, which is the richest."""
-    for part in parts:
-        payload = part.get_payload()
-        if part.get_content_type() == "text/plain" and isinstance(payload, str) and payload.strip():
-            return [part]
-    return parts[-1:]
-
-
-def _first_header(message: Message) -> str:
-    return next((f"{name}:" for name in message), "")
-
-
-def _from_base64(payload: str) -> bytes:
-    """Decode base64, also if it is truncated."""
-    letters = re.sub(r"[^A-Za-z0-9+/]", "", payload)
-    return binascii.a2b_base64(letters[: len(letters) - (len(letters) % 4 == 1)] + "=" * (-len(letters) % 4 % 3))
 
 
 def _characters(content: bytes, charset: str) -> str:

@@ -26,17 +26,11 @@ _Path = tuple[str | int, ...]
 @dataclass
 class _Cell:
     kind: str = "code"
-    # The strings of its source, each with its line in the file.
-    source: list[tuple[str, int]] = field(default_factory=list)
+    source: list[tuple[str, int]] = field(default_factory=list)  # its strings, each with its line in the file
 
 
 def read_notebook(data: bytes) -> Document:
-    """Read an .ipynb file.
-
-    Raises:
-        BrokenFileError: If it is damaged, or not a notebook.
-        NotTextError: If there is no text in it.
-    """
+    """Read an .ipynb file."""
     out = DocumentBuilder(_FORMAT)
     with parsing(_FORMAT):
         # Line ends inside a JSON string are always escaped.
@@ -47,18 +41,15 @@ def read_notebook(data: bytes) -> Document:
         for cell in _cells(text):
             lines, spans = _lines(cell)
             if lines:
-                document = _cell_document(cell.kind, lines)
+                if cell.kind in ("markdown", "heading"):
+                    document = read_markdown(lines)
+                elif cell.kind == "raw":
+                    document = read_text(lines)
+                else:
+                    inside = [SplitCost.INSIDE if before.strip() else SplitCost.LINE for before in lines[:-1]]
+                    document = Document(lines, [SplitCost.BLOCK, *inside])
                 out.add_document(Document(lines, document.split_costs, document.headings, spans=spans))
-    return out.with_lines()
-
-
-def _cell_document(kind: str, lines: list[str]) -> Document:
-    if kind in ("markdown", "heading"):
-        return read_markdown(lines)
-    if kind == "raw":
-        return read_text(lines)
-    inside = [SplitCost.INSIDE if before.strip() else SplitCost.LINE for before in lines[:-1]]
-    return Document(lines, [SplitCost.BLOCK, *inside])
+    return out.document(paged=False)
 
 
 def _lines(cell: _Cell) -> tuple[list[str], list[tuple[int, int]]]:

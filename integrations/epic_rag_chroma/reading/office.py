@@ -10,6 +10,9 @@
 * OpenDocument text and presentations (.odt, .odp): headings by outline level, a slide is a page.
 * RTF: paragraphs, without images and embedded objects.
 * EPUB: the documents of the spine in reading order, read as HTML, below the title of the book.
+
+Each reader raises a `BrokenFileError` for a file that is damaged, encrypted or above a limit, a `NotTextError` for one
+without text, and a `MissingExtraError` if the package that it needs is not installed.
 """
 
 from __future__ import annotations
@@ -23,7 +26,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from epic_rag.errors import MissingExtraError
 from epic_rag_chroma.reading.containers import (
     Archive,
     DocumentBuilder,
@@ -34,6 +36,7 @@ from epic_rag_chroma.reading.containers import (
     parse_xml,
     parsing,
     printable,
+    requires,
 )
 from epic_rag_chroma.reading.document import BrokenFileError, Document, SplitCost, split_lines, text_split_costs
 from epic_rag_chroma.reading.html import read_html
@@ -56,18 +59,11 @@ _WRAPPERS = frozenset({"sdt", "sdtContent", "ins", "moveTo", "customXml", "smart
 
 
 def read_docx(data: bytes) -> Document:
-    """Read a .docx file.
-
-    Raises:
-        BrokenFileError: If it is damaged, encrypted or above a limit.
-        NotTextError: If there is no text in it.
-        MissingExtraError: If python-docx is not installed.
-    """
-    try:
+    """Read a .docx file."""
+    with requires("python-docx", _WORD_PURPOSE):
         import docx
-    except ImportError as error:
-        raise MissingExtraError("python-docx", "files", _WORD_PURPOSE) from error
-    with Archive(data, _WORD), parsing(_WORD):
+    Archive(data, _WORD)  # checks the limits
+    with parsing(_WORD):
         return _WordReader(docx.Document(io.BytesIO(data))).document()
 
 
@@ -81,7 +77,7 @@ class _WordReader:
 
     def document(self) -> Document:
         self._blocks(self._body)
-        return self._out.with_pages()
+        return self._out.document()
 
     def _blocks(self, parent: _Element) -> None:
         for child in parent:
@@ -224,26 +220,19 @@ _SLIDES = "presentation"
 
 
 def read_pptx(data: bytes) -> Document:
-    """Read a .pptx file; damaged slides are skipped.
-
-    Raises:
-        BrokenFileError: If it is damaged, encrypted or above a limit.
-        NotTextError: If there is no text in it.
-        MissingExtraError: If python-pptx is not installed.
-    """
-    try:
+    """Read a .pptx file; damaged slides are skipped."""
+    with requires("python-pptx", "reading presentations"):
         import pptx
-    except ImportError as error:
-        raise MissingExtraError("python-pptx", "files", "reading presentations") from error
     out = DocumentBuilder(_SLIDES)
-    with Archive(data, _SLIDES), parsing(_SLIDES):
+    Archive(data, _SLIDES)  # checks the limits
+    with parsing(_SLIDES):
         slides = pptx.Presentation(io.BytesIO(data)).slides
         parts = Parts()
         for number in range(1, len(slides) + 1):
             with parts.part(f"slide {number} of a presentation"):
                 _add_slide(slides[number - 1], number, out)
         parts.check()
-        return out.with_pages()
+        return out.document()
 
 
 def _add_slide(slide: Slide, number: int, out: DocumentBuilder) -> None:
@@ -276,24 +265,14 @@ def _add_shapes(shapes: Iterable[Any], number: int, out: DocumentBuilder) -> Non
 
 
 _SPREADSHEET = "spreadsheet"
-_ZIP = b"PK"
 
 
 def read_xlsx(data: bytes) -> Document:
-    """Read a workbook.
-
-    Raises:
-        BrokenFileError: If it is damaged, encrypted or above a limit.
-        NotTextError: If there is no text in it.
-        MissingExtraError: If python-calamine is not installed.
-    """
-    try:
+    """Read a workbook."""
+    with requires("python-calamine", "reading spreadsheets"):
         from python_calamine import CalamineWorkbook, PasswordError, SheetTypeEnum
-    except ImportError as error:
-        raise MissingExtraError("python-calamine", "files", "reading spreadsheets") from error
-    if data.startswith(_ZIP):
-        with Archive(data, _SPREADSHEET):
-            pass  # checks the limits
+    if data.startswith(b"PK"):
+        Archive(data, _SPREADSHEET)  # checks the limits
     out = DocumentBuilder(_SPREADSHEET)
     with parsing(_SPREADSHEET):
         try:
@@ -306,7 +285,7 @@ def read_xlsx(data: bytes) -> Document:
                 cells = ([_cell_text(cell) for cell in row] for row in book.get_sheet_by_name(sheet.name).iter_rows())
                 for _, table in groupby(cells, key=any):
                     out.rows(table)
-    return out.with_pages()
+    return out.document()
 
 
 def _cell_text(value: object) -> str:
@@ -319,8 +298,6 @@ def _cell_text(value: object) -> str:
 
 
 _OPENDOCUMENT = "OpenDocument file"
-_OPENDOCUMENT_PURPOSE = "reading OpenDocument files"
-_CONTENT = "content.xml"
 _MIMETYPE = "mimetype"
 _MANIFEST = "META-INF/manifest.xml"
 # Deleted text, comments, and tables generated from the headings.
@@ -330,23 +307,18 @@ _OPENDOCUMENT_SKIPPED = frozenset(
 
 
 def read_opendocument(data: bytes) -> Document:
-    """Read an .odt, .ods or .odp file.
-
-    Raises:
-        BrokenFileError: If it is damaged, encrypted or above a limit.
-        NotTextError: If there is no text in it.
-        MissingExtraError: If lxml or python-calamine is not installed.
-    """
-    with Archive(data, _OPENDOCUMENT) as archive, parsing(_OPENDOCUMENT):
+    """Read an .odt, .ods or .odp file."""
+    archive = Archive(data, _OPENDOCUMENT)
+    with parsing(_OPENDOCUMENT):
         if _MIMETYPE in archive and b"spreadsheet" in archive.read(_MIMETYPE):
             return read_xlsx(data)
         if _MANIFEST in archive and b"encryption-data" in archive.read(_MANIFEST):
             raise BrokenFileError(f"an encrypted {_OPENDOCUMENT}")
-        root = parse_xml(archive.read(_CONTENT), _OPENDOCUMENT_PURPOSE)
+        root = parse_xml(archive.read("content.xml"), "reading OpenDocument files")
         reader = _OpenDocumentReader()
         for body in root.iter("{*}body"):
             reader.blocks(body)
-        return reader.out.with_pages()
+        return reader.out.document()
 
 
 class _OpenDocumentReader:
@@ -372,7 +344,7 @@ class _OpenDocumentReader:
                     self.out.text(text, cost=cost, page=self._page)
             elif name == "table":
                 rows = (
-                    [_opendocument_cell(cell) for cell in row.iter("{*}table-cell")]
+                    [" ".join(map(_opendocument_text, cell.iter("{*}p", "{*}h"))) for cell in row.iter("{*}table-cell")]
                     for row in child.iter("{*}table-row")
                 )
                 self.out.rows(rows, page=self._page)
@@ -384,10 +356,6 @@ class _OpenDocumentReader:
                 self.blocks(child)
             else:
                 self.blocks(child, in_list=in_list or name == "list-item")
-
-
-def _opendocument_cell(cell: _Element) -> str:
-    return " ".join(_opendocument_text(part) for part in cell.iter("{*}p", "{*}h"))
 
 
 def _opendocument_text(paragraph: _Element) -> str:
@@ -406,22 +374,13 @@ def _opendocument_text(paragraph: _Element) -> str:
 
 
 _RTF = "RTF document"
-_MAGIC = b"{\\rtf"
 
 
 def read_rtf(data: bytes) -> Document:
-    """Read an .rtf file.
-
-    Raises:
-        BrokenFileError: If it is damaged or above a limit.
-        NotTextError: If there is no text in it.
-        MissingExtraError: If striprtf is not installed.
-    """
-    try:
+    """Read an .rtf file."""
+    with requires("striprtf", "reading RTF documents"):
         from striprtf.striprtf import rtf_to_text
-    except ImportError as error:
-        raise MissingExtraError("striprtf", "files", "reading RTF documents") from error
-    if not data.lstrip()[: len(_MAGIC)].startswith(_MAGIC):
+    if not data.lstrip().startswith(b"{\\rtf"):
         raise BrokenFileError(f"not an {_RTF}")
     to_text: Callable[..., str] = rtf_to_text  # striprtf is marked as typed, and is not
     out = DocumentBuilder(_RTF)
@@ -429,7 +388,7 @@ def read_rtf(data: bytes) -> Document:
         text = printable(to_text(data.decode("cp1252", errors="replace"), errors="replace"))
         lines = split_lines(text)
         out.add_document(Document(lines, text_split_costs(lines)))
-    return out.with_pages()
+    return out.document()
 
 
 _EPUB = "EPUB book"
@@ -441,20 +400,21 @@ _BOOK_LEVEL = -1
 
 
 def read_epub(data: bytes) -> Document:
-    """Read an .epub file; damaged chapters are skipped.
-
-    Raises:
-        BrokenFileError: If it is damaged, encrypted or above a limit.
-        NotTextError: If there is no text in it.
-        MissingExtraError: If lxml or beautifulsoup4 is not installed.
-    """
+    """Read an .epub file; damaged chapters are skipped."""
     out = DocumentBuilder(_EPUB)
-    with Archive(data, _EPUB) as archive, parsing(_EPUB):
-        package_name = _package_name(archive)
+    archive = Archive(data, _EPUB)
+    with parsing(_EPUB):
+        container = parse_xml(archive.read(_CONTAINER), _EPUB_PURPOSE)
+        package_name = next(filter(None, (attribute(file, "full-path") for file in container.iter("{*}rootfile"))), "")
+        if not package_name:
+            raise BrokenFileError(f"a broken {_EPUB}: {_CONTAINER} names no package")
         package = parse_xml(archive.read(package_name), _EPUB_PURPOSE)
         chapters = _spine(package, posixpath.dirname(package_name))
-        if _encrypted(archive).intersection(chapters):
-            raise BrokenFileError(f"an encrypted {_EPUB} (DRM)")
+        if _ENCRYPTION in archive:
+            encryption = parse_xml(archive.read(_ENCRYPTION), _EPUB_PURPOSE)
+            # In readable books, fonts are often encrypted.
+            if any(unquote(attribute(item, "URI")) in chapters for item in encryption.iter("{*}CipherReference")):
+                raise BrokenFileError(f"an encrypted {_EPUB} (DRM)")
         title = _metadata(package, "title")
         creator = _metadata(package, "creator")
         if title:
@@ -466,16 +426,7 @@ def read_epub(data: bytes) -> Document:
             with parts.part(f"chapter {chapter[:80]} of an {_EPUB}"):
                 out.add_document(read_html(archive.read(chapter)))
         parts.check()
-        return out.with_pages()
-
-
-def _package_name(archive: Archive) -> str:
-    container = parse_xml(archive.read(_CONTAINER), _EPUB_PURPOSE)
-    for rootfile in container.iter("{*}rootfile"):
-        name = attribute(rootfile, "full-path")
-        if name:
-            return name
-    raise BrokenFileError(f"a broken {_EPUB}: {_CONTAINER} names no package")
+        return out.document()
 
 
 def _spine(package: _Element, folder: str) -> list[str]:
@@ -501,11 +452,3 @@ def _metadata(package: _Element, name: str) -> str:
             if text:
                 return text
     return ""
-
-
-def _encrypted(archive: Archive) -> set[str]:
-    """Return the encrypted members; in readable books, fonts often are."""
-    if _ENCRYPTION not in archive:
-        return set()
-    root = parse_xml(archive.read(_ENCRYPTION), _EPUB_PURPOSE)
-    return {unquote(attribute(reference, "URI")) for reference in root.iter("{*}CipherReference")}

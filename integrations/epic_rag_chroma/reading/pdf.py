@@ -6,8 +6,7 @@ import io
 import logging
 from typing import TYPE_CHECKING, Any
 
-from epic_rag.errors import MissingExtraError
-from epic_rag_chroma.reading.containers import MAX_CHARACTERS, parsing, printable
+from epic_rag_chroma.reading.containers import MAX_CHARACTERS, parsing, printable, requires
 from epic_rag_chroma.reading.document import (
     BrokenFileError,
     Document,
@@ -30,17 +29,9 @@ _MAX_OUTLINE = 10_000
 
 
 def read_pdf(data: bytes) -> Document:
-    """Read a PDF; damaged pages are skipped.
-
-    Raises:
-        BrokenFileError: If it is damaged or encrypted.
-        NotTextError: If there is no text in it.
-        MissingExtraError: If pypdf is not installed.
-    """
-    try:
+    """Read a PDF; damaged pages are skipped."""
+    with requires("pypdf", "reading PDF files"):
         import pypdf
-    except ImportError as error:
-        raise MissingExtraError("pypdf", "files", "reading PDF files") from error
     # pypdf logs every irregularity of a file; the reason for a skipped file is reported by the indexer.
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     with parsing(_FORMAT):
@@ -91,16 +82,12 @@ def _outline(reader: PdfReader, document: Document) -> list[Heading]:
         start = max(first.get(page, len(pages)), taken + 1)
         if start >= len(pages) or pages[start] != page:
             continue
-        found = next(
-            (
-                line
-                for line in range(start, len(pages))
-                if pages[line] == page and clean_title(document.lines[line]).casefold().endswith(title.casefold())
-            ),
-            None,
-        )
-        taken = start if found is None else found
-        headings.append(Heading(taken, level, title, 0 if found is None else 1))
+        taken, height = start, 0
+        for line in range(start, len(pages)):
+            if pages[line] == page and clean_title(document.lines[line]).casefold().endswith(title.casefold()):
+                taken, height = line, 1
+                break
+        headings.append(Heading(taken, level, title, height))
     return headings
 
 

@@ -1,6 +1,6 @@
 """Read line-based text: plain text, Markdown, reStructuredText, Org, manual pages, AsciiDoc, LaTeX, subtitles.
 
-Each reader returns the file's own lines with headings, split costs, and the lines that belong together. `LineBlocks`
+Each reader returns the file's lines with headings, split costs, and the lines that belong together. `LineBlocks`
 collects these block by block; Markdown is parsed by markdown-it-py, the other formats by regular expressions for the
 line-level syntax that marks sections, lists, tables and verbatim blocks.
 """
@@ -39,9 +39,6 @@ __all__ = [
 
 class LineBlocks:
     """Collects the structure of a file's lines for a `Document`.
-
-    Args:
-        lines: The file's lines.
 
     Attributes:
         lines: The file's lines.
@@ -88,11 +85,7 @@ class LineBlocks:
     def table(self, first: int, end: int, header: int, rule: int | None) -> None:
         """Add a table: kept together, split between rows if it must be, with its header repeated.
 
-        Args:
-            first: Its first line.
-            end: The line after its last.
-            header: The first line of the header.
-            rule: The line after the header; None if it has no header.
+        `header` is the first line of the header, and `rule` the line after it; None without a header.
         """
         self.costs[first] = SplitCost.BLOCK
         self.keep(first, end)
@@ -142,16 +135,14 @@ class LineBlocks:
                 self.keep(number, end)
             open_until.append(end)
 
-    def document(self, *, display_only: frozenset[int] = frozenset()) -> Document:
+    def document(self) -> Document:
         """Return the document."""
-        repeated_headers = [header for header in self._repeated_headers if header.first < header.end]
         return Document(
             self.lines,
             self.costs,
             sorted(self._headings, key=lambda heading: heading.line),
             keep_together=self._keep_together,
-            repeated_headers=sorted(repeated_headers, key=lambda header: header.first),
-            display_only=display_only,
+            repeated_headers=sorted(self._repeated_headers, key=lambda header: header.first),
         )
 
 
@@ -250,11 +241,14 @@ def read_rst(lines: list[str]) -> Document:
     _add_rst_blocks(blocks)
     styles: list[tuple[str, bool]] = []
     for number in range(1, len(lines)):
-        title = lines[number - 1]
-        if number in blocks.verbatim or not _is_underline(lines[number], title):
+        title, underline = lines[number - 1], lines[number]
+        if number in blocks.verbatim or not _ADORNMENT.match(underline):
+            continue
+        # docutils requires an underline as long as the title; up to two characters less is only a warning there.
+        if not title.strip() or _ADORNMENT.match(title) or len(underline.rstrip()) < max(2, len(title.strip()) - 2):
             continue
         before = lines[number - 2] if number >= 2 else ""
-        mark = lines[number][0]
+        mark = underline[0]
         over = bool(_ADORNMENT.match(before)) and before[0] == mark and len(before.rstrip()) >= len(title.strip())
         if (before.strip() and not over) or (title[:1].isspace() and not over):
             continue
@@ -316,13 +310,6 @@ def _add_simple_table(blocks: LineBlocks, first: int) -> int:
     return last
 
 
-def _is_underline(line: str, title: str) -> bool:
-    if not _ADORNMENT.match(line) or not title.strip() or _ADORNMENT.match(title):
-        return False
-    # docutils requires an underline as long as the title; up to two characters less is only a warning there.
-    return len(line.rstrip()) >= max(2, len(title.strip()) - 2)
-
-
 _ORG_HEADING = re.compile(
     r"^(\*{1,12})\s+(?:(?:TODO|DONE|NEXT|WAITING)\s+)?(?:\[#\w\]\s+)?(\S.*?)(?:\s+:[\w@#%:]+:)?\s*$"
 )
@@ -359,23 +346,17 @@ def read_org(lines: list[str]) -> Document:
         elif title is not None:
             blocks.heading(number, 0, title.group(1))
         elif line.lstrip().startswith("|"):
-            number = _add_org_table(blocks, number)
+            end = number
+            while end < len(lines) and lines[end].lstrip().startswith("|"):
+                end += 1
+            header = number + 1 if _ORG_RULE.match(line) and number + 1 < end else number
+            rule = next((row for row in range(header + 1, end) if _ORG_RULE.match(lines[row])), None)
+            blocks.table(number, end, header, rule)
+            number = end
             continue
         number += 1
     blocks.items(_ORG_BULLET)
     return blocks.document()
-
-
-def _add_org_table(blocks: LineBlocks, first: int) -> int:
-    """Add a table; return the line after it."""
-    lines = blocks.lines
-    end = first
-    while end < len(lines) and lines[end].lstrip().startswith("|"):
-        end += 1
-    start = first + 1 if _ORG_RULE.match(lines[first]) and first + 1 < end else first
-    rule = next((line for line in range(start + 1, end) if _ORG_RULE.match(lines[line])), None)
-    blocks.table(first, end, start, rule)
-    return end
 
 
 def read_man(lines: list[str]) -> Document:
@@ -498,7 +479,7 @@ def _add_asciidoc_table(blocks: LineBlocks, first: int) -> int:
         return first + 1
     header = first + 1
     options = lines[first - 1] if first else ""
-    # The first row is a header if an empty line follows it, or if the table's options say so.
+    # The first row is a header if an empty line follows it, or if the table's options name it.
     alone = header + 1 < end - 1 and lines[header].strip() and not lines[header + 1].strip()
     named = bool(header < end - 1 and (alone or "header" in options))
     blocks.table(first, end, header, header + 1 if named else None)
@@ -575,8 +556,6 @@ def _add_environment(blocks: LineBlocks, around: list[tuple[str, int]], match: r
 
 
 def _without_comment(line: str) -> str:
-    if "%" not in line:
-        return line
     return re.split(r"(?<!\\)%", line, maxsplit=1)[0]
 
 
@@ -636,8 +615,6 @@ def read_subtitles(lines: list[str]) -> Document:
             display_only |= {line for line in range(first, number) if line not in spoken}
         elif block and _NOT_SPOKEN.match(lines[first]) and not lines[first].startswith("NOTE"):
             display_only |= set(range(first, number))
-    if len(display_only) == len(lines) or not any(
-        lines[line].strip() for line in set(range(len(lines))) - display_only
-    ):
+    if not any(line.strip() for number, line in enumerate(lines) if number not in display_only):
         display_only = set()
     return Document(lines, costs, keep_together=keep_together, display_only=frozenset(display_only))

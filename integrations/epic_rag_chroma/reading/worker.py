@@ -10,7 +10,7 @@ It is a plain subprocess and not `multiprocessing`, whose spawn would import the
 in the worker, and whose connections unpickle by default.
 
 No worker outlives its indexer. Ctrl-C reaches only the indexer, which kills the worker at once. A worker whose indexer
-is gone exits by itself, at the latest when the time limit of the file ends.
+has exited ends by itself, at the latest when the time limit of the file ends.
 """
 
 from __future__ import annotations
@@ -41,16 +41,7 @@ from epic_rag_chroma.reading.document import (
 from epic_rag_chroma.reading.file_types import kind_of
 from epic_rag_chroma.reading.reader import read_document
 
-__all__ = [
-    "MEMORY_MIB",
-    "SECONDS",
-    "SECONDS_PER_MIB",
-    "WALL_CLOCK_FACTOR",
-    "IsolatedReader",
-    "document_from_json",
-    "document_to_json",
-    "serve",
-]
+__all__ = ["IsolatedReader", "document_from_json", "document_to_json", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +62,11 @@ _SECONDS_VARIABLE = "EPIC_RAG_FILE_SECONDS"
 _MEMORY_VARIABLE = "EPIC_RAG_FILE_MEMORY_MIB"
 # Exit statuses of a worker that was ended by its timers.
 _OUT_OF_TIME = tuple(-getattr(signal, name) for name in ("SIGPROF", "SIGALRM") if hasattr(signal, name))
+_ERRORS: dict[str, type[Exception]] = {
+    "not text": NotTextError,
+    "broken": BrokenFileError,
+    "missing": MissingExtraError,
+}
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from epic_rag_chroma.reading.worker import serve; serve()"
 )
@@ -114,16 +110,10 @@ class IsolatedReader:
             warn_of_missing_parser()  # the worker has no log
         with self._lock:
             reply = self._request(name, data)
-        message = [str(part) for part in reply.get("message", [])]
-        match reply.get("error"):
-            case "not text":
-                raise NotTextError(*message)
-            case "broken":
-                raise BrokenFileError(*message)
-            case "missing":
-                raise MissingExtraError(*message)
-            case "memory":
-                raise BrokenFileError(f"needs more than {self._memory_mib} MiB of memory to read")
+        if reply.get("error") == "memory":
+            raise BrokenFileError(f"needs more than {self._memory_mib} MiB of memory to read")
+        if reply.get("error") in _ERRORS:
+            raise _ERRORS[reply["error"]](*(str(part) for part in reply.get("message", [])))
         return document_from_json(reply)
 
     @property
@@ -358,15 +348,15 @@ def _limit_memory(memory: int) -> None:
         import resource
     except ImportError:  # Windows
         return
-    for what, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0)):
+    for kind, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0)):
         with suppress(ValueError, OSError):  # macOS refuses some; an administrator may have set lower ones
-            resource.setrlimit(what, (limit, resource.getrlimit(what)[1]))
+            resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
 
 
 def _limit_time(seconds: float) -> None:
     """Limit the CPU time of this process; the operating system kills it, also inside a parser. 0 for no limit.
 
-    A wall clock alarm covers a parser that waits, in case the indexer that would kill it is gone.
+    A wall clock alarm covers a parser that waits, in case the indexer, which would kill it, has exited.
     """
     if os.name == "posix":
         signal.setitimer(signal.ITIMER_PROF, seconds)

@@ -1,13 +1,13 @@
 """Walk the indexed folders and collect the files to index.
 
-Precedence of the rules: version control's own folders are never read; an .epicignore takes precedence over a
+Precedence of the rules: folders of version control are never read; an .epicignore takes precedence over a
 .gitignore, a deeper file over a higher one; hidden names are skipped unless an .epicignore re-includes them (`!name`);
 then the settings `exclude` and `include` decide, or the built-in excludes for files that nobody searches (lock files,
 minified code, backup files).
 
 The walk opens nothing but ignore files: entries are judged by their name and stat result. Symbolic links are followed
-last, when every file with a name of its own inside the root is known, so that no file is indexed twice and no loop is
-entered. `scan` walks one root, `scan_roots` all roots of an index; `read_file` reads a file that a walk found.
+last, when all regular files inside the root are known, so that no file is indexed twice and no loop is entered.
+ `scan` walks one root, `scan_roots` all roots of an index; `read_file` reads a file that a walk found.
 """
 
 from __future__ import annotations
@@ -98,25 +98,6 @@ def scan(root: Path, settings: IndexSettings, *, index_dir: Path | None = None, 
     return result
 
 
-class _NamePatterns:
-    """The settings' `exclude` and `include`, and the built-in excludes where there is no `include`.
-
-    As in the walk, each folder above a file is checked before the file.
-    """
-
-    def __init__(self, settings: IndexSettings) -> None:
-        self._include = IgnorePatterns(settings.include, "include") if settings.include else None
-        self._exclude = IgnorePatterns(settings.exclude, "exclude") if settings.exclude else None
-
-    def excludes(self, path: str, is_folder: bool) -> bool:
-        """Return whether a path relative to the root is excluded."""
-        if self._exclude is not None and self._exclude.decide(path, is_folder):
-            return True
-        if self._include is not None and not is_folder:
-            return not self._include.selects(path)
-        return bool(_DEFAULT_EXCLUDE.decide(path, is_folder))
-
-
 def _is_index_folder(folder: str) -> bool:
     """Return whether a folder is an index (under any name) or a Chroma folder, neither of which holds documents."""
     if os.path.lexists(os.path.join(folder, "chroma.sqlite3")):
@@ -127,15 +108,6 @@ def _is_index_folder(folder: str) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class _Link:
-    """A symbolic link to follow after the walk: its path, its location, and the rules of its folder."""
-
-    path: str
-    location: str
-    rules: IgnoreRules
-
-
 class _Walk:
     def __init__(
         self, root: Path, settings: IndexSettings, index_dir: Path | None, elsewhere: Sequence[Path], result: Scan
@@ -144,9 +116,11 @@ class _Walk:
         self._index_dir = str(index_dir) if index_dir is not None else None
         self._elsewhere = [other for other in elsewhere if other != root]
         self._follow_links = settings.follow_links
-        self._patterns = _NamePatterns(settings)
+        self._include = IgnorePatterns(settings.include, "include") if settings.include else None
+        self._exclude = IgnorePatterns(settings.exclude, "exclude") if settings.exclude else None
         self._result = result
-        self._links: list[_Link] = []
+        # Links to follow after the walk: path, location, and the rules of the folder.
+        self._links: list[tuple[str, str, IgnoreRules]] = []
         self._visited: set[tuple[int, int]] = set()
 
     def run(self) -> None:
@@ -155,13 +129,13 @@ class _Walk:
             return
         known = {str(file.location) for file in self._result.files}
         while self._links:
-            links, self._links = sorted(self._links, key=lambda link: link.path), []
-            for link in links:
+            links, self._links = sorted(self._links, key=lambda link: link[0]), []
+            for path, location, rules in links:
                 start = len(self._result.files)
                 try:
-                    self._follow(link)
+                    self._follow(path, Path(location).resolve(strict=True), rules)
                 except (OSError, RuntimeError):  # before Python 3.13, resolving a loop raises RuntimeError
-                    self._skip(link.path, "a broken symbolic link")
+                    self._skip(path, "a broken symbolic link")
                 # A file that is reachable in two ways is indexed under the name that was found first.
                 new = [file for file in self._result.files[start:] if str(file.location) not in known]
                 self._result.files[start:] = new
@@ -185,7 +159,7 @@ class _Walk:
             names = {entry.name for entry in listed}
             if prefix and not names.isdisjoint((INDEX_FILE, "chroma.sqlite3")) and _is_index_folder(folder):
                 continue
-            rules = rules.enter(folder, prefix, names)
+            rules = rules.enter(folder, names, skip=len(prefix))
             for entry in listed:
                 if self._visit(entry, prefix, rules):
                     stack.append((entry.path, f"{prefix}{entry.name}/", rules))
@@ -204,7 +178,7 @@ class _Walk:
             elif is_folder:
                 return True
             elif entry.is_symlink():
-                self._links.append(_Link(path, entry.path, rules))
+                self._links.append((path, entry.path, rules))
             elif not entry.is_file(follow_symlinks=False):
                 self._skip(path, "neither a file nor a folder")
             elif is_binary_name(entry.name):
@@ -216,29 +190,34 @@ class _Walk:
             self._result.unreadable.append(path)
         return False
 
-    def _follow(self, link: _Link) -> None:
-        """Add the target of a link, unless it has a name of its own in a root or may not be read."""
-        target = Path(link.location).resolve(strict=True)
+    def _follow(self, path: str, target: Path, rules: IgnoreRules) -> None:
+        """Add the target of a link, unless a walk finds it under another name or it may not be read."""
         info = target.stat()
         if any(target.is_relative_to(other) for other in self._elsewhere):
             return
         inside = target.is_relative_to(self._root)
         if not inside and not self._follow_links:
-            self._skip(link.path, "a symbolic link that leaves the indexed folder")
+            self._skip(path, "a symbolic link that leaves the indexed folder")
         elif _VERSION_CONTROL.intersection(target.parts[len(self._root.parts) :] if inside else target.parts):
             return
         elif stat.S_ISDIR(info.st_mode):
             is_index = str(target) == self._index_dir or _is_index_folder(str(target))
-            if self._follow_links and not is_index and not self._excludes(link.path, True, link.rules):
-                self._walk(str(target), f"{link.path}/", link.rules)
+            if self._follow_links and not is_index and not self._excludes(path, True, rules):
+                self._walk(str(target), f"{path}/", rules)
         elif not stat.S_ISREG(info.st_mode):
-            self._skip(link.path, "a symbolic link to neither a file nor a folder")
+            self._skip(path, "a symbolic link to neither a file nor a folder")
         elif not is_binary_name(target.name):
-            self._result.files.append(FoundFile(link.path, target))
+            self._result.files.append(FoundFile(path, target))
 
     def _excludes(self, path: str, is_folder: bool, rules: IgnoreRules) -> bool:
-        name = path.rpartition("/")[2]
-        return rules.ignores(path, name, is_folder) or self._patterns.excludes(path, is_folder)
+        """Return whether ignore files, settings or built-in rules exclude a path; its folders were checked before."""
+        if rules.ignores(path, path.rpartition("/")[2], is_folder):
+            return True
+        if self._exclude is not None and self._exclude.decide(path, is_folder):
+            return True
+        if self._include is not None and not is_folder:
+            return not self._include.selects(path)
+        return bool(_DEFAULT_EXCLUDE.decide(path, is_folder))
 
     def _skip(self, path: str, reason: str) -> None:
         self._result.skipped.append(SkippedFile(path, reason))

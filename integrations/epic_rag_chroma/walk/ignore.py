@@ -1,12 +1,12 @@
 """Ignore patterns with git's semantics, and the stack of .gitignore and .epicignore files that apply to a folder.
 
 `IgnorePatterns` implements the rules of git's dir.c and wildmatch.c for one list of patterns. It is the only matcher of
-the package: the walk, `include` and `exclude` settings and `--path` filters all use it. Two questions can be put to it:
+the package: the walk, `include` and `exclude` settings and `--path` filters all use it. It has two methods:
 
 * `decide(path, is_folder)` matches one entry and never what lies below it. A walk decides every folder on its way down,
   so after `*` and `!*/` (allow-listing) folders are entered, and after `*.md` and `!docs/` a Markdown file in docs is
   still ignored, as in git.
-* `selects(path)` matches a file by itself or by a folder above it, for lists of what is wanted: `guide` selects all of
+* `selects(path)` matches a file by itself or by a folder above it, for lists of wanted files: `guide` selects all of
   guide/.
 
 `IgnoreRules` holds the ignore files of a folder and of all folders above it. An .epicignore takes precedence over any
@@ -300,21 +300,27 @@ class IgnoreRules:
         for folder in reversed(folders):
             names = [name for name in (GIT_IGNORE, EPIC_IGNORE) if (folder / name).is_file()]
             relative = root.relative_to(folder)
-            rules = rules._with(str(folder), names, prefix=relative.as_posix() + "/")
+            rules = rules.enter(str(folder), names, prefix=relative.as_posix() + "/")
             rest = root.relative_to(folder / relative.parts[0])
             if rules._ignores_ancestor("" if rest == Path() else f"{rest.as_posix()}/"):
                 return cls()
         return rules
 
-    def enter(self, folder: str, prefix: str, names: Collection[str]) -> IgnoreRules:
+    def enter(self, folder: str, names: Collection[str], *, skip: int = 0, prefix: str = "") -> IgnoreRules:
         """Return the rules inside a folder.
 
         Args:
             folder: Its location.
-            prefix: Its path with a slash at the end; "" for the root.
             names: The names in it.
+            skip: As in `_IgnoreFile`.
+            prefix: As in `_IgnoreFile`.
         """
-        return self._with(folder, names, skip=len(prefix))
+        git, epic = self.git, self.epic
+        if GIT_IGNORE in names:
+            git = (*git, _IgnoreFile(_read_ignore_file(os.path.join(folder, GIT_IGNORE)), skip, prefix))
+        if EPIC_IGNORE in names:
+            epic = (*epic, _IgnoreFile(_read_ignore_file(os.path.join(folder, EPIC_IGNORE)), skip, prefix))
+        return self if git is self.git and epic is self.epic else IgnoreRules(git, epic)
 
     def ignores(self, path: str, name: str, is_folder: bool) -> bool:
         """Return whether an entry is ignored; hidden names are, unless an .epicignore re-includes them."""
@@ -325,22 +331,12 @@ class IgnoreRules:
 
     def _ignores_ancestor(self, rest: str) -> bool:
         """Return whether the folder above the root is ignored from which the root is `rest`."""
-
-        def of_ancestor(files: tuple[_IgnoreFile, ...]) -> tuple[_IgnoreFile, ...]:
-            return tuple(
-                replace(file, prefix=file.prefix[: len(file.prefix) - len(rest)].rstrip("/")) for file in files
-            )
-
-        decision = _last_decision(of_ancestor(self.epic), "", True)
-        return bool(_last_decision(of_ancestor(self.git), "", True) if decision is None else decision)
-
-    def _with(self, folder: str, names: Collection[str], *, skip: int = 0, prefix: str = "") -> IgnoreRules:
-        git, epic = self.git, self.epic
-        if GIT_IGNORE in names:
-            git = (*git, _IgnoreFile(_read_ignore_file(os.path.join(folder, GIT_IGNORE)), skip, prefix))
-        if EPIC_IGNORE in names:
-            epic = (*epic, _IgnoreFile(_read_ignore_file(os.path.join(folder, EPIC_IGNORE)), skip, prefix))
-        return self if git is self.git and epic is self.epic else IgnoreRules(git, epic)
+        git, epic = (
+            tuple(replace(file, prefix=file.prefix[: len(file.prefix) - len(rest)].rstrip("/")) for file in files)
+            for files in (self.git, self.epic)
+        )
+        decision = _last_decision(epic, "", True)
+        return bool(_last_decision(git, "", True) if decision is None else decision)
 
 
 def _last_decision(files: tuple[_IgnoreFile, ...], path: str, is_folder: bool) -> bool | None:
