@@ -1,13 +1,13 @@
 """Walk the indexed folders and collect the files to index.
 
-Precedence of the rules: folders of version control are never read; an .epicignore takes precedence over a
-.gitignore, a deeper file over a higher one; hidden names are skipped unless an .epicignore re-includes them (`!name`);
-then the settings `exclude` and `include` decide, or the built-in excludes for files that nobody searches (lock files,
-minified code, backup files).
+Precedence of the rules: folders of version control are never read; an .epicignore takes precedence over a .gitignore,
+a deeper file over a higher one; hidden names are skipped unless an .epicignore re-includes them (`!name`); then the
+settings `exclude` and `include` decide, or the built-in excludes for files that nobody searches (lock files, minified
+code, backup files).
 
-The walk opens nothing but ignore files: entries are judged by their name and stat result. Symbolic links are followed
-last, when all regular files inside the root are known, so that no file is indexed twice and no loop is entered.
- `scan` walks one root, `scan_roots` all roots of an index; `read_file` reads a file that a walk found.
+The walk opens only ignore files: entries are judged by their name and stat result. Symbolic links are followed last,
+when all regular files inside the root are known, so that no file is indexed twice and no loop is entered. `scan` walks
+one root, `scan_roots` all roots of an index; `read_file` reads a file that a walk found.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ def _literal(glob: str, position: int) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class _IgnoreFile:
-    """One ignore file; `skip` and `prefix` make a path relative to its folder of a path relative to the root.
+    """The patterns of one ignore file, for paths relative to the root.
 
     Args:
         patterns: The patterns.
@@ -312,8 +312,8 @@ class IgnoreRules:
         Args:
             folder: Its location.
             names: The names in it.
-            skip: As in `_IgnoreFile`.
-            prefix: As in `_IgnoreFile`.
+            skip: The length of its path with a slash at the end, if it is below the root.
+            prefix: The folders between it and the root, with a slash at the end, if it is above the root.
         """
         git, epic = self.git, self.epic
         if GIT_IGNORE in names:
