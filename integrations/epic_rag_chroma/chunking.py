@@ -245,7 +245,17 @@ class _Chunker:
         budget = max(1, self._max - prefix_tokens)
         units = self._trimmed(self._units(section, budget))
         groups = [self._trimmed(group) for group in self._packed(units, budget)]
-        return list(self._fitting([group for group in groups if group], section, prefix))
+        placed = list(self._fitting([group for group in groups if group], section, prefix))
+        # Chunks inside another one are dropped: before lines that need a chunk of their own, one may be nothing but the
+        # overlap; and half of a group that was too long may be inside its neighbour.
+        extents = [((first.line, first.start), (last.line, last.end)) for first, last, _ in placed]
+        kept: set[int] = set()
+        reached = (-1, 0)
+        for number in sorted(range(len(placed)), key=lambda n: (extents[n][0], [-place for place in extents[n][1]])):
+            if extents[number][1] > reached:
+                kept.add(number)
+                reached = extents[number][1]
+        return [chunk for number, (_, _, chunk) in enumerate(placed) if number in kept]
 
     def _prefix(self, path: tuple[str, ...]) -> tuple[str, int]:
         """Return the embedded headings and their tokens; only the innermost ones if all exceed a quarter of a chunk."""
@@ -366,8 +376,13 @@ class _Chunker:
         middle = self._lines[first.line + 1 : last.line]
         return "\n".join([self._lines[first.line][first.start :], *middle, self._lines[last.line][: last.end]])
 
-    def _fitting(self, groups: list[list[_Unit]], section: Section, prefix: str) -> Iterator[Chunk]:
-        """Yield the chunks of groups; a group with more tokens than the sum of its units is halved until it fits."""
+    def _fitting(
+        self, groups: list[list[_Unit]], section: Section, prefix: str
+    ) -> Iterator[tuple[_Unit, _Unit, Chunk]]:
+        """Yield the chunks of groups with their first and last units.
+
+        A group with more tokens than the sum of its units is halved until it fits.
+        """
         texts = [self._text(group) for group in groups]
         embedded = [self._embedded(group, section, prefix) for group in groups]
         pages, spans = self._document.pages, self._document.spans
@@ -385,12 +400,13 @@ class _Chunker:
                 yield from self._fitting([half for half in map(self._trimmed, halves) if half], section, prefix)
                 continue
             first, last = group[0].line, group[-1].line
+            lines: tuple[int | None, int | None] = (first + 1, last + 1)
             if pages is not None:
-                yield Chunk(text, read, section.path, None, None, pages[first] or None, tokens)
+                lines = (None, None)
             elif spans is not None:
-                yield Chunk(text, read, section.path, spans[first][0], max(spans[last]), None, tokens)
-            else:
-                yield Chunk(text, read, section.path, first + 1, last + 1, None, tokens)
+                lines = (spans[first][0], max(spans[last]))
+            page = pages[first] or None if pages is not None else None
+            yield group[0], group[-1], Chunk(text, read, section.path, *lines, page, tokens)
 
     def _embedded(self, group: list[_Unit], section: Section, prefix: str) -> str:
         hidden = self._document.display_only

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import re
+from collections.abc import Callable, Sequence
+from itertools import count, pairwise, permutations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from epic_rag import EpicEncoder
 from epic_rag_chroma.chunking import Chunk, chunk_document
@@ -112,6 +116,42 @@ def test_long_headings() -> None:
     chunks = markdown("# " + "word " * 40 + "\n\n## B\n\n" + "text here. " * 60, size=20)
     assert max(chunk.tokens for chunk in chunks) <= 20
     assert chunks[-1].embedded.startswith("B\n\n")
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.sampled_from(["", "# ", "- ", "    ", "| "])), max_size=40),
+    st.integers(4, 40),
+    st.integers(0, 12),
+    st.sampled_from([read_text, read_markdown, read_rst]),
+    st.booleans(),
+)
+def test_no_chunk_is_inside_another(
+    lines: list[tuple[int, str]], size: int, overlap: int, read: Callable[[list[str]], Document], joined_costs: bool
+) -> None:
+    """Every word is there once, so that a chunk whose words are all in another one is inside it."""
+    numbers = count(1)
+    text = "\n".join(start + " ".join(f"w{next(numbers)}" for _ in range(words)) for words, start in lines)
+
+    def tokens(texts: Sequence[str]) -> list[int]:
+        # Some tokenizers need more tokens for lines together than for each alone; such groups are halved.
+        return [len(text.split()) + (text.strip().count("\n") if joined_costs else 0) for text in texts]
+
+    chunks = chunk_document(
+        read(split_lines(text)), max_tokens=size, overlap=min(overlap, size - 1), count_tokens=tokens
+    )
+    words_of = [frozenset(re.findall(r"w\d+", chunk.text)) for chunk in chunks]
+    inside = [(a, b) for a, b in permutations([words for words in words_of if words], 2) if a <= b]
+    assert inside == []
+    assert frozenset().union(*words_of) == frozenset(re.findall(r"w\d+", text))
+    firsts = [chunk.first_line or 0 for chunk in chunks]
+    assert firsts == sorted(firsts)
+
+
+def test_overlap_alone_is_no_chunk() -> None:
+    """The second line fits into the overlap, but not together with the third one."""
+    text = "\n".join([" ".join(["first"] * 30), "see below:", " ".join(["third"] * 35)])
+    chunks = cut(read_text(split_lines(text)), size=36, overlap=8)
+    assert places(chunks) == [((), 1, 2), ((), 3, 3)]
 
 
 def test_overlap() -> None:
