@@ -278,7 +278,8 @@ IndexDir = Annotated[
         "--index-dir",
         metavar="DIR",
         envvar="EPIC_RAG_INDEX",
-        help="The index folder. Without it: the nearest .epic-rag in the working directory and its parents.",
+        help="The index folder, or a folder whose .epic-rag it is. Without it: the nearest .epic-rag in the working "
+        "directory and its parents.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

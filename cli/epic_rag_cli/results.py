@@ -65,13 +65,14 @@ def find_index(given: Path | None) -> Path:
     """Return the index folder of a command that reads an index.
 
     Args:
-        given: The value of `--index-dir`; None finds `.epic-rag` in the working directory or its parents.
+        given: The value of `--index-dir`: an index, or a folder that has one as `.epic-rag`. None finds `.epic-rag` in
+            the working directory or its parents.
 
     Raises:
         IndexNotFoundError: If none is given or found.
     """
     if given is not None:
-        return given
+        return given / INDEX_FOLDER if (given / INDEX_FOLDER).is_dir() else given
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / INDEX_FOLDER).is_dir():
@@ -332,6 +333,8 @@ def _scores(hit: Hit, mode: SearchMode) -> str:
         del scores["bm25"]
     digits = {"rerank": 3, "cosine": 3, "bm25": 2}
     shown = [f"{name} {score:.{digits[name]}f}" for name, score in scores.items() if score is not None]
+    # FTS5 gives a term in more than half of the chunks the weight 0.000001.
+    shown = ["bm25 <0.01" if each == "bm25 0.00" else each for each in shown]
     return ", ".join(shown) or f"score {hit.score:.3f}"
 
 

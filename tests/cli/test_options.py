@@ -1,4 +1,4 @@
-"""Shell completion: names that are known without loading a library."""
+"""Options of several commands: index folders, and shell completion with names known without loading a library."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from epic_rag import list_checkpoints
 from epic_rag.demonstrations import built_in_banks
@@ -84,3 +87,32 @@ def test_names_and_folders(tiny_checkpoint: Path) -> None:
     assert complete_tasks("zzz") == []
     assert complete_modes("") == list(SEARCH_MODES)
     assert complete_strategies("") == list(QUERY_STRATEGIES)
+
+
+def test_index_dir_may_be_the_indexed_folder(cli: Any, indexed: Path, tiny_checkpoint: Path) -> None:
+    """Every command that takes --index-dir finds the index in a folder that was given instead."""
+    given = ("--index-dir", "docs")
+    answer = json.loads(cli("query", "cats", *given, "--mode", "keyword", "--json").out)
+    assert (answer["index_dir"], len(answer["hits"])) == ("docs/.epic-rag", 1)
+    assert json.loads(cli("status", *given, "--json").out)["index_dir"] == str(indexed / ".epic-rag")
+    assert json.loads(cli("index", *given, "--json").out)["unchanged"] == 4
+    assert json.loads(cli("index", "docs", *given, "--dry-run", "--json").out)["unchanged"] == 4
+    assert cli("clear", *given, "--yes").err == "note: Deleted docs/.epic-rag.\n"
+    assert indexed.is_dir()
+    # Without an index in it, the folder itself is meant.
+    for command in (["query", "x"], ["status"], ["clear", "--yes"]):
+        result = cli(*command, *given)
+        assert (result.status, result.err) == (
+            1, f"error: No index in {indexed}. Run `epic-rag index PATH` to create one.\n",
+        )  # fmt: skip
+    assert cli("index", "docs", "--index-dir", "new", "--model", tiny_checkpoint).status == 0
+    assert Path("new").is_dir()
+
+
+def test_the_nearest_index_above_is_used(cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(indexed / "drafts")
+    for command in (["query", "cats", "--mode", "keyword"], ["index"]):
+        assert json.loads(cli(*command, "--json").out)["index_dir"] == str(indexed / ".epic-rag")
+    assert json.loads(cli("status", "--json").out)["index_dir"] == str(indexed / ".epic-rag")
+    assert cli("clear", "--yes").status == 0
+    assert not (indexed / ".epic-rag").exists()

@@ -102,6 +102,9 @@ def test_paths_can_be_opened_from_the_working_directory(
     ("options", "changes", "expected"),
     [
         ([], {"bm25": 6.2}, "cosine 0.712, bm25 6.20"),
+        ([], {"bm25": 0.0051}, "cosine 0.712, bm25 0.01"),
+        ([], {"bm25": 1e-6}, "cosine 0.712, bm25 <0.01"),
+        (["--mode", "keyword"], {"cosine": None, "bm25": 1e-6}, "bm25 <0.01"),
         ([], {}, "cosine 0.712"),
         (["--mode", "dense"], {"bm25": None}, "cosine 0.712"),
         (["--mode", "keyword"], {"cosine": None, "bm25": 6.2}, "bm25 6.20"),
@@ -376,7 +379,8 @@ def test_batch_that_is_not_there(fake: type[FakeIndexer], cli: Any) -> None:
         (["x", "-n", "4"], "-n needs demonstrations. Pass --bank"),
         (["x", "--open", "0"], "--open"),
         (["x", "--mode", "sparse"], "--mode"),
-        (["-", "x"], "x"),
+        (["-", "x"], "`-` (standard input) and TEXT exclude each other"),
+        (["how", "--depth", "3"], "No such option: --depth"),
     ],
 )
 def test_wrong_command_lines(fake: type[FakeIndexer], cli: Any, arguments: list[str], facts: str) -> None:
@@ -384,6 +388,23 @@ def test_wrong_command_lines(fake: type[FakeIndexer], cli: Any, arguments: list[
     assert (result.status, result.out) == (2, "")
     assert facts in result.err
     assert result.err.endswith("See `epic-rag query --help`.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["how", "do", "I", "undo"], "how do I undo"),
+        (["how do I", "undo"], "how do I undo"),
+        (["undo", "-k", "3", "the", "last", "--all", "commit"], "undo the last commit"),
+        (["-k", "3", "undo", "--", "--soft", "-q"], "undo --soft -q"),
+        (["--", "--soft", "-", "undo"], "--soft - undo"),
+        (["undo", "--open", "the", "commit"], "undo the commit"),
+        (["two  spaces"], "two  spaces"),
+    ],
+)
+def test_words_are_one_query(fake: type[FakeIndexer], cli: Any, arguments: list[str], expected: str) -> None:
+    assert cli("query", "--index-dir", "anywhere", *arguments).status == 0
+    assert fake.texts == [expected]
 
 
 @pytest.mark.parametrize(

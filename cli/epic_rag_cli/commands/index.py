@@ -77,7 +77,7 @@ def index(
             "--index-dir",
             metavar="DIR",
             envvar="EPIC_RAG_INDEX",
-            help="The index folder. Without it: .epic-rag in the first PATH.",
+            help="The index folder, or a folder whose .epic-rag it is. Without it: .epic-rag in the first PATH.",
         ),
     ] = None,
     model: Model = None,
@@ -150,12 +150,10 @@ def index(
     for path in places:  # before a model is loaded or a folder is made
         if not path.exists():
             raise DataError(f"No such file or folder: {path}. Check the path.")
-    if index_dir is not None:
-        folder = index_dir
-    elif places:
+    if index_dir is None and places:
         folder = (places[0] if places[0].is_dir() else places[0].parent) / INDEX_FOLDER
     else:
-        folder = find_index(None)
+        folder = find_index(index_dir)
     indexer = open_indexer(folder, model=model, dtype=dtype, device=device, chroma=chroma)
     settings = _settings(
         indexer, rebuild, include=include, exclude=exclude, follow_links=follow_links, chunk_tokens=chunk_tokens

@@ -65,12 +65,13 @@ _GOTO_EDITORS = frozenset(["code", "code-insiders", "codium", "cursor", "windsur
 
 
 def query(
-    text: Annotated[
-        str | None,
+    words: Annotated[
+        list[str] | None,
         typer.Argument(
             metavar="TEXT",
-            help="The query, in your own words; `-` reads it from standard input. Without it, on a terminal: a prompt "
-            "for one query after the other.",
+            help="The query, in your own words; quotes are needed only around characters of the shell and words that "
+            "begin with a dash. `-` reads it from standard input. Without it, on a terminal: a prompt for one query "
+            "after the other.",
             show_default=False,
         ),
     ] = None,
@@ -163,10 +164,13 @@ def query(
 
     Examples:
         epic-rag query 'how do I undo the last commit?'
-        epic-rag query 'undo the last commit' -k 3 --json
+        epic-rag query undo the last commit -k 3 --json
         epic-rag query 'undo the last commit' --bank docs --num-demonstrations 4
         epic-rag query 'commit' --mode keyword --path '*.md' --since 30d
     """
+    if words and words[0] == "-" and len(words) > 1:
+        raise usage_error("`-` (standard input) and TEXT exclude each other. Use one of them.")
+    text = " ".join(words) if words else None
     if as_json and as_json_lines:
         raise usage_error("--json and --jsonl exclude each other. Use one of them.")
     if batch is not None and (text is not None or open_number is not None):
