@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from epic_rag_chroma.reading.document import HEADING_SEPARATOR, Document, SplitCost
+from epic_rag_chroma.reading.document import HEADING_SEPARATOR, Document, SplitCost, substituted
 
 __all__ = ["Chunk", "CountTokens", "Section", "chunk_document", "sections_of", "split_long_line"]
 
@@ -148,6 +148,8 @@ class Chunk:
         last_line: Last line, inclusive; None for formats with pages.
         page: Page, from 1; None for formats with lines.
         tokens: Number of tokens of `embedded`.
+        words: The text for a keyword index: `text` with the document's substitutions and without its display-only
+            lines, as in `embedded`; without headings and repeated header.
     """
 
     text: str
@@ -157,6 +159,7 @@ class Chunk:
     last_line: int | None
     page: int | None
     tokens: int
+    words: str
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def chunk_document(document: Document, *, max_tokens: int, overlap: int, count_t
         count_tokens: The encoder's token count.
 
     Returns:
-        Chunks in order. Every line with text is in at least one.
+        Chunks in order. Every line with text to embed is in at least one.
     """
     chunker = _Chunker(document, max_tokens, overlap, count_tokens)
     return [chunk for section in sections_of(document, chunker.fits) for chunk in chunker.split(section)]
@@ -200,6 +203,9 @@ class _Chunker:
     def __init__(self, document: Document, max_tokens: int, overlap: int, count_tokens: CountTokens) -> None:
         self._document = document
         self._lines = document.lines
+        self._read_lines = list(document.lines)
+        for number, substitutions in document.substitutions.items():
+            self._read_lines[number] = substituted(document.lines[number], substitutions)
         self._max = max_tokens
         self._overlap = overlap
         self._count = count_tokens
@@ -218,7 +224,7 @@ class _Chunker:
         for number in display_only:
             tokens[number] = 0
         counted = []
-        for number, line in enumerate(self._lines):
+        for number, line in enumerate(self._read_lines):
             if number not in display_only and len(line) > _WINDOW:
                 tokens[number] = self._max + 1
             elif number not in display_only and line.strip():
@@ -226,7 +232,7 @@ class _Chunker:
         for start in range(0, len(counted), _COUNTED_LINES):
             some = counted[start : start + _COUNTED_LINES]
             # With the line end, for which some tokenizers have a token.
-            for number, count in zip(some, self._count([self._lines[n] + "\n" for n in some]), strict=True):
+            for number, count in zip(some, self._count([self._read_lines[n] + "\n" for n in some]), strict=True):
                 tokens[number] = count
         return tokens
 
@@ -384,9 +390,13 @@ class _Chunker:
         A group with more tokens than the sum of its units is halved until it fits.
         """
         texts = [self._text(group) for group in groups]
-        embedded = [self._embedded(group, section, prefix) for group in groups]
+        words = [self._words(group) for group in groups]
+        embedded = [self._embedded(group, read, section, prefix) for group, read in zip(groups, words, strict=True)]
         pages, spans = self._document.pages, self._document.spans
-        for group, text, read, tokens in zip(groups, texts, embedded, self._count(embedded), strict=True):
+        counts = self._count(embedded)
+        for group, text, plain, read, tokens in zip(groups, texts, words, embedded, counts, strict=True):
+            if not plain.strip():
+                continue
             if tokens > self._max and (len(group) > 1 or len(text) > 1):
                 middle = len(group) // 2
                 halves = [group[:middle], group[middle:]]
@@ -406,12 +416,23 @@ class _Chunker:
             elif spans is not None:
                 lines = (spans[first][0], max(spans[last]))
             page = pages[first] or None if pages is not None else None
-            yield group[0], group[-1], Chunk(text, read, section.path, *lines, page, tokens)
+            yield group[0], group[-1], Chunk(text, read, section.path, *lines, page, tokens, plain)
 
-    def _embedded(self, group: list[_Unit], section: Section, prefix: str) -> str:
-        hidden = self._document.display_only
-        read = [unit for unit in group if unit.line not in hidden] if hidden else group
-        text = self._text(group) if len(read) in (0, len(group)) else "\n".join(self._text([unit]) for unit in read)
+    def _words(self, group: list[_Unit]) -> str:
+        """Return the text of units without display-only lines and with substitutions."""
+        hidden, substitutions = self._document.display_only, self._document.substitutions
+        if not hidden and not substitutions:
+            return self._text(group)
+        first, last = group[0], group[-1]
+        parts = []
+        for line in range(first.line, last.line + 1):
+            if line not in hidden:
+                start = first.start if line == first.line else 0
+                end = last.end if line == last.line else len(self._lines[line])
+                parts.append(substituted(self._lines[line], substitutions.get(line, ()), start, end))
+        return "\n".join(parts)
+
+    def _embedded(self, group: list[_Unit], text: str, section: Section, prefix: str) -> str:
         header = self._repeated_header(group[0].line)
         if header is not None:
             text = f"{header[0]}\n{text}"

@@ -6,12 +6,14 @@ Every reader returns one. It is all that the chunker gets, so the chunker is ind
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 __all__ = [
     "CLOSING_QUOTES",
     "HEADING_SEPARATOR",
+    "INVISIBLE",
     "BrokenFileError",
     "Document",
     "Heading",
@@ -19,8 +21,11 @@ __all__ = [
     "RepeatedHeader",
     "Scope",
     "SplitCost",
+    "Substitution",
     "clean_title",
+    "plain_title",
     "split_lines",
+    "substituted",
     "text_split_costs",
 ]
 
@@ -33,7 +38,17 @@ _SENTENCE_END = re.compile(rf"[.!?:;\u3002\uff01\uff1f][{CLOSING_QUOTES}*_`]*\s*
 _LINK = re.compile(r"!?\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])")
 _TAG = re.compile(r"</?[a-zA-Z][^>]*>")
 _ANCHOR = re.compile(r"\s*\{[#:.][^}]*\}\s*$")
+# Unicode's Default_Ignorable_Code_Point: soft hyphens, zero-width and other characters that are not seen.
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
+)
+_SEPARATOR_AT_END = re.compile(r"^(?:> )+|(?: >)+$")
 _MAX_TITLE = 200
+
+# A part of a line, from one character to another, that is embedded as another text: an escape as the letter that it
+# stands for, markup as nothing.
+Substitution = tuple[int, int, str]
 
 
 class NotTextError(Exception):
@@ -108,6 +123,9 @@ class Document:
             They may be nested.
         repeated_headers: In order of lines, disjoint.
         display_only: Lines that are part of the text and not of the embedded text (the times of subtitles).
+        substitutions: The substitutions in a line, in order and disjoint, for the lines that have some. They change
+            the embedded text and the keywords; the shown text stays the file's.
+        metadata: The front matter: values and lists of values by key, as texts.
     """
 
     lines: list[str]
@@ -119,6 +137,8 @@ class Document:
     keep_together: list[tuple[int, int]] = field(default_factory=list)
     repeated_headers: list[RepeatedHeader] = field(default_factory=list)
     display_only: frozenset[int] = frozenset()
+    substitutions: dict[int, tuple[Substitution, ...]] = field(default_factory=dict)
+    metadata: dict[str, str | list[str]] = field(default_factory=dict)
 
 
 def split_lines(text: str) -> list[str]:
@@ -143,10 +163,31 @@ def text_split_costs(lines: list[str]) -> list[SplitCost]:
     return costs
 
 
+def substituted(line: str, substitutions: Sequence[Substitution], start: int = 0, end: int | None = None) -> str:
+    """Return a part of a line as it is embedded.
+
+    A substitution that begins before `start` belongs to the part before, as a whole.
+    """
+    end = len(line) if end is None else end
+    parts = []
+    position = start
+    for first, last, text in substitutions:
+        if first >= start and first < end:
+            parts += (line[position:first], text)
+        if first < end:
+            position = max(position, last)
+    parts.append(line[position:end])
+    return "".join(parts)
+
+
+def plain_title(title: str) -> str:
+    """Return a heading on one line, without the separator of heading paths."""
+    title = " ".join(INVISIBLE.sub("", title).split())[:_MAX_TITLE].replace(HEADING_SEPARATOR, " / ")
+    return _SEPARATOR_AT_END.sub("", title).strip()
+
+
 def clean_title(title: str) -> str:
-    """Return a heading without markup, on one line, and without the separator of heading paths."""
+    """Return a heading without Markdown's or HTML's markup, as `plain_title` does."""
     title = _LINK.sub(r"\1", _ANCHOR.sub("", title))
     title = _TAG.sub("", title).replace("`", "").replace("**", "").replace("¶", "")
-    title = re.sub(r"(?<!\w)[*_](?=\S)|(?<=\S)[*_](?!\w)", "", title)
-    title = " ".join(title.split()).replace(HEADING_SEPARATOR, " / ")
-    return title[:_MAX_TITLE].strip(" >")
+    return plain_title(re.sub(r"(?<!\w)[*_](?=\S)|(?<=\S)[*_](?!\w)", "", title))

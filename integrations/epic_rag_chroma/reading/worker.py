@@ -268,6 +268,8 @@ def document_to_json(document: Document) -> dict[str, Any]:
         "keep_together": document.keep_together,
         "repeated_headers": [[header.first, header.end, header.text] for header in document.repeated_headers],
         "display_only": sorted(document.display_only),
+        "substitutions": [[line, some] for line, some in document.substitutions.items()],
+        "metadata": document.metadata,
     }
 
 
@@ -284,6 +286,10 @@ def document_from_json(content: dict[str, Any]) -> Document:
         keep_together=[(first, end) for first, end in content["keep_together"]],
         repeated_headers=[RepeatedHeader(*header) for header in content["repeated_headers"]],
         display_only=frozenset(content["display_only"]),
+        substitutions={
+            line: tuple((first, end, text) for first, end, text in some) for line, some in content["substitutions"]
+        },
+        metadata=content["metadata"],
     )
 
 
