@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from epic_rag.errors import DataError
 
-__all__ = ["read_jsonl", "write_atomically"]
+__all__ = ["default_mode", "read_jsonl", "write_atomically"]
 
 
 def read_jsonl(path: str | os.PathLike[str], *, stream: BinaryIO | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -90,7 +90,11 @@ def _mode(file: Path) -> int:
     try:
         return file.stat().st_mode & 0o777
     except OSError:
-        # The umask can only be read by setting it.
-        mask = os.umask(0)
-        os.umask(mask)
-        return 0o666 & ~mask
+        return default_mode()
+
+
+def default_mode() -> int:
+    """Return the permissions of new files: 0o666 without the bits of the user's umask."""
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    return 0o666 & ~mask

@@ -19,6 +19,7 @@ from chromadb.utils.embedding_functions import register_embedding_function
 
 from epic_rag.errors import ConfigError, FingerprintError
 from epic_rag.query_prompt import QueryPrompt
+from epic_rag_chroma.store.paths import absolute_source
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from epic_rag import EpicEncoder
     from epic_rag.query_prompt import PromptSettings
 
-__all__ = ["EpicEmbeddingFunction", "absolute_source"]
+__all__ = ["EpicEmbeddingFunction"]
 
 _NAME = "epic-rag"
 # Settings that releases without them refuse in a configuration: left out unless they are set.
@@ -42,12 +43,6 @@ def _load(source: str | None, truncate_dim: int | None) -> tuple[EpicEncoder, th
     from epic_rag import EpicEncoder
 
     return EpicEncoder.from_pretrained(source, truncate_dim=truncate_dim), threading.Lock()
-
-
-def absolute_source(source: str | os.PathLike[str]) -> str:
-    """Return a checkpoint's name unchanged, a checkpoint's folder as an absolute path."""
-    text = os.fspath(source)
-    return os.path.abspath(text) if os.path.isdir(text) else text
 
 
 def _absolute_bank(bank: str | os.PathLike[str]) -> str:

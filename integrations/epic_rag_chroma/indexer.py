@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epic_rag.errors import ConfigError
-from epic_rag_chroma.errors import ChromaServerError, IndexNotFoundError, IndexStateError
-from epic_rag_chroma.indexing.compatibility import check_model, check_place
+from epic_rag_chroma.errors import ChromaServerError, IndexStateError
+from epic_rag_chroma.indexing.compatibility import check_model
 from epic_rag_chroma.reading.file_types import kind_of
 from epic_rag_chroma.search.index_reader import IndexReader
 from epic_rag_chroma.search.request import SearchRequest
 from epic_rag_chroma.search.searcher import Searcher, replace_queries
-from epic_rag_chroma.store.layout import check_owner, delete_index, folder_size, remove_if_empty
-from epic_rag_chroma.store.lock import chroma_lock, run_state, write_lock
-from epic_rag_chroma.store.paths import INDEX_FILE, existing_path, root_path
-from epic_rag_chroma.store.server import ChromaServer, parse_server
-from epic_rag_chroma.store.state import IndexState, Manifest
-from epic_rag_chroma.types import Hit, IndexPlan, IndexProgress, IndexReport, IndexSettings, IndexStatus
+from epic_rag_chroma.store.database import IndexDatabase
+from epic_rag_chroma.store.layout import check_owner, delete_index, folder_size, is_index, remove_if_empty
+from epic_rag_chroma.store.lock import chroma_lock, is_locked, write_lock
+from epic_rag_chroma.store.migration import old_place
+from epic_rag_chroma.store.paths import DATABASE_FILE, existing_path, root_path
+from epic_rag_chroma.store.server import NO_CHROMA, ChromaServer, ServerPlace, parse_server, require_known
+from epic_rag_chroma.types import Hit, IndexPlan, IndexProgress, IndexReport, IndexSettings, IndexStatus, RunState
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from epic_rag_chroma.indexing.run import IndexRunner
     from epic_rag_chroma.search.request import SearchSettings
     from epic_rag_chroma.search.searcher import Embedded, Vectors
+    from epic_rag_chroma.store.state import IndexState
 
 __all__ = ["ChromaIndexer"]
 
@@ -41,9 +43,10 @@ class ChromaIndexer:
         index_dir: The index folder; need not exist yet.
         encoder: An encoder, or a function that loads one when it is needed. None loads the model that the index was
             built with, or the default checkpoint for a new index. `status` and `clear` never load a model.
-        chroma: The Chroma server for the vectors, as `http(s)://host:port` (tenant and database from the environment)
-            or a `ChromaServer`; `LOCAL` for the index folder. None uses the place that the index has; a new index uses
-            the server in EPIC_RAG_CHROMA, or else the index folder.
+        chroma: Where runs keep a Chroma collection of the index, for programs that read Chroma: a server as
+            `http(s)://host:port` (tenant and database from the environment) or a `ChromaServer`, `LOCAL` for the index
+            folder, `NO_CHROMA` for nowhere. None keeps the place; a new index uses the server in EPIC_RAG_CHROMA, or
+            else the index folder.
         dtype: Data type of a model that is loaded here; see `EpicEncoder.from_pretrained`.
         device: Its device or devices; see `EpicEncoder.from_pretrained`.
         batch_chunks: How many chunks are collected, sorted by length and embedded at a time; None for 512. More chunks
@@ -78,7 +81,7 @@ class ChromaIndexer:
         self._chroma = parse_server(chroma)
         self._encoder: EpicEncoder | None = None
         self._encoder_lock = threading.Lock()
-        self._reader = IndexReader(self._index_dir, self._state)
+        self._reader = IndexReader(self._index_dir)
         self._searcher = Searcher(self._index_dir, self._reader)
 
     def __enter__(self) -> ChromaIndexer:
@@ -173,7 +176,7 @@ class ChromaIndexer:
             CheckpointError: If the reranker cannot be loaded.
             IndexNotFoundError: If there is no index.
             IndexMismatchError: If the encoder is not the one that the index was built with.
-            KeywordsUnavailableError: In keyword mode, if the keyword index is missing or broken.
+            KeywordsUnavailableError: In keyword mode, if another version of epic-rag made the keyword index.
         """
         return self.query_many([text], request, embedded=None if embedded is None else [embedded], **settings)[0]
 
@@ -221,25 +224,34 @@ class ChromaIndexer:
             IndexNotFoundError: If there is no index.
             IndexStateError: If it cannot be read.
         """
-        state = self._state()
-        manifest = Manifest.load(self._index_dir)
-        if manifest is None or manifest.collection != state.collection:
-            manifest = Manifest(state.collection or "")
+        self._check_owner()
+        database = self._reader.open()
+        try:
+            with database.snapshot():
+                state, files, chunks = database.state(), database.files(), database.count()
+                is_unfinished = database.is_unfinished
+        finally:
+            database.close()
+        if state is None:
+            raise self._reader.not_found()
+        run_state: RunState = "complete"
+        if is_unfinished:
+            run_state = "running" if is_locked(self._index_dir) else "interrupted"
         return IndexStatus(
             index_dir=str(self._index_dir),
             roots=tuple(str(root_path(root, self._index_dir)) for root in state.roots),
             model=state.model,
             fingerprint=state.fingerprint,
             dimension=state.dimension,
-            files=len(manifest.entries),
-            chunks=manifest.chunks,
+            files=len(files),
+            chunks=chunks,
             size_bytes=folder_size(self._index_dir),
             updated_at=state.updated_at,
             settings=state.settings,
-            chroma=None if state.chroma is None else str(state.chroma),
+            chroma=str(state.chroma) if isinstance(state.chroma, ServerPlace) or state.chroma == NO_CHROMA else None,
             last_run=state.last_run,
-            state=run_state(self._index_dir),
-            kinds=dict(sorted(Counter(kind_of(path) for _, path in manifest.entries).items())),
+            state=run_state,
+            kinds=dict(sorted(Counter(kind_of(path) for _, path in files).items())),
         )
 
     def clear(self) -> None:
@@ -249,8 +261,8 @@ class ChromaIndexer:
             IndexNotFoundError: If the folder is not an index.
             IndexLockedError: If another process is writing to it.
         """
-        if not (self._index_dir / INDEX_FILE).is_file():
-            raise self._not_found()
+        if not is_index(self._index_dir):
+            raise self._reader.not_found()
         check_owner(self._index_dir)
         with self._reader.closed():
             with write_lock(self._index_dir), chroma_lock(self._index_dir):
@@ -259,19 +271,23 @@ class ChromaIndexer:
             remove_if_empty(self._index_dir)
 
     def _delete_from_server(self) -> None:
+        place: ServerPlace | str | None = old_place(self._index_dir)
         try:
-            state = IndexState.load(self._index_dir)
+            database = IndexDatabase.open_reading(self._index_dir / DATABASE_FILE)
+            try:
+                state = database.state()
+                place = place if state is None else state.chroma
+            finally:
+                database.close()
         except IndexStateError:
-            return  # the server is unknown
-        if state is None:
+            pass  # the server is unknown
+        if not isinstance(place, ServerPlace):
             return
-        check_place(self._index_dir, state, self._chroma)
-        if state.chroma is None:
-            return
-        from epic_rag_chroma.store.collection import ChunkStore
+        from epic_rag_chroma.store.collection import delete_collections
 
+        require_known(self._index_dir, place.server, is_named=place.server == self._chroma)
         try:
-            ChunkStore.delete_all(state.chroma)
+            delete_collections(place)
         except ChromaServerError as error:
             raise ChromaServerError(
                 f"{error} Alternatively, delete the folder {self._index_dir} and leave the server's collection behind.",
@@ -279,16 +295,12 @@ class ChromaIndexer:
             ) from error
 
     def _state(self) -> IndexState:
+        self._check_owner()
+        return self._reader.state()
+
+    def _check_owner(self) -> None:
         if self._index_dir.is_dir():
             check_owner(self._index_dir)
-        state = IndexState.load(self._index_dir)
-        if state is None:
-            raise self._not_found()
-        check_place(self._index_dir, state, self._chroma)
-        return state
-
-    def _not_found(self) -> IndexNotFoundError:
-        return IndexNotFoundError(f"No index in {self._index_dir}. Run `epic-rag index PATH` to create one.")
 
     def _load(self, state: IndexState | None) -> EpicEncoder:
         """Return the caller's encoder, or that of the index, or the default one."""

@@ -1,4 +1,4 @@
-"""Check that an index fits the model, the settings and the place of the vectors that are requested.
+"""Check that an index fits the model and the settings that are requested.
 
 Each message states both sides and the command that changes the index. Queries use these checks as well as the indexer,
 so this module imports nothing that reads files.
@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 from epic_rag.errors import ConfigError
 from epic_rag_chroma.errors import IndexMismatchError
 from epic_rag_chroma.store.paths import root_path
-from epic_rag_chroma.store.server import LOCAL, ChromaServer, require_known
 from epic_rag_chroma.store.state import CHUNKER_VERSION, IndexState
 from epic_rag_chroma.types import INDEX_FOLDER, IndexSettings
 
 if TYPE_CHECKING:
     from epic_rag import EpicEncoder
 
-__all__ = ["check_model", "check_place", "check_settings", "chunk_sizes"]
+__all__ = ["check_model", "check_settings", "chunk_sizes"]
 
 # [CLS] and [SEP], or EOS.
 _SPECIAL_TOKENS = 2
@@ -63,34 +62,6 @@ def check_settings(index_dir: Path, state: IndexState, settings: IndexSettings |
         )
         if old != new:
             raise IndexMismatchError(f"The index was built with chunks of {old}, not of {new}. {remedy}")
-
-
-def check_place(
-    index_dir: Path, state: IndexState, server: ChromaServer | str | None, paths: Sequence[Path] = ()
-) -> None:
-    """Check that the index has its vectors in the requested place.
-
-    Args:
-        index_dir: The index folder.
-        state: The index.
-        server: The requested server, as `parse_server` returns it.
-        paths: The indexed paths, for the message.
-
-    Raises:
-        IndexMismatchError: If the vectors are elsewhere.
-        IndexStateError: If the server was never named by the user, only by the index folder.
-    """
-    if server is None or server == (LOCAL if state.chroma is None else state.chroma.server):
-        if state.chroma is not None:
-            require_known(index_dir, state.chroma.server, is_named=server is not None)
-        return
-    current = "in its folder" if state.chroma is None else f"on {state.chroma}"
-    requested = f"on {server}" if isinstance(server, ChromaServer) else "in its folder"
-    option = server.url if isinstance(server, ChromaServer) else LOCAL
-    raise IndexMismatchError(
-        f"The index in {index_dir} has its vectors {current}, not {requested}. Omit --chroma to use them there, or run "
-        f"`epic-rag index --rebuild --chroma {shlex.quote(option)} {_arguments(index_dir, state, paths)}` to move them."
-    )
 
 
 def _arguments(index_dir: Path, state: IndexState, paths: Sequence[Path]) -> str:

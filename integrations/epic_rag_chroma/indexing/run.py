@@ -1,35 +1,35 @@
-"""Run the indexer: check index, model and settings, locate the vectors, synchronise, publish.
+"""Run the indexer: open the index, check model and settings, synchronise files, update the Chroma mirror.
 
-The order makes it safe to stop at any moment. The dirty flag is set from the first write to the end, so that a run that
-finds it compares rows, collection and keyword index before it relies on any of them. A rebuild writes a new collection
-beside the current one, which answers queries until `index.json` names the new one.
+It is safe to stop at any moment: files are stored batch by batch in transactions of the database, and the mirror is
+brought up to date from the database after the last file. A rebuild fills a database beside the current one, which
+answers queries until the new one takes its place in one transaction.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from epic_rag_chroma.errors import ChromaServerError, IndexStateError
-from epic_rag_chroma.indexing.compatibility import check_model, check_place, check_settings, chunk_sizes
+from epic_rag_chroma.indexing.compatibility import check_model, check_settings, chunk_sizes
 from epic_rag_chroma.indexing.sync import BATCH_CHUNKS, Sync, plan_sync
-from epic_rag_chroma.indexing.writer import IndexWriter, manifest_from_rows
 from epic_rag_chroma.reading.worker import IsolatedReader
-from epic_rag_chroma.store.database import RecordStore, RecordsUnavailableError
+from epic_rag_chroma.store.database import IndexDatabase, delete_database
 from epic_rag_chroma.store.layout import check_owner, index_folder
-from epic_rag_chroma.store.lock import chroma_lock, corrupt_collections, is_dirty, write_lock
-from epic_rag_chroma.store.paths import CHROMA_FOLDER, merge_roots
-from epic_rag_chroma.store.server import ChromaServer, ServerPlace, new_place, require_known
-from epic_rag_chroma.store.state import IndexState, Manifest
+from epic_rag_chroma.store.lock import chroma_lock, write_lock
+from epic_rag_chroma.store.migration import OLD_INDEX_FILE, check_migrated, delete_old, migrate, old_place
+from epic_rag_chroma.store.paths import DATABASE_FILE, REBUILD_FILE, absolute_source, merge_roots
+from epic_rag_chroma.store.server import NO_CHROMA, ChromaServer, ServerPlace, new_place, require_known
+from epic_rag_chroma.store.state import IndexState
+from epic_rag_chroma.store.vectors import write_vectors
 from epic_rag_chroma.types import IndexPlan, IndexProgress, IndexReport, IndexSettings
 from epic_rag_chroma.walk.files import scan_roots
 
@@ -53,7 +53,7 @@ class IndexRunner:
 
     Args:
         index_dir: The index folder, absolute.
-        server: The requested Chroma server, as `parse_server` returns it.
+        server: The requested place of the mirror, as `parse_server` returns it.
         load: Loads the encoder for an index.
         encoder_lock: Held while the encoder is used.
         batch_chunks: Number of chunks that are collected before they are embedded; None for the default.
@@ -80,50 +80,46 @@ class IndexRunner:
             _folder_errors(self.index_dir),
             index_folder(self.index_dir),
             write_lock(self.index_dir, wait=wait),
-            chroma_lock(self.index_dir),
         ):
-            try:
-                old = IndexState.load(self.index_dir, any_version=rebuild)
-            except IndexStateError:
-                if not rebuild:
-                    raise
-                old = None  # a rebuild does not need a readable index
-            place = _place_for_writing(self.index_dir, old, self.server, paths, rebuild=rebuild)
-            encoder = self.load(old)
-            if old is not None and not rebuild:
-                check_model(self.index_dir, old, encoder, paths)
-                check_settings(self.index_dir, old, settings, paths)
-            settings = settings or (old.settings if old is not None else IndexSettings())
-            chunk_tokens, chunk_overlap = chunk_sizes(settings, encoder)
-            from epic_rag_chroma.embedding_function import absolute_source
-
-            state = IndexState(
-                model=encoder.name,
-                source=absolute_source(encoder.source),
-                fingerprint=encoder.fingerprint,
-                dimension=encoder.dimension,
-                truncate_dim=encoder.truncate_dim,
-                settings=settings,
-                roots=tuple(merge_roots(paths, () if old is None else old.roots, self.index_dir)),
-                collection=None if old is None or rebuild else old.collection,
-                updated_at=None if old is None else old.updated_at,
-                last_run=None if old is None else old.last_run,
-                chroma=place,
-            )
-            if old is None and not rebuild:
-                state.save(self.index_dir)  # before Chroma creates files, which are only ours beside an index.json
-            corrupt = corrupt_collections(self.index_dir, None if old is None else old.collection)
-            writer, manifest = IndexWriter.open(self.index_dir, state, corrupt)
-            try:
-                if not rebuild and writer.store.id != state.collection:
-                    # The new collection has all rows of the old one, or there was none. Stored chunks are visible to
-                    # queries at once, and an interrupted run is continued by the next one.
-                    writer.begin()
-                    state = replace(state, collection=writer.store.id)
-                    state.save(self.index_dir)
+            current, old, old_chroma = self._open(rebuild=rebuild)
+            with ExitStack() as opened:
+                if current is not None:
+                    opened.callback(current.close)
+                place = new_place(self.server, old_chroma)
+                if isinstance(place, ServerPlace):
+                    require_known(self.index_dir, place.server, is_named=self.server is not None)
+                encoder = self.load(old)
+                if old is not None and not rebuild:
+                    check_model(self.index_dir, old, encoder, paths)
+                    check_settings(self.index_dir, old, settings, paths)
+                settings = settings or (old.settings if old is not None else IndexSettings())
+                chunk_tokens, chunk_overlap = chunk_sizes(settings, encoder)
+                state = IndexState(
+                    model=encoder.name,
+                    source=absolute_source(encoder.source),
+                    fingerprint=encoder.fingerprint,
+                    dimension=encoder.dimension,
+                    truncate_dim=encoder.truncate_dim,
+                    settings=settings,
+                    roots=tuple(merge_roots(paths, () if old is None else old.roots, self.index_dir)),
+                    updated_at=None if old is None else old.updated_at,
+                    last_run=None if old is None else old.last_run,
+                    chroma=place,
+                )
+                if current is None:
+                    current = IndexDatabase.open(self.index_dir / DATABASE_FILE)
+                    opened.callback(current.close)
+                database = current
+                if rebuild:
+                    database = IndexDatabase.open(self.index_dir / REBUILD_FILE)
+                    opened.callback(database.close)
+                if rebuild or state != old:  # queries during the run find the roots of the chunks that it stores
+                    with database.transaction():
+                        database.save_state(state)
+                entries = database.files()
                 sync = Sync(
-                    writer,
-                    manifest,
+                    database,
+                    entries,
                     encoder,
                     self.encoder_lock,
                     chunk_tokens,
@@ -132,23 +128,9 @@ class IndexRunner:
                     self.batch_chunks or BATCH_CHUNKS,
                 )
                 progress(IndexProgress("scanning", 0, len(state.roots), None))
-                found = scan_roots(state.roots, manifest.entries, settings, self.index_dir)
+                found = scan_roots(state.roots, entries, settings, self.index_dir)
                 sync.skipped += found.skipped
-                try:
-                    sync.run({root for root, _ in manifest.entries} - found.missing, found.scans)
-                    writer.settle()
-                except BaseException:
-                    if state.collection == writer.store.id:
-                        with suppress(OSError):  # for `status`; the next run reads the rows instead
-                            manifest.save(self.index_dir, complete=False)
-                    raise
-                state = replace(
-                    state,
-                    collection=writer.store.id,
-                    roots=tuple(found.roots),
-                    updated_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                )
-                manifest.collection = writer.store.id
+                sync.run({root for root, _ in entries} - found.missing, found.scans)
                 report = IndexReport(
                     added=sync.added,
                     changed=sync.changed,
@@ -156,7 +138,7 @@ class IndexRunner:
                     unchanged=sync.unchanged,
                     skipped=tuple(sync.skipped),
                     chunks_embedded=sync.chunks_embedded,
-                    chunks_total=manifest.chunks,
+                    chunks_total=sum(entry.chunks for entry in entries.values()),
                     seconds=time.monotonic() - started,
                     renamed=sync.renamed,
                     chunks_reused=sync.chunks_reused,
@@ -166,95 +148,98 @@ class IndexRunner:
                     "skipped": len(report.skipped),
                     "seconds": round(report.seconds, 3),
                 }
-                # From here on the new collection is the current one; the next run repeats the rest if necessary.
-                replace(state, last_run=counts).save(self.index_dir)
-                writer.publish()
-                _delete_old_location(self.index_dir, old, state.chroma)
-                manifest.save(self.index_dir, complete=True)
-                writer.delete_replaced()
-                writer.end()
-            finally:
-                writer.close()
+                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                state = replace(state, roots=tuple(found.roots), updated_at=now, last_run=counts)
+                database.finish_run(state)
+                if database is not current:
+                    database.close()
+                    current.replace_by(self.index_dir / REBUILD_FILE)
+                write_vectors(current)
+                self._update_mirror(current, state, old_chroma)
             return report
+
+    def _open(self, *, rebuild: bool) -> tuple[IndexDatabase | None, IndexState | None, ServerPlace | str | None]:
+        """Open the database of the index, converted from an older format if necessary.
+
+        Returns:
+            The database, its state and the place of its mirror; None for a new index.
+        """
+        path = self.index_dir / DATABASE_FILE
+        delete_database(self.index_dir / REBUILD_FILE)  # of a rebuild that was interrupted
+        is_old = (self.index_dir / OLD_INDEX_FILE).is_file()
+        place: ServerPlace | str | None = old_place(self.index_dir) if is_old else None
+        if not is_old and not path.is_file():
+            return None, None, None
+        try:
+            database = IndexDatabase.open(path)
+            try:
+                if is_old:
+                    migrate(self.index_dir, database)
+                state = database.state()
+            except BaseException:
+                database.close()
+                raise
+        except IndexStateError:
+            if not rebuild:
+                raise
+            delete_database(path)  # a rebuild does not need a readable index
+            delete_old(self.index_dir)
+            return None, None, place
+        return database, state, place if state is None else state.chroma
+
+    def _update_mirror(self, database: IndexDatabase, state: IndexState, old: ServerPlace | str | None) -> None:
+        """Bring the Chroma mirror up to date, and delete it at its previous place if it has moved."""
+        has_moved = old is not None and old != state.chroma
+        if has_moved:
+            database.begin_mirror(database.mirror().collection)
+        if state.chroma == NO_CHROMA:
+            database.end_mirror(None)
+        else:
+            from epic_rag_chroma.store.collection import sync_collection
+
+            place = self.index_dir if isinstance(state.chroma, str) else state.chroma
+            with chroma_lock(self.index_dir):
+                sync_collection(
+                    database,
+                    place,
+                    model=state.model,
+                    source=state.source,
+                    fingerprint=state.fingerprint,
+                    truncate_dim=state.truncate_dim,
+                )
+        if not has_moved or old == NO_CHROMA:
+            return
+        from epic_rag_chroma.store.collection import delete_collections
+
+        try:
+            if isinstance(old, ServerPlace):
+                require_known(self.index_dir, old.server, is_named=False)
+            # Both addresses may be those of the same server.
+            delete_collections(
+                old if isinstance(old, ServerPlace) else self.index_dir, keep=database.mirror().collection
+            )
+        except (ChromaServerError, IndexStateError) as error:
+            logger.warning("The index's collections on %s were not deleted. %s", old, error)
 
     def plan(self, paths: Sequence[Path], settings: IndexSettings | None) -> IndexPlan:
         """Return what `run` would do; see `ChromaIndexer.plan`."""
         if self.index_dir.exists():
             check_owner(self.index_dir)
-        old = IndexState.load(self.index_dir)
-        manifest = (None if old is None else _read_manifest(self.index_dir, old)) or Manifest("")
+            check_migrated(self.index_dir)
+        old, entries = None, {}
+        if (self.index_dir / DATABASE_FILE).is_file():
+            database = IndexDatabase.open_reading(self.index_dir / DATABASE_FILE)
+            try:
+                with database.snapshot():
+                    old, entries = database.state(), database.files()
+            finally:
+                database.close()
         settings = settings or (old.settings if old is not None else IndexSettings())
         roots = merge_roots(paths, () if old is None else old.roots, self.index_dir)
-        found = scan_roots(roots, manifest.entries, settings, self.index_dir)
-        known = {root for root, _ in manifest.entries} - found.missing
+        found = scan_roots(roots, entries, settings, self.index_dir)
+        known = {root for root, _ in entries} - found.missing
         with IsolatedReader() as reader:
-            return plan_sync(manifest, known, found.scans, found.skipped, reader)
-
-
-def _place_for_writing(
-    index_dir: Path, old: IndexState | None, server: ChromaServer | str | None, paths: Sequence[Path], *, rebuild: bool
-) -> ServerPlace | None:
-    """Return where a run stores vectors: a place on a server, or None for the index folder.
-
-    If the server has a new address, the index follows it, provided that the collection is there.
-
-    Raises:
-        IndexMismatchError: If the index has its vectors elsewhere and is not rebuilt.
-        ChromaServerError: If the server cannot be used; checked before the model is loaded.
-    """
-    from epic_rag_chroma.store.client import ServerClient
-    from epic_rag_chroma.store.collection import ChunkStore
-
-    # While nothing is stored, an address may be corrected.
-    if old is not None and old.collection is not None and not rebuild:
-        if isinstance(server, ChromaServer) and old.chroma is not None and server != old.chroma.server:
-            moved = replace(old.chroma, server=server)
-            require_known(index_dir, server, is_named=True)
-            store = ChunkStore.open(moved, old.collection)
-            if store is not None:
-                store.close()
-                logger.info("the index's collection is on %s now", moved)
-                return moved
-        check_place(index_dir, old, server, paths)
-    place = new_place(server, None if old is None else old.chroma, is_new=old is None)
-    if place is not None:
-        require_known(index_dir, place.server, is_named=server is not None)
-        ServerClient(place.server).close()
-    return place
-
-
-def _delete_old_location(index_dir: Path, old: IndexState | None, new: ServerPlace | None) -> None:
-    """Delete the vectors at the previous place, after the index was moved to `new`."""
-    if new is not None:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(index_dir / CHROMA_FOLDER)
-    place = None if old is None else old.chroma
-    if place is None or (new is not None and new.index_id == place.index_id):
-        return
-    from epic_rag_chroma.store.collection import ChunkStore
-
-    try:
-        require_known(index_dir, place.server, is_named=False)
-        ChunkStore.delete_all(place)
-    except (ChromaServerError, IndexStateError) as error:
-        logger.warning("the old collections of the index with the id %s were not deleted: %s", place.index_id, error)
-
-
-def _read_manifest(index_dir: Path, state: IndexState) -> Manifest | None:
-    """Return the manifest of an index without repairing anything; from the rows if the file is not reliable."""
-    manifest = Manifest.load(index_dir)
-    if manifest is not None and manifest.collection == state.collection and not is_dirty(index_dir):
-        return manifest
-    if state.collection is None:
-        return None
-    try:
-        rows = RecordStore.open_reading(index_dir, state.collection)
-    except RecordsUnavailableError:
-        return manifest
-    try:
-        return manifest_from_rows(rows, state.collection)
-    finally:
-        rows.close()
+            return plan_sync(entries, known, found.scans, found.skipped, reader)
 
 
 @contextmanager

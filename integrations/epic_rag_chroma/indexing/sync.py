@@ -1,11 +1,11 @@
 """Synchronise an index with its files: change detection, chunking, embedding, storing.
 
-`detect_changes` compares the files of a walk with the manifest: first by their stat results, then by the hash of their
+`detect_changes` compares the files of a walk with the index: first by their stat results, then by the hash of their
 bytes. `plan_sync` lists the changes that a run would make, without a model and without writing. `Sync` does it.
 
-The order of writes makes a crash at any moment harmless. The index is marked dirty first; the new chunks of a file are
-stored before its stale ones are deleted; the dirty flag is removed at the end. In between, the stored chunks are the
-truth: each one names its file and the file's content, so the next run keeps what is complete and reads the rest again.
+A batch is stored in one transaction. A file that is complete with it loses its stale chunks and gets its entry in the
+same transaction; a file of several batches has an entry without a digest meanwhile, so that a run after a crash reads
+it again.
 
 A text is embedded once: if any file has a chunk with the same embedded text, its vector is reused.
 """
@@ -18,8 +18,8 @@ import math
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,13 +27,12 @@ import numpy.typing as npt
 
 from epic_rag.errors import MissingExtraError
 from epic_rag_chroma.chunking import Chunk, chunk_document
-from epic_rag_chroma.indexing.writer import IndexWriter
 from epic_rag_chroma.reading.document import HEADING_SEPARATOR, BrokenFileError, Document, NotTextError
 from epic_rag_chroma.reading.file_types import kind_of, language_of
 from epic_rag_chroma.reading.worker import IsolatedReader
-from epic_rag_chroma.store.database import Record
+from epic_rag_chroma.store.database import IndexDatabase, Record
 from epic_rag_chroma.store.paths import DocumentKey, FileStamp
-from epic_rag_chroma.store.state import Entry, Manifest
+from epic_rag_chroma.store.state import FileEntry
 from epic_rag_chroma.types import IndexPlan, IndexProgress, SkippedFile
 from epic_rag_chroma.walk.files import FoundFile, Scan, read_file
 
@@ -50,6 +49,8 @@ BATCH_CHUNKS = 512
 _WRITE_CHUNKS = 64
 _DELETED_AT_ONCE = 100
 _DIGEST_LENGTH = 32
+# Entry of a file of which only some chunks are stored.
+_INCOMPLETE = FileEntry("", 0)
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,13 @@ class FileChange:
 
     Args:
         key: The file.
-        entry: Its entry in the manifest; None for a new file.
+        entry: Its entry in the index; None for a new file.
         change: The difference.
         renamed_from: The deleted file whose content a new file has, if there is one.
     """
 
     key: DocumentKey
-    entry: Entry | None
+    entry: FileEntry | None
     change: Unchanged | Vanished | Skipped | Changed
     renamed_from: DocumentKey | None = None
 
@@ -106,16 +107,16 @@ class FileChange:
 
 
 def detect_changes(
-    manifest: Manifest,
+    entries: Mapping[DocumentKey, FileEntry],
     roots: Iterable[str],
     scans: dict[str, Scan],
     reader: IsolatedReader,
     before: Callable[[str], None] = lambda path: None,
 ) -> Iterator[FileChange]:
-    """Compare the files of a walk with the manifest, and read those that changed.
+    """Compare the files of a walk with those of the index, and read those that changed.
 
     Args:
-        manifest: The indexed files.
+        entries: The indexed files.
         roots: The roots that were walked or deleted; files of other roots are kept.
         scans: The result of the walk by root. Files that may lie below an unreadable folder are kept.
         reader: Reads new content.
@@ -123,14 +124,14 @@ def detect_changes(
     """
     deleted: defaultdict[str, list[DocumentKey]] = defaultdict(list)
     found = {(root, file.path) for root, scanned in scans.items() for file in scanned.files}
-    for key in sorted(_deleted_files(manifest, roots, scans, found), reverse=True):
-        entry = manifest.entries[key]
+    for key in sorted(_deleted_files(entries, roots, scans, found), reverse=True):
+        entry = entries[key]
         if entry.digest and entry.chunks:  # all empty files have the same content
             deleted[entry.digest].append(key)
     for root, scanned in scans.items():
         for file in scanned.files:
             before(file.path)
-            file_entry = manifest.entries.get((root, file.path))
+            file_entry = entries.get((root, file.path))
             change = _detect_change(file_entry, file, reader)
             source = None
             if file_entry is None and isinstance(change, Changed) and deleted.get(change.digest):
@@ -139,7 +140,7 @@ def detect_changes(
 
 
 def _detect_change(
-    entry: Entry | None, file: FoundFile, reader: IsolatedReader
+    entry: FileEntry | None, file: FoundFile, reader: IsolatedReader
 ) -> Unchanged | Vanished | Skipped | Changed:
     try:
         stamp = FileStamp.of(file.location.lstat())
@@ -169,11 +170,14 @@ def _detect_change(
 
 
 def _deleted_files(
-    manifest: Manifest, roots: Iterable[str], scans: dict[str, Scan], kept: Iterable[DocumentKey]
+    entries: Mapping[DocumentKey, FileEntry],
+    roots: Iterable[str],
+    scans: dict[str, Scan],
+    kept: Iterable[DocumentKey],
 ) -> Iterator[DocumentKey]:
     """Yield the indexed files that were deleted: all but those `kept`; see `detect_changes` for the other arguments."""
     known_roots, found = set(roots), set(kept)
-    for root, path in manifest.entries:
+    for root, path in entries:
         if root not in known_roots or (root, path) in found:
             continue
         unreadable = scans[root].unreadable if root in scans else []
@@ -182,7 +186,7 @@ def _deleted_files(
 
 
 def plan_sync(
-    manifest: Manifest,
+    entries: Mapping[DocumentKey, FileEntry],
     roots: Iterable[str],
     scans: dict[str, Scan],
     skipped: Iterable[SkippedFile],
@@ -197,7 +201,7 @@ def plan_sync(
     kept: set[DocumentKey] = set()
     sources: set[DocumentKey] = set()
     unchanged = 0
-    for file in detect_changes(manifest, known_roots, scans, reader):
+    for file in detect_changes(entries, known_roots, scans, reader):
         path = file.key[1]
         if isinstance(file.change, Skipped):
             all_skipped.append(SkippedFile(path, file.change.reason))
@@ -211,7 +215,7 @@ def plan_sync(
         if file.is_kept:
             kept.add(file.key)
     deleted = sorted(
-        path for root, path in _deleted_files(manifest, known_roots, scans, kept) if (root, path) not in sources
+        path for root, path in _deleted_files(entries, known_roots, scans, kept) if (root, path) not in sources
     )
     return IndexPlan(tuple(added), tuple(changed), tuple(deleted), tuple(renamed), unchanged, tuple(all_skipped))
 
@@ -221,7 +225,7 @@ class _PendingFile:
     """A file whose chunks are being stored; `stored` are the ids that it had before, `written` those of this run."""
 
     key: DocumentKey
-    entry: Entry
+    entry: FileEntry
     stored: set[str]
     written: set[str] = field(default_factory=set)
     failed: bool = False
@@ -243,8 +247,8 @@ class Sync:
     """One synchronisation of an index with its files: call `run`, then read the counts.
 
     Args:
-        writer: The index.
-        manifest: The indexed files; updated by the run.
+        database: The index.
+        entries: The indexed files; updated by the run.
         encoder: Embeds chunks and counts tokens.
         encoder_lock: Held while the encoder is used.
         chunk_tokens: Maximum tokens of a chunk.
@@ -253,8 +257,8 @@ class Sync:
         batch_chunks: Number of chunks that are collected before they are embedded.
     """
 
-    writer: IndexWriter
-    manifest: Manifest
+    database: IndexDatabase
+    entries: dict[DocumentKey, FileEntry]
     encoder: EpicEncoder
     encoder_lock: threading.Lock
     chunk_tokens: int
@@ -271,6 +275,7 @@ class Sync:
     skipped: list[SkippedFile] = field(default_factory=list)
     _kept: set[DocumentKey] = field(default_factory=set)
     _sources: set[DocumentKey] = field(default_factory=set)
+    _restamped: dict[DocumentKey, FileEntry] = field(default_factory=dict)
     _buffer: list[_PendingChunk] = field(default_factory=list)
     _done: int = 0
     _total: int = 0
@@ -281,21 +286,27 @@ class Sync:
         self._total = sum(len(scanned.files) for scanned in scans.values())
         self.skipped += [file for scanned in scans.values() for file in scanned.skipped]
         with IsolatedReader() as reader:
-            for file in detect_changes(self.manifest, known_roots, scans, reader, self._report):
+            for file in detect_changes(self.entries, known_roots, scans, reader, self._report):
                 if file.is_kept:
                     self._kept.add(file.key)
                 if isinstance(file.change, Skipped):
                     self.skipped.append(SkippedFile(file.key[1], file.change.reason))
                 elif isinstance(file.change, Unchanged):
                     self.unchanged += 1
-                    if file.change.stamp is not None:
-                        self.manifest.restamp(file.key, file.change.stamp, file.change.checked_ns)
+                    if file.change.stamp is not None and file.entry is not None:
+                        self._restamped[file.key] = replace(
+                            file.entry, stamp=file.change.stamp, checked_ns=file.change.checked_ns
+                        )
                 elif isinstance(file.change, Changed):
                     self._add_file(file, file.change)
                 self._done += 1
         self._flush()
         self._report(None)
-        self._delete_files(list(_deleted_files(self.manifest, known_roots, scans, self._kept)))
+        self._delete_files(list(_deleted_files(self.entries, known_roots, scans, self._kept)))
+        if self._restamped:
+            with self.database.transaction():
+                for key, entry in self._restamped.items():
+                    self._put_file(key, entry)
 
     def _add_file(self, file: FileChange, change: Changed) -> None:
         """Split a file into chunks and put them into the buffer."""
@@ -306,10 +317,9 @@ class Sync:
                 overlap=self.chunk_overlap,
                 count_tokens=self.encoder.count_tokens,
             )
-        self.writer.begin()
         document = _document_id(file.key)
-        stored = set() if file.entry is None else self.writer.rows.ids_by_document([document])[document]
-        entry = Entry(change.digest, len(chunks), change.stamp, change.checked_ns)
+        stored = set() if file.entry is None else self.database.ids_by_document([document])[document]
+        entry = FileEntry(change.digest, len(chunks), change.stamp, change.checked_ns)
         pending = _PendingFile(file.key, entry, stored)
         if file.renamed_from is not None:
             self._sources.add(file.renamed_from)
@@ -323,38 +333,32 @@ class Sync:
             change_name = "changed"
         logger.info("%s: %s, %d chunks", file.key[1], change_name, len(chunks))
         if not chunks:
-            self._complete(pending)
+            with self.database.transaction():
+                self._complete(pending)
         for chunk in _pending_chunks(pending, chunks):
             self._buffer.append(chunk)
             if len(self._buffer) >= self.batch_chunks:
                 self._flush()
 
     def _flush(self) -> None:
-        """Store the buffered chunks; then delete the stale chunks of each file that is complete."""
+        """Store the buffered chunks, those that need no model first."""
         chunks, self._buffer = self._buffer, []
         if not chunks:
             return
-        files = {id(chunk.file): chunk.file for chunk in chunks}
-        # A chunk with the same text in the same file keeps its row; only its metadata may change.
-        stored = [chunk for chunk in chunks if chunk.id in chunk.file.stored]
-        self.writer.update_metadata([chunk.id for chunk in stored], [chunk.metadata for chunk in stored])
-        for chunk in stored:
-            chunk.file.written.add(chunk.id)
+        waiting = len({id(chunk.file) for chunk in chunks})
         new = [chunk for chunk in chunks if chunk.id not in chunk.file.stored]
-        vectors = self.writer.rows.vectors_by_hash({chunk.embedded_hash for chunk in new})
-        reused = [chunk for chunk in new if chunk.embedded_hash in vectors]
-        self._store(reused, vectors)
-        self.chunks_reused += len(stored) + len(reused)
+        vectors = self.database.vectors_by_hash({chunk.embedded_hash for chunk in new})
+        known = [chunk for chunk in chunks if chunk.id in chunk.file.stored or chunk.embedded_hash in vectors]
+        for start in range(0, len(known), self.batch_chunks):
+            self._store(known[start : start + self.batch_chunks], vectors)
+        self.chunks_reused += len(known)
         to_embed = [chunk for chunk in new if chunk.embedded_hash not in vectors]
         to_embed.sort(key=lambda chunk: chunk.chunk.tokens)
         step = min(_WRITE_CHUNKS, self.batch_chunks)
         for start in range(0, len(to_embed), step):
             self._embed(to_embed[start : start + step], vectors)
             share_left = 1 - min(1.0, (start + step) / len(to_embed))
-            self._report(to_embed[start].file.key[1], waiting=len(files) * share_left)
-        for file in files.values():
-            if len(file.written) == file.entry.chunks:
-                self._complete(file)
+            self._report(to_embed[start].file.key[1], waiting=waiting * share_left)
 
     def _embed(self, chunks: list[_PendingChunk], vectors: dict[str, npt.NDArray[np.float32]]) -> None:
         """Embed chunks, each text once, and store them; add their vectors to `vectors`."""
@@ -369,7 +373,6 @@ class Sync:
         for chunk in chunks:
             if chunk.embedded_hash not in vectors and not chunk.file.failed:
                 chunk.file.failed = True
-                self.manifest.entries[chunk.file.key] = Entry("", 0)
                 self.skipped.append(
                     SkippedFile(chunk.file.key[1], "the model returns no finite vector for a part of it")
                 )
@@ -379,29 +382,43 @@ class Sync:
         self.chunks_embedded += embedded_count
         self.chunks_reused += len(finite_chunks) - embedded_count
 
-    def _store(self, chunks: list[_PendingChunk], vectors: dict[str, npt.NDArray[np.float32]]) -> None:
-        for start in range(0, len(chunks), _WRITE_CHUNKS):
-            some = chunks[start : start + _WRITE_CHUNKS]
-            self.writer.write(
-                [Record(chunk.id, chunk.chunk.text, chunk.metadata, vectors[chunk.embedded_hash]) for chunk in some]
+    def _store(self, chunks: list[_PendingChunk], vectors: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Store chunks and the entries of their files in one transaction."""
+        # A chunk with the same text in the same file keeps its row; only its metadata may change.
+        stored = [chunk for chunk in chunks if chunk.id in chunk.file.stored]
+        new = [chunk for chunk in chunks if chunk.id not in chunk.file.stored]
+        with self.database.transaction():
+            self.database.update_metadata([chunk.id for chunk in stored], [chunk.metadata for chunk in stored])
+            self.database.put(
+                [Record(chunk.id, chunk.chunk.text, chunk.metadata, vectors[chunk.embedded_hash]) for chunk in new]
             )
-            for chunk in some:
+            for chunk in chunks:
                 chunk.file.written.add(chunk.id)
+            for file in {id(chunk.file): chunk.file for chunk in chunks}.values():
+                if len(file.written) == file.entry.chunks:
+                    self._complete(file)
+                elif self.entries.get(file.key) != _INCOMPLETE:
+                    self._put_file(file.key, _INCOMPLETE)
 
     def _complete(self, file: _PendingFile) -> None:
-        """Delete the stale chunks of a file, and update its entry."""
-        self.writer.delete(sorted(file.stored - file.written))
-        self.manifest.entries[file.key] = file.entry
+        """Delete the stale chunks of a file, and store its entry."""
+        self.database.delete(file.stored - file.written)
+        self._put_file(file.key, file.entry)
+
+    def _put_file(self, key: DocumentKey, entry: FileEntry) -> None:
+        self.database.put_file(key, entry)
+        self.entries[key] = entry
 
     def _delete_files(self, keys: list[DocumentKey]) -> None:
         for start in range(0, len(keys), _DELETED_AT_ONCE):
             self.progress(IndexProgress("deleting", start, len(keys), keys[start][1]))
             some = keys[start : start + _DELETED_AT_ONCE]
-            self.writer.begin()
-            ids = self.writer.rows.ids_by_document([_document_id(key) for key in some])
-            self.writer.delete([chunk for chunks in ids.values() for chunk in sorted(chunks)])
+            with self.database.transaction():
+                ids = self.database.ids_by_document([_document_id(key) for key in some])
+                self.database.delete({chunk for chunks in ids.values() for chunk in chunks})
+                self.database.delete_files(some)
             for key in some:
-                del self.manifest.entries[key]
+                del self.entries[key]
                 if key not in self._sources:
                     self.deleted += 1
                     logger.info("%s: deleted", key[1])

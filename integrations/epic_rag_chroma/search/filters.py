@@ -11,8 +11,8 @@ from typing import Any
 
 from epic_rag.errors import ConfigError
 from epic_rag_chroma.search.conditions import NUMERIC_KEYS, Comparison, Condition, Operator, fields_of
-from epic_rag_chroma.store.paths import root_path
-from epic_rag_chroma.store.state import Manifest
+from epic_rag_chroma.store.paths import DocumentKey, root_path
+from epic_rag_chroma.store.state import FileEntry
 from epic_rag_chroma.types import SearchFilters
 from epic_rag_chroma.walk.ignore import IgnorePatterns, PatternError, compile_patterns
 
@@ -113,12 +113,16 @@ class Filter:
                     "Pass one, as in datetime.now(timezone.utc)."
                 )
             self._since_ns = int(filters.since.timestamp() * 1e9)
-            manifest = Manifest.load(index_dir)
-            self._times = {
-                key: entry.stamp.mtime_ns
-                for key, entry in (manifest.entries if manifest is not None else {}).items()
-                if entry.stamp is not None
-            }
+        self._times: dict[DocumentKey, int] = {}
+
+    @property
+    def needs_files(self) -> bool:
+        """True if `use_files` must be called before the filter is applied."""
+        return self._since_ns is not None
+
+    def use_files(self, files: Mapping[DocumentKey, FileEntry]) -> None:
+        """Take modification times from the index's files."""
+        self._times = {key: entry.stamp.mtime_ns for key, entry in files.items() if entry.stamp is not None}
 
     def __call__(self, metadata: Mapping[str, Any]) -> bool:
         """Return whether a chunk with that metadata passes."""

@@ -1,7 +1,8 @@
-"""Index reader: the rows, vectors and keywords of the current collection, reopened when a run has changed them.
+"""Index reader: the database of an index, opened when it is first used and searched in snapshots.
 
-Rows (text, metadata, vector) and keywords are read from SQLite. Nearest neighbours come from Chroma; while a run writes
-to Chroma's files, after a run that died, and in a folder that is read-only, from a brute-force scan over the rows.
+Chunks and keywords are read from the database, nearest neighbours from an exact scan of its vectors. From
+`CHROMA_FROM_CHUNKS` chunks on, Chroma's graph is faster than the scan and answers queries without filters, as long as
+the mirror is complete and no run is writing to it; benchmarks/README.md has the figures.
 """
 
 from __future__ import annotations
@@ -9,160 +10,127 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from epic_rag_chroma.errors import IndexStateError
-from epic_rag_chroma.store.database import BruteForceIndex, RecordStore, RecordsUnavailableError
-from epic_rag_chroma.store.hnsw_files import hnsw_files_fit
-from epic_rag_chroma.store.keyword_index import KeywordIndex
-from epic_rag_chroma.store.layout import file_versions
+from epic_rag.errors import EpicError
+from epic_rag_chroma.errors import IndexNotFoundError
+from epic_rag_chroma.store.database import IndexDatabase
 from epic_rag_chroma.store.lock import try_chroma_lock
+from epic_rag_chroma.store.migration import check_migrated
+from epic_rag_chroma.store.paths import DATABASE_FILE
+from epic_rag_chroma.store.server import ServerPlace, require_known
+from epic_rag_chroma.store.state import IndexState, MirrorState
+from epic_rag_chroma.store.vectors import VectorSearch
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from epic_rag_chroma.store.collection import ChunkStore
-    from epic_rag_chroma.store.database import Record
-    from epic_rag_chroma.store.state import IndexState
-
-    Vector: TypeAlias = npt.NDArray[np.float32]
-
-__all__ = ["IndexReader", "Ranking", "VectorIndex"]
+__all__ = ["CHROMA_FROM_CHUNKS", "IndexReader", "IndexSnapshot", "Ranking"]
 
 logger = logging.getLogger(__name__)
 
+CHROMA_FROM_CHUNKS = 300_000
 Ranking = list[tuple[str, float]]
 """Chunk ids with scores, best first, equal scores in the order of their ids."""
 
 Answer = TypeVar("Answer")
-_ATTEMPTS = 3
 
 
-class VectorIndex(Protocol):
-    """The chunks of a collection."""
-
-    def nearest(self, vector: Vector, k: int, allowed: Collection[str] | None = None) -> Ranking:
-        """Return the k chunks nearest to a vector (dim,) by cosine, among the allowed ones."""
-
-    def get(self, ids: Collection[str]) -> dict[str, Record]:
-        """Return chunks by id, without those that do not exist."""
-
-    def scan(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield id and metadata of all chunks."""
-
-    def version(self) -> int:
-        """Return a number that changes with the chunks."""
-
-    def close(self) -> None:
-        """Close the files."""
+class _Mirror(Protocol):
+    def nearest(self, vector: npt.NDArray[np.float32], k: int) -> Ranking: ...
+    def close(self) -> None: ...
 
 
-class MirroredIndex:
-    """Vectors in Chroma, rows in SQLite: Chroma takes many times as long to return a row.
+class IndexSnapshot:
+    """One state of an index, for the duration of a query.
 
     Args:
-        store: The Chroma collection.
-        records: The same rows in SQLite.
+        database: The database, within a snapshot.
+        vectors: Searches its vectors.
+        mirror: The Chroma mirror of this state, if it is to be searched.
     """
 
-    def __init__(self, store: ChunkStore, records: RecordStore) -> None:
-        self._store = store
-        self._records = records
-        self.get = records.get
-        self.scan = records.scan
-        self.version = store.version
+    def __init__(self, database: IndexDatabase, vectors: VectorSearch, mirror: _Mirror | None) -> None:
+        self.database = database
+        self._vectors = vectors
+        self._mirror = mirror
 
-    def nearest(self, vector: Vector, k: int, allowed: Collection[str] | None = None) -> Ranking:
-        """Return the nearest chunks, without rows that somebody else has added to the collection."""
-        found = self._store.nearest(vector, k, allowed)
-        known = self._records.known([row_id for row_id, _ in found])
-        if len(known) < len(found) and allowed is None:
-            foreign = max(0, self._store.count() - self._records.count())
-            found = self._store.nearest(vector, k + foreign)
-            known = self._records.known([row_id for row_id, _ in found])
-        return [(row_id, score) for row_id, score in found if row_id in known][:k]
-
-    def close(self) -> None:
-        """Close the files."""
-        self._records.close()
-        self._store.close()
+    def nearest(self, vector: npt.NDArray[np.float32], k: int, allowed: Collection[int] | None = None) -> Ranking:
+        """Return the k chunks nearest to a vector (dim,) by cosine, among those with allowed numbers."""
+        if self._mirror is None or allowed is not None:
+            return self._vectors.nearest(vector, k, allowed)
+        try:
+            found = self._mirror.nearest(vector, k)
+        except Exception as error:  # a run may have replaced the collection, and Chroma's bindings raise anything
+            logger.info("Chroma is not searched. %s", error)
+            return self._vectors.nearest(vector, k)
+        known = self.database.get([row_id for row_id, _ in found])
+        if len(known) < len(found):  # somebody else has added rows to the collection
+            return self._vectors.nearest(vector, k)
+        return found
 
 
 class IndexReader:
-    """Reads an index for queries; opens it when it is first used and keeps it open. Thread-safe.
+    """Reads an index for queries. Thread-safe.
 
     Args:
         index_dir: The index folder.
-        load_state: Returns the current content of `index.json`.
+        chroma_from_chunks: Number of chunks from which on Chroma is searched.
     """
 
-    def __init__(self, index_dir: Path, load_state: Callable[[], IndexState]) -> None:
+    def __init__(self, index_dir: Path, *, chroma_from_chunks: int = CHROMA_FROM_CHUNKS) -> None:
         self._index_dir = index_dir
-        self._load_state = load_state
+        self._path = index_dir / DATABASE_FILE
+        self._chroma_from_chunks = chroma_from_chunks
         self._lock = threading.Lock()
-        self._index: VectorIndex | None = None
-        self._keywords: KeywordIndex | None = None
-        self._collection = ""
-        self._has_chroma = True
-        self._versions: tuple[object, ...] = ()
+        self._database: IndexDatabase | None = None
+        self._inode = -1
+        self._vectors: VectorSearch | None = None
+        self._mirror: _Mirror | None = None
+        self._mirrored: tuple[tuple[str, int], MirrorState] | None = None
 
-    def read(self, query: Callable[[VectorIndex], Answer], *, needs_vectors: bool = True) -> Answer | None:
-        """Call a function with the current collection, which a rebuild in another process may swap at any moment.
+    def read(self, query: Callable[[IndexSnapshot], Answer], *, needs_vectors: bool = True) -> Answer:
+        """Call a function with one state of the index.
 
         Args:
-            query: Called with the open collection; called again if the collection was swapped meanwhile.
-            needs_vectors: Whether the function calls `nearest`. If not, Chroma is not opened.
+            query: Called with the open index.
+            needs_vectors: Whether the function calls `nearest`.
 
         Returns:
-            The function's result; None for an index that has no collection yet.
+            The function's result.
 
         Raises:
             IndexNotFoundError: If there is no index.
             IndexStateError: If it cannot be read.
         """
         with self._lock:
-            for attempt in range(_ATTEMPTS):
-                versions = file_versions(self._index_dir)
-                # An open Chroma client does not see what another process has written since.
-                if self._index is None or versions != self._versions or (needs_vectors and not self._has_chroma):
-                    self._close()
-                    state = self._load_state()
-                    if state.collection is None:
-                        return None
-                    self._index = self._open(state, state.collection, needs_vectors)
-                    self._has_chroma, self._versions, self._collection = needs_vectors, versions, state.collection
-                    if self._index is None:
-                        if file_versions(self._index_dir) != versions:
-                            continue
-                        raise IndexStateError(
-                            f"The collection of {self._index_dir} is missing. "
-                            "Run `epic-rag index` with the indexed folder to rebuild it."
-                        )
-                is_snapshot = isinstance(self._index, BruteForceIndex)
-                try:
-                    with self._index.snapshot() if isinstance(self._index, BruteForceIndex) else nullcontext():
-                        answer = query(self._index)
-                    # Outside a snapshot, rows that a run has replaced meanwhile would be missing from the answer.
-                    if is_snapshot or file_versions(self._index_dir) == versions:
-                        return answer
-                except Exception:
-                    self._close()
-                    if attempt + 1 == _ATTEMPTS or file_versions(self._index_dir) == versions:
-                        raise
-        raise IndexStateError(f"{self._index_dir} is being rebuilt. Run the query again.")
+            database = self._open()
+            with database.snapshot():
+                if self._vectors is None:
+                    self._vectors = VectorSearch(database)
+                mirror = self._open_mirror(database) if needs_vectors else None
+                return query(IndexSnapshot(database, self._vectors, mirror))
 
-    def keywords(self) -> KeywordIndex:
-        """Return the keyword index of the open collection; to be called by the function that `read` calls.
+    def state(self) -> IndexState:
+        """Return the settings of the index.
 
         Raises:
-            KeywordsUnavailableError: If it is missing, broken or of another version.
+            IndexNotFoundError: If there is no index.
+            IndexStateError: If it cannot be read.
         """
-        if self._keywords is None:
-            self._keywords = KeywordIndex.open_reading(self._index_dir, self._collection)
-        return self._keywords
+        with self._lock:
+            state = self._open().state()
+        if state is None:  # a run died before it stored anything
+            check_migrated(self._index_dir)
+            raise self.not_found()
+        return state
+
+    def not_found(self) -> IndexNotFoundError:
+        """Return the error for a folder without an index."""
+        return IndexNotFoundError(f"No index in {self._index_dir}. Run `epic-rag index PATH` to create one.")
 
     @contextmanager
     def closed(self) -> Iterator[None]:
@@ -171,42 +139,61 @@ class IndexReader:
             self._close()
             yield
 
-    def _close(self) -> None:
-        if self._keywords is not None:
-            self._keywords.close()
-            self._keywords = None
-        if self._index is not None:
-            self._index.close()
-            self._index = None
+    def open(self) -> IndexDatabase:
+        """Open the database once more, for reading; the caller closes it.
 
-    def _open(self, state: IndexState, collection: str, needs_vectors: bool) -> VectorIndex | None:
-        if not needs_vectors:
-            try:
-                return BruteForceIndex(self._index_dir, collection)
-            except RecordsUnavailableError:
-                pass  # Chroma has the rows, too
-        from epic_rag_chroma.store.collection import ChunkStore  # imports chromadb
+        Raises:
+            IndexNotFoundError: If there is no index.
+            IndexStateError: If it cannot be read.
+        """
+        if not self._path.exists():
+            check_migrated(self._index_dir)
+            raise self.not_found()
+        return IndexDatabase.open_reading(self._path)
 
-        if state.chroma is not None:
-            remote = ChunkStore.open(state.chroma, collection)
-            return None if remote is None else self._mirrored(remote)
-        with try_chroma_lock(self._index_dir) as is_free:
-            if is_free and hnsw_files_fit(self._index_dir, collection):
-                try:
-                    store = ChunkStore.open(self._index_dir, collection)
-                    if store is not None:
-                        store.count()  # makes Chroma read its files while nobody writes to them
-                        return self._mirrored(store)
-                except Exception as error:  # Chroma raises whatever its bindings raise
-                    logger.warning("%s The next run of `epic-rag index` rebuilds these files.", error)
+    def _open(self) -> IndexDatabase:
         try:
-            return BruteForceIndex(self._index_dir, collection)
-        except RecordsUnavailableError as error:
-            logger.warning("%s", error)
+            inode = self._path.stat().st_ino
+        except OSError:
+            inode = -1
+        if self._database is None or inode != self._inode:
+            self._close()
+            self._database, self._inode = self.open(), inode
+        return self._database
+
+    def _open_mirror(self, database: IndexDatabase) -> _Mirror | None:
+        """Return the Chroma mirror if it is complete and worth searching."""
+        mirror = database.mirror()
+        version = (database.version(), mirror)
+        if self._mirrored == version:
+            return self._mirror
+        # A client does not see what another process has written since.
+        self._close_mirror()
+        self._mirrored = version
+        state = database.state()
+        if state is None or not mirror.is_complete or database.count() < self._chroma_from_chunks:
             return None
+        assert mirror.collection is not None
+        from epic_rag_chroma.store.collection import open_collection  # imports chromadb
 
-    def _mirrored(self, store: ChunkStore) -> VectorIndex:
         try:
-            return MirroredIndex(store, RecordStore.open_reading(self._index_dir, store.id))
-        except RecordsUnavailableError:
-            return store
+            if isinstance(state.chroma, ServerPlace):
+                require_known(self._index_dir, state.chroma.server, is_named=False)
+                self._mirror = open_collection(state.chroma, mirror.collection)
+            else:
+                with try_chroma_lock(self._index_dir) as is_free:
+                    self._mirror = open_collection(self._index_dir, mirror.collection) if is_free else None
+        except EpicError as error:
+            logger.info("Chroma is not searched. %s", error)
+        return self._mirror
+
+    def _close_mirror(self) -> None:
+        if self._mirror is not None:
+            self._mirror.close()
+        self._mirror = self._mirrored = None
+
+    def _close(self) -> None:
+        self._close_mirror()
+        if self._database is not None:
+            self._database.close()
+        self._database = self._vectors = None

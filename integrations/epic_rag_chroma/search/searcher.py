@@ -6,7 +6,7 @@ query -> terms  -> BM25           ┘
 
 Filters are exact: the result is the k best of the chunks that pass, if there are k. First the ranking is read a few
 times deeper than needed, which suffices where most chunks pass. Otherwise the metadata of all chunks is scanned once,
-and those that pass are ranked: few by brute force, many by Chroma restricted to their ids.
+and those that pass are ranked.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -30,13 +31,12 @@ from epic_rag_chroma.search.reranking import RERANK_DEPTH, Reranker, load_rerank
 from epic_rag_chroma.store.keyword_index import KeywordsUnavailableError
 from epic_rag_chroma.store.layout import is_safe_relative_path
 from epic_rag_chroma.store.paths import root_path
-from epic_rag_chroma.types import Hit, SearchMode
+from epic_rag_chroma.types import Hit
 
 if TYPE_CHECKING:
-    from epic_rag_chroma.search.index_reader import IndexReader, Ranking, VectorIndex
+    from epic_rag_chroma.search.index_reader import IndexReader, IndexSnapshot, Ranking
     from epic_rag_chroma.search.request import SearchRequest
     from epic_rag_chroma.store.database import Record
-    from epic_rag_chroma.store.keyword_index import KeywordIndex
 
 __all__ = ["Embedded", "Encode", "Searcher", "replace_queries"]
 
@@ -48,8 +48,6 @@ Encode: TypeAlias = Callable[[Sequence[str]], Vectors]
 Embedded: TypeAlias = "str | Sequence[str] | npt.NDArray[np.float32]"
 """Replaces a query among the vectors: texts whose vectors are averaged, or a vector (dim,) of any length."""
 
-# With at most so many allowed chunks, all are compared: graph search is faster and misses some.
-MAX_BRUTE_FORCE = 10_000
 # How much deeper than needed a ranking is read before the filters are applied to it.
 _OVERSAMPLING = 4
 # The minimum number of chunks that are compared for near-duplicates at a time.
@@ -91,9 +89,8 @@ class Searcher:
 
     Args:
         index_dir: The index folder.
-        reader: Reads its collection.
+        reader: Reads it.
         fusion_depth: How deep each ranking is read for fusion.
-        max_brute_force: With filters, up to how many chunks are compared one by one.
     """
 
     def __init__(
@@ -102,15 +99,13 @@ class Searcher:
         reader: IndexReader,
         *,
         fusion_depth: int = FUSION_DEPTH,
-        max_brute_force: int = MAX_BRUTE_FORCE,
     ) -> None:
         self._index_dir = index_dir
         self._reader = reader
         self._fusion_depth = fusion_depth
-        self._max_brute_force = max_brute_force
         self._rerankers: dict[str, Reranker] = {}
-        # Ids that passed the last filters: an application often uses the same filters for all its queries.
-        self._allowed: dict[tuple[VectorIndex, int, str], frozenset[str]] = {}
+        # Chunks that passed the last filters: an application often uses the same filters for all its queries.
+        self._allowed: dict[tuple[tuple[str, int], str], frozenset[int]] = {}
 
     def search(self, texts: Sequence[str], request: SearchRequest, encode: Encode) -> list[list[Hit]]:
         """Search for queries.
@@ -132,10 +127,12 @@ class Searcher:
         reranker = None if request.reranker is None else self._reranker(request.reranker)
         vectors = None if request.mode == "keyword" or not texts else encode(texts)
 
-        def search(index: VectorIndex, mode: SearchMode = request.mode) -> list[list[_Candidate]]:
-            keywords = None if mode == "dense" else self._reader.keywords()
-            key = (index, index.version(), repr(request.filters))
-            filtered = _FilteredIndex(index, keywords, passes, self._allowed.get(key), self._max_brute_force)
+        def search(index: IndexSnapshot) -> list[list[_Candidate]]:
+            if passes is not None and passes.needs_files:
+                passes.use_files(index.database.files())
+            key = (index.database.version(), repr(request.filters))
+            allowed = None if passes is None or passes.needs_files else self._allowed.get(key)
+            filtered = _FilteredIndex(index, passes, allowed)
             found = [
                 self._search_one(filtered, text, None if vectors is None else vectors[row], request, reranker)
                 for row, text in enumerate(texts)
@@ -144,17 +141,8 @@ class Searcher:
                 self._allowed = {key: filtered.allowed}
             return found
 
-        def search_or_fall_back(index: VectorIndex) -> list[list[_Candidate]]:
-            try:
-                return search(index)
-            except KeywordsUnavailableError as error:  # on opening the file, or when a query meets the damage
-                if request.mode != "hybrid":
-                    raise
-                logger.warning("%s Searched by vectors only.", error)
-                return search(index, "dense")
-
-        found = self._reader.read(search_or_fall_back, needs_vectors=vectors is not None)
-        return [[self._hit(rank, each) for rank, each in enumerate(hits, 1)] for hits in found or [[] for _ in texts]]
+        found = self._reader.read(search, needs_vectors=vectors is not None)
+        return [[self._hit(rank, each) for rank, each in enumerate(hits, 1)] for hits in found]
 
     def _search_one(
         self,
@@ -169,8 +157,8 @@ class Searcher:
         depth = max(2 * count, self._fusion_depth)
         while True:
             cosines = {} if vector is None else dict(index.nearest(vector, depth))
-            bm25 = dict(index.match(text, depth))
-            is_hybrid = vector is not None and index.keywords is not None
+            bm25 = {} if request.mode == "dense" else dict(index.match(text, depth, is_hybrid=vector is not None))
+            is_hybrid = vector is not None and request.mode == "hybrid"
             ranking = fuse(list(cosines), list(bm25)) if is_hybrid else list((cosines or bm25).items())
             found: list[_Candidate] = []
             compared: list[ComparedText] = []
@@ -185,7 +173,7 @@ class Searcher:
                     cosine = None
                     if vector is not None:
                         cosine = max(-1.0, min(1.0, cosines.get(row_id, float(row.vector @ vector))))
-                    if index.keywords is None and cosine is not None:
+                    if request.mode == "dense" and cosine is not None:
                         score = cosine
                     candidate = _Candidate(row, score, cosine, bm25.get(row_id))
                     if request.collapse:
@@ -247,60 +235,47 @@ class Searcher:
 
 
 class _FilteredIndex:
-    """The chunks of a collection that pass the filters.
+    """The chunks of an index that pass the filters.
 
     Args:
-        index: The collection.
-        keywords: Its keyword index; None in dense mode.
+        index: The index.
         passes: The filters; None for all chunks.
-        allowed: Ids of the chunks that pass, if known from an earlier search.
-        max_brute_force: Up to how many allowed chunks are compared one by one.
+        allowed: Numbers of the chunks that pass, if known from an earlier search.
     """
 
-    def __init__(
-        self,
-        index: VectorIndex,
-        keywords: KeywordIndex | None,
-        passes: Filter | None,
-        allowed: frozenset[str] | None,
-        max_brute_force: int,
-    ) -> None:
-        self.get = index.get
-        self.keywords = keywords
+    def __init__(self, index: IndexSnapshot, passes: Filter | None, allowed: frozenset[int] | None) -> None:
+        self.get = index.database.get
         self.allowed = allowed
         self._index = index
         self._passes = passes
-        self._max_brute_force = max_brute_force
-        self._matrix: tuple[list[str], Vectors] | None = None
 
     def nearest(self, vector: Vectors, k: int) -> Ranking:
         """Return the k nearest chunks that pass, with their cosines."""
+        return self._filtered(lambda count, allowed: self._index.nearest(vector, count, allowed), k)
 
-        def rank(count: int, allowed: Collection[str] | None) -> Ranking:
-            if allowed is None or len(allowed) > self._max_brute_force:
-                return self._index.nearest(vector, count, allowed)
-            if self._matrix is None:
-                rows = self.get(allowed)
-                ids = sorted(rows)
-                vectors = [rows[row_id].vector for row_id in ids]
-                self._matrix = ids, np.stack(vectors) if vectors else np.empty((0, len(vector)), np.float32)
-            ids, matrix = self._matrix
-            # Rounded, since equal rows of a matrix may differ in the last bit of their products.
-            cosines = np.round(matrix @ vector, 6)  # (chunks,)
-            return [(ids[row], float(cosines[row])) for row in np.argsort(-cosines, kind="stable")[:count]]
+    def match(self, query: str, k: int, *, is_hybrid: bool) -> Ranking:
+        """Return the k chunks that pass with the highest BM25 scores.
 
-        return self._filtered(rank, k)
-
-    def match(self, query: str, k: int) -> Ranking:
-        """Return the k chunks that pass with the highest BM25 scores; without a keyword index, none."""
-        keywords = self.keywords
-        return [] if keywords is None else self._filtered(lambda n, allowed: keywords.search(query, n, allowed), k)
+        Raises:
+            KeywordsUnavailableError: If there is no keyword index of this version, unless the vectors are searched too.
+        """
+        try:
+            return self._filtered(lambda count, allowed: self._index.database.match(query, count, allowed), k)
+        except KeywordsUnavailableError as error:
+            if not is_hybrid:
+                raise
+            logger.warning("%s Searched by vectors only.", error)
+            return []
 
     def bm25(self, query: str, ids: Collection[str]) -> dict[str, float]:
         """Return BM25 scores of chunks, without those that match no term of the query."""
-        return {} if self.keywords is None or not ids else dict(self.keywords.search(query, len(ids), ids))
+        if not ids:
+            return {}
+        with suppress(KeywordsUnavailableError):
+            return dict(self._index.database.match(query, len(ids), self._index.database.numbers_of(ids)))
+        return {}
 
-    def _filtered(self, rank: Callable[[int, Collection[str] | None], Ranking], k: int) -> Ranking:
+    def _filtered(self, rank: Callable[[int, Collection[int] | None], Ranking], k: int) -> Ranking:
         if self._passes is None:
             return rank(k, None)
         if self.allowed is None:
@@ -311,7 +286,9 @@ class _FilteredIndex:
             ]
             if len(passed) >= k or len(some) < _OVERSAMPLING * k:
                 return passed[:k]
-            self.allowed = frozenset(row_id for row_id, metadata in self._index.scan() if self._passes(metadata))
+            self.allowed = frozenset(
+                number for number, metadata in self._index.database.scan() if self._passes(metadata)
+            )
         return rank(k, self.allowed) if self.allowed else []
 
 

@@ -1,25 +1,22 @@
-"""SQLite database of an index: its rows (chunks with vectors), and brute-force search over them.
+"""Index database: chunks with their vectors, files, keyword index and settings in one SQLite file.
 
-Each collection has its own files, named after its id, so that a rebuild fills new ones. They are in write-ahead mode: a
-reader sees the last commit, and neither waits for the writer nor delays it.
+Everything that belongs together is written in one transaction, so a crash at any moment leaves the state before or
+after it. The file is in write-ahead mode: a reader sees the last commit, and neither waits for the writer nor delays
+it. A rebuild fills a database beside this one, whose content `replace_by` then takes over in one transaction.
 
-Chroma keeps vectors in the files of an HNSW graph, which it overwrites in place; a killed process leaves a graph that
-is neither old nor new. Rows are therefore written here in transactions, before Chroma gets them:
-
-* No vector is computed twice: renamed, moved or copied text finds its vector by the hash of the embedded text, and so
-  does the run after a crash.
-* A corrupt collection is rebuilt without the model.
-* While Chroma is being written to and after a crash, queries are answered by `BruteForceIndex`. docs/reliability.md has
-  its cost.
+* A chunk's number is never used again and its vector never changes, so readers keep vectors in memory (`vectors.py`).
+* No vector is computed twice: renamed, moved or copied text finds its vector by the hash of the embedded text.
+* The table `outbox` lists ids that the Chroma mirror has not seen yet (`collection.py`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sqlite3
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,110 +26,491 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
-from epic_rag_chroma.errors import IndexStateError
+from epic_rag_chroma.errors import IndexMismatchError, IndexStateError
+from epic_rag_chroma.store.keyword_index import (
+    KEYWORD_SCHEMA,
+    KEYWORD_VERSION,
+    MAX_VARIABLES,
+    KeywordIndex,
+    KeywordsUnavailableError,
+)
+from epic_rag_chroma.store.paths import DocumentKey, FileStamp
+from epic_rag_chroma.store.state import FileEntry, IndexState, MirrorState
 
-__all__ = [
-    "MAX_VARIABLES",
-    "BruteForceIndex",
-    "Record",
-    "RecordStore",
-    "RecordsUnavailableError",
-    "delete_database",
-    "delete_others",
-    "file_of",
-    "is_broken",
-    "open_reading",
-    "open_writing",
-]
-
+__all__ = ["IndexDatabase", "Record", "delete_database"]
 
 logger = logging.getLogger(__name__)
 
-MAX_VARIABLES = 900
-"""Ids in a statement: SQLite before 3.32 allows 999 variables."""
-_SUFFIX = ".sqlite"
+Vector = npt.NDArray[np.float32]
+Numbers = npt.NDArray[np.int64]
+Metadata = Mapping[str, Any]
+
+FORMAT_VERSION = 3
+_APPLICATION_ID = 0x45504943  # "EPIC"
+_PAGE = 1000
+_BUSY_SECONDS = 30.0
 # Suffixes of the files of an open database.
 _COMPANIONS = ("", "-wal", "-shm", "-journal")
-_BUSY_SECONDS = 30.0
+_SCHEMA = f"""
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE files (
+    root TEXT NOT NULL,
+    path TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    chunks INTEGER NOT NULL,
+    size INTEGER,
+    mtime_ns INTEGER,
+    ctime_ns INTEGER,
+    inode INTEGER,
+    checked_ns INTEGER NOT NULL,
+    PRIMARY KEY (root, path)
+) WITHOUT ROWID;
+CREATE TABLE chunks (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    doc_id TEXT NOT NULL,
+    embedded_hash TEXT NOT NULL,
+    text TEXT NOT NULL,
+    metadata TEXT NOT NULL
+);
+CREATE INDEX chunks_doc_id ON chunks (doc_id);
+CREATE INDEX chunks_embedded_hash ON chunks (embedded_hash);
+CREATE TABLE vectors (number INTEGER PRIMARY KEY, vector BLOB NOT NULL);
+CREATE TABLE spare (embedded_hash TEXT PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE outbox (id TEXT PRIMARY KEY) WITHOUT ROWID;
+{KEYWORD_SCHEMA}
+"""
 
-Check = Callable[[sqlite3.Connection], object]
+
+@dataclass(frozen=True)
+class Record:
+    """A chunk: id, text, metadata as in Chroma (without None), and vector (dim,) float32."""
+
+    id: str
+    text: str
+    metadata: dict[str, Any]
+    vector: Vector
 
 
-def file_of(index_dir: Path, kind: str, collection_id: str) -> Path:
-    """Return the file of a kind ("records", "keywords") for a collection."""
-    return index_dir / f"{kind}-{collection_id}{_SUFFIX}"
+class IndexDatabase:
+    """The database of an index.
 
-
-def open_writing(path: Path, make: Check, check: Check) -> sqlite3.Connection:
-    """Open a database for writing; replace it by an empty one if it is missing or broken.
-
-    Args:
-        path: The file.
-        make: Creates the tables if there are none.
-        check: Raises sqlite3.DatabaseError if this version cannot read the database.
-
-    Raises:
-        OSError, sqlite3.Error: If it can be neither read nor replaced.
+    Made by `open` for writing or `open_reading`; must be closed. Not thread-safe. Methods that read raise
+    `IndexStateError` if the file is damaged; methods that write must be called within `transaction`.
     """
-    try:
-        return _opened(path, make, check)
-    except sqlite3.DatabaseError as error:
-        if not is_broken(error):
-            raise  # locked, read-only or a full disk, where a new file would not help
-        logger.info("Replacing %s: %s", path, error)
-        delete_database(path)
-        return _opened(path, make, check)
 
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection = connection
+        self.path = path
+        self._keywords = KeywordIndex(connection)
 
-def _opened(path: Path, make: Check, check: Check) -> sqlite3.Connection:
-    connection = _connect(str(path))
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        make(connection)
-        check(connection)
-        # Finds torn and overwritten pages; about one second for 100,000 chunks.
-        said = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if said != "ok":
-            raise sqlite3.DatabaseError(said)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    @classmethod
+    def open(cls, path: Path) -> IndexDatabase:
+        """Open a database for writing; create it if there is none.
 
-
-def open_reading(path: Path, check: Check) -> sqlite3.Connection:
-    """Open a database for reading. Writes nothing, and works in a read-only folder.
-
-    Args:
-        path: The file; must exist.
-        check: See `open_writing`.
-
-    Raises:
-        sqlite3.Error: If it cannot be read.
-    """
-    uri = f"file:{quote(str(path))}?mode=ro"
-    try:
-        return _checked(uri, check)
-    except sqlite3.Error:
-        # Write-ahead mode needs a shared-memory file. Where it cannot be created, nobody writes either.
-        if _has_content(path.with_name(path.name + "-wal")):
+        Raises:
+            IndexMismatchError: If it has the format of another version.
+            IndexStateError: If it is damaged or cannot be written.
+        """
+        try:
+            is_new = not path.exists() or path.stat().st_size == 0
+            database = cls(_connect(str(path)), path)
+        except (OSError, sqlite3.Error) as error:
+            raise _unwritable(path, error) from error
+        try:
+            with database._errors(writing=True):
+                connection = database._connection
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")
+                if is_new or not connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+                    connection.executescript(
+                        f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version = {FORMAT_VERSION};"
+                        f"PRAGMA application_id = {_APPLICATION_ID};"
+                        f"INSERT INTO settings VALUES ('id', '{uuid.uuid4().hex}'), ('version', '0'),"
+                        f"('keywords', '{KEYWORD_VERSION}');COMMIT"
+                    )
+                database._check_format()
+                if database._setting("run") is not None:
+                    # After a crash: torn pages of a failing disk are found now instead of in some later query.
+                    result = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+                    if result != "ok":
+                        raise sqlite3.DatabaseError(result)
+                if database._setting("keywords") != KEYWORD_VERSION:
+                    database._make_keywords()
+        except BaseException:
+            database.close()
             raise
-    return _checked(f"{uri}&immutable=1", check)
+        return database
 
+    @classmethod
+    def open_reading(cls, path: Path) -> IndexDatabase:
+        """Open a database for reading. Writes nothing, and works in a read-only folder.
 
-def _checked(uri: str, check: Check) -> sqlite3.Connection:
-    connection = _connect(uri, uri=True)
-    try:
-        check(connection)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+        Raises:
+            IndexMismatchError: If it has the format of another version.
+            IndexStateError: If it is missing or damaged.
+        """
+        uri = f"file:{quote(str(path))}?mode=ro"
+        try:
+            database = cls(_connect(uri, uri=True), path)
+            try:
+                database._setting("id")
+            except sqlite3.Error:
+                database.close()
+                # Write-ahead mode needs a shared-memory file. Where it cannot be created, nobody writes either.
+                if _size(path.with_name(path.name + "-wal")):
+                    raise
+                database = cls(_connect(f"{uri}&immutable=1", uri=True), path)
+        except sqlite3.Error as error:
+            raise _unreadable(path, error) from error
+        try:
+            with database._errors():
+                database._check_format()
+        except BaseException:
+            database.close()
+            raise
+        return database
 
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
 
-def _connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
-    return sqlite3.connect(name, uri=uri, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    # -- transactions --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Write everything inside, or nothing if it fails or the process dies. Marks the run as unfinished.
+
+        Raises:
+            IndexStateError: If the file cannot be written.
+        """
+        with self._errors(writing=True):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._set("run", "unfinished")
+                self._connection.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):  # after a full disk SQLite has rolled back already
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Read everything inside from one state of the database."""
+        with self._errors():
+            self._connection.execute("BEGIN")
+            try:
+                self._setting("id")  # starts the snapshot
+                yield
+            finally:
+                with suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
+
+    def replace_by(self, other: Path) -> None:
+        """Take over the content of a complete database in one transaction, and delete it.
+
+        The mirror stays that of this database and becomes dirty, since all chunks may differ.
+
+        Raises:
+            IndexStateError: If the file cannot be written.
+        """
+        collection = self.mirror().collection
+        with self._errors(writing=True):
+            source = IndexDatabase.open(other)
+            try:
+                source._set("mirror", _mirror_json(collection, True))
+                source._connection.execute("DELETE FROM outbox")
+                source._connection.backup(self._connection)
+            finally:
+                source.close()
+        delete_database(other)
+
+    # -- settings ------------------------------------------------------------------------------------------------------
+
+    def state(self) -> IndexState | None:
+        """Return the settings of the index; None before `save_state`."""
+        with self._errors():
+            text = self._setting("state")
+            try:
+                return None if text is None else IndexState.from_json(text)
+            except ValueError as error:
+                raise sqlite3.DatabaseError(f"its settings: {error}") from error
+
+    def save_state(self, state: IndexState) -> None:
+        """Store the settings of the index."""
+        self._set("state", state.to_json())
+
+    def finish_run(self, state: IndexState) -> None:
+        """Store the settings, delete spare vectors, and mark the run as finished; a transaction by itself."""
+        with self._errors(writing=True):
+            self._connection.executescript("BEGIN IMMEDIATE;DELETE FROM spare;DELETE FROM settings WHERE name = 'run'")
+            self.save_state(state)
+            self._connection.execute("COMMIT")
+
+    @property
+    def is_unfinished(self) -> bool:
+        """True during a run and after one that did not finish."""
+        with self._errors():
+            return self._setting("run") is not None
+
+    def version(self) -> tuple[str, int]:
+        """Return the database's id and a number that grows whenever chunks change."""
+        with self._errors():
+            return str(self._setting("id")), int(self._setting("version") or 0)
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def files(self) -> dict[DocumentKey, FileEntry]:
+        """Return the entries of all files."""
+        return dict(self._files(""))
+
+    def file(self, key: DocumentKey) -> FileEntry | None:
+        """Return the entry of a file; None if it is not in the index."""
+        return next((entry for _, entry in self._files("WHERE root = ? AND path = ?", key)), None)
+
+    def put_file(self, key: DocumentKey, entry: FileEntry) -> None:
+        """Store the entry of a file."""
+        stamp: tuple[int | None, ...] = (None,) * 4
+        if entry.stamp is not None:
+            stamp = (entry.stamp.size, entry.stamp.mtime_ns, entry.stamp.ctime_ns, entry.stamp.inode)
+        self._connection.execute(
+            "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*key, entry.digest, entry.chunks, *stamp, entry.checked_ns),
+        )
+
+    def delete_files(self, keys: Iterable[DocumentKey]) -> None:
+        """Delete the entries of files."""
+        self._connection.executemany("DELETE FROM files WHERE root = ? AND path = ?", keys)
+
+    def _files(self, where: str, values: Sequence[str] = ()) -> Iterator[tuple[DocumentKey, FileEntry]]:
+        with self._errors():
+            for root, path, digest, chunks, *stamp, checked_ns in self._connection.execute(
+                f"SELECT * FROM files {where}", values
+            ):
+                known = None if stamp[0] is None else FileStamp(*stamp)
+                yield (root, path), FileEntry(digest, chunks, known, checked_ns)
+
+    # -- chunks --------------------------------------------------------------------------------------------------------
+
+    def put(self, records: Sequence[Record]) -> None:
+        """Store chunks; those with a known id are replaced.
+
+        Args:
+            records: Chunks; their metadata has `doc_id`, `embedded_hash` and, if there is one, `heading_path`.
+        """
+        self.delete([record.id for record in records])
+        for record in records:
+            number = self._connection.execute(
+                "INSERT INTO chunks (id, doc_id, embedded_hash, text, metadata) VALUES (?, ?, ?, ?, ?)",
+                (record.id, *_columns(record.metadata), record.text, _dumped(record.metadata)),
+            ).lastrowid
+            assert number is not None
+            self._connection.execute(
+                "INSERT INTO vectors VALUES (?, ?)",
+                (number, np.ascontiguousarray(record.vector, dtype="<f4").tobytes()),
+            )
+            self._keywords.add(number, _searched(record.text, record.metadata))
+        self._record_changes(record.id for record in records)
+
+    def update_metadata(self, ids: Sequence[str], metadatas: Sequence[Metadata]) -> None:
+        """Change the metadata of chunks; text, vector, headings and numbers stay."""
+        changed = [
+            (_dumped(metadata), *_columns(metadata), row_id) for row_id, metadata in zip(ids, metadatas, strict=True)
+        ]
+        self._connection.executemany(
+            "UPDATE chunks SET metadata = ?, doc_id = ?, embedded_hash = ? WHERE id = ?", changed
+        )
+        self._record_changes(ids)
+
+    def delete(self, ids: Collection[str]) -> None:
+        """Delete chunks; unknown ids are ignored.
+
+        Their vectors stay until the run ends: the text may reappear in another file of the same run.
+        """
+        known = list(self._selected("SELECT number, id FROM chunks WHERE id IN", ids))
+        if not known:
+            return
+        for number, _ in known:
+            self._connection.execute(
+                "INSERT OR IGNORE INTO spare SELECT embedded_hash, vector FROM chunks JOIN vectors USING (number) "
+                "WHERE number = ?",
+                (number,),
+            )
+            for table in ("chunks", "vectors"):
+                self._connection.execute(f"DELETE FROM {table} WHERE number = ?", (number,))
+            self._keywords.delete(number)
+        self._record_changes(row_id for _, row_id in known)
+
+    def count(self) -> int:
+        """Return the number of chunks."""
+        with self._errors():
+            return int(self._connection.execute("SELECT count(*) FROM vectors").fetchone()[0])
+
+    def get(self, ids: Collection[str]) -> dict[str, Record]:
+        """Return chunks by id, without those that do not exist."""
+        rows = self._selected(
+            "SELECT id, text, metadata, vector FROM chunks JOIN vectors USING (number) WHERE id IN", ids
+        )
+        return {str(row[0]): _record(row) for row in rows}
+
+    def scan(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield number and metadata of all chunks."""
+        with self._errors():
+            for number, metadata in self._connection.execute("SELECT number, metadata FROM chunks"):
+                yield int(number), dict(json.loads(metadata))
+
+    def pages(self) -> Iterator[list[Record]]:
+        """Yield pages of all chunks, in the order of their numbers."""
+        last = -1
+        while True:
+            with self._errors():
+                rows = self._connection.execute(
+                    "SELECT id, text, metadata, vector, number FROM chunks JOIN vectors USING (number) "
+                    "WHERE number > ? ORDER BY number LIMIT ?",
+                    (last, _PAGE),
+                ).fetchall()
+            if not rows:
+                return
+            last = int(rows[-1][4])
+            yield [_record(row) for row in rows]
+
+    def vectors_by_hash(self, hashes: Collection[str]) -> dict[str, Vector]:
+        """Return the vector (dim,) of each known hash of embedded text, also of chunks deleted in this run."""
+        found: dict[str, Vector] = {}
+        for table in ("spare", "chunks JOIN vectors USING (number)"):
+            select = f"SELECT embedded_hash, vector FROM {table} WHERE embedded_hash IN"
+            found.update({str(known): _vector(vector) for known, vector in self._selected(select, hashes)})
+        return found
+
+    def ids_by_document(self, documents: Collection[str]) -> dict[str, set[str]]:
+        """Return the ids of the chunks of documents, by their `doc_id`."""
+        found: dict[str, set[str]] = {document: set() for document in documents}
+        for document, row_id in self._selected("SELECT doc_id, id FROM chunks WHERE doc_id IN", documents):
+            found[str(document)].add(str(row_id))
+        return found
+
+    # -- search --------------------------------------------------------------------------------------------------------
+
+    def ids(self, numbers: Iterable[int]) -> dict[int, str]:
+        """Return the ids of chunks by their numbers."""
+        rows = self._selected("SELECT number, id FROM chunks WHERE number IN", [int(number) for number in numbers])
+        return {int(number): str(row_id) for number, row_id in rows}
+
+    def numbers_of(self, ids: Collection[str]) -> list[int]:
+        """Return the numbers of chunks by their ids."""
+        return [int(row[0]) for row in self._selected("SELECT number FROM chunks WHERE id IN", ids)]
+
+    def numbers(self) -> Numbers:
+        """Return the numbers of all chunks (n,), in ascending order."""
+        with self._errors():
+            rows = self._connection.execute("SELECT number FROM vectors ORDER BY number").fetchall()
+        return np.asarray([row[0] for row in rows], dtype=np.int64)
+
+    def vectors_after(self, number: int) -> tuple[Numbers, Vector]:
+        """Return numbers (n,) and vectors (n, dim) of chunks with a greater number; (0, 0) if there are none."""
+        numbers: list[int] = []
+        values = bytearray()  # grows in place, so that the vectors are in memory once
+        with self._errors():
+            for each, vector in self._connection.execute(
+                "SELECT number, vector FROM vectors WHERE number > ? ORDER BY number", (number,)
+            ):
+                numbers.append(each)
+                values += vector
+            flat = np.frombuffer(values, dtype="<f4").astype(np.float32, copy=False)
+            try:
+                matrix = flat.reshape(len(numbers), -1) if numbers else np.zeros((0, 0), dtype=np.float32)
+            except ValueError as error:
+                raise sqlite3.DatabaseError("its vectors differ in length") from error
+        return np.asarray(numbers, dtype=np.int64), matrix
+
+    def match(self, query: str, k: int, allowed: Collection[int] | None = None) -> list[tuple[str, float]]:
+        """Return the k chunks with the highest BM25 scores; see `KeywordIndex.search`.
+
+        Raises:
+            KeywordsUnavailableError: If another version of epic-rag made the keyword index.
+        """
+        with self._errors():
+            if self._setting("keywords") != KEYWORD_VERSION:
+                raise KeywordsUnavailableError(
+                    f"The keyword index of {self.path.parent} was made by another version of epic-rag. Run "
+                    "`epic-rag index` to update it, or search with --mode dense."
+                )
+            return self._keywords.search(query, k, allowed)
+
+    def _make_keywords(self) -> None:
+        logger.info("making the keyword index again")
+        with self.transaction():
+            self._connection.execute("DELETE FROM keywords")
+            for number, text, metadata in self._connection.execute("SELECT number, text, metadata FROM chunks"):
+                self._keywords.add(number, _searched(text, json.loads(metadata)))
+            self._set("keywords", KEYWORD_VERSION)
+
+    # -- mirror --------------------------------------------------------------------------------------------------------
+
+    def mirror(self) -> MirrorState:
+        """Return the state of the Chroma mirror."""
+        with self._errors():
+            is_behind = self._connection.execute("SELECT 1 FROM outbox LIMIT 1").fetchone() is not None
+            return MirrorState(**json.loads(self._setting("mirror") or "{}"), is_behind=is_behind)
+
+    def unmirrored(self) -> list[str]:
+        """Return the ids of chunks that changed since the mirror was complete; those without a chunk were deleted."""
+        with self._errors():
+            return [str(row[0]) for row in self._connection.execute("SELECT id FROM outbox")]
+
+    def begin_mirror(self, collection: str | None) -> None:
+        """Mark the mirror as dirty before the first write to it."""
+        with self._errors(writing=True):
+            self._set("mirror", _mirror_json(collection, True))
+
+    def end_mirror(self, collection: str | None) -> None:
+        """Mark the mirror as clean; None for an index without one."""
+        with self._errors(writing=True):
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("DELETE FROM outbox")
+            self._set("mirror", _mirror_json(collection, False))
+            self._connection.execute("COMMIT")
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _check_format(self) -> None:
+        found = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+        application = int(self._connection.execute("PRAGMA application_id").fetchone()[0])
+        if application != _APPLICATION_ID:
+            raise sqlite3.DatabaseError("it is not an index")
+        if found != FORMAT_VERSION:
+            raise IndexMismatchError(
+                f"{self.path} has format {found}, this version of epic-rag reads {FORMAT_VERSION}. Run `pip install "
+                "--upgrade epic-rag`, or rebuild with `epic-rag index --rebuild`."
+            )
+
+    def _setting(self, name: str) -> str | None:
+        row = self._connection.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def _set(self, name: str, value: str) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
+
+    def _record_changes(self, ids: Iterable[str]) -> None:
+        self._connection.execute("UPDATE settings SET value = value + 1 WHERE name = 'version'")
+        self._connection.executemany("INSERT OR IGNORE INTO outbox VALUES (?)", ((row_id,) for row_id in ids))
+
+    def _selected(self, select: str, values: Collection[Any]) -> Iterator[tuple[Any, ...]]:
+        wanted = sorted(values)
+        with self._errors():
+            for start in range(0, len(wanted), MAX_VARIABLES):
+                some = wanted[start : start + MAX_VARIABLES]
+                yield from self._connection.execute(f"{select} ({','.join('?' * len(some))})", some)
+
+    @contextmanager
+    def _errors(self, *, writing: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            if writing and isinstance(error, sqlite3.OperationalError):
+                raise _unwritable(self.path, error) from error
+            raise _unreadable(self.path, error) from error
 
 
 def delete_database(path: Path) -> None:
@@ -141,297 +519,28 @@ def delete_database(path: Path) -> None:
         path.with_name(path.name + companion).unlink(missing_ok=True)
 
 
-def delete_others(index_dir: Path, kind: str, collection_id: str | None) -> None:
-    """Delete the files of a kind of all other collections; with None, of all collections."""
-    keep = None if collection_id is None else file_of(index_dir, kind, collection_id)
-    for path in index_dir.glob(f"{kind}-*{_SUFFIX}"):
-        if path != keep:
-            with suppress(PermissionError):  # open in a query on Windows; the next run deletes it
-                delete_database(path)
+def _connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
+    return sqlite3.connect(name, uri=uri, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
 
 
-def is_broken(error: sqlite3.Error) -> bool:
-    """Return whether an error means that the file's content is wrong, as opposed to temporarily unreachable."""
-    return not isinstance(error, sqlite3.OperationalError) or "no such" in str(error)
-
-
-def _has_content(path: Path) -> bool:
+def _size(path: Path) -> int:
     try:
-        return path.stat().st_size > 0
+        return path.stat().st_size
     except OSError:
-        return False
+        return 0
 
 
-_RECORDS = "records"
-_RECORDS_VERSION = 1
-_PAGE = 1000
-_RECORDS_SCHEMA = """
-CREATE TABLE records (
-    number INTEGER PRIMARY KEY,
-    id TEXT NOT NULL UNIQUE,
-    doc_id TEXT NOT NULL,
-    embedded_hash TEXT NOT NULL,
-    text TEXT NOT NULL,
-    metadata TEXT NOT NULL,
-    vector BLOB NOT NULL
-);
-CREATE INDEX records_doc_id ON records (doc_id);
-CREATE INDEX records_embedded_hash ON records (embedded_hash);
-CREATE TABLE spare (embedded_hash TEXT PRIMARY KEY, vector BLOB NOT NULL);
-"""
-
-Vector = npt.NDArray[np.float32]
-Metadata = Mapping[str, Any]
+def _mirror_json(collection: str | None, is_dirty: bool) -> str:
+    return json.dumps({"collection": collection, "is_dirty": is_dirty})
 
 
-class RecordsUnavailableError(IndexStateError):
-    """The rows are missing or cannot be read."""
+def _columns(metadata: Metadata) -> tuple[str, str]:
+    return str(metadata.get("doc_id", "")), str(metadata.get("embedded_hash", ""))
 
 
-@dataclass(frozen=True)
-class Record:
-    """A row: id, text, metadata as in Chroma (without None), and vector (dim,) float32."""
-
-    id: str
-    text: str
-    metadata: dict[str, Any]
-    vector: Vector
-
-
-class RecordStore:
-    """Rows of one collection.
-
-    Made by `open` for writing or `open_reading`; must be closed. Not thread-safe.
-    """
-
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
-        self._connection = connection
-        self._path = path
-
-    @classmethod
-    def open(cls, index_dir: Path, collection_id: str) -> RecordStore:
-        """Open the rows of a collection for writing; start empty if they are missing, broken or of another version.
-
-        Raises:
-            IndexStateError: If the file can be neither read nor replaced (permissions, a full disk).
-        """
-        path = file_of(index_dir, _RECORDS, collection_id)
-        try:
-            return cls(open_writing(path, _make_records, _check_records), path)
-        except (OSError, sqlite3.Error) as error:
-            raise _records_unwritable(path, error) from error
-
-    @classmethod
-    def open_reading(cls, index_dir: Path, collection_id: str) -> RecordStore:
-        """Open the rows of a collection for reading. Writes nothing, and works in a read-only folder.
-
-        Raises:
-            RecordsUnavailableError: If they are missing, broken or of another version.
-        """
-        path = file_of(index_dir, _RECORDS, collection_id)
-        if not path.is_file():
-            raise _records_unavailable(path, "it is missing")
-        try:
-            return cls(open_reading(path, _check_records), path)
-        except sqlite3.Error as error:
-            raise _records_unavailable(path, str(error)) from error
-
-    @staticmethod
-    def delete_others(index_dir: Path, collection_id: str | None) -> None:
-        """Delete the rows of all other collections; with None, of all collections."""
-        delete_others(index_dir, _RECORDS, collection_id)
-
-    def copy_to(self, index_dir: Path, collection_id: str) -> RecordStore:
-        """Copy all rows for another collection, and return the copy, open for writing.
-
-        Raises:
-            IndexStateError: If it cannot be written.
-        """
-        path = file_of(index_dir, _RECORDS, collection_id)
-        delete_database(path)
-        try:
-            with sqlite3.connect(path) as target:
-                self._connection.backup(target)
-            target.close()
-        except sqlite3.Error as error:
-            raise _records_unwritable(path, error) from error
-        return RecordStore.open(index_dir, collection_id)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._connection.close()
-
-    @contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """Read everything inside from one snapshot."""
-        with self._reading():
-            self._connection.execute("BEGIN")
-            try:
-                self._connection.execute("SELECT 1 FROM records LIMIT 1").fetchone()  # starts the snapshot
-                yield
-            finally:
-                with suppress(sqlite3.Error):
-                    self._connection.execute("ROLLBACK")
-
-    def data_version(self) -> int:
-        """Return a number that changes whenever another connection has committed."""
-        with self._reading():
-            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
-
-    def count(self) -> int:
-        """Return the number of rows."""
-        with self._reading():
-            return int(self._connection.execute("SELECT count(*) FROM records").fetchone()[0])
-
-    def write(self, records: Sequence[Record]) -> None:
-        """Write rows, all or none; existing ones are replaced.
-
-        Args:
-            records: Rows; their metadata has `doc_id` and `embedded_hash`.
-
-        Raises:
-            IndexStateError: If the file cannot be written.
-        """
-        with self._transaction():
-            self._connection.executemany(
-                "INSERT OR REPLACE INTO records (id, doc_id, embedded_hash, text, metadata, vector) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                (
-                    (
-                        record.id,
-                        str(record.metadata.get("doc_id", "")),
-                        str(record.metadata.get("embedded_hash", "")),
-                        record.text,
-                        _dumped(record.metadata),
-                        np.ascontiguousarray(record.vector, dtype="<f4").tobytes(),
-                    )
-                    for record in records
-                ),
-            )
-
-    def update_metadata(self, ids: Sequence[str], metadatas: Sequence[Metadata]) -> None:
-        """Change rows' metadata, all or none.
-
-        Raises:
-            IndexStateError: If the file cannot be written.
-        """
-        with self._transaction():
-            self._connection.executemany(
-                "UPDATE records SET metadata = ?, doc_id = ?, embedded_hash = ? WHERE id = ?",
-                (
-                    (_dumped(metadata), str(metadata.get("doc_id", "")), str(metadata.get("embedded_hash", "")), row_id)
-                    for row_id, metadata in zip(ids, metadatas, strict=True)
-                ),
-            )
-
-    def delete(self, ids: Collection[str]) -> None:
-        """Delete rows, all or none; unknown ids are ignored.
-
-        Their vectors stay until `drop_tombstones`: the text may reappear in another file of the same run.
-
-        Raises:
-            IndexStateError: If the file cannot be written.
-        """
-        with self._transaction():
-            self._connection.executemany(
-                "INSERT OR IGNORE INTO spare SELECT embedded_hash, vector FROM records WHERE id = ?",
-                ((row_id,) for row_id in ids),
-            )
-            self._connection.executemany("DELETE FROM records WHERE id = ?", ((row_id,) for row_id in ids))
-
-    def drop_tombstones(self) -> None:
-        """Delete the vectors of deleted rows.
-
-        Raises:
-            IndexStateError: If the file cannot be written.
-        """
-        with self._transaction():
-            self._connection.execute("DELETE FROM spare")
-
-    def vectors_by_hash(self, hashes: Collection[str]) -> dict[str, Vector]:
-        """Return the vector (dim,) of each known hash of embedded text, also of rows deleted in this run."""
-        found: dict[str, Vector] = {}
-        for table in ("spare", "records"):
-            select = f"SELECT embedded_hash, vector FROM {table} WHERE embedded_hash IN"
-            found.update({str(known): _vector(vector) for known, vector in self._selected(select, hashes)})
-        return found
-
-    def ids_by_document(self, documents: Collection[str]) -> dict[str, set[str]]:
-        """Return the ids of the rows of documents, by their `doc_id`."""
-        found: dict[str, set[str]] = {document: set() for document in documents}
-        for document, row_id in self._selected("SELECT doc_id, id FROM records WHERE doc_id IN", documents):
-            found[str(document)].add(str(row_id))
-        return found
-
-    def get(self, ids: Collection[str]) -> dict[str, Record]:
-        """Return rows by id, without those that do not exist."""
-        rows = self._selected("SELECT id, text, metadata, vector FROM records WHERE id IN", ids)
-        return {str(row[0]): _record(row) for row in rows}
-
-    def known(self, ids: Collection[str]) -> set[str]:
-        """Return those of the ids that have a row."""
-        return {str(row[0]) for row in self._selected("SELECT id FROM records WHERE id IN", ids)}
-
-    def scan(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield id and metadata of all rows, in the order of the ids."""
-        with self._reading():
-            for row_id, metadata in self._connection.execute("SELECT id, metadata FROM records ORDER BY id"):
-                yield str(row_id), dict(json.loads(metadata))
-
-    def pages(self) -> Iterator[list[Record]]:
-        """Yield pages of all rows. Rows that are written meanwhile may be missing."""
-        last = -1
-        while True:
-            with self._reading():
-                rows = self._connection.execute(
-                    "SELECT id, text, metadata, vector, number FROM records WHERE number > ? ORDER BY number LIMIT ?",
-                    (last, _PAGE),
-                ).fetchall()
-            if not rows:
-                return
-            last = int(rows[-1][4])
-            yield [_record(row) for row in rows]
-
-    def matrix(self) -> tuple[list[str], Vector]:
-        """Return the ids of all rows and their vectors (rows, dim), in the order of the ids; (0, 0) without rows."""
-        ids: list[str] = []
-        values = bytearray()  # grows in place, so that the vectors are in memory once
-        with self._reading():
-            for row_id, vector in self._connection.execute("SELECT id, vector FROM records ORDER BY id"):
-                ids.append(str(row_id))
-                values += vector
-        flat = np.frombuffer(values, dtype="<f4").astype(np.float32, copy=False)
-        try:
-            return ids, flat.reshape(len(ids), -1) if ids else np.zeros((0, 0), dtype=np.float32)
-        except ValueError as error:
-            raise _records_unavailable(self._path, "its vectors differ in length") from error
-
-    def _selected(self, select: str, values: Collection[str]) -> Iterator[tuple[Any, ...]]:
-        wanted = sorted(values)
-        with self._reading():
-            for start in range(0, len(wanted), MAX_VARIABLES):
-                some = wanted[start : start + MAX_VARIABLES]
-                yield from self._connection.execute(f"{select} ({','.join('?' * len(some))})", some)
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise _records_unavailable(self._path, str(error)) from error
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException as error:
-            with suppress(sqlite3.Error):  # after a full disk SQLite has rolled back already
-                self._connection.execute("ROLLBACK")
-            if isinstance(error, sqlite3.Error):
-                raise _records_unwritable(self._path, error) from error
-            raise
+def _searched(text: str, metadata: Metadata) -> str:
+    """Return the text that the keyword index contains."""
+    return f"{metadata.get('heading_path', '')}\n{text}"
 
 
 def _record(row: tuple[Any, ...]) -> Record:
@@ -446,137 +555,18 @@ def _dumped(metadata: Metadata) -> str:
     return json.dumps(dict(metadata), ensure_ascii=False, separators=(",", ":"), sort_keys=True)
 
 
-def _make_records(connection: sqlite3.Connection) -> None:
-    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'records'").fetchone() is None:
-        connection.executescript(f"BEGIN IMMEDIATE;{_RECORDS_SCHEMA}PRAGMA user_version = {_RECORDS_VERSION};COMMIT")
+def _unreadable(path: Path, error: Exception) -> IndexStateError:
+    why = " ".join(str(error).split())[:120]
+    if not path.exists():
+        return IndexStateError(f"{path} is missing. Run `epic-rag index` with the indexed folder.")
+    if not os.access(path, os.R_OK):
+        return IndexStateError(f"{path} may not be read (permission denied). Change its permissions.")
+    return IndexStateError(f"{path} cannot be read ({why}). Run `epic-rag index --rebuild` with the indexed folder.")
 
 
-def _check_records(connection: sqlite3.Connection) -> None:
-    """Raise sqlite3.DatabaseError unless this version can read the file."""
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version != _RECORDS_VERSION:
-        raise sqlite3.DatabaseError(f"it has version {version}, this epic-rag reads {_RECORDS_VERSION}")
-    connection.execute(
-        "SELECT number, id, doc_id, embedded_hash, text, metadata, vector FROM records LIMIT 1"
-    ).fetchone()
-
-
-def _records_unavailable(path: Path, why: str) -> RecordsUnavailableError:
-    why = " ".join(why.split())[:120]
-    return RecordsUnavailableError(f"{path} cannot be read ({why}). Run `epic-rag index` to rebuild it.")
-
-
-def _records_unwritable(path: Path, error: Exception) -> IndexStateError:
+def _unwritable(path: Path, error: Exception) -> IndexStateError:
     why = " ".join(str(error).split())[:120]
     return IndexStateError(
         f"{path} cannot be written ({why}). Stored data is intact: free disk space or fix permissions, then run "
         "`epic-rag index` again."
     )
-
-
-# Reloading the vectors is throttled if it takes longer than this, to one part in so many of the time.
-FREE_RELOAD_SECONDS = 0.05
-RELOAD_THROTTLE = 10.0
-
-
-class BruteForceIndex:
-    """Brute-force search over the rows of a collection. Must be closed; not thread-safe.
-
-    Vectors are kept in memory between queries and reloaded when rows have changed. If that takes long, it is throttled:
-    new rows then appear later, but deleted rows are never returned.
-
-    Args:
-        index_dir: The index folder.
-        collection: The collection's id.
-        free_reload_seconds: Up to this duration, reloading is not throttled.
-        throttle: One part in so many of the time is spent on reloading.
-
-    Raises:
-        RecordsUnavailableError: If the rows are missing or cannot be read.
-    """
-
-    def __init__(
-        self,
-        index_dir: Path,
-        collection: str,
-        *,
-        free_reload_seconds: float = FREE_RELOAD_SECONDS,
-        throttle: float = RELOAD_THROTTLE,
-    ) -> None:
-        self._free_reload_seconds = free_reload_seconds
-        self._throttle = throttle
-        self._records = RecordStore.open_reading(index_dir, collection)
-        self._version = -1
-        self._read_at = 0.0
-        self._cost = 0.0
-        self._ids: list[str] = []
-        self._matrix: Vector = np.zeros((0, 0), dtype=np.float32)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._records.close()
-
-    @contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """Answer everything inside from one snapshot."""
-        with self._records.snapshot():
-            yield
-
-    def count(self) -> int:
-        """Return the number of rows."""
-        return self._records.count()
-
-    def get(self, ids: Collection[str]) -> dict[str, Record]:
-        """Return rows by id, without those that do not exist."""
-        return self._records.get(ids)
-
-    def scan(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield id and metadata of all rows."""
-        return self._records.scan()
-
-    def version(self) -> int:
-        """Return a number that changes with the rows."""
-        return self._records.data_version()
-
-    def nearest(self, vector: Vector, k: int, allowed: Collection[str] | None = None) -> list[tuple[str, float]]:
-        """Return the k rows nearest to a vector.
-
-        Args:
-            vector: Unit vector (dim,) float32.
-            k: Maximum number of rows.
-            allowed: Ids to search among; None for all.
-
-        Returns:
-            (id, cosine), best first; equal cosines in the order of their ids.
-        """
-        self._refresh(force=False)
-        found = self._nearest(vector, k, allowed)
-        if len(self._records.known([row_id for row_id, _ in found])) < len(found):
-            # Some were deleted since the vectors were loaded.
-            self._refresh(force=True)
-            found = self._nearest(vector, k, allowed)
-        return found
-
-    def _nearest(self, vector: Vector, k: int, allowed: Collection[str] | None) -> list[tuple[str, float]]:
-        if not self._ids or k < 1:
-            return []
-        # Rounded, since equal rows of a matrix may differ in the last bit of their products.
-        scores = np.round(self._matrix @ vector, 6)  # (rows,)
-        if allowed is not None:
-            known = frozenset(allowed)
-            scores = np.where([row_id in known for row_id in self._ids], scores, -np.inf)
-        # Ids are sorted, so a stable sort puts equal scores in their order.
-        best = np.argsort(-scores, kind="stable")[:k]
-        return [(self._ids[at], float(scores[at])) for at in best if np.isfinite(scores[at])]
-
-    def _refresh(self, *, force: bool) -> None:
-        version = self._records.data_version()
-        now = time.monotonic()
-        if not force and version == self._version:
-            return
-        if not force and self._cost > self._free_reload_seconds and now - self._read_at < self._cost * self._throttle:
-            return
-        self._ids, self._matrix = self._records.matrix()
-        self._version = version
-        self._read_at = time.monotonic()
-        self._cost = self._read_at - now

@@ -12,18 +12,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from epic_rag_chroma.errors import IndexStateError
-from epic_rag_chroma.store.lock import HOLDER_FILE, LOCK_FILE
-from epic_rag_chroma.store.paths import CHROMA_FOLDER, CHROMA_LOCK_FILE, INDEX_FILE, MANIFEST_FILE, RUNNING_FILE
+from epic_rag_chroma.store.lock import CHROMA_LOCK_FILE, HOLDER_FILE, LOCK_FILE
+from epic_rag_chroma.store.migration import OLD_INDEX_FILE, OLD_PATTERNS
+from epic_rag_chroma.store.paths import CHROMA_FOLDER, DATABASE_FILE, REBUILD_FILE, VECTORS_FILE
 
 __all__ = [
     "BROKEN_FOLDER",
-    "CHROMA_FOLDER",
     "TRUSTED_VARIABLE",
     "check_owner",
     "delete_index",
-    "file_versions",
     "folder_size",
     "index_folder",
+    "is_index",
     "is_safe_relative_path",
     "remove_if_empty",
 ]
@@ -34,22 +34,25 @@ TRUSTED_VARIABLE = "EPIC_RAG_TRUSTED_INDEX"
 """Environment variable with trusted index folders of other users, separated as in PATH."""
 
 _IGNORE_FILE = ".gitignore"
-# All files of an index. running.json comes after the rows and index.json last: an interrupted deletion can be repeated.
+# All files of an index. The database comes last: an interrupted deletion can be repeated.
 _OWN_FOLDERS = (CHROMA_FOLDER, BROKEN_FOLDER)
 _OWN_PATTERNS = (
-    "records-*.sqlite",
-    "records-*.sqlite-*",
-    "keywords-*.sqlite",
-    "keywords-*.sqlite-*",
-    ".*.json-*",  # left by a process that was killed during an atomic write
-    "running.next",
-    MANIFEST_FILE,
+    *OLD_PATTERNS,
+    f".{VECTORS_FILE}-*",  # left by a process that was killed while it wrote
+    VECTORS_FILE,
+    f"{REBUILD_FILE}*",
     _IGNORE_FILE,
     HOLDER_FILE,
-    RUNNING_FILE,
-    INDEX_FILE,
+    f"{DATABASE_FILE}-*",
+    DATABASE_FILE,
+    OLD_INDEX_FILE,
 )
 _LOCKS = (LOCK_FILE, CHROMA_LOCK_FILE)
+
+
+def is_index(folder: Path) -> bool:
+    """Return whether a folder holds an index, of this format or the old one."""
+    return any((folder / name).is_file() for name in (DATABASE_FILE, OLD_INDEX_FILE))
 
 
 @contextmanager
@@ -61,13 +64,11 @@ def index_folder(folder: Path) -> Iterator[None]:
     """
     if folder.is_dir():
         check_owner(folder)
-        if not (folder / INDEX_FILE).is_file():
-            # A folder with rows is an index that has lost its index.json; it is rebuilt.
-            known = _OWN_FOLDERS if any(folder.glob("records-*.sqlite")) else ()
-            others = sorted(path.name for path in folder.iterdir() if not _is_own(path.name) and path.name not in known)
+        if not is_index(folder):
+            others = sorted(path.name for path in folder.iterdir() if not _is_own(path.name))
             if others:
                 raise IndexStateError(
-                    f"{folder} contains {others[0]} and no {INDEX_FILE}, so it is not an index. "
+                    f"{folder} contains {others[0]} and no {DATABASE_FILE}, so it is not an index. "
                     "Run `epic-rag index` with another --index-dir."
                 )
     elif folder.exists():
@@ -82,7 +83,7 @@ def index_folder(folder: Path) -> Iterator[None]:
             ignore.write_text("# created by epic-rag: keeps the index out of version control\n*\n", encoding="utf-8")
         yield
     except BaseException:
-        if made and not (folder / INDEX_FILE).is_file():
+        if made and not is_index(folder):
             _delete_files(folder)
             remove_if_empty(folder)
         raise
@@ -103,7 +104,7 @@ def check_owner(folder: Path) -> None:
     """
     if not hasattr(os, "geteuid") or _is_trusted(folder):
         return
-    for path in (folder, *(folder / name for name in (INDEX_FILE, MANIFEST_FILE, RUNNING_FILE, CHROMA_FOLDER))):
+    for path in (folder, *(folder / name for name in (DATABASE_FILE, VECTORS_FILE, CHROMA_FOLDER, OLD_INDEX_FILE))):
         try:
             info = path.stat()
         except OSError:
@@ -149,18 +150,6 @@ def remove_if_empty(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
-
-
-def file_versions(folder: Path) -> tuple[object, ...]:
-    """Return a value that changes whenever a run has started to write or has ended."""
-    seen: list[object] = [(folder / RUNNING_FILE).exists()]
-    for name in (INDEX_FILE, MANIFEST_FILE):
-        try:
-            info = (folder / name).stat()
-            seen.append((info.st_ino, info.st_mtime_ns, info.st_size))
-        except OSError:
-            seen.append(None)
-    return tuple(seen)
 
 
 def delete_index(folder: Path) -> None:

@@ -1,15 +1,6 @@
-"""Locks of an index folder, and the dirty marker of an unfinished run.
+"""Locks of an index folder: one writer at a time, and nobody in Chroma's files while they are being written.
 
-Write lock: one writer at a time; the operating system drops it when the process dies.
-
-Chroma lock and dirty marker: Chroma overwrites the files of its graph in place and lets every process that opens a
-collection finish what it finds unfinished, so two processes with one folder open destroy each other's files. Hence:
-
-* `chroma_lock`: the indexer holds it for its whole run. A query holds it while it opens the collection, and only if it
-  is free at once; otherwise it reads the rows in SQLite and leaves Chroma's files alone.
-* `running.json`, the dirty marker, exists from the first write of a run to its end. While it exists, no query opens
-  Chroma's files. Before each write it records size, time and inode of the graph's files. If the process dies and they
-  are still the same, the files are intact; otherwise, or after a reboot, the collection is rebuilt from the rows.
+The operating system locks an open file and unlocks it when the process dies, so a stale lock file does no harm.
 """
 
 from __future__ import annotations
@@ -21,39 +12,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from epic_rag.errors import ConfigError
-from epic_rag.files import write_atomically
 from epic_rag_chroma.errors import IndexLockedError
-from epic_rag_chroma.store.paths import CHROMA_FOLDER, CHROMA_LOCK_FILE, RUNNING_FILE
-from epic_rag_chroma.types import RunState
 
-__all__ = [
-    "HOLDER_FILE",
-    "LOCK_FILE",
-    "DirtyMarker",
-    "chroma_lock",
-    "corrupt_collections",
-    "is_dirty",
-    "run_state",
-    "try_chroma_lock",
-    "write_lock",
-]
+__all__ = ["CHROMA_LOCK_FILE", "HOLDER_FILE", "LOCK_FILE", "chroma_lock", "is_locked", "try_chroma_lock", "write_lock"]
 
 LOCK_FILE = "lock"
+CHROMA_LOCK_FILE = "chroma.lock"
 # Beside the lock, not in it: some versions of filelock truncate the lock file.
 HOLDER_FILE = "lock.holder"
 _POLL_SECONDS = 0.1
+# A query holds Chroma's lock while Chroma reads its graph: one second for 100,000 chunks.
+_PATIENCE = 120.0
 
 
 @contextmanager
 def write_lock(index_dir: Path, *, wait: float | None = 0.0) -> Iterator[None]:
     """Hold the write lock of an index.
-
-    The operating system locks an open file and unlocks it when the process dies, so a stale lock file does no harm.
 
     Args:
         index_dir: The index folder.
@@ -93,14 +71,20 @@ def _holder(index_dir: Path) -> str:
         return "another process"  # which has only just started
 
 
-# A query holds the lock while Chroma reads its graph: one second for 100,000 chunks.
-_PATIENCE = 120.0
-_BOOT_FILE = Path("/proc/sys/kernel/random/boot_id")
+def is_locked(index_dir: Path) -> bool:
+    """Return whether a process is writing to the index. Takes the lock for a moment if it is free."""
+    try:
+        with FileLock(str(index_dir / LOCK_FILE), timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a read-only folder
+        return False
 
 
 @contextmanager
 def chroma_lock(index_dir: Path) -> Iterator[None]:
-    """Keep queries from opening Chroma's files; wait for those that are opening them.
+    """Keep queries from opening Chroma's files, which it overwrites in place; wait for those that are opening them.
 
     Raises:
         IndexLockedError: If a query holds the lock for too long.
@@ -129,141 +113,6 @@ def try_chroma_lock(index_dir: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        yield not is_dirty(index_dir)
+        yield True
     finally:
         lock.release()
-
-
-def is_dirty(index_dir: Path) -> bool:
-    """Return whether a run has started to write and has not finished: it is still running, or its process died."""
-    return (index_dir / RUNNING_FILE).exists()
-
-
-def run_state(index_dir: Path) -> RunState:
-    """Return whether a run is running, was interrupted, or neither. Takes the Chroma lock for a moment."""
-    if not is_dirty(index_dir):
-        return "complete"
-    lock = FileLock(str(index_dir / CHROMA_LOCK_FILE), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        return "running"
-    except OSError:
-        return "interrupted"
-    lock.release()
-    return "interrupted" if is_dirty(index_dir) else "complete"
-
-
-# Equal to no state of the files: a collection on a server is not trusted if a write to it has failed.
-_ON_SERVER: dict[str, list[int]] = {"server": []}
-
-
-class DirtyMarker:
-    """The dirty marker of a run in the index folder.
-
-    Args:
-        index_dir: The index folder.
-        collection: The id of the collection that is written to.
-        corrupt: Ids of other collections whose graph may be corrupt.
-        on_server: Whether the graph's files are on a Chroma server, where they cannot be checked.
-    """
-
-    def __init__(
-        self, index_dir: Path, collection: str, corrupt: frozenset[str] = frozenset(), *, on_server: bool = False
-    ) -> None:
-        self._index_dir = index_dir
-        self._collection = collection
-        self._corrupt = sorted(corrupt)
-        self._on_server = on_server
-        self._begun = False
-
-    @property
-    def has_begun(self) -> bool:
-        """True if the collection may differ from the manifest."""
-        return self._begun
-
-    def begin(self) -> None:
-        """Create the marker: from now on the collection may differ from the manifest. Idempotent."""
-        if not self._begun:
-            self._write(None, durable=True)
-            self._begun = True
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Wrap each write to the collection."""
-        self.begin()
-        self._write(_ON_SERVER if self._on_server else _graph_files(self._index_dir))
-        try:
-            yield
-        except KeyboardInterrupt:
-            self._write(None)  # raised before or after Chroma's native code, never within
-            raise
-        # Not after a failure: Chroma's state in memory is then unknown, as after the death of the process.
-        self._write(None)
-
-    def end(self) -> None:
-        """Delete the marker: everything is written."""
-        for name in _graph_files(self._index_dir):  # Chroma does not call fsync
-            _fsync(self._index_dir / name)
-        (self._index_dir / RUNNING_FILE).unlink(missing_ok=True)
-        self._begun = False
-
-    def _write(self, busy: dict[str, list[int]] | None, *, durable: bool = False) -> None:
-        content = {
-            "pid": os.getpid(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "boot": _boot(),
-            "collection": self._collection,
-            "torn": self._corrupt,
-            "busy": busy,
-        }
-        path = self._index_dir / RUNNING_FILE
-        if durable:
-            write_atomically(path, json.dumps(content))
-            return
-        # Twice for each batch, and only needed if the process dies: not worth an fsync.
-        beside = path.with_suffix(".next")
-        beside.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(beside, path)
-
-
-def corrupt_collections(index_dir: Path, current: str | None) -> frozenset[str]:
-    """Return ids of collections whose graph the last run may have left half written. Requires `chroma_lock`.
-
-    Args:
-        index_dir: The index folder.
-        current: The current collection; it is corrupt if the marker of the last run cannot be parsed.
-    """
-    try:
-        content: Any = json.loads((index_dir / RUNNING_FILE).read_text(encoding="utf-8"))
-        corrupt = {str(each) for each in content["torn"]}
-        # After a crash of the machine, unwritten pages are lost.
-        intact = content["boot"] == _boot() and content["busy"] in (None, _graph_files(index_dir))
-        return frozenset(corrupt if intact else corrupt | {str(content["collection"])})
-    except FileNotFoundError:
-        return frozenset()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return frozenset() if current is None else frozenset({current})
-
-
-def _graph_files(index_dir: Path) -> dict[str, list[int]]:
-    """Return size, time and inode of all graph files by name."""
-    files = {}
-    for path in index_dir.glob(f"{CHROMA_FOLDER}/*/*"):
-        with suppress(OSError):
-            info = path.stat()
-            files[path.relative_to(index_dir).as_posix()] = [info.st_size, info.st_mtime_ns, info.st_ino]
-    return files
-
-
-def _fsync(path: Path) -> None:
-    with suppress(OSError), open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _boot() -> str | None:
-    """Return an id of the current boot of the machine; None if the system has none."""
-    try:
-        return _BOOT_FILE.read_text(encoding="ascii").strip()
-    except OSError:
-        return None

@@ -14,23 +14,26 @@ from epic_rag.errors import DataError
 
 __all__ = [
     "CHROMA_FOLDER",
-    "CHROMA_LOCK_FILE",
-    "INDEX_FILE",
-    "MANIFEST_FILE",
-    "RUNNING_FILE",
+    "DATABASE_FILE",
+    "REBUILD_FILE",
+    "VECTORS_FILE",
     "DocumentKey",
     "FileStamp",
+    "absolute_source",
     "existing_path",
     "merge_roots",
     "relative_root",
     "root_path",
 ]
 
-INDEX_FILE = "index.json"
-MANIFEST_FILE = "manifest.json"
-RUNNING_FILE = "running.json"
+DATABASE_FILE = "index.sqlite"
+"""The index."""
+REBUILD_FILE = "rebuild.sqlite"
+"""An index that is being rebuilt beside the current one."""
+VECTORS_FILE = "vectors.bin"
+"""Copy of the index's vectors that readers map into memory."""
 CHROMA_FOLDER = "chroma"
-CHROMA_LOCK_FILE = "chroma.lock"
+"""The Chroma mirror."""
 
 DocumentKey = tuple[str, str]
 """The root's path relative to the index folder, and the file's path relative to the root, both with slashes."""
@@ -90,3 +93,9 @@ def merge_roots(paths: Sequence[Path], kept: Iterable[str], index_dir: Path) -> 
     if not merged:
         raise DataError("No path is given and the index has none. Run `epic-rag index PATH`.")
     return [relative_root(path, index_dir) for path in merged]
+
+
+def absolute_source(source: str | os.PathLike[str]) -> str:
+    """Return a checkpoint's name unchanged, a checkpoint's folder as an absolute path."""
+    text = os.fspath(source)
+    return os.path.abspath(text) if os.path.isdir(text) else text

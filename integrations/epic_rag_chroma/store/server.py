@@ -39,6 +39,7 @@ __all__ = [
     "DATABASE_VARIABLE",
     "HEADERS_VARIABLE",
     "LOCAL",
+    "NO_CHROMA",
     "TENANT_VARIABLE",
     "TOKEN_VARIABLE",
     "ChromaServer",
@@ -65,6 +66,8 @@ TOKEN_VARIABLE = "EPIC_RAG_CHROMA_TOKEN"
 HEADERS_VARIABLE = "EPIC_RAG_CHROMA_HEADERS"
 LOCAL = "folder"
 """Stands for the index folder in place of a server's address."""
+NO_CHROMA = "none"
+"""Stands for an index without a Chroma mirror in place of a server's address."""
 
 _DEFAULT_TENANT = "default_tenant"
 _DEFAULT_DATABASE = "default_database"
@@ -150,11 +153,11 @@ def may_be_corrupt(error: ChromaServerError) -> bool:
 
 
 def parse_server(given: str | ChromaServer | None) -> ChromaServer | str | None:
-    """Return the requested place: a server, the index folder (`LOCAL`), or the place that the index has (None)."""
+    """Return the requested place of the mirror: a server, `LOCAL`, `NO_CHROMA`, or the place it has (None)."""
     if given is None or isinstance(given, ChromaServer):
         return given
-    if given == LOCAL:
-        return LOCAL
+    if given in (LOCAL, NO_CHROMA):
+        return given
     return ChromaServer(
         given,
         os.environ.get(TENANT_VARIABLE) or _DEFAULT_TENANT,
@@ -162,29 +165,29 @@ def parse_server(given: str | ChromaServer | None) -> ChromaServer | str | None:
     )
 
 
-def new_place(requested: ChromaServer | str | None, current: ServerPlace | None, *, is_new: bool) -> ServerPlace | None:
-    """Return the place of an index that is created or rebuilt; None for its folder.
+def new_place(requested: ChromaServer | str | None, current: ServerPlace | str | None) -> ServerPlace | str:
+    """Return the place of the mirror after a run.
 
     Args:
         requested: The result of `parse_server`.
-        current: The current place of the index, if there is one.
-        is_new: Whether there is no index yet; only then is the environment's address used.
+        current: The current place; None for a new index, which alone uses the environment's address.
     """
-    if requested is None and is_new:
-        requested = parse_server(os.environ.get(ADDRESS_VARIABLE) or None)
+    if requested is None and current is None:
+        requested = parse_server(os.environ.get(ADDRESS_VARIABLE) or None) or LOCAL
     elif requested is None:
+        assert current is not None
         return current
-    if not isinstance(requested, ChromaServer):
-        return None
-    if current is not None and current.server == requested:
-        return current
+    if isinstance(requested, str):
+        return requested
+    if isinstance(current, ServerPlace):  # an index keeps its id: the collection is found there if the server moved
+        return ServerPlace(requested, current.index_id)
     return ServerPlace(requested, uuid.uuid4().hex[:16])
 
 
 def is_named_by_environment(server: ChromaServer) -> bool:
     """Return whether the environment names the server."""
     given = os.environ.get(ADDRESS_VARIABLE, "")
-    return given not in ("", LOCAL) and ChromaServer(given).url == server.url
+    return given not in ("", LOCAL, NO_CHROMA) and ChromaServer(given).url == server.url
 
 
 def has_credentials() -> bool:

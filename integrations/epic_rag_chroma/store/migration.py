@@ -1,0 +1,143 @@
+"""Migration of indexes of format 2: `index.json`, `manifest.json`, and rows and keywords in a database each.
+
+The rows are copied, so nothing is embedded again; the Chroma collection is filled afresh from them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from epic_rag.errors import EpicError
+from epic_rag_chroma.errors import IndexMismatchError, IndexStateError
+from epic_rag_chroma.store.database import IndexDatabase, Record
+from epic_rag_chroma.store.paths import DocumentKey, FileStamp
+from epic_rag_chroma.store.server import LOCAL, ServerPlace
+from epic_rag_chroma.store.state import FileEntry, IndexState
+
+__all__ = ["OLD_INDEX_FILE", "OLD_PATTERNS", "check_migrated", "migrate", "old_place"]
+
+logger = logging.getLogger(__name__)
+
+OLD_INDEX_FILE = "index.json"
+OLD_PATTERNS = (
+    "records-*.sqlite",
+    "records-*.sqlite-*",
+    "keywords-*.sqlite",
+    "keywords-*.sqlite-*",
+    ".*.json-*",
+    "running.json",
+    "running.next",
+    "manifest.json",
+)
+_PAGE = 1000
+
+
+def check_migrated(index_dir: Path) -> None:
+    """Refuse to read an index of format 2.
+
+    Raises:
+        IndexMismatchError: If the folder has one.
+    """
+    if (index_dir / OLD_INDEX_FILE).is_file():
+        raise IndexMismatchError(
+            f"The index in {index_dir} has the format of an older version. Run `epic-rag index --index-dir "
+            f"{shlex.quote(str(index_dir))}` to convert it, which embeds nothing again."
+        )
+
+
+def migrate(index_dir: Path, database: IndexDatabase) -> None:
+    """Copy an index of format 2 into an empty database in one transaction, and delete its files.
+
+    If the database has a state, the copy was complete and only the files are deleted.
+
+    Raises:
+        IndexMismatchError: If it has another format, or its rows are lost.
+    """
+    path = index_dir / OLD_INDEX_FILE
+    if database.state() is not None:
+        delete_old(index_dir)
+        return
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if (content["format"], content["format_version"]) != ("epic-rag-index", 2):
+            raise ValueError(f"format {content['format_version']}")
+        collection = content["collection"]
+        place = content.get("chroma")
+        for name in ("format", "format_version", "collection"):
+            del content[name]
+        state = IndexState.from_json(json.dumps({**content, "chroma": LOCAL if place is None else place}))
+        entries = _files(index_dir, collection)
+        with database.transaction():
+            for records in _records(index_dir, collection):
+                database.put(records)
+                for record in records:
+                    key = (str(record.metadata["root"]), str(record.metadata["path"]))
+                    database.put_file(key, entries.get(key, FileEntry("", 0)))
+            for key, entry in entries.items():
+                database.put_file(key, entry)
+            database.save_state(state)
+        database.begin_mirror(None)
+    except (OSError, ValueError, KeyError, TypeError, sqlite3.Error, EpicError) as error:
+        raise IndexMismatchError(
+            f"The index in {index_dir} has the format of an older version and cannot be converted ({error}). "
+            "Run `epic-rag index --rebuild` with the indexed folder."
+        ) from error
+    logger.info("converted the index in %s: %d chunks", index_dir, database.count())
+    delete_old(index_dir)
+
+
+def delete_old(index_dir: Path) -> None:
+    """Delete the files of format 2, except the Chroma folder."""
+    for pattern in (*OLD_PATTERNS, OLD_INDEX_FILE):
+        for path in index_dir.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def old_place(index_dir: Path) -> ServerPlace | None:
+    """Return the place on a server of an index of format 2; None if it has none or cannot be read."""
+    try:
+        return ServerPlace.from_json(json.loads((index_dir / OLD_INDEX_FILE).read_text(encoding="utf-8"))["chroma"])
+    except (OSError, ValueError, KeyError, TypeError, EpicError):
+        return None
+
+
+def _files(index_dir: Path, collection: str | None) -> dict[DocumentKey, FileEntry]:
+    """Return the files of the manifest; none if it is missing, or does not describe the rows."""
+    try:
+        content = json.loads((index_dir / "manifest.json").read_text(encoding="utf-8"))
+        if content["version"] != 2 or content["collection"] != collection or not content["complete"]:
+            return {}
+        if (index_dir / "running.json").exists():
+            return {}
+        return {
+            (str(root), str(path)): FileEntry(
+                str(digest), int(chunks), FileStamp(*map(int, stamp)) if stamp else None, int(checked_ns)
+            )
+            for root, path, digest, chunks, checked_ns, *stamp in content["files"]
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _records(index_dir: Path, collection: str | None) -> Iterator[list[Record]]:
+    if collection is None:
+        return
+    path = index_dir / f"records-{collection}.sqlite"
+    if not path.is_file():
+        raise IndexStateError(f"{path} is missing")
+    with closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute("SELECT id, text, metadata, vector FROM records ORDER BY id")
+        while page := rows.fetchmany(_PAGE):
+            yield [
+                Record(row_id, text, json.loads(metadata), np.frombuffer(vector, dtype="<f4"))
+                for row_id, text, metadata, vector in page
+            ]
