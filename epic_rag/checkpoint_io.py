@@ -33,6 +33,7 @@ from epic_rag.checkpoints import (
 )
 from epic_rag.cpu_kernels import has_bfloat16_instructions, use_onednn
 from epic_rag.errors import CheckpointError, ConfigError, reason_of
+from epic_rag.files import apply_umask, save_tensors
 from epic_rag.int8_weights import dequantise, quantise, remove_weights, write_int8_model
 from epic_rag.prompt import PromptBuilder, PromptTemplate
 
@@ -171,8 +172,6 @@ def load_checkpoint(
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str | None = None) -> None:
     """Write a checkpoint folder; see `EpicEncoder.save_pretrained` for the dtype and errors."""
-    from safetensors.torch import save_file
-
     backbone, prompt = checkpoint.backbone, checkpoint.prompt
     int8 = dtype == INT8
     kept = backbone.transformer.dtype if dtype is None or int8 else parse_dtype(dtype, backbone.device, extra=(INT8,))
@@ -190,9 +189,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str | None = No
         backbone.transformer.save_pretrained(folder, state_dict={} if int8 else state)
     # Weights in both formats would be two models, and other libraries would open the older one.
     new = write_int8_model(state, folder) if int8 else set(folder.glob("model*")) - set(folder.glob("model-int8-*"))
+    apply_umask(*new)
     remove_weights(folder, keep=new)
     projector = {key: value.detach().to("cpu", kept) for key, value in backbone.projector.state_dict().items()}
-    save_file(quantise(projector) if int8 else projector, folder / PROJECTOR_FILE)
+    save_tensors(quantise(projector) if int8 else projector, folder / PROJECTOR_FILE)
     _save_tokenizer(prompt, folder)
     _write_sentence_transformers(checkpoint, folder, kept)
     epic = {
@@ -444,8 +444,6 @@ def _product(second: nn.Linear, first: nn.Linear) -> nn.Linear:
 
 
 def _write_dense(head: nn.Linear, folder: Path, dtype: torch.dtype) -> None:
-    from safetensors.torch import save_file
-
     folder.mkdir(exist_ok=True)
     _write_json(
         folder / "config.json",
@@ -457,7 +455,7 @@ def _write_dense(head: nn.Linear, folder: Path, dtype: torch.dtype) -> None:
         },
     )
     tensors = {f"linear.{name}": value.detach().to("cpu", dtype) for name, value in head.state_dict().items()}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    save_tensors({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
 
 
 def _read_json(file: Path, kind: type = dict) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from epic_rag.errors import CheckpointError, reason_of
+from epic_rag.files import describe_os_error
 from epic_rag.query_prompt import QUERY_STRATEGIES, QueryStrategy
 
 __all__ = [
@@ -201,9 +202,14 @@ def read_epic_file(folder: Path) -> dict[str, Any]:
         Its contents, or an empty dict for a plain Hugging Face folder.
 
     Raises:
-        CheckpointError: If the file is not valid, or newer than this version reads.
+        CheckpointError: If the file is not valid or newer than this version reads, or a file may not be read.
     """
     file = folder / EPIC_FILE
+    try:
+        for needed in (*folder.glob("*.json"), *folder.glob("*.safetensors")):
+            needed.open("rb").close()
+    except PermissionError as error:
+        raise CheckpointError(f"{describe_os_error(error)}. Make it readable or pass another checkpoint.") from error
     if not file.is_file():
         return {}
     try:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epic_rag.errors import BankError, DataError, FingerprintError, PromptError, TaskError
-from epic_rag.files import read_jsonl, write_atomically
+from epic_rag.files import describe_os_error, read_jsonl, write_atomically
 from epic_rag.tasks import get_task
 
 __all__ = [
@@ -197,6 +197,8 @@ class DemonstrationBank:
                 symmetric=data.get("symmetric"),
                 origin=str(data.get("origin", "")),
             )
+        except PermissionError as error:
+            raise BankError(f"{describe_os_error(error)}. Make it readable or pass another bank.") from error
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise BankError(
                 f"{file} is not a demonstration bank ({type(error).__name__}: {error}). "

@@ -1,20 +1,32 @@
-"""Files: JSON lines in, atomic writes out."""
+"""Files: JSON lines in; atomic writes and tensors out, with the permissions of the user's umask."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
-import tempfile
+import secrets
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from epic_rag.errors import DataError
 
-__all__ = ["default_mode", "read_jsonl", "write_atomically"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "apply_umask",
+    "default_mode",
+    "describe_os_error",
+    "read_jsonl",
+    "save_tensors",
+    "user_name",
+    "write_atomically",
+]
 
 
 def read_jsonl(path: str | os.PathLike[str], *, stream: BinaryIO | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -49,6 +61,8 @@ def read_jsonl(path: str | os.PathLike[str], *, stream: BinaryIO | None = None) 
                 yield number, row
     except UnicodeDecodeError as error:
         raise DataError(f"{file}:{number} is not UTF-8 (byte {error.start}). Save the file as UTF-8.") from error
+    except PermissionError as error:
+        raise DataError(f"{describe_os_error(error)}. Make it readable or pass another file.") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file} cannot be read ({error}). Check the path and the file.") from error
 
@@ -66,17 +80,18 @@ def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
         OSError: If the file cannot be written; the old content stays.
     """
     file = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    beside = file.with_name(f".{file.name}-{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with beside.open("xb") as stream:  # not made by tempfile, whose files only their owner can read
             stream.write(data.encode("utf-8") if isinstance(data, str) else data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(name, _mode(file))
-        os.replace(name, file)
+        with suppress(FileNotFoundError):
+            os.chmod(beside, file.stat().st_mode & 0o777)
+        os.replace(beside, file)
     except BaseException:
         with suppress(OSError):
-            os.unlink(name)
+            beside.unlink()
         raise
     with suppress(OSError):  # a folder cannot be opened on Windows, where the rename is durable by itself
         folder = os.open(file.parent, os.O_RDONLY)
@@ -86,15 +101,66 @@ def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
             os.close(folder)
 
 
-def _mode(file: Path) -> int:
-    try:
-        return file.stat().st_mode & 0o777
-    except OSError:
-        return default_mode()
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file with the permissions of the user's umask.
+
+    Args:
+        tensors: Contiguous tensors by name.
+        path: The file; its folder must exist.
+        metadata: Strings for the file's header.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata=metadata)
+    apply_umask(path)
+
+
+def apply_umask(*paths: str | os.PathLike[str]) -> None:
+    """Set the permissions of files to those that the user's umask gives a new file.
+
+    safetensors, and with it transformers, makes files that only their owner can read.
+    """
+    mode = default_mode()
+    for path in paths:
+        os.chmod(path, mode)
 
 
 def default_mode() -> int:
     """Return the permissions of new files: 0o666 without the bits of the user's umask."""
-    mask = os.umask(0)  # it can only be read by setting it
+    # The umask can only be read by setting it. A file that another thread makes meanwhile gets too few permissions
+    # rather than too many.
+    mask = os.umask(0o077)
     os.umask(mask)
     return 0o666 & ~mask
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return the file and the reason of an error; for a missing permission also mode and owner of what lacks it."""
+    reason = error.strerror or str(error)
+    if not isinstance(error.filename, (str, bytes, os.PathLike)):
+        return reason
+    file = Path(os.fsdecode(error.filename))
+    described = f"{file}: {reason}"
+    if not isinstance(error, PermissionError) or not hasattr(os, "geteuid"):
+        return described
+    for path in (file.absolute(), *file.absolute().parents):
+        with suppress(OSError):  # not in a folder that may be read; then the folder is what lacks the permission
+            info = path.stat()
+            mode, owner = f"{stat.S_IMODE(info.st_mode):o}", user_name(info.st_uid)
+            return f"{described} ({path} has mode {mode} and belongs to {owner}, you are {user_name(os.geteuid())})"
+    return described
+
+
+def user_name(number: int) -> str:
+    """Return the name of a user, or the number of one without a name."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)

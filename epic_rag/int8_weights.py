@@ -22,6 +22,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from epic_rag.checkpoints import INT8_ROWS
 from epic_rag.errors import CheckpointError
+from epic_rag.files import save_tensors
 
 __all__ = [
     "dequantise",
@@ -107,13 +108,11 @@ def write_int8_model(tensors: Mapping[str, torch.Tensor], folder: Path) -> set[P
     Raises:
         CheckpointError: If a matrix has values that are not finite.
     """
-    from safetensors.torch import save_file
-
     shards = list(_shards(tensors))
     written = set()
     for number, names in enumerate(shards, start=1):
         file = folder / _SHARD.format(number, len(shards))
-        save_file(quantise({name: tensors[name] for name in names}), file, metadata={"format": INT8_ROWS})
+        save_tensors(quantise({name: tensors[name] for name in names}), file, metadata={"format": INT8_ROWS})
         written.add(file)
     return written
 

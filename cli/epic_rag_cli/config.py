@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from epic_rag.errors import ConfigError
+from epic_rag.files import describe_os_error
 from epic_rag_cli.terminal import message
 
 if sys.version_info >= (3, 11):
@@ -208,7 +209,7 @@ def _read(path: Path) -> dict[str, Any]:
             )
         return tomllib.loads(data.decode("utf-8-sig"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}). Pass another file to --config.") from error
+        raise ConfigError(f"{describe_os_error(error)}. Make it readable or pass another file to --config.") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML ({error}). Correct it.") from error
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from epic_rag.errors import EpicError
+from epic_rag.files import describe_os_error
 from epic_rag_cli.commands import bank, config, eval, index, models, query, status, train
 from epic_rag_cli.config import load, option_keys
 from epic_rag_cli.options import (
@@ -181,7 +182,6 @@ def _report_usage_error(error: Any) -> int:
 
 def _unexpected_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        place = f"{os.fspath(error.filename)!s}: " if isinstance(error.filename, (str, os.PathLike)) else ""
-        return f"{place}{error.strerror}. Make it accessible or use another path, then run the command again."
+        return f"{describe_os_error(error)}. Make it accessible or use another path, then run the command again."
     fact = f"{type(error).__name__}: {error}"
     return f"Unexpected error ({fact}). Run the command again with EPIC_RAG_DEBUG=1 for the traceback."

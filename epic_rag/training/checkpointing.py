@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from epic_rag import __version__
 from epic_rag.errors import TrainingError, reason_of
-from epic_rag.files import write_atomically
+from epic_rag.files import save_tensors, write_atomically
 from epic_rag.training.config import TaskConfig, TrainingConfig, current_names
 from epic_rag.training.data import PairDataset
 
@@ -98,7 +98,7 @@ def save(
         for key, value in state.items():
             tensors[f"optimizer.{names[id(parameter)]}.{key}"] = torch.as_tensor(value)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    save_file(tensors, temporary / "state.safetensors")
+    save_tensors(tensors, temporary / "state.safetensors")
     text = json.dumps({**facts, "scaler": scaler.state_dict()}, indent=1)
     (temporary / "trainer.json").write_text(text, encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from epic_rag.errors import DataError
-from epic_rag.files import read_jsonl
+from epic_rag.files import describe_os_error, read_jsonl
 from epic_rag.training.config import TrainingConfig
 
 __all__ = [
@@ -201,6 +201,8 @@ def load_instructions(folder: Path) -> dict[str, str]:
         return {}
     try:
         data = json.loads(file.read_text(encoding="utf-8-sig"))
+    except PermissionError as error:
+        raise DataError(f"{describe_os_error(error)}. Make it readable or move it elsewhere.") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{file} is not valid JSON ({error}). Correct it.") from error
     if not isinstance(data, dict):

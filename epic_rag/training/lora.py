@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from epic_rag.backbone import Backbone
 from epic_rag.errors import ConfigError, MissingExtraError
+from epic_rag.files import save_tensors
 from epic_rag.training.config import TrainingConfig
 
 __all__ = ["Adapter"]
@@ -108,7 +108,7 @@ class Adapter:
             # The base has more layers than the truncated model.
             settings.layers_to_transform = list(range(self._num_layers))
         tensors = get_peft_model_state_dict(self._wrapped, save_embedding_layers=False)
-        save_file(
+        save_tensors(
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
             folder / "adapter_model.safetensors",
         )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import epic_rag_chroma
+from epic_rag.files import user_name
 from epic_rag_cli.main import run
 
 
@@ -216,7 +217,7 @@ def test_messages_are_safe_for_a_terminal(cli: Any) -> None:
     ("raised", "status", "line"),
     [
         (KeyboardInterrupt(), 130, "error: Interrupted before anything was stored. Run the same command again.\n"),
-        (PermissionError(13, "Permission denied", "docs/x"), 1, "error: docs/x: Permission denied. Make it accessible or use another path, then run the command again.\n"),
+        (PermissionError(13, "Permission denied", "docs/x"), 1, "error: docs/x: Permission denied ({docs} has mode 750 and belongs to {user}, you are {user}). Make it accessible or use another path, then run the command again.\n"),
         (RuntimeError("boom\nsecond line"), 1, "error: Unexpected error (RuntimeError: boom second line). Run the command again with EPIC_RAG_DEBUG=1 for the traceback.\n"),
     ],
 )  # fmt: skip
@@ -226,9 +227,10 @@ def test_unexpected_errors(
     def index(*_: object, **__: object) -> None:
         raise raised
 
+    docs.chmod(0o750)
     monkeypatch.setattr(epic_rag_chroma.ChromaIndexer, "index", index)
     result = cli("index", "docs")
-    assert (result.status, result.out, result.err) == (status, "", line)
+    assert (result.status, result.out, result.err) == (status, "", line.format(docs=docs, user=user_name(os.geteuid())))
 
 
 def test_interrupted_query(cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from epic_rag import DataError
-from epic_rag.files import read_jsonl, write_atomically
+from epic_rag.files import describe_os_error, read_jsonl, save_tensors, user_name, write_atomically
 
 
 def test_rows_have_their_line_numbers(tmp_path: Path) -> None:
@@ -54,6 +57,36 @@ def test_a_new_file_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+
+
+def test_tensors_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_tensors({"x": torch.zeros(2)}, tmp_path / "new.safetensors", {"format": "pt"})
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new.safetensors").stat().st_mode) == 0o640
+    assert load_file(tmp_path / "new.safetensors")["x"].shape == (2,)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="other systems have no owners and modes")
+def test_errors_in_words(tmp_path: Path) -> None:
+    user = user_name(os.geteuid())
+    (tmp_path / "file").write_text("")
+    (tmp_path / "file").chmod(0o640)
+    tmp_path.chmod(0o750)
+    for path, denied in (
+        (tmp_path / "file", "file has mode 640"),
+        (tmp_path / "no/such/file", f"{tmp_path} has mode 750"),
+    ):
+        described = describe_os_error(PermissionError(errno.EACCES, "Permission denied", str(path)))
+        assert described.startswith(f"{path}: Permission denied (")
+        assert described.endswith(f"{denied} and belongs to {user}, you are {user})")
+    assert describe_os_error(OSError(errno.ENOSPC, "No space left", b"a")) == "a: No space left"
+    assert describe_os_error(OSError(errno.ENOSPC, "No space left")) == "No space left"
+    assert describe_os_error(OSError("odd")) == "odd"
+    assert user_name(2**31 - 7) == str(2**31 - 7)
 
 
 def test_permissions_of_a_replaced_file_stay(tmp_path: Path) -> None:
