@@ -12,9 +12,11 @@ import signal
 import sqlite3
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.helpers.changing_folder import ChangingFolder, Texts
@@ -72,25 +74,33 @@ def assert_nothing_is_lost(forks: ForkServer, docs: ChangingFolder, before: Foun
     return held
 
 
-def stored_hashes(index_dir: Path) -> set[str]:
-    """Return the hashes of the texts that have a vector in the index."""
-    try:
-        collection = json.loads((index_dir / "index.json").read_text())["collection"]
-    except FileNotFoundError:
-        return set()
-    file = index_dir / f"records-{collection}.sqlite"
-    if not file.exists():
-        return set()
-    with closing(sqlite3.connect(file)) as connection:
-        return {
-            row[0] for table in ("records", "spare") for row in connection.execute(f"SELECT embedded_hash FROM {table}")
-        }
+def select(index_dir: Path, statement: str) -> list[tuple[Any, ...]]:
+    """Query the database of an index; return nothing if it is not there yet."""
+    if not (index_dir / "index.sqlite").exists():
+        return []
+    with closing(sqlite3.connect(index_dir / "index.sqlite")) as connection:
+        try:
+            return connection.execute(statement).fetchall()
+        except sqlite3.OperationalError as error:  # killed before it had tables
+            assert "no such table" in str(error)
+            return []
+
+
+def has_index(index_dir: Path) -> bool:
+    return bool(select(index_dir, "SELECT 1 FROM settings WHERE name = 'state'"))
+
+
+def is_mirror_dirty(index_dir: Path) -> bool:
+    found = select(index_dir, "SELECT value FROM settings WHERE name = 'mirror'")
+    return bool(found) and json.loads(found[0][0])["is_dirty"]
 
 
 def assert_clean(forks: ForkServer, docs: ChangingFolder, place: Path) -> None:
-    """Finish the run, and compare with an index that was made in one run."""
+    """Finish the run, and compare database and mirror with an index that was made in one run."""
     index_dir = docs.folder / ".epic-rag"
-    stored = stored_hashes(index_dir)
+    stored = {
+        row[0] for table in ("chunks", "spare") for row in select(index_dir, f"SELECT embedded_hash FROM {table}")
+    }
     copy = Path(shutil.copytree(docs.folder, place / "copy", ignore=shutil.ignore_patterns(".epic-rag")))
     in_one_run = forks.start("index", copy)
     indexed = forks.run("index", docs.folder)
@@ -101,10 +111,19 @@ def assert_clean(forks: ForkServer, docs: ChangingFolder, place: Path) -> None:
         assert vector == pytest.approx(expected[row][2], abs=1e-6)
     wanted = {metadata["embedded_hash"] for _, metadata, _ in expected.values()}
     assert indexed["chunks_embedded"] == len(wanted - stored)
-    assert not (index_dir / "running.json").exists()
     for folder in (index_dir, copy / ".epic-rag"):
-        with closing(sqlite3.connect(next(folder.glob("keywords-*.sqlite")))) as keywords:
-            assert {row[0] for row in keywords.execute("SELECT id FROM chunks")} == set(found)
+        assert not select(folder, "SELECT 1 FROM settings WHERE name = 'run'")
+        assert not select(folder, "SELECT 1 FROM outbox")
+        assert not is_mirror_dirty(folder)
+        database = select(folder, "SELECT id, text, metadata, vector FROM chunks JOIN vectors USING (number)")
+        assert {row: (text, json.loads(metadata)) for row, text, metadata, _ in database} == {
+            row: value[:2] for row, value in found.items()
+        }
+        for row, _, _, vector in database:
+            assert np.frombuffer(vector, "<f4") == pytest.approx(found[row][2], abs=1e-6)
+        keywords = select(folder, "SELECT id FROM keywords JOIN chunks ON keywords.rowid = number")
+        assert sorted(row[0] for row in keywords) == sorted(found)
+        assert not select(folder, "INSERT INTO keywords (keywords) VALUES ('integrity-check')")
     shutil.rmtree(copy)
 
 
@@ -117,19 +136,21 @@ def assert_complete(forks: ForkServer, docs: ChangingFolder, place: Path, before
     return found
 
 
-def graph_state(index_dir: Path) -> tuple[int, ...]:
-    return tuple(path.stat().st_mtime_ns for path in sorted(index_dir.glob("chroma/*/*.bin")))
+def mirror_files(index_dir: Path) -> tuple[tuple[int, int], ...]:
+    found = []
+    for path in sorted(index_dir.glob("chroma/**/*")):
+        with suppress(FileNotFoundError):
+            info = path.stat()
+            found.append((info.st_mtime_ns, info.st_size))
+    return tuple(found)
 
 
-def kill_while_the_graph_is_written(job: Job, chance: random.Random, index_dir: Path) -> None:
-    """Kill at one of the moments when Chroma overwrites its graph."""
-    changes = chance.randint(1, 6)
-    seen = graph_state(index_dir)
+def kill_while_the_mirror_is_written(job: Job, chance: random.Random, index_dir: Path) -> None:
+    """Kill at one of the moments when Chroma writes its files."""
+    changes = chance.randint(1, 12)
+    seen = mirror_files(index_dir)
     while job.is_alive() and changes:
-        try:
-            state = graph_state(index_dir)
-        except FileNotFoundError:
-            continue
+        state = mirror_files(index_dir)
         if state != seen:
             seen = state
             changes -= 1
@@ -138,16 +159,14 @@ def kill_while_the_graph_is_written(job: Job, chance: random.Random, index_dir: 
 
 
 def kill_at_the_swap(job: Job, chance: random.Random, index_dir: Path) -> None:
-    """Kill just after index.json changed: one collection is about to replace another."""
-    seen = (index_dir / "index.json").stat().st_mtime_ns if (index_dir / "index.json").exists() else 0
-    while job.is_alive():
-        try:
-            if (index_dir / "index.json").stat().st_mtime_ns != seen:
-                break
-        except FileNotFoundError:
-            continue
+    """Kill while a rebuilt database takes the place of the current one."""
+    rebuilt, log = index_dir / "rebuild.sqlite", index_dir / "index.sqlite-wal"
+    while job.is_alive() and not rebuilt.exists():
         time.sleep(0.0002)
-    time.sleep(chance.uniform(0.0, 0.03))
+    size = log.stat().st_size if log.exists() else 0
+    while job.is_alive() and rebuilt.exists() and (log.stat().st_size if log.exists() else 0) == size:
+        time.sleep(0.0002)
+    time.sleep(chance.uniform(0.0, 0.02))
     job.send(signal.SIGKILL)
 
 
@@ -163,17 +182,17 @@ def test_killed_at_any_moment(forks: ForkServer, tmp_path: Path) -> None:
     while killed.total() < KILLS:
         number += 1
         rebuild = number % 4 == 3
-        swaps = rebuild or number < 3
-        moment = chance.choice(["time", "graph", "graph", "swap" if swaps else "time"])
+        moment = chance.choice(["time", "mirror", "mirror", "swap" if rebuild else "time"])
         if not SOAK:  # each of the moments once
-            moment = next(name for name in ("graph", "time", "swap") if not killed[name])
+            moment = next(name for name in ("mirror", "time", "swap") if not killed[name])
+            rebuild = moment == "swap"
         started = time.monotonic()
         job = forks.start("index", docs.folder, rebuild=rebuild, pause=0.005)
         if moment == "time":
             time.sleep(chance.uniform(0.0, seconds))
             job.send(signal.SIGKILL)
-        elif moment == "graph":
-            kill_while_the_graph_is_written(job, chance, index_dir)
+        elif moment == "mirror":
+            kill_while_the_mirror_is_written(job, chance, index_dir)
         else:
             kill_at_the_swap(job, chance, index_dir)
         answer = job.wait()
@@ -182,10 +201,8 @@ def test_killed_at_any_moment(forks: ForkServer, tmp_path: Path) -> None:
         else:
             assert "result" in answer, answer["trace"]
             seconds = 0.5 * seconds + 0.5 * (time.monotonic() - started)
-        running = index_dir / "running.json"
-        if running.exists():
-            while_writing += json.loads(running.read_text())["busy"] is not None
-        if (index_dir / "index.json").exists():
+        while_writing += is_mirror_dirty(index_dir)
+        if has_index(index_dir):
             before = assert_nothing_is_lost(forks, docs, before)
         if number % 3:
             before = assert_complete(forks, docs, tmp_path, before)
@@ -214,7 +231,7 @@ def test_interrupted_at_any_moment(forks: ForkServer, tmp_path: Path) -> None:
         else:
             assert answer["error"] == "KeyboardInterrupt", answer["trace"]
             done += 1
-        if (docs.folder / ".epic-rag/index.json").exists():
+        if has_index(docs.folder / ".epic-rag"):
             before = assert_nothing_is_lost(forks, docs, before)
         if done % 2:
             before = assert_complete(forks, docs, tmp_path, before)
@@ -240,7 +257,7 @@ def test_full_disk_or_memory(forks: ForkServer, tmp_path: Path, limit: str) -> N
             assert answer["expected"], answer["trace"]
             assert "epic-rag index" in answer["message"]
             outcomes["refused"] += 1
-        if (docs.folder / ".epic-rag/index.json").exists():
+        if has_index(docs.folder / ".epic-rag"):
             before = assert_nothing_is_lost(forks, docs, before)
         if number % 2:
             before = assert_complete(forks, docs, tmp_path, before)

@@ -56,7 +56,6 @@ def test_two_indexers_and_four_readers(forks: ForkServer, tmp_path: Path) -> Non
     final = [text for texts in docs.texts().values() for text in texts]
     for hits in forks.run("search", docs.folder, texts=final).values():
         assert [each[0][1] for each in hits] == final
-    assert not (docs.folder / ".epic-rag/running.json").exists()
     facts = {
         "seconds": SECONDS,
         "indexers": INDEXERS,
@@ -73,7 +72,7 @@ def test_two_indexers_and_four_readers(forks: ForkServer, tmp_path: Path) -> Non
 def test_second_indexer_waits(forks: ForkServer, tmp_path: Path) -> None:
     docs = ChangingFolder(tmp_path / "docs", random.Random(SEED), files=20)
     first = forks.start("index", docs.folder, pause=0.2)
-    while not (docs.folder / ".epic-rag/running.json").exists():
+    while not (docs.folder / ".epic-rag/lock.holder").exists():
         time.sleep(0.005)
     refused = forks.start("index", docs.folder).wait()
     assert refused is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -16,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromadb.api.models.Collection import Collection
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.errors import IndexLockedError
-from epic_rag_chroma.store import state as manifest_module
-from epic_rag_chroma.store.collection import ChunkStore
-from epic_rag_chroma.store.database import RecordStore
-from epic_rag_chroma.store.keyword_index import KeywordIndex
+from epic_rag_chroma.indexing import run as indexing
+from epic_rag_chroma.store.database import IndexDatabase
 from tests.helpers.indexes import TEXTS, Rows, assert_same, run, start, texts_found, write
 
 ReadRows = Callable[[Path], Rows]
@@ -51,7 +49,7 @@ STEP = st.one_of(
     st.tuples(st.just("rename"), st.sampled_from(NAMES), st.sampled_from(NAMES)),
     st.tuples(st.just("index")),
     st.tuples(st.just("index")),
-    st.tuples(st.just("forget manifest")),
+    st.tuples(st.just("forget vectors")),
     st.tuples(st.just("rebuild")),
 )
 
@@ -69,8 +67,8 @@ def do(folder: Path, encoder: EpicEncoder, step: tuple[str, ...]) -> None:
             run(folder, encoder)
         case ("rebuild",):
             run(folder, encoder, rebuild=True)
-        case ("forget manifest",):
-            (folder / ".epic-rag/manifest.json").unlink(missing_ok=True)
+        case ("forget vectors",):
+            (folder / ".epic-rag/vectors.bin").unlink(missing_ok=True)
 
 
 @settings(deadline=None, max_examples=8, derandomize=True)
@@ -104,17 +102,10 @@ def edited_again(folder: Path) -> None:
 
 # Every write of a run, before and after it happens.
 WRITES = [
-    (ChunkStore, "upsert"),
-    (ChunkStore, "update_metadata"),
-    (ChunkStore, "delete"),
-    (ChunkStore, "publish"),
-    (ChunkStore, "create"),
-    (RecordStore, "write"),
-    (RecordStore, "update_metadata"),
-    (RecordStore, "delete"),
-    (KeywordIndex, "upsert"),
-    (KeywordIndex, "delete"),
-    (manifest_module, "write_atomically"),
+    *((IndexDatabase, name) for name in ("put", "update_metadata", "delete", "put_file", "delete_files", "save_state")),
+    *((IndexDatabase, name) for name in ("finish_run", "replace_by", "begin_mirror", "end_mirror")),
+    (indexing, "write_vectors"),
+    *((Collection, name) for name in ("upsert", "update", "delete", "modify")),
 ]
 
 
@@ -132,20 +123,13 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> Callable[[], int]
         def wrapped(*arguments: Any, **options: Any) -> Any:
             tick()
             result = function(*arguments, **options)
-            try:
-                tick()
-            except KilledError:
-                if isinstance(result, ChunkStore):
-                    result.close()
-                raise
+            tick()
             return result
 
         return wrapped
 
     for owner, name in WRITES:
-        original = getattr(owner, name)
-        wrapped = wrap(original)
-        monkeypatch.setattr(owner, name, staticmethod(wrapped) if name == "create" else wrapped)
+        monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
     return lambda: seen
 
 
@@ -178,7 +162,7 @@ def test_crash_at_every_write(
             else:
                 assert seen() < moment
                 break
-        if (folder / ".epic-rag/index.json").exists() and kind != "first":
+        if kind != "first":
             # What was there before and is still there afterwards was never out of sight.
             assert before & after <= texts_found(folder, tiny_encoder)
         more = moment % 2 == 0
@@ -186,7 +170,8 @@ def test_crash_at_every_write(
             edited_again(folder)
         run(folder, tiny_encoder)
         assert_same(rows(folder / ".epic-rag"), expected[more])
-        assert json.loads((folder / ".epic-rag/manifest.json").read_text())["complete"]
+        with ChromaIndexer(folder / ".epic-rag", encoder=tiny_encoder) as indexer:
+            assert indexer.status().state == "complete"
         shutil.rmtree(folder)
     assert moment > 10
 
@@ -194,26 +179,23 @@ def test_crash_at_every_write(
 def test_reverted_edit_after_a_crash(
     tmp_path: Path, tiny_encoder: EpicEncoder, rows: ReadRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The collection has the new text, the manifest the old one, and both have one row.
+    # The run dies after it has stored the new text, and before the mirror has it.
     folder = tmp_path / "docs"
     write(folder, "a.md", "one\n")
     run(folder, tiny_encoder)
     expected = rows(folder / ".epic-rag")
     write(folder, "a.md", "two\n")
+
+    def die(*_: Any) -> None:
+        raise KilledError
+
     with monkeypatch.context() as patch:
-        save, calls = manifest_module.write_atomically, 0
-
-        def die(*arguments: Any) -> None:
-            nonlocal calls
-            calls += 1
-            if calls > 1:
-                raise KilledError
-            save(*arguments)
-
-        patch.setattr(manifest_module, "write_atomically", die)
+        patch.setattr(IndexDatabase, "finish_run", die)
         with pytest.raises(KilledError):
             run(folder, tiny_encoder)
-    assert [text for text, _, _ in rows(folder / ".epic-rag").values()] == ["two"]
+    assert texts_found(folder, tiny_encoder) == {("a.md", "two")}
+    with ChromaIndexer(folder / ".epic-rag", encoder=tiny_encoder) as indexer:
+        assert indexer.status().state == "interrupted"
     write(folder, "a.md", "one\n")
     run(folder, tiny_encoder)
     assert_same(rows(folder / ".epic-rag"), expected)
@@ -239,7 +221,7 @@ def test_stored_chunks_are_not_embedded_again(
         with pytest.raises(KeyboardInterrupt):
             run(folder, tiny_encoder, batch_chunks=4)
     with ChromaIndexer(folder / ".epic-rag", encoder=tiny_encoder) as indexer:
-        assert indexer.status().files == 12
+        assert indexer.status().chunks == 12
         assert len(indexer.query("x", k=50, mode="dense", collapse=False)) == 12
     report = run(folder, tiny_encoder)
     assert (report.added, report.unchanged, report.chunks_embedded, report.chunks_total) == (8, 12, 8, 20)
