@@ -204,8 +204,8 @@ class Hit:
 class IndexStatus:
     """Contents and state of an index; `roots` are absolute paths.
 
-    `chroma` is the address of the Chroma server that holds the vectors, None for the index folder itself; `last_run`
-    has the counts of the last complete run of the indexer (IndexReport's numbers by name), None before there was one.
+    `chroma` is the address of the Chroma server that has a copy of the index, None for the index folder, "none" for an
+    index without a copy; `collection` is the name of the copy's collection. `last_run` has the counts of the last complete run of the indexer (IndexReport's numbers by name), None before there was one.
     `state` is "running" during a run and "interrupted" after one that did not finish: what it stored is used, and the
     next run completes it. `kinds` counts the files of each format.
     """
@@ -224,3 +224,4 @@ class IndexStatus:
     last_run: dict[str, float] | None = None
     state: RunState = "complete"
     kinds: dict[str, int] = field(default_factory=dict)
+    collection: str = ""
