@@ -242,8 +242,8 @@ Chroma = Annotated[
         "--chroma",
         metavar="URL",
         help=(
-            "A Chroma server for the vectors, as http://host:port; `folder` for the index folder. An index remembers "
-            "its server; a new index uses EPIC_RAG_CHROMA."
+            "Keep a copy of the index on a Chroma server, http://host:port; `folder` for the index folder, `none` for no "
+            "copy. An index remembers the place; a new index uses EPIC_RAG_CHROMA."
         ),
     ),
 ]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from epic_rag_chroma.search.reranking import Reranker
     from epic_rag_chroma.search.searcher import Embedded
     from epic_rag_chroma.store.keyword_index import KeywordsUnavailableError
-    from epic_rag_chroma.store.server import LOCAL, ChromaServer
+    from epic_rag_chroma.store.server import LOCAL, NO_CHROMA, ChromaServer
     from epic_rag_chroma.types import (
         DEFAULT_MODE,
         INDEX_FOLDER,
@@ -49,6 +49,7 @@ __all__ = [
     "INDEX_FOLDER",
     "KNOWN_KEYS",
     "LOCAL",
+    "NO_CHROMA",
     "SEARCH_MODES",
     "ChromaIndexer",
     "ChromaServer",
@@ -92,7 +93,7 @@ _NAMES = {
     "search.reranking": ("Reranker",),
     "search.searcher": ("Embedded",),
     "store.keyword_index": ("KeywordsUnavailableError",),
-    "store.server": ("LOCAL", "ChromaServer"),
+    "store.server": ("LOCAL", "NO_CHROMA", "ChromaServer"),
     "types": (
         "DEFAULT_MODE",
         "INDEX_FOLDER",

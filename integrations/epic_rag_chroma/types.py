@@ -205,9 +205,10 @@ class IndexStatus:
     """Contents and state of an index; `roots` are absolute paths.
 
     `chroma` is the address of the Chroma server that has a copy of the index, None for the index folder, "none" for an
-    index without a copy; `collection` is the name of the copy's collection. `last_run` has the counts of the last complete run of the indexer (IndexReport's numbers by name), None before there was one.
-    `state` is "running" during a run and "interrupted" after one that did not finish: what it stored is used, and the
-    next run completes it. `kinds` counts the files of each format.
+    index without a copy; `collection` is the name of the copy's collection. `last_run` has the counts of the last
+    complete run of the indexer (IndexReport's numbers by name), None before there was one. `state` is "running" during
+    a run and "interrupted" after one that did not finish: what it stored is used, and the next run completes it.
+    `kinds` counts the files of each format.
     """
 
     index_dir: str

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from epic_rag.errors import DataError, EpicError
-from epic_rag_chroma import IndexNotFoundError, IndexStateError
+from epic_rag_chroma import NO_CHROMA, IndexNotFoundError, IndexStateError
 from epic_rag_cli.options import (
     DEFAULT_DTYPE,
     Chroma,
@@ -84,6 +84,10 @@ def index(
     dtype: Dtype = DEFAULT_DTYPE,
     device: Device = None,
     chroma: Chroma = None,
+    no_chroma: Annotated[
+        bool,
+        typer.Option("--no-chroma", help="Keep no copy for programs that read Chroma; the same as `--chroma none`."),
+    ] = False,
     include: Annotated[
         list[str] | None,
         typer.Option("--include", metavar="PATTERN", help="Index only files that match; can be repeated."),
@@ -144,6 +148,8 @@ def index(
         raise typer.BadParameter("nan is not a number of seconds", param_hint="'--wait'")
     if watch and dry_run:
         raise usage_error("--dry-run and --watch exclude each other. Use one of them.")
+    if no_chroma and chroma not in (None, NO_CHROMA):
+        raise usage_error("--no-chroma and --chroma exclude each other. Use one of them.")
     if dry_run and rebuild:
         raise usage_error("--dry-run and --rebuild exclude each other: a rebuild embeds every file.")
     places = paths or []
@@ -154,7 +160,7 @@ def index(
         folder = (places[0] if places[0].is_dir() else places[0].parent) / INDEX_FOLDER
     else:
         folder = find_index(index_dir)
-    indexer = open_indexer(folder, model=model, dtype=dtype, device=device, chroma=chroma)
+    indexer = open_indexer(folder, model=model, dtype=dtype, device=device, chroma=NO_CHROMA if no_chroma else chroma)
     settings = _settings(
         indexer, rebuild, include=include, exclude=exclude, follow_links=follow_links, chunk_tokens=chunk_tokens
     )
