@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import codecs
 import re
+from contextlib import suppress
 
 from epic_rag_chroma.reading.document import NotTextError
 
-__all__ = ["decode", "is_utf16"]
+__all__ = ["decode", "decode_labelled", "is_utf16"]
 
 
 _BOMS = (
@@ -21,19 +22,19 @@ _SNIFFED = 8192
 # Control characters outside of text: all but backspace, tab, line ends, form feed, DOS's end of file and escape.
 _CONTROLS = bytes(set(range(32)) - {8, 9, 10, 12, 13, 26, 27})
 _ASCII = bytes(range(128))
-# XML's declaration, Python's and Emacs' coding lines, CSS' @charset, all near the top of a file.
+# XML's declaration, Python's and Emacs' coding lines, CSS' @charset, HTML's <meta>, all near the top of a file.
 _DECLARED = re.compile(rb"""(?:coding|encoding|charset)\s*[:=]?\s*["']?([A-Za-z][\w.:-]*)""", re.IGNORECASE)
 _DECLARED_WITHIN = 1024
-# Encodings of text files. charset-normalizer knows forty more (EBCDIC and the like), which short texts resemble too.
-_CANDIDATES = (
-    "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp874", "koi8_r",
-    "cp866", "iso8859_2", "iso8859_5", "iso8859_7", "mac_roman", "cp932", "euc_jp", "gb18030", "big5", "cp949",
-)  # fmt: skip
-_FAMILIES = ("iso8859", "koi8", "cp", "euc", "gb", "shift", "big5", "mac")
-# With fewer non-ASCII characters detection is not reliable, and Windows-1252 is assumed.
-_ENOUGH_EVIDENCE = 16
+# Encodings in which two bytes may be a character and happen to be valid UTF-8.
+_DOUBLE_BYTE = frozenset({"gb18030", "big5hkscs", "cp949", "cp932", "euc_jp"})
+_THREE_BYTES = re.compile(rb"[\xe0-\xef][\x80-\xbf]{2}")
+_WITHOUT_ASCII = dict.fromkeys(range(128))
+# With fewer non-ASCII bytes, text is Windows-1252 unless the result is sure.
+_FEW = 5
+_SURE = 0.07
 _DETECTED_WITHIN = 32 * 1024
-_ALIKE = 0.06
+# Windows-1252 as browsers read it: five bytes without a character are control characters.
+_WINDOWS = {byte: bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(0x80, 0xA0)}
 
 
 def is_utf16(data: bytes) -> bool:
@@ -73,7 +74,7 @@ def decode(data: bytes) -> str:
 def _try_decode(data: bytes, encoding: str) -> str | None:
     try:
         return data.decode(encoding)
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, LookupError):
         return None
 
 
@@ -107,46 +108,69 @@ def _decode_legacy(data: bytes) -> str:
     if repaired.count("\ufffd") * 20 < len(beyond):
         return repaired
     declared = _DECLARED.search(data[:_DECLARED_WITHIN])
-    if declared is not None:
-        text = _decode_as_declared(data, declared.group(1).decode("ascii"))
-        if text is not None:
-            return text
-    encoding = _detect(data) if len(beyond) >= _ENOUGH_EVIDENCE else "cp1252"
-    for guess in (encoding, "cp1252"):
-        text = _try_decode(data, guess)
-        if text is not None:
-            return text
-    return data.decode("latin-1")
+    text = None if declared is None else _decode_as(data, declared.group(1).decode("ascii"))
+    if text is None:
+        text = _try_decode(data, _detect(data))
+    return data.decode("latin-1").translate(_WINDOWS) if text is None else text
 
 
-def _decode_as_declared(data: bytes, name: str) -> str | None:
-    try:
-        encoding = codecs.lookup(name).name.replace("-", "_")
-    except LookupError:
+def decode_labelled(data: bytes, label: str | None) -> str:
+    """Decode text whose container names a charset, as e-mail does; never fails.
+
+    The label means what browsers take it for: iso-8859-1 is Windows-1252, gb2312 is GB 18030. Bytes that contradict it
+    take precedence: a byte order mark, valid UTF-8 beyond ASCII, bytes that the charset does not have.
+    """
+    label = (label or "").strip()
+    with suppress(NotTextError):
+        text = _try_decode(data, "utf-8-sig")
+        double_byte = _codec_of(label) in _DOUBLE_BYTE and not _THREE_BYTES.search(data)
+        if text is None or text.isascii() or double_byte:
+            named = _decode_as(data, label)
+            text = named if named is not None else text
+        return decode(data) if text is None else text
+    return data.decode("utf-8", "replace")
+
+
+def _codec_of(label: str) -> str | None:
+    """Return Python's codec for a charset label as the WHATWG's Encoding Standard defines it; None if unknown."""
+    from webencodings import lookup
+
+    encoding = lookup(label)
+    if (
+        encoding is None
+    ):  # charsets of mail that browsers do not know; a file cannot select codecs that are not for text
+        try:
+            name = codecs.lookup(label).name
+        except (LookupError, ValueError):
+            return None
+        known = name.startswith(("cp", "iso8859", "koi8", "mac", "iso2022")) or name in ("tis-620", "hz", "johab")
+        return name if known else None
+    if encoding.name in ("replacement", "x-user-defined"):
         return None
-    # A file cannot select codecs that are not for text files (base64, unicode_escape, UTF-7).
-    known = encoding in _CANDIDATES or encoding.startswith(_FAMILIES)
-    return _try_decode(data, encoding) if known else None
+    codec = encoding.codec_info.name.replace("-", "_")
+    return {"gbk": "gb18030"}.get(codec, codec)
+
+
+def _decode_as(data: bytes, label: str) -> str | None:
+    """Decode with a labelled charset; None if it is unknown or does not have these bytes."""
+    codec = _codec_of(label)
+    return None if codec is None or codec.startswith("utf_16") else _try_decode(data, codec)
 
 
 def _detect(data: bytes) -> str:
-    import logging
+    """Return the codec that the statistics of languages suggest."""
+    from chardet import EncodingEra, detect
 
-    from charset_normalizer import from_bytes
-
-    logging.getLogger("charset_normalizer").setLevel(logging.ERROR)
     # Only lines with non-ASCII characters are evidence; a long English preamble must not hide them.
     evidence = b"\n".join(line for line in data[: 2**20].splitlines() if line.translate(None, _ASCII))
     sample = evidence[:_DETECTED_WITHIN]
-    for threshold in (0.2, 0.4):  # share that may look garbled: the library's default, then a laxer one
-        matches = list(
-            from_bytes(sample, threshold=threshold, cp_isolation=list(_CANDIDATES), preemptive_behaviour=False)
-        )
-        if matches:
-            break
-    else:
+    beyond = len(sample.translate(None, _ASCII))
+    as_windows = sample.decode("latin-1").translate(_WINDOWS)
+    if beyond < 3 or not any(map(str.isalpha, as_windows.translate(_WITHOUT_ASCII))):
+        return "cp1252"  # signs such as ° and ©, and single letters
+    eras = EncodingEra.ALL & ~EncodingEra.MAINFRAME  # whose text has no ASCII
+    found = detect(sample, encoding_era=eras, prefer_superset=False, compat_names=False)
+    encoding = str(found["encoding"])
+    if beyond < _FEW and found["confidence"] < _SURE:
         return "cp1252"
-    # Encodings of the same alphabet differ in a few letters. Among similar matches prefer the most coherent text, then
-    # the most common encoding.
-    good = [match for match in matches if match.chaos <= matches[0].chaos + _ALIKE]
-    return min(good, key=lambda match: (-match.coherence, _CANDIDATES.index(match.encoding))).encoding
+    return _codec_of(encoding) or encoding  # Windows-1252 for iso8859-1

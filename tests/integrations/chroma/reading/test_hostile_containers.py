@@ -86,7 +86,7 @@ def test_encrypted_office_files() -> None:
         ("striprtf.striprtf", "a.rtf"),
         ("lxml", "a.epub"),
         ("lxml", "a.odt"),
-        ("bs4", "a.epub"),
+        ("justhtml", "a.epub"),
     ],
 )
 def test_missing_package(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:

@@ -115,7 +115,7 @@ def test_memory_of_the_parent_does_not_count(hostile: None) -> None:
 
 
 def test_working_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("json", "logging", "bs4"):
+    for module in ("json", "logging", "justhtml"):
         (tmp_path / f"{module}.py").write_text("open('ran', 'w')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
