@@ -131,7 +131,9 @@ class KeywordIndex:
         return [term for count, term in found if count <= total * _COMMON_SHARE] or [term for _, term in found[:1]]
 
     def _frequency(self, term: str) -> int:
-        row = self._connection.execute("SELECT count(*) FROM keywords WHERE keywords MATCH ?", (_match([term]),)).fetchone()
+        row = self._connection.execute(
+            "SELECT count(*) FROM keywords WHERE keywords MATCH ?", (_match([term]),)
+        ).fetchone()
         return int(row[0])
 
 

@@ -140,12 +140,16 @@ class VectorSearch:
         return sorted(found, key=lambda each: (-each[1], each[0]))[:k]
 
     def _scores(self, vector: Vector) -> tuple[Numbers, Vector]:
-        """Return numbers (n,) and cosines (n,), rounded: equal rows may differ in the last bit of their products."""
+        """Return numbers (n,) and cosines (n,).
+
+        `vecdot` is several times as fast as a product by BLAS, whose threads wait for each other on a busy machine
+        (benchmarks/vector_search.py). Rounded, since equal rows may differ in the last bit of their products.
+        """
         numbers, matrix = self._later
-        scores = np.round(matrix @ vector, 6) if len(numbers) else np.zeros(0, dtype=np.float32)
+        scores = np.round(np.vecdot(matrix, vector), 6) if len(numbers) else np.zeros(0, dtype=np.float32)
         if self._block is None:
             return numbers, scores
-        mapped = np.round(self._block.matrix @ vector, 6)
+        mapped = np.round(np.vecdot(self._block.matrix, vector), 6)
         if self._alive is not None:
             mapped = np.where(self._alive, mapped, -np.inf)
         return np.concatenate([self._block.numbers, numbers]), np.concatenate([mapped, scores])
