@@ -140,18 +140,14 @@ class VectorSearch:
         return sorted(found, key=lambda each: (-each[1], each[0]))[:k]
 
     def _scores(self, vector: Vector) -> tuple[Numbers, Vector]:
-        """Return numbers (n,) and cosines (n,).
-
-        `vecdot` is several times as fast as a product by BLAS, whose threads wait for each other on a busy machine
-        (benchmarks/vector_search.py). Rounded, since equal rows may differ in the last bit of their products.
-        """
+        """Return numbers (n,) and cosines (n,)."""
         numbers, matrix = self._later
-        scores = np.round(np.vecdot(matrix, vector), 6) if len(numbers) else np.zeros(0, dtype=np.float32)
+        scores = _cosines(matrix, vector) if len(numbers) else np.zeros(0, dtype=np.float32)
         if self._block is None:
             return numbers, scores
-        mapped = np.round(np.vecdot(self._block.matrix, vector), 6)
+        mapped = _cosines(self._block.matrix, vector)
         if self._alive is not None:
-            mapped = np.where(self._alive, mapped, -np.inf)
+            mapped[~self._alive] = -np.inf
         return np.concatenate([self._block.numbers, numbers]), np.concatenate([mapped, scores])
 
     def _refresh(self) -> None:
@@ -181,3 +177,13 @@ class VectorSearch:
             numbers = np.concatenate([numbers, later_numbers])
             matrix = np.concatenate([matrix.reshape(-1, later.shape[1]), later])
         self._block, self._last, self._later, self._version = block, last, (numbers, matrix), version
+
+
+def _cosines(matrix: Vector, vector: Vector) -> Vector:
+    """Return cosines (n,) of unit vectors (n, dim) and (dim,).
+
+    `vecdot` is several times as fast as a product by BLAS, whose threads wait for each other on a busy machine
+    (benchmarks/vector_search.py). Rounded, since equal rows may differ in the last bit of their products.
+    """
+    cosines: Vector = np.asarray(np.vecdot(matrix, vector), dtype=np.float32)
+    return np.round(cosines, 6, out=cosines)
