@@ -1,41 +1,53 @@
-"""Chroma collection of an index, with Chroma's pitfalls handled in one place.
+"""Chroma's mirror of an index: a collection of the same rows, brought up to date in one burst when a run ends.
 
-* Space "cosine" is set explicitly (Chroma's default is l2); a hit's cosine is 1 - distance.
-* `get_or_create_collection` silently keeps an old configuration, so it is not used: a collection is created once,
-  opened by its id, and its space is checked.
-* Chroma compares embedding functions by name only; the fingerprint is in the collection's metadata.
-* `upsert` is used instead of `add`, which ignores existing ids. Batches are not empty and not larger than the limit.
-* HNSW: with Chroma's defaults a search misses a quarter of the true ten among random vectors; more neighbours and a
-  longer search find nearly all. Rows that are not synced are inserted again by the next write, at the price of a graph
-  update each, so they are synced often.
-* Chroma's telemetry is off.
+The database is the index. The collection is for plain `chromadb`, LlamaIndex's `ChromaVectorStore`, and large indexes.
+`sync_collection` applies the rows that have changed since the last sync. In doubt it makes a new collection from the
+database, which needs no model; the index answers queries meanwhile.
 
-The collection is in the index folder or on a server, which may contain collections of others and of other indexes. Only
-collections with our mark, and on a server with the index's id, are changed or deleted.
+In doubt means: the last sync did not end (the database marks the mirror as dirty before the first write), a request
+that writes rows failed, rows are missing, or rows are not found by their own vectors. Chroma overwrites the files of
+its graph in place and does not check them when it loads them: after a kill in a write, it fails, finds less, or crashes
+the process that loads them. It writes them within the requests that write rows only, so a server that is killed between
+two requests loses nothing. A collection in doubt is never loaded, only deleted.
+
+Pitfalls of Chroma that are handled here:
+
+* The space is "cosine" (Chroma's default is l2); a hit's cosine is 1 - distance.
+* `get_or_create_collection` silently keeps an old configuration: a collection is created once and opened by its id.
+* Embedding functions are compared by name only; the fingerprint is in the collection's metadata.
+* `add` ignores existing ids, `upsert` and `update` merge metadata: keys that a row no longer has are sent as None.
+* HNSW: with Chroma's defaults a search misses a quarter of the true ten among random vectors. A row that is written
+  again is a costly graph update that can make others unreachable, so rows that exist get their metadata changed only.
+* Whoever opens a collection inserts the rows that are not in the graph's files yet, so these are written often.
+
+The collection's folder or database may hold others' collections. Only those with our mark, and on a server with the
+index's id, are changed or deleted. Rows that others add to ours stay until a new collection is made.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Collection as AbstractCollection
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from epic_rag.errors import EpicError
+from epic_rag.files import write_atomically
 from epic_rag_chroma.errors import ChromaServerError, IndexStateError
-from epic_rag_chroma.store.client import (
-    DEFAULT_TIMING,
-    READER_PATIENCE,
-    WRITER_PATIENCE,
-    ServerClient,
-    Timing,
-    folder_client,
-)
 from epic_rag_chroma.store.database import Record
 from epic_rag_chroma.store.paths import CHROMA_FOLDER
 from epic_rag_chroma.store.server import Place, ServerPlace
@@ -44,20 +56,18 @@ if TYPE_CHECKING:
     from chromadb.api import ClientAPI
     from chromadb.api.models.Collection import Collection
 
-__all__ = [
-    "COLLECTION",
-    "ChunkStore",
-    "Metadata",
-]
+    from epic_rag_chroma.store.client import ServerClient
+    from epic_rag_chroma.store.state import MirrorState
 
+__all__ = ["COLLECTION", "Mirror", "MirroredDatabase", "delete_collections", "open_collection", "sync_collection"]
+
+logger = logging.getLogger(__name__)
 
 COLLECTION = "epic_rag"
 _OWNER = "epic-rag"
-_PAGE = 2000
-# Size of a request to a server. Chroma accepts 40 MiB, proxies often less; see `_send`.
-_REQUEST_BYTES = 8 * 2**20
-_METADATA_BYTES = 1000
-_ID_BYTES = 40
+_BROKEN_FOLDER = "chroma.broken"
+# In Chroma's folder: the graph's files as the last sync has left them.
+_STAMPS_FILE = "epic-rag.json"
 _HNSW: dict[str, Any] = {
     "space": "cosine",
     "max_neighbors": 32,
@@ -66,218 +76,165 @@ _HNSW: dict[str, Any] = {
     "batch_size": 100,
     "sync_threshold": 100,
 }
-# A server keeps unsynced rows in memory, and a server that is killed while it syncs leaves a broken graph.
-_HNSW_ON_SERVER = {**_HNSW, "sync_threshold": 1000}
+# New collections that one sync makes on a server that fails again and again.
+_ATTEMPTS = 6
+_PAGE = 1000
+_SAMPLES = 8
+# Size of a request. Chroma accepts 40 MiB, proxies often less; see `_Batches`.
+_REQUEST_BYTES = 8 * 2**20
+_METADATA_BYTES = 1000
+# Cosine distance of a stored vector to itself, at most.
+_SAME = 1e-3
+_CHECK_SECONDS = 2.0
+_TRIAL_SECONDS = 600
+_TRIAL = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
+    "from epic_rag_chroma.store.collection import _try_graph; _try_graph(sys.argv[2], sys.argv[3])"
+)
 
-Metadata = Mapping[str, str | int | float | bool | None]
 Vectors = npt.NDArray[np.float32]
 
 
-class ChunkStore:
-    """A collection of chunks in an index folder or on a server.
-
-    Made by `create` or `open`; must be closed.
-
-    Args:
-        client: The client.
-        collection: Chroma's collection.
-        place: Where it is.
-        page: Number of rows that are read at a time.
-        max_batch: Maximum number of rows in a request; None for the client's limit.
-    """
-
-    def __init__(
-        self,
-        client: ClientAPI | ServerClient,
-        collection: Collection,
-        place: Place,
-        *,
-        page: int = _PAGE,
-        max_batch: int | None = None,
-    ) -> None:
-        self._client = client
-        self._collection = collection
-        self._place = place
-        self._max_batch = max_batch or int(client.get_max_batch_size())
-        self._page = page
-        self._max_bytes = _REQUEST_BYTES
-
-    @classmethod
-    def create(
-        cls,
-        place: Place,
-        *,
-        source: str,
-        model: str,
-        fingerprint: str,
-        truncate_dim: int | None = None,
-        timing: Timing = DEFAULT_TIMING,
-    ) -> ChunkStore:
-        """Create an empty collection beside the current one, which `publish` replaces by it.
-
-        Args:
-            place: The index folder, or the index's place on a server.
-            source: The model's name or folder; becomes part of the collection's embedding function.
-            model: The model's display name.
-            fingerprint: The model's fingerprint.
-            truncate_dim: Its dimension, if truncated.
-            timing: Pauses and limits of requests to a server.
-
-        Raises:
-            ChromaServerError: If the server cannot be reached or refuses; also in all other methods.
-        """
-        from epic_rag_chroma.embedding_function import EpicEmbeddingFunction  # imports chromadb
-
-        client = _client(place, WRITER_PATIENCE, timing)
-        try:
-            function = EpicEmbeddingFunction(source, truncate_dim=truncate_dim, fingerprint=fingerprint)
-            # A unique name: leftovers of an interrupted rebuild are deleted when a collection is published.
-            collection = client.create_collection(
-                f"{_public_name(place)}_{uuid.uuid4().hex[:12]}",
-                metadata={"owner": _OWNER, "model": model, "fingerprint": fingerprint, **_mark(place)},
-                configuration={"hnsw": cast(Any, dict(_HNSW if isinstance(place, Path) else _HNSW_ON_SERVER))},
-                embedding_function=cast(Any, function),
-            )
-            return cls(client, collection, place)
-        except BaseException:
-            _close(client)
-            raise
-
-    @classmethod
-    def open(cls, place: Place, collection: str | None, *, patience: float = READER_PATIENCE) -> ChunkStore | None:
-        """Open the collection with an id; return None if it does not exist.
-
-        Args:
-            place: The index folder, or the index's place on a server.
-            collection: The id.
-            patience: For how many seconds requests to a server are retried.
-
-        Raises:
-            IndexStateError: If Chroma cannot open its files, or the collection has another space than cosine.
-        """
-        if collection is None:
-            return None
-        if isinstance(place, Path) and not (place / CHROMA_FOLDER / "chroma.sqlite3").is_file():
-            return None  # without letting Chroma create one: two processes that open a new folder can crash
-        try:
-            client = _client(place, patience)
-        except EpicError:
-            raise
-        except Exception as error:  # Chroma raises whatever its bindings raise
-            raise _unreadable(place, error) from error
-        try:
-            for candidate in _owned(client, place, collection):
-                if str(candidate.id) == collection:
-                    _check_space(candidate, place)
-                    return cls(client, candidate, place)
-        except EpicError:
-            _close(client)
-            raise
-        except Exception as error:
-            _close(client)
-            raise _unreadable(place, error) from error
-        _close(client)
-        return None
-
-    @staticmethod
-    def delete_all(place: ServerPlace) -> None:
-        """Delete an index's collections on a server."""
-        client = ServerClient(place.server)
-        try:
-            for collection in list(_owned(client, place)):
-                client.delete_collection(collection.name)
-        finally:
-            client.close()
-
-    @property
-    def id(self) -> str:
-        """The collection's id, which renaming does not change."""
-        return str(self._collection.id)
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the model that made the vectors."""
-        return str((self._collection.metadata or {}).get("fingerprint", ""))
-
-    def publish(self) -> None:
-        """Set the collection's public name and delete the index's other collections. Idempotent."""
-        for other in list(_owned(self._client, self._place)):
-            if str(other.id) != self.id:
-                self._client.delete_collection(other.name)
-        if self._collection.name != _public_name(self._place):
-            self._collection.modify(name=_public_name(self._place))
+class MirroredDatabase(Protocol):
+    """The database of an index, as far as the mirror needs it."""
 
     def count(self) -> int:
         """Return the number of rows."""
-        return int(self._collection.count())
 
-    def upsert(self, ids: Sequence[str], vectors: Vectors, texts: Sequence[str], metadatas: Sequence[Metadata]) -> None:
-        """Write rows.
+    def pages(self) -> Iterator[list[Record]]:
+        """Yield all rows."""
 
-        Args:
-            ids: Ids; a row that exists is replaced.
-            vectors: (n, dim) float32.
-            texts: The rows' documents.
-            metadatas: The rows' metadata; None and NaN, which Chroma does not support, are left out.
-        """
+    def get(self, ids: AbstractCollection[str]) -> dict[str, Record]:
+        """Return rows by id, without those that do not exist."""
 
-        def send(part: slice) -> None:
-            self._collection.upsert(
-                ids=list(ids[part]),
-                embeddings=cast(Any, vectors[part]),
-                documents=list(texts[part]),
-                metadatas=cast(Any, [_storable(metadata) for metadata in metadatas[part]]),
-            )
+    def unmirrored(self) -> list[str]:
+        """Return ids of rows that were added, changed or deleted since the last sync."""
 
-        # A byte of a vector takes 4/3 bytes in base64 (if the server supports it) or about 5 as digits.
-        width = 5 * vectors.nbytes // max(1, len(ids))
-        self._send([width + 2 * len(text) + _METADATA_BYTES for text in texts], send)
+    def mirror(self) -> MirrorState:
+        """Return the state of the mirror."""
 
-    def update_metadata(self, ids: Sequence[str], metadatas: Sequence[Metadata]) -> None:
-        """Change rows' metadata; vectors, texts and the graph stay."""
+    def begin_mirror(self, collection: str | None) -> None:
+        """Commit that a collection may differ from the rows."""
 
-        def send(part: slice) -> None:
-            self._collection.update(
-                ids=list(ids[part]), metadatas=cast(Any, [_storable(metadata) for metadata in metadatas[part]])
-            )
+    def end_mirror(self, collection: str | None) -> None:
+        """Commit that a collection equals the rows."""
 
-        self._send([_METADATA_BYTES] * len(ids), send)
 
-    def delete(self, ids: Sequence[str]) -> None:
-        """Delete rows."""
-        self._send([_ID_BYTES] * len(ids), lambda part: self._collection.delete(ids=list(ids[part])))
+def sync_collection(
+    database: MirroredDatabase,
+    place: Place,
+    *,
+    model: str,
+    source: str,
+    fingerprint: str,
+    truncate_dim: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Make the mirror equal to the rows of the database.
 
-    def scan(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield id and metadata of all rows, read in pages. Nothing may be written meanwhile."""
-        offset = 0
-        while True:
-            rows = self._collection.get(limit=self._page, offset=offset, include=["metadatas"])
-            for row_id, metadata in zip(rows["ids"], rows["metadatas"] or [], strict=True):
-                yield row_id, dict(metadata or {})
-            if len(rows["ids"]) < self._page:
-                return
-            offset += self._page
+    With nothing to do, chromadb is not imported. A folder is compared with the stamps of its files; a server is asked
+    for the number of rows, in one request, and if it cannot be reached, the mirror is taken for unchanged: there is
+    nothing to send, and an index works offline.
 
-    def pages(self) -> Iterator[list[tuple[str, str, dict[str, Any], Vectors]]]:
-        """Yield pages of all rows: id, text, metadata, vector (dim,). Nothing may be written meanwhile."""
-        offset = 0
-        while True:
-            rows = self._collection.get(
-                limit=self._page, offset=offset, include=["documents", "metadatas", "embeddings"]
-            )
-            ids = rows["ids"]
-            vectors: Sequence[Vectors] | Vectors = []
-            if ids:
-                vectors = np.asarray(rows["embeddings"], dtype=np.float32).reshape(len(ids), -1)
-            yield [
-                (row_id, str(text or ""), dict(metadata or {}), vector)
-                for row_id, text, metadata, vector in zip(
-                    ids, rows["documents"] or [], rows["metadatas"] or [], vectors, strict=True
-                )
-            ]
-            if len(ids) < self._page:
-                return
-            offset += self._page
+    Args:
+        database: The index.
+        place: The index folder, or the index's place on a server.
+        model: Name of the model, for the collection's metadata.
+        source: Name or folder of the checkpoint, for the collection's embedding function.
+        fingerprint: Fingerprint of the model. A collection with another one is replaced.
+        truncate_dim: Dimension of the vectors, if they are truncated.
+        progress: Called with the number of rows that were sent and the number of rows to send.
+
+    Raises:
+        ChromaServerError: If the server cannot be reached, refuses, or fails again and again. The index is complete.
+        IndexStateError: If the folder cannot be written to, for lack of space, memory or permissions.
+    """
+    state = database.mirror()
+    trusted = None if state.is_dirty else state.collection
+    if trusted is not None and not database.unmirrored() and _is_in_place(place, trusted, database):
+        return
+
+    from epic_rag_chroma.embedding_function import EpicEmbeddingFunction  # imports chromadb
+    from epic_rag_chroma.store.client import PATIENCE, RUN_PATIENCE, is_transient
+
+    function = EpicEmbeddingFunction(source, truncate_dim=truncate_dim, fingerprint=fingerprint)
+    metadata = {"owner": _OWNER, "model": model, "fingerprint": fingerprint, **_index_mark(place)}
+    for attempt in range(_ATTEMPTS):
+        is_open = False
+        try:
+            with _open_client(place, RUN_PATIENCE, RUN_PATIENCE if attempt else PATIENCE) as client:
+                is_open = True
+                sync = _Sync(database, place, client, progress or (lambda done, total: None))
+                if trusted is None or not sync.update(trusted, fingerprint):
+                    trusted = sync.fill(metadata, function)
+            if isinstance(place, Path):
+                _write_stamps(place, trusted)
+            database.end_mirror(trusted)
+            return
+        except ChromaServerError as error:
+            # A new attempt waits for the server; not if it was away from the start.
+            # 404: it has lost the collection. 409: the answer to the request that made it was lost.
+            is_final = attempt + 1 == _ATTEMPTS or not (is_transient(error) or error.status in (404, 409))
+            if not is_open or is_final:
+                raise ChromaServerError(
+                    f"{error} The index itself is complete and searchable; the next run updates the server.",
+                    error.status,
+                ) from error
+            logger.warning("%s; the collection is made again from the index's rows", _fact(error))
+        except IndexStateError as error:
+            # Once for the collection, once for a folder that is not a database.
+            if not isinstance(place, Path) or (trusted is None and not _set_aside(place)):
+                raise
+            logger.warning("%s; the collection is made again from the index's rows", _fact(error))
+        trusted = None
+
+
+def delete_collections(place: Place, *, keep: str | None = None) -> None:
+    """Delete an index's collections: when it is deleted, or when its mirror has moved.
+
+    Args:
+        place: The index folder, whose Chroma folder is deleted, or a place on a server.
+        keep: Id of a collection that stays, since an old and a new address may be of the same server.
+
+    Raises:
+        ChromaServerError: If the server cannot be reached, or refuses.
+    """
+    if isinstance(place, Path):
+        with suppress(FileNotFoundError):
+            shutil.rmtree(place / CHROMA_FOLDER)
+        return
+    with _open_client(place) as client:
+        for collection in _owned(client, place):
+            if str(collection.id) != keep:
+                client.delete_collection(collection.name)
+
+
+def open_collection(place: Place, collection_id: str) -> Mirror | None:
+    """Open the collection of a clean mirror for reading.
+
+    Returns:
+        The mirror; None if it is missing, or if its files are not those that the last sync has left, so that loading
+        them could crash the process.
+
+    Raises:
+        ChromaServerError: If the server cannot be reached, or refuses.
+        IndexStateError: If Chroma cannot read its files.
+    """
+    if isinstance(place, Path) and not _has_stamps(place, collection_id):
+        return None
+    with ExitStack() as stack:
+        client = stack.enter_context(_open_client(place))
+        collection = _find(client, place, collection_id)
+        return None if collection is None else Mirror(collection, place, stack.pop_all())
+
+
+class Mirror:
+    """A collection that is open for reading. Made by `open_collection`; must be closed."""
+
+    def __init__(self, collection: Collection, place: Place, resources: ExitStack) -> None:
+        self._collection = collection
+        self._place = place
+        self._resources = resources
 
     def nearest(
         self, vector: Vectors, k: int, allowed: AbstractCollection[str] | None = None
@@ -293,68 +250,134 @@ class ChunkStore:
             (id, cosine), best first; equal cosines in the order of their ids.
         """
         wanted = k if allowed is None else min(k, len(allowed))
-        if wanted > self._page:  # Chroma allocates room for as many; counting reads all rows
-            wanted = min(wanted, self.count())
-        if wanted < 1:
-            return []
-        rows = self._collection.query(
-            query_embeddings=cast(Any, vector[None, :]),
-            n_results=wanted,
-            ids=None if allowed is None else sorted(allowed),
-            include=["distances"],
-        )
+        with _errors(self._place):
+            if wanted > _PAGE:  # Chroma allocates room for as many; counting reads all rows
+                wanted = min(wanted, int(self._collection.count()))
+            if wanted < 1:
+                return []
+            rows = self._collection.query(
+                query_embeddings=cast(Any, vector[None, :]),
+                n_results=wanted,
+                ids=None if allowed is None else sorted(allowed),
+                include=["distances"],
+            )
         distances = (rows["distances"] or [[]])[0]
         found = [(row_id, 1.0 - float(distance)) for row_id, distance in zip(rows["ids"][0], distances, strict=True)]
         return sorted(found, key=lambda row: (-row[1], row[0]))
 
-    def get(self, ids: AbstractCollection[str]) -> dict[str, Record]:
-        """Return rows by id, without those that do not exist."""
-        wanted = sorted(ids)
-        found: dict[str, Record] = {}
-        for start in range(0, len(wanted), self._page):
-            rows = self._collection.get(
-                ids=wanted[start : start + self._page], include=["documents", "metadatas", "embeddings"]
-            )
-            vectors: Vectors = np.asarray(rows["embeddings"], dtype=np.float32)
-            for row_id, text, metadata, vector in zip(
-                rows["ids"], rows["documents"] or [], rows["metadatas"] or [], vectors, strict=True
-            ):
-                found[row_id] = Record(row_id, str(text or ""), dict(metadata or {}), vector)
-        return found
-
-    def version(self) -> int:
-        """Return a constant: readers reopen a collection that has changed."""
-        return 0
-
-    def probe(self) -> None:
-        """Flush pending writes, and check that Chroma can read the graph and search in it.
-
-        Raises:
-            ChromaServerError: If it cannot.
-        """
-        rows = self._collection.get(limit=1, include=["embeddings"])
-        if rows["ids"]:
-            self.nearest(np.asarray(rows["embeddings"], dtype=np.float32)[0], 1)
-
     def close(self) -> None:
         """Close the client."""
-        _close(self._client)
+        self._resources.close()
 
-    def _send(self, sizes: Sequence[int], send: Callable[[slice], object]) -> None:
-        """Send rows in parts that are not too large for Chroma and for proxies.
 
-        Args:
-            sizes: Approximate size of each row in bytes.
-            send: Sends a part; may be called again for rows that were sent.
-        """
+class _Sync:
+    """One attempt to make a collection equal to the rows."""
+
+    def __init__(
+        self,
+        database: MirroredDatabase,
+        place: Place,
+        client: ClientAPI | ServerClient,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self._database = database
+        self._place = place
+        self._client = client
+        self._progress = progress
+        self._max_rows = min(_PAGE, int(client.get_max_batch_size()))
+        self._max_bytes = _REQUEST_BYTES
+
+    def update(self, collection_id: str, fingerprint: str) -> bool:
+        """Apply the rows that have changed; return False if the collection has to be made again."""
+        collection = _find(self._client, self._place, collection_id)
+        if collection is None or (collection.metadata or {}).get("fingerprint") != fingerprint:
+            return False
+        if (collection.configuration_json.get("hnsw") or {}).get("space") != "cosine":
+            return False
+        if isinstance(self._place, Path) and not _is_loadable(self._place, collection_id):
+            return False
+        if not _finds_its_rows(collection):
+            return False
+        ids = self._database.unmirrored()
+        if ids:
+            self._database.begin_mirror(collection_id)
+        for start in range(0, len(ids), self._max_rows):
+            part = ids[start : start + self._max_rows]
+            self._apply(collection, part, self._database.get(part))
+            self._progress(start + len(part), len(ids))
+        if not self._has_all_rows(collection):
+            return False
+        self._publish(collection)
+        return True
+
+    def fill(self, metadata: dict[str, Any], function: Any) -> str:
+        """Create a collection of all rows, put it in the place of the index's others, and return its id."""
+        for other in list(_owned(self._client, self._place)):
+            if other.name != _public_name(self._place):  # of an attempt that failed
+                self._client.delete_collection(other.name)
+        self._delete_orphaned_graphs()
+        collection = self._client.create_collection(
+            f"{_public_name(self._place)}_{uuid.uuid4().hex[:12]}",
+            metadata=metadata,
+            configuration={"hnsw": cast(Any, dict(_HNSW))},
+            embedding_function=function,
+        )
+        self._database.begin_mirror(str(collection.id))
+        done, total = 0, self._database.count()
+        for records in self._database.pages():
+            self._upsert(collection, records)
+            done += len(records)
+            self._progress(done, total)
+        if int(collection.count()) != total or not _finds_its_rows(collection):
+            message = f"Chroma has lost rows of the new collection in {self._place}. Run `epic-rag index` again."
+            raise IndexStateError(message) if isinstance(self._place, Path) else ChromaServerError(message, 500)
+        self._publish(collection)
+        self._delete_orphaned_graphs()
+        return str(collection.id)
+
+    def _apply(self, collection: Collection, ids: list[str], rows: Mapping[str, Record]) -> None:
+        found = collection.get(ids=ids, include=["metadatas"])
+        there = dict(zip(found["ids"], found["metadatas"] or [], strict=True))
+        gone = [row for row in there if row not in rows]
+        if gone:
+            collection.delete(ids=gone)
+        # An id is derived from text and file, and a model has its own collection: text and vector are the same.
+        changed = [rows[row] for row in there if row in rows]
+
+        def update(part: Sequence[Record]) -> None:
+            metadatas = [
+                {**dict.fromkeys(there[row.id] or {}), **_storable(row.metadata)}  # None removes a key
+                for row in part
+            ]
+            collection.update(ids=[row.id for row in part], metadatas=cast(Any, metadatas))
+
+        self._send(changed, lambda _: _METADATA_BYTES, update)
+        self._upsert(collection, [record for row, record in rows.items() if row not in there])
+
+    def _upsert(self, collection: Collection, records: Sequence[Record]) -> None:
+        def upsert(part: Sequence[Record]) -> None:
+            collection.upsert(
+                ids=[row.id for row in part],
+                embeddings=cast(Any, np.stack([row.vector for row in part])),
+                documents=[row.text for row in part],
+                metadatas=cast(Any, [_storable(row.metadata) for row in part]),
+            )
+
+        # A byte of a vector takes 4/3 bytes in base64 (if the server supports it) or about 5 as digits.
+        self._send(records, lambda row: 5 * row.vector.nbytes + 2 * len(row.text) + _METADATA_BYTES, upsert)
+
+    def _send(
+        self, records: Sequence[Record], size: Callable[[Record], int], send: Callable[[Sequence[Record]], None]
+    ) -> None:
+        """Send rows in requests that are not too large for Chroma and for proxies."""
         start = 0
-        while start < len(sizes):
+        while start < len(records):
             end, total = start, 0
-            while end < len(sizes) and end - start < self._max_batch and (end == start or total < self._max_bytes):
-                total += sizes[end]
+            while end < len(records) and end - start < self._max_rows and (end == start or total < self._max_bytes):
+                total += size(records[end])
                 end += 1
             try:
-                send(slice(start, end))
+                send(records[start:end])
             except ChromaServerError as error:
                 if error.status != 413 or end - start == 1:
                     raise
@@ -362,15 +385,85 @@ class ChunkStore:
                 continue
             start = end
 
+    def _has_all_rows(self, collection: Collection) -> bool:
+        """Return whether a collection has our rows and, besides, only others'."""
+        stored, wanted = int(collection.count()), self._database.count()
+        if stored <= wanted:
+            return stored == wanted
+        ours = foreign = 0
+        for offset in range(0, stored, self._max_rows):
+            rows = collection.get(limit=self._max_rows, offset=offset, include=["metadatas"])
+            known = self._database.get(rows["ids"])
+            ours += len(known)
+            for row, metadata in zip(rows["ids"], rows["metadatas"] or [], strict=True):
+                if row not in known:
+                    if _is_ours(metadata or {}):
+                        return False
+                    foreign += 1
+        logger.warning(
+            "the collection has %d rows that epic-rag did not write; they are left alone, and no query finds them",
+            foreign,
+        )
+        return ours == wanted
 
-def _client(place: Place, patience: float, timing: Timing = DEFAULT_TIMING) -> ClientAPI | ServerClient:
-    if isinstance(place, Path):
-        return folder_client(place)
-    return ServerClient(place.server, patience=patience, timing=timing)
+    def _publish(self, collection: Collection) -> None:
+        """Set the collection's public name and delete the index's other collections. Idempotent."""
+        for other in list(_owned(self._client, self._place)):
+            if other.id != collection.id:
+                self._client.delete_collection(other.name)
+        if collection.name != _public_name(self._place):
+            collection.modify(name=_public_name(self._place))
+
+    def _delete_orphaned_graphs(self) -> None:
+        """Delete graph files of deleted collections, which Chroma 1.5 leaves behind in a folder."""
+        if not isinstance(self._place, Path):
+            return
+        folder = self._place / CHROMA_FOLDER
+        with closing(sqlite3.connect(f"{(folder / 'chroma.sqlite3').as_uri()}?mode=ro", uri=True)) as database:
+            known = {str(row[0]) for row in database.execute("SELECT id FROM segments")}
+        for path in folder.iterdir():
+            if path.name not in known and re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", path.name):
+                shutil.rmtree(path, ignore_errors=True)  # on Windows a reader may have it open; the next run repeats it
 
 
-def _close(client: ClientAPI | ServerClient) -> None:
-    cast(Any, client).close()
+@contextmanager
+def _open_client(
+    place: Place, patience: float | None = None, check_patience: float | None = None
+) -> Iterator[ClientAPI | ServerClient]:
+    from epic_rag_chroma.store.client import PATIENCE, ServerClient, folder_client
+
+    with _errors(place):
+        client: ClientAPI | ServerClient
+        if isinstance(place, Path):
+            client = folder_client(place)
+        else:
+            client = ServerClient(place.server, patience or PATIENCE, check_patience or PATIENCE)
+        with closing(cast(Any, client)):
+            yield client
+
+
+@contextmanager
+def _errors(place: Place) -> Iterator[None]:
+    """Turn the exceptions of Chroma's bindings, which are of any kind, into errors with a remedy."""
+    try:
+        yield
+    except (EpicError, MemoryError):
+        raise
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # of Rust code; not an `Exception`
+        if not isinstance(error, Exception) and not is_panic:
+            raise
+        why = " ".join(str(error).split())[:160] or type(error).__name__
+        if isinstance(place, ServerPlace):
+            if isinstance(error, (OSError, sqlite3.Error)):
+                raise
+            raise ChromaServerError(
+                f"{place} gives an unexpected answer ({why}). Check that it is a Chroma server of version 1."
+            ) from error
+        raise IndexStateError(
+            f"Chroma cannot use {place / CHROMA_FOLDER} ({why}). Stored data is intact. Free disk space and memory or "
+            "fix permissions, then run `epic-rag index` again."
+        ) from error
 
 
 def _public_name(place: Place) -> str:
@@ -378,39 +471,134 @@ def _public_name(place: Place) -> str:
     return COLLECTION if isinstance(place, Path) else f"{COLLECTION}_{place.index_id}"
 
 
-def _mark(place: Place) -> dict[str, str]:
+def _index_mark(place: Place) -> dict[str, str]:
     return {} if isinstance(place, Path) else {"index": place.index_id}
 
 
-def _owned(client: ClientAPI | ServerClient, place: Place, collection_id: str | None = None) -> Iterable[Collection]:
-    """Yield the index's collections (or the one with an id), but not those of others in the same database."""
-    there: Iterable[Collection | None]
-    if isinstance(client, ServerClient) and collection_id is not None:
-        there = [client.find_collection(collection_id)]
-    else:
-        there = client.list_collections()
-    mark = {"owner": _OWNER, "index": None, **_mark(place)}
-    for each in there:
-        if each is not None and all((each.metadata or {}).get(key) == value for key, value in mark.items()):
-            yield each
+def _owned(client: ClientAPI | ServerClient, place: Place) -> list[Collection]:
+    """Return the index's collections, but not those of others in the same database."""
+    mark = {"owner": _OWNER, "index": None, **_index_mark(place)}
+    return [
+        each
+        for each in client.list_collections()
+        if all((each.metadata or {}).get(key) == value for key, value in mark.items())
+    ]
 
 
-def _check_space(collection: Collection, place: Place) -> None:
-    space = (collection.configuration_json.get("hnsw") or {}).get("space")
-    if space != "cosine":
-        raise IndexStateError(
-            f"The collection in {place} has space {space}, an index needs cosine. "
-            "Run `epic-rag index --rebuild` with the indexed folder."
-        )
+def _find(client: ClientAPI | ServerClient, place: Place, collection_id: str) -> Collection | None:
+    return next((each for each in _owned(client, place) if str(each.id) == collection_id), None)
 
 
-def _unreadable(place: Place, error: Exception) -> IndexStateError:
-    why = " ".join(str(error).split())[:160]
-    where = place / CHROMA_FOLDER if isinstance(place, Path) else place
-    return IndexStateError(f"Chroma cannot read {where} ({why}). Run `epic-rag clear --yes` and then `epic-rag index`.")
+def _finds_its_rows(collection: Collection) -> bool:
+    """Return whether rows spread over a collection are found by id and by their own vectors."""
+    count = int(collection.count())
+    vectors: list[Any] = []
+    for offset in sorted({count * sample // _SAMPLES for sample in range(_SAMPLES)} if count else ()):
+        vectors += list(cast(Any, collection.get(limit=1, offset=offset, include=["embeddings"])["embeddings"]))
+    if not vectors:
+        return count == 0
+    distances = collection.query(query_embeddings=vectors, n_results=1, include=["distances"])["distances"] or []
+    return all(bool(found) and found[0] < _SAME for found in distances)
 
 
-def _storable(metadata: Metadata) -> dict[str, str | int | float | bool]:
+def _is_in_place(place: Place, collection_id: str, database: MirroredDatabase) -> bool:
+    """Return whether a clean mirror is unchanged, as far as that is cheap to find out."""
+    if isinstance(place, Path):
+        return _has_stamps(place, collection_id)
+    from epic_rag_chroma.store.client import Session
+
+    with Session(place.server, patience=0.0) as session:
+        try:
+            stored = session.get_json(f"{session.url}/collections/{collection_id}/count", timeout=_CHECK_SECONDS)
+        except ChromaServerError as error:
+            logger.info("%s", error)
+            return True
+    return isinstance(stored, int) and stored >= database.count()
+
+
+def _stamps(index_dir: Path, collection_id: str) -> dict[str, Any]:
+    """Return size and time of the graphs' files, and the database's size: opening it changes its time."""
+    folder = index_dir / CHROMA_FOLDER
+    graph = {path.relative_to(folder).as_posix(): path.stat() for path in _graph_files(folder)}
+    files = {name: [info.st_size, info.st_mtime_ns] for name, info in graph.items()}
+    return {"collection": collection_id, "files": files, "database": (folder / "chroma.sqlite3").stat().st_size}
+
+
+def _graph_files(folder: Path) -> list[Path]:
+    """Return the files of the graphs that were written: small ones are made anew whenever they are opened."""
+    return [path for written in folder.glob("*/index_metadata.pickle") for path in sorted(written.parent.iterdir())]
+
+
+def _write_stamps(index_dir: Path, collection_id: str) -> None:
+    for path in _graph_files(index_dir / CHROMA_FOLDER):  # Chroma does not call fsync
+        with suppress(OSError), open(path, "rb") as file:
+            os.fsync(file.fileno())
+    stamps = _stamps(index_dir, collection_id)
+    write_atomically(index_dir / CHROMA_FOLDER / _STAMPS_FILE, json.dumps(stamps))
+
+
+def _has_stamps(index_dir: Path, collection_id: str) -> bool:
+    """Return whether Chroma's files are as the last sync has left them."""
+    try:
+        content = json.loads((index_dir / CHROMA_FOLDER / _STAMPS_FILE).read_text(encoding="utf-8"))
+        return bool(content == _stamps(index_dir, collection_id))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _is_loadable(index_dir: Path, collection_id: str) -> bool:
+    """Return whether Chroma can load a collection that others may have written to.
+
+    Its loader trusts the files, and crashes on some damaged ones, so it is tried in a process of its own.
+    """
+    if _has_stamps(index_dir, collection_id):
+        return True
+    command = [sys.executable, "-I", "-c", _TRIAL, json.dumps(sys.path), str(index_dir), collection_id]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=_TRIAL_SECONDS, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def _try_graph(index_dir: str, collection_id: str) -> None:
+    """Exit with status 0 if a collection can be searched."""
+    with _open_client(Path(index_dir)) as client:
+        collection = _find(client, Path(index_dir), collection_id)
+        sys.exit(0 if collection is not None and _finds_its_rows(collection) else 1)
+
+
+def _set_aside(index_dir: Path) -> bool:
+    """Move Chroma's files away if they are not a database; a valid one may hold other collections."""
+    database = index_dir / CHROMA_FOLDER / "chroma.sqlite3"
+    if not database.exists():
+        return False
+    try:
+        with closing(sqlite3.connect(database)) as connection:
+            if connection.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok":
+                return False
+    except sqlite3.OperationalError:  # locked, or it cannot be opened now: a new database would not help
+        if database.is_file():
+            return False
+    except sqlite3.DatabaseError:
+        pass
+    shutil.rmtree(index_dir / _BROKEN_FOLDER, ignore_errors=True)
+    os.replace(index_dir / CHROMA_FOLDER, index_dir / _BROKEN_FOLDER)
+    logger.warning("%s is not a database; it was moved to %s", database, _BROKEN_FOLDER)
+    return True
+
+
+def _fact(error: EpicError) -> str:
+    """Return the fact of an error message without the remedy."""
+    return re.split(r"; |\. ", str(error))[0]
+
+
+def _is_ours(metadata: Mapping[str, Any]) -> bool:
+    """Return whether a row was written by a sync, and is not a copy of one made by LlamaIndex."""
+    names = ("root", "path", "doc_id", "content_hash", "embedded_hash")
+    return all(name in metadata for name in names) and "_node_content" not in metadata
+
+
+def _storable(metadata: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     kept = {
         key: value
         for key, value in metadata.items()

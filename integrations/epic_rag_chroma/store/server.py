@@ -1,7 +1,7 @@
 """Chroma servers: addresses, credentials, and which servers the user has named.
 
-An index keeps its vectors in its folder or on a server. It stores the server's address, tenant, database and the id
-of its collections there in `index.json`. Credentials are read from the environment each time and never stored:
+The mirror of an index is in its folder or on a server. The index stores the server's address, tenant, database and the
+id that marks its collections there. Credentials are read from the environment each time and never stored:
 
     EPIC_RAG_CHROMA            address of the server for new indexes
     EPIC_RAG_CHROMA_TENANT     default tenant and database of addresses
@@ -32,7 +32,7 @@ import platformdirs
 
 from epic_rag.errors import ConfigError
 from epic_rag.files import write_atomically
-from epic_rag_chroma.errors import ChromaServerError, IndexStateError
+from epic_rag_chroma.errors import IndexStateError
 
 __all__ = [
     "ADDRESS_VARIABLE",
@@ -44,12 +44,10 @@ __all__ = [
     "TOKEN_VARIABLE",
     "ChromaServer",
     "Place",
-    "RestartedError",
     "ServerPlace",
     "has_credentials",
     "is_named_by_environment",
     "known_file",
-    "may_be_corrupt",
     "new_place",
     "parse_server",
     "request_headers",
@@ -140,16 +138,7 @@ class ServerPlace:
 
 
 Place = Path | ServerPlace
-"""The index folder, or a place on a server."""
-
-
-class RestartedError(ChromaServerError):
-    """The server was restarted while rows were being written. The last request succeeded."""
-
-
-def may_be_corrupt(error: ChromaServerError) -> bool:
-    """Return whether a collection may be corrupt after an error, as opposed to unreachable."""
-    return isinstance(error, RestartedError) or error.status == 500
+"""The place of a mirror: the index folder, or a place on a server."""
 
 
 def parse_server(given: str | ChromaServer | None) -> ChromaServer | str | None:

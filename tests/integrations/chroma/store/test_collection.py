@@ -1,8 +1,14 @@
-"""The traps of Chroma 1.5, each shown on a real collection and shown to be avoided by `ChunkStore`."""
+"""The mirror in a folder: always equal to the rows, whatever happened to it; and the pitfalls of Chroma 1.5."""
 
 from __future__ import annotations
 
-import math
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,226 +19,462 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from chromadb.config import Settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from epic_rag_chroma.errors import IndexStateError
-from epic_rag_chroma.store.collection import COLLECTION, ChunkStore
+from epic_rag_chroma.store import client as clients
+from epic_rag_chroma.store.collection import COLLECTION, Mirror, delete_collections, open_collection
+from epic_rag_chroma.store.database import Record
+from tests.helpers.mirrors import DIMENSION, MemoryDatabase, assert_mirrored, mirrored_rows, sync, unit_vector
 
-Vectors = npt.NDArray[np.float32]
-
-
-def random_vectors(n: int, dim: int, seed: int = 0) -> Vectors:
-    made = np.random.default_rng(seed).standard_normal((n, dim)).astype(np.float32)
-    return made / np.linalg.norm(made, axis=1, keepdims=True)
+OWNED = {"owner": "epic-rag", "model": "tiny", "fingerprint": "abc"}
 
 
-def write(store: ChunkStore, ids: list[str], vectors: Vectors, **metadata: Any) -> None:
-    rows = [{"doc_id": row.split("-")[0], **metadata} for row in ids]
-    store.upsert(ids, vectors, [f"text of {row}" for row in ids], rows)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[ChunkStore]:
-    made = ChunkStore.create(tmp_path, source="tiny", model="tiny", fingerprint="abc")
-    yield made
-    made.close()
+def filled(count: int = 150) -> MemoryDatabase:
+    database = MemoryDatabase()
+    for number in range(count):
+        database.put(f"a-{number}", number=number)
+    return database
 
 
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Any]:
-    with chromadb.PersistentClient(str(tmp_path / "plain")) as made:  # type: ignore[attr-defined]
+    """A plain client of the folder `tmp_path`/chroma."""
+    with chromadb.PersistentClient(str(tmp_path / "chroma")) as made:  # type: ignore[attr-defined]
         yield made
 
 
-def test_add_ignores_what_exists_and_upsert_does_not(client: Any, store: ChunkStore) -> None:
-    plain = client.create_collection("plain", embedding_function=None)
-    for text in ("old", "new"):
-        plain.add(ids=["a"], embeddings=[[1.0, 0.0]], documents=[text])
-    assert plain.get()["documents"] == ["old"]  # the trap
-    vectors = random_vectors(2, 8)
-    write(store, ["a"], vectors[:1])
-    store.upsert(["a"], vectors[1:], ["new"], [{"doc_id": "a"}])
-    ((found, score),) = store.nearest(vectors[1], 5)
-    assert (store.get([found])["a"].text, store.count()) == ("new", 1)
-    assert score == pytest.approx(1.0, abs=1e-5)
+def opened(place: Path, collection: str) -> Mirror:
+    mirror = open_collection(place, collection)
+    assert mirror is not None
+    return mirror
 
 
-def test_batches_are_those_that_the_client_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = ChunkStore.create(tmp_path, source="tiny", model="tiny", fingerprint="abc")
-    limit = store._client.get_max_batch_size()
-    vectors = random_vectors(limit + 1, 2)
-    ids = [f"{n}" for n in range(limit + 1)]
-    collection = store._collection
-    with pytest.raises(Exception, match=r"(?i)batch size"):  # the trap
-        collection.upsert(ids=ids, embeddings=vectors)
-    store = ChunkStore(store._client, collection, tmp_path, max_batch=7)
-    sizes: list[int] = []
-    upsert = type(collection).upsert
-    monkeypatch.setattr(
-        type(collection), "upsert", lambda self, **given: (sizes.append(len(given["ids"])), upsert(self, **given))[1]
+def graphs(place: Path) -> list[Path]:
+    return [path for path in (place / "chroma").iterdir() if path.is_dir()]
+
+
+# -- a mirror -----------------------------------------------------------------------------------------------------------
+
+
+def test_fill(tmp_path: Path) -> None:
+    database = filled()
+    seen: list[tuple[int, int]] = []
+    sync(database, tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert_mirrored(database, tmp_path)
+    assert seen == [(50, 150), (100, 150), (150, 150)]
+    with chromadb.PersistentClient(str(tmp_path / "chroma")) as client:  # type: ignore[attr-defined]
+        (collection,) = client.list_collections()
+        assert (collection.name, collection.metadata) == (COLLECTION, OWNED)
+        assert collection.configuration_json["hnsw"]["space"] == "cosine"
+        function = collection.configuration_json["embedding_function"]
+        assert (function["name"], function["config"]["fingerprint"]) == ("epic-rag", "abc")
+
+
+def test_empty_database(tmp_path: Path) -> None:
+    database = MemoryDatabase()
+    collection = sync(database, tmp_path)
+    assert mirrored_rows(tmp_path) == {}
+    assert opened(tmp_path, collection).nearest(unit_vector(1), 5) == []
+    database.put("a")
+    assert sync(database, tmp_path) == collection
+    database.remove("a")
+    assert sync(database, tmp_path) == collection
+    assert mirrored_rows(tmp_path) == {}
+
+
+def test_changes(tmp_path: Path) -> None:
+    database = filled()
+    collection = sync(database, tmp_path)
+    for number in range(40):
+        database.put(f"a-{number}", other=number)  # a key more and a key less
+        database.put(f"b-{number}")
+        database.remove(f"a-{number + 60}")
+    database.outbox.add("never-there")
+    seen: list[tuple[int, int]] = []
+    assert sync(database, tmp_path, progress=lambda done, total: seen.append((done, total))) == collection
+    assert seen == [(121, 121)]
+    assert_mirrored(database, tmp_path)
+
+
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.lists(st.tuples(st.sampled_from(["put", "remove"]), st.integers(0, 30)), max_size=60), max_size=4))
+def test_random_changes(tmp_path: Path, turns: list[list[tuple[str, int]]]) -> None:
+    place = tmp_path / uuid.uuid4().hex
+    place.mkdir()
+    database = MemoryDatabase()
+    for turn in turns:
+        for action, number in turn:
+            row = f"a-{number}"
+            if action == "put":
+                database.put(row, **{f"key{len(turn) % 3}": len(turn)})
+            elif row in database.rows:
+                database.remove(row)
+        sync(database, place)
+        assert_mirrored(database, place)
+
+
+def test_nothing_to_do_opens_nothing(tmp_path: Path) -> None:
+    database = filled(3)
+    collection = sync(database, tmp_path)
+    mirrored_rows(tmp_path)  # a reader changes nothing
+    code = (
+        "import sys; from pathlib import Path; from tests.helpers import mirrors; from tests.helpers.mirrors import *\n"
+        "for name in [name for name in sys.modules if name.partition('.')[0] in ('chromadb', 'httpx')]:\n"
+        "    sys.modules[name] = None\n"
+        "database = MemoryDatabase(); [database.put(f'a-{number}', number=number) for number in range(3)]\n"
+        "database.end_mirror(sys.argv[2]); sync(database, Path(sys.argv[1]))"
     )
-    write(store, ids[:20], vectors[:20])
-    assert (sizes, store.count()) == ([7, 7, 6], 20)
-    store.delete(ids[:20])
-    assert store.count() == 0
-    store.close()
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), collection], check=True)
 
 
-def test_the_space_is_cosine_and_scores_are_cosines(client: Any, store: ChunkStore) -> None:
-    assert client.create_collection("plain", embedding_function=None).configuration_json["hnsw"]["space"] == "l2"
-    assert store._collection.configuration_json["hnsw"]["space"] == "cosine"
-    vectors = random_vectors(30, 8)
-    write(store, [str(n) for n in range(30)], vectors)
-    query = random_vectors(1, 8, seed=1)[0]
-    for found, score in store.nearest(query, 30):
-        assert score == pytest.approx(float(vectors[int(found)] @ query), abs=1e-5)
+def test_another_model_has_another_collection(tmp_path: Path) -> None:
+    database = filled()
+    first = sync(database, tmp_path)
+    database.put("b")
+    second = sync(database, tmp_path, fingerprint="def")
+    assert first != second
+    assert_mirrored(database, tmp_path)
+    assert len(graphs(tmp_path)) == 1  # Chroma leaves the deleted collection's graph
 
 
-def test_another_configuration_is_kept_silently_by_chroma_and_refused_by_us(tmp_path: Path) -> None:
-    store = ChunkStore.create(tmp_path, source="tiny", model="tiny", fingerprint="abc")
-    store.close()
+def test_others_rows_and_collections(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    database = filled()
+    collection = sync(database, tmp_path)
     with chromadb.PersistentClient(str(tmp_path / "chroma")) as client:  # type: ignore[attr-defined]
-        made = client.get_or_create_collection(
-            "mine", configuration={"hnsw": {"space": "l2"}}, metadata={"owner": "epic-rag"}, embedding_function=None
-        )
-        again = client.get_or_create_collection(
-            "mine", configuration={"hnsw": {"space": "cosine"}}, embedding_function=None
-        )
-        assert again.configuration_json["hnsw"]["space"] == "l2"  # the trap
-    with pytest.raises(IndexStateError, match=r"has space l2, an index needs cosine\. Run `epic-rag index --rebuild`"):
-        ChunkStore.open(tmp_path, str(made.id))
-
-
-def test_the_fingerprint_is_kept_with_the_collection(tmp_path: Path) -> None:
-    made = ChunkStore.create(tmp_path, source="tiny", model="tiny", fingerprint="abc")
-    made.publish()
-    made.close()
-    opened = ChunkStore.open(tmp_path, made.id)
-    assert opened is not None
-    assert opened.fingerprint == "abc"
-    opened.close()
+        other = client.create_collection("somebodys", embedding_function=None)
+        other.add(ids=[str(number) for number in range(1100)], embeddings=[[float(n), 1.0] for n in range(1100)])
+        ours = client.get_collection(COLLECTION, embedding_function=None)
+        vectors = [unit_vector(number).tolist() for number in range(120)]
+        ours.add(ids=[f"note-{number}" for number in range(120)], embeddings=vectors)  # enough to write the graph
+    kept = {f"note-{number}" for number in range(120)}
+    (tmp_path / "chroma/notes").mkdir()
+    database.put("b")
+    database.remove("a-7")
+    assert sync(database, tmp_path) == collection
+    assert "the collection has 120 rows that epic-rag did not write; they are left alone" in caplog.text
+    assert kept < set(mirrored := _ids(tmp_path))
+    assert set(mirrored) - kept == set(database.rows)
+    # A new collection is made without them; somebody's collection stays.
+    assert sync(database, tmp_path, fingerprint="def") != collection
+    assert set(_ids(tmp_path)) == set(database.rows)
     with chromadb.PersistentClient(str(tmp_path / "chroma")) as client:  # type: ignore[attr-defined]
-        collection = client.get_collection(COLLECTION)
-        assert collection.metadata == {"owner": "epic-rag", "model": "tiny", "fingerprint": "abc"}
+        assert {each.name for each in client.list_collections()} == {"somebodys", COLLECTION}
+        assert client.get_collection("somebodys", embedding_function=None).count() == 1100
+    assert (tmp_path / "chroma/notes").is_dir()
+    assert len(graphs(tmp_path)) == 3
 
 
-def test_nothing_to_write_is_no_error(client: Any, store: ChunkStore) -> None:
-    plain = client.create_collection("plain", embedding_function=None)
-    with pytest.raises(ValueError, match=r"(?i)non-empty"):  # the trap
-        plain.upsert(ids=[], embeddings=[])
-    nothing = np.empty((0, 8), dtype=np.float32)
-    store.upsert([], nothing, [], [])
-    store.update_metadata([], [])
-    store.delete([])
-    assert list(store.scan()) == []
-    assert store.nearest(random_vectors(1, 8)[0], 5) == []
-    assert store.get([]) == {}
+def _ids(place: Path) -> list[str]:
+    with chromadb.PersistentClient(str(place / "chroma")) as client:  # type: ignore[attr-defined]
+        return list(client.get_collection(COLLECTION, embedding_function=None).get(include=[])["ids"])
 
 
-def test_metadata_without_a_value_is_left_out(client: Any, store: ChunkStore) -> None:
-    plain = client.create_collection("plain", embedding_function=None)
-    with pytest.raises(ValueError, match=r"(?i)non-empty"):  # the trap
-        plain.upsert(ids=["a"], embeddings=[[1.0, 0.0]], metadatas=[{}])
-    vectors = random_vectors(2, 8)
-    store.upsert(["a", "b"], vectors, ["x", "y"], [{"page": None, "n": math.nan, "path": "p"}, {}])
-    assert dict(store.scan())["a"] == {"path": "p"}
-    assert store.count() == 2
+# -- a mirror in doubt --------------------------------------------------------------------------------------------------
 
 
-def test_metadata_changes_leave_vector_and_text(store: ChunkStore) -> None:
-    vectors = random_vectors(3, 8)
-    write(store, ["a-1", "a-2", "b-1"], vectors, first_line=1)
-    store.update_metadata(["a-2"], [{"doc_id": "a", "first_line": 5}])
-    assert dict(store.nearest(vectors[1], 3))["a-2"] == pytest.approx(1.0, abs=1e-5)
-    found = store.get(["a-2", "gone"])
-    assert list(found) == ["a-2"]
-    assert (found["a-2"].text, found["a-2"].metadata["first_line"]) == ("text of a-2", 5)
-    assert found["a-2"].vector == pytest.approx(vectors[1], abs=1e-6)
-    assert [row for row, _ in store.nearest(vectors[1], 3, allowed={"b-1"})] == ["b-1"]
+def cut(name: str, size: int) -> Any:
+    return lambda graph: (graph / name).write_bytes((graph / name).read_bytes()[:size])
 
 
-def test_the_search_finds_what_brute_force_finds(client: Any, store: ChunkStore) -> None:
+def long_links(graph: Path) -> None:
+    """Give the first row neighbours on more levels than the graph has: Chroma 1.5 crashes."""
+    (degree,) = struct.unpack_from("=Q", (graph / "header.bin").read_bytes(), 60)
+    links = graph / "link_lists.bin"
+    content, length = links.read_bytes(), (4 * degree + 4) * 16
+    links.write_bytes(struct.pack("=I", length) + content[4:] + bytes(length))
+
+
+def without_database(graph: Path) -> None:
+    (graph.parent / "chroma.sqlite3").unlink()
+    (graph.parent / "chroma.sqlite3").mkdir()
+
+
+DAMAGE = {
+    "no folder": lambda graph: shutil.rmtree(graph.parent),
+    "no graph": shutil.rmtree,
+    "no metadata": lambda graph: (graph / "index_metadata.pickle").unlink(),
+    "cut metadata": cut("index_metadata.pickle", 100),
+    "cut vectors": cut("data_level0.bin", 1000),
+    "cut header": cut("header.bin", 50),
+    "cut lengths": cut("length.bin", 100),
+    "cut links": cut("link_lists.bin", 100),
+    "long links": long_links,
+    "links of a terabyte": lambda graph: os.truncate(graph / "link_lists.bin", 2**40),
+    "no database": lambda graph: (graph.parent / "chroma.sqlite3").unlink(),
+    "another database": lambda graph: (graph.parent / "chroma.sqlite3").write_bytes(b"no database" * 1000),
+    "a folder for the database": without_database,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_made_again(tmp_path: Path, damage: str) -> None:
+    database = filled(230)
+    collection = sync(database, tmp_path)
+    (graph,) = graphs(tmp_path)
+    DAMAGE[damage](graph)
+    assert open_collection(tmp_path, collection) is None  # readers scan the rows
+    assert sync(database, tmp_path)  # although there is nothing to send
+    assert_mirrored(database, tmp_path)
+    assert len(graphs(tmp_path)) == 1
+    database.put("b")
+    sync(database, tmp_path)
+    assert_mirrored(database, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut header", "long links"])  # both crash the process that loads them
+def test_a_dirty_collection_is_not_loaded(tmp_path: Path, damage: str) -> None:
+    database = filled(230)
+    collection = sync(database, tmp_path)
+    database.begin_mirror(collection)
+    (graph,) = graphs(tmp_path)
+    DAMAGE[damage](graph)
+    assert sync(database, tmp_path) != collection
+    assert_mirrored(database, tmp_path)
+    assert not graph.exists()
+
+
+def test_lost_and_stale_rows(tmp_path: Path) -> None:
+    database = filled()
+    ours = {"root": ".", "path": "a", "doc_id": "a", "content_hash": "x", "embedded_hash": "x"}
+    for number, change in enumerate(("delete", "add")):
+        collection = sync(database, tmp_path)
+        with chromadb.PersistentClient(str(tmp_path / "chroma")) as client:  # type: ignore[attr-defined]
+            stored = client.get_collection(COLLECTION, embedding_function=None)
+            if change == "add":
+                stored.add(ids=["old"], embeddings=[unit_vector(1).tolist()], metadatas=[ours])
+            else:
+                stored.delete(ids=["a-1"])
+        database.put(f"b-{number}")
+        assert sync(database, tmp_path) != collection
+        assert_mirrored(database, tmp_path)
+
+
+def test_failed_attempts_leave_nothing(tmp_path: Path, client: Any) -> None:
+    for number in range(3):
+        client.create_collection(f"{COLLECTION}_{number}", metadata=OWNED, embedding_function=None)
+    client.create_collection(f"{COLLECTION}_other", embedding_function=None)
+    database = filled()
+    sync(database, tmp_path)
+    assert {each.name for each in client.list_collections()} == {COLLECTION, f"{COLLECTION}_other"}
+
+
+class PanicException(BaseException):
+    """Stand-in for the exception of Chroma's bindings for a Rust panic, which only Rust can create."""
+
+
+@pytest.mark.parametrize("error", [PanicException("no thread to be had"), RuntimeError("disk is\nfull")])
+def test_a_failure_of_chroma_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    database = filled()
+    sync(database, tmp_path)
+    database.put("b")
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chromadb, "PersistentClient", fail)
+        why = " ".join(str(error).split())
+        with pytest.raises(
+            IndexStateError, match=rf"cannot use .*\({why}\)\. Stored data is intact\..*`epic-rag index`"
+        ):
+            sync(database, tmp_path)
+    sync(database, tmp_path)
+    assert_mirrored(database, tmp_path)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.helpers.mirrors import MemoryDatabase, sync
+from tests.integrations.chroma.store.test_collection import turn
+folder, step = Path(sys.argv[1]), int(sys.argv[2])
+database = MemoryDatabase(folder / "state")
+turn(database, step)
+print("ready", flush=True)
+sync(database, folder)
+"""
+
+
+def turn(database: MemoryDatabase, step: int) -> None:
+    """Make the rows of a step; the changes since the step before are in the outbox."""
+    for number in range(600 + 100 * step):
+        database.put(f"a-{number}", number=number)
+    database.outbox.clear()
+    for number in range(500 + 100 * step, 600 + 100 * step):
+        database.outbox.add(f"a-{number}")
+    for number in range(step):
+        database.remove(f"a-{number}")
+
+
+def test_the_process_is_killed_while_it_writes(tmp_path: Path) -> None:
+    chance = np.random.default_rng(1)
+    kills = 0
+    for step in range(3):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path, str(step)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(1.0 + chance.uniform(0, 0.5))  # chromadb is imported first
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        database = MemoryDatabase(tmp_path / "state")
+        turn(database, step)
+        sync(database, tmp_path)
+        assert_mirrored(database, tmp_path)
+        assert len(graphs(tmp_path)) == 1
+    assert kills > 0
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------
+
+
+def random_vectors(n: int, dim: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    made = np.random.default_rng(seed).standard_normal((n, dim)).astype(np.float32)
+    return made / np.linalg.norm(made, axis=1, keepdims=True)
+
+
+def database_of(vectors: npt.NDArray[np.float32]) -> MemoryDatabase:
+    database = MemoryDatabase(page=500)
+    for number, vector in enumerate(vectors):
+        database.rows[f"{number:05}"] = Record(f"{number:05}", "text", {"doc_id": "a"}, vector)
+    return database
+
+
+def test_nearest_is_that_of_brute_force(tmp_path: Path, client: Any) -> None:
     n, dim, k = 3000, 128, 10
     vectors, queries = random_vectors(n, dim), random_vectors(50, dim, seed=1)
-    truth = np.argsort(-(queries @ vectors.T), axis=1)[:, :k]
-    ids = [str(number) for number in range(n)]
-    write(store, ids, vectors)
-    mine = [[row for row, _ in store.nearest(query, k)] for query in queries]
+    scores = queries @ vectors.T
+    truth = np.argsort(-scores, axis=1)[:, :k]
+    mirror = opened(tmp_path, sync(database_of(vectors), tmp_path))
+    mine = [mirror.nearest(query, k) for query in queries]
+    for found, exact in zip(mine, scores, strict=True):
+        for row, score in found:
+            assert score == pytest.approx(float(exact[int(row)]), abs=1e-5)
+        assert found == sorted(found, key=lambda hit: (-hit[1], hit[0]))
+    allowed = {f"{number:05}" for number in range(0, n, 100)}
+    best = max(allowed, key=lambda row: float(scores[0][int(row)]))
+    assert mirror.nearest(queries[0], 1, allowed)[0][0] == best
+    assert len(mirror.nearest(queries[0], n, allowed)) == len(allowed)
+    assert mirror.nearest(queries[0], 5, set()) == []
+    mirror.close()
     plain = client.create_collection("plain", configuration={"hnsw": {"space": "cosine"}}, embedding_function=None)
-    plain.upsert(ids=ids, embeddings=vectors)
+    plain.upsert(ids=[f"{number:05}" for number in range(n)], embeddings=vectors)
     defaults = plain.query(query_embeddings=queries, n_results=k, include=[])["ids"]
 
     def recall(found: list[list[str]]) -> float:
-        hits = [len(set(row) & set(map(str, true))) for row, true in zip(found, truth, strict=True)]
+        hits = [len({*map(int, row)} & {*map(int, true)}) for row, true in zip(found, truth, strict=True)]
         return float(np.mean(hits)) / k
 
-    assert recall(mine) >= 0.98
-    assert recall(mine) >= recall(defaults)
+    assert recall([[row for row, _ in each] for each in mine]) >= 0.98
+    assert recall([[row for row, _ in each] for each in mine]) >= recall(defaults)
 
 
-def test_rows_stay_reachable_through_edits(store: ChunkStore) -> None:
+def test_equal_cosines_are_in_the_order_of_their_ids(tmp_path: Path) -> None:
+    vectors = np.repeat(random_vectors(1, DIMENSION), 9, axis=0)
+    mirror = opened(tmp_path, sync(database_of(vectors), tmp_path))
+    assert [row for row, _ in mirror.nearest(vectors[0], 9)] == [f"{number:05}" for number in range(9)]
+    mirror.close()
+
+
+def test_rows_stay_reachable_through_edits(tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
-    vectors = random_vectors(900, 32)
-    alive = {f"{n}": vectors[n] for n in range(400)}
-    write(store, list(alive), np.stack(list(alive.values())))
+    database = filled(400)
+    collection = sync(database, tmp_path)
     for start in range(400, 900, 100):
-        old = [str(row) for row in chance.choice(sorted(alive), 100, replace=False)]
-        new = {f"{n}": vectors[n] for n in range(start, start + 100)}
-        write(store, list(new), np.stack(list(new.values())))
-        store.delete(old)
-        alive = {row: vector for row, vector in {**alive, **new}.items() if row not in set(old)}
-    assert store.count() == len(alive)
-    lost = [row for row, vector in alive.items() if store.nearest(vector, 1)[0][0] != row]
-    assert lost == []
+        for row in chance.choice(sorted(database.rows), 100, replace=False):
+            database.remove(str(row))
+        for number in range(start, start + 100):
+            database.put(f"a-{number}")
+        assert sync(database, tmp_path) == collection
+    assert_mirrored(database, tmp_path)
 
 
-def test_telemetry_is_off_and_a_client_with_defaults_can_open_the_same_folder(
-    tmp_path: Path, store: ChunkStore
-) -> None:
-    assert store._client.get_settings().anonymized_telemetry is False
-    write(store, ["a"], random_vectors(1, 8))
-    store.publish()
-    # Chroma refuses a second client with other settings for the same path
+def test_a_missing_collection_is_none_and_makes_nothing(tmp_path: Path) -> None:
+    assert open_collection(tmp_path, str(uuid.uuid4())) is None
+    assert list(tmp_path.iterdir()) == []
+    sync(filled(), tmp_path)
+    assert open_collection(tmp_path, str(uuid.uuid4())) is None
+    delete_collections(tmp_path)
+    delete_collections(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- the pitfalls ---------------------------------------------------------------------------------------------------------
+
+
+def test_add_ignores_what_exists(client: Any) -> None:
+    plain = client.create_collection("plain", embedding_function=None)
+    for text in ("old", "new"):
+        plain.add(ids=["a"], embeddings=[[1.0, 0.0]], documents=[text])
+    assert plain.get()["documents"] == ["old"]
+
+
+def test_another_configuration_is_ignored_silently(client: Any) -> None:
+    for space in ("l2", "cosine"):
+        plain = client.get_or_create_collection(
+            "plain", configuration={"hnsw": {"space": space}}, embedding_function=None
+        )
+    assert plain.configuration_json["hnsw"]["space"] == "l2"
+
+
+def test_upsert_and_update_merge_metadata(client: Any) -> None:
+    plain = client.create_collection("plain", embedding_function=None)
+    plain.upsert(ids=["a"], embeddings=[[1.0, 0.0]], metadatas=[{"x": 1, "y": 1}])
+    plain.upsert(ids=["a"], embeddings=[[1.0, 0.0]], metadatas=[{"x": 2}])
+    assert plain.get()["metadatas"] == [{"x": 2, "y": 1}]
+    plain.update(ids=["a"], metadatas=[{"x": 3, "y": None}])
+    assert plain.get()["metadatas"] == [{"x": 3}]
+
+
+def test_values_that_chroma_does_not_store_are_left_out(tmp_path: Path, client: Any) -> None:
+    plain = client.create_collection("plain", embedding_function=None)
+    with pytest.raises(ValueError, match=r"(?i)non-empty"):
+        plain.upsert(ids=["a"], embeddings=[[1.0, 0.0]], metadatas=[{}])
+    database = MemoryDatabase()
+    for row, metadata in {"a": {"page": None, "n": float("nan"), "path": "p"}, "b": {}}.items():
+        database.rows[row] = Record(row, "text", metadata, unit_vector(1))
+    sync(database, tmp_path)
+    rows = mirrored_rows(tmp_path)
+    assert (rows["a"][1], rows["b"][1]) == ({"path": "p"}, {"owner": "epic-rag"})
+
+
+def test_batches_are_those_that_the_client_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    upsert = chromadb.Collection.upsert
+
+    def counted(self: Any, **given: Any) -> None:
+        sizes.append(len(given["ids"]))
+        upsert(self, **given)
+
+    monkeypatch.setattr(chromadb.Collection, "upsert", counted)
+    folder_client = clients.folder_client
+
+    def limited(index_dir: Path) -> Any:
+        made = folder_client(index_dir)
+        monkeypatch.setattr(made, "get_max_batch_size", lambda: 7)
+        return made
+
+    monkeypatch.setattr(clients, "folder_client", limited)
+    database = filled(20)
+    sync(database, tmp_path)
+    assert sizes == [7, 7, 6]
+    for number in range(20):
+        database.remove(f"a-{number}")
+    sync(database, tmp_path)
+    assert mirrored_rows(tmp_path) == {}
+
+
+def test_telemetry_is_off_and_a_client_with_defaults_can_open_the_folder(tmp_path: Path) -> None:
+    mirror = opened(tmp_path, sync(filled(), tmp_path))
+    ours = clients.folder_client(tmp_path)
+    assert ours.get_settings().anonymized_telemetry is False
+    # Chroma refuses a second client with other settings for the same path.
     with chromadb.PersistentClient(  # type: ignore[attr-defined]
         str(tmp_path / "chroma"), settings=Settings(anonymized_telemetry=True)
     ) as client:
-        assert client.get_collection(COLLECTION, embedding_function=None).get()["ids"] == ["a"]
-
-
-def test_opening_makes_nothing(tmp_path: Path, store: ChunkStore) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert ChunkStore.open(empty, str(uuid.uuid4())) is None
-    assert list(empty.iterdir()) == []
-    assert ChunkStore.open(tmp_path, str(uuid.uuid4())) is None
-    assert ChunkStore.open(tmp_path, None) is None
-
-
-def test_a_broken_database_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "chroma").mkdir()
-    (tmp_path / "chroma/chroma.sqlite3").write_bytes(b"no database" * 1000)
-    with pytest.raises(IndexStateError, match=r"Chroma cannot read .*`epic-rag clear --yes`"):
-        ChunkStore.open(tmp_path, str(uuid.uuid4()))
-
-
-def test_publishing_swaps_and_leaves_foreign_collections(tmp_path: Path) -> None:
-    old = ChunkStore.create(tmp_path, source="tiny", model="tiny", fingerprint="old")
-    old.publish()
-    old._client.create_collection("mine", embedding_function=None)
-    new = ChunkStore.create(tmp_path, source="tiny", model="tiny", fingerprint="new")
-    assert {each.name for each in old._client.list_collections()} == {"mine", COLLECTION, new._collection.name}
-    for _ in range(2):  # safe to repeat
-        new.publish()
-        assert {each.name for each in new._client.list_collections()} == {"mine", COLLECTION}
-    old.close()
-    new.close()
-    opened = ChunkStore.open(tmp_path, new.id)
-    assert opened is not None
-    assert opened.fingerprint == "new"
-    opened.close()
-
-
-def test_scan_pages_through_everything(store: ChunkStore) -> None:
-    paged = ChunkStore(store._client, store._collection, store._place, page=10)
-    for n in (20, 25):
-        write(store, [f"{number}" for number in range(n)], random_vectors(n, 8))
-        assert {row for row, _ in paged.scan()} == {f"{number}" for number in range(n)}
+        assert client.get_collection(COLLECTION, embedding_function=None).count() == 150
+    mirror.close()
