@@ -101,19 +101,16 @@ class Session(httpx.Client):
                 raise httpx.HTTPStatusError("", request=response.request, response=response)
             return response
 
+        is_over = tenacity.stop_before_delay(self.patience)
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: _is_retried(error, is_write)),
-            # The upcoming pause counts: patience is an upper limit.
-            stop=tenacity.stop_any(
-                tenacity.stop_before_delay(self.patience),
-                lambda state: _status(state) == 500 and state.attempt_number >= _TRIES_AT_500,
-            ),
+            stop=lambda state: is_over(state) or (_status(state) == 500 and state.attempt_number >= _TRIES_AT_500),
             wait=tenacity.wait_random_exponential(self._first_pause, min=self._first_pause / 2, max=_LONGEST_PAUSE),
             before_sleep=self._log_retry,
             reraise=True,
         )
         try:
-            return cast(httpx.Response, retrying(send))
+            return retrying(send)
         except httpx.HTTPStatusError as error:
             raise ChromaServerError(self._refused(error.response), error.response.status_code) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:

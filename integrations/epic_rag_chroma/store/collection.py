@@ -605,28 +605,3 @@ def _storable(metadata: Mapping[str, Any]) -> dict[str, str | int | float | bool
         if value is not None and not (isinstance(value, float) and math.isnan(value))
     }
     return kept or {"owner": _OWNER}  # Chroma refuses an empty mapping
-
-
-def sync_collection(
-    database: Any, place: Place, *, model: str, source: str, fingerprint: str, truncate_dim: int | None
-) -> None:
-    mirror = database.mirror()
-    if mirror.is_complete:
-        return
-    store = ChunkStore.create(place, source=source, model=model, fingerprint=fingerprint, truncate_dim=truncate_dim)
-    database.begin_mirror(mirror.collection)
-    for page in database.pages():
-        store.upsert(
-            [r.id for r in page], np.stack([r.vector for r in page]), [r.text for r in page], [r.metadata for r in page]
-        )
-    store.publish()
-    database.end_mirror(store.id)
-    store.close()
-
-
-def delete_collections(place: Any, keep: str | None = None) -> None:
-    pass
-
-
-def open_collection(place: Any, collection: str) -> Any:
-    return ChunkStore.open(place, collection)

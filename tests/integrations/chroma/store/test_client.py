@@ -1,4 +1,4 @@
-"""Chroma clients: failures of a connection, retries and restarts."""
+"""Chroma clients: failures of a connection, and retries."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 import socket
 import ssl
 import threading
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,15 +18,13 @@ import trustme
 
 from epic_rag_chroma import ChromaServer
 from epic_rag_chroma.errors import ChromaServerError
-from epic_rag_chroma.store.client import ServerClient, Timing
-from epic_rag_chroma.store.collection import ChunkStore
-from epic_rag_chroma.store.server import RestartedError, ServerPlace
+from epic_rag_chroma.store import client as clients
+from epic_rag_chroma.store.client import ServerClient, is_transient
 from tests.helpers.servers import HOST, Answer, ChromaProcess, Front, free_port
 
 TOKEN = "s3cret-token"
 HEARTBEAT: Answer = (200, {}, b'{"nanosecond heartbeat": 1}')
-QUICK = Timing(check_patience=0.3, check=2.0)
-FAST = Timing(first_pause=0.01)
+QUICK = {"check_patience": 0.3, "check_seconds": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,10 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
 
 
-def refusal(url: str, timing: Timing = QUICK, **options: str) -> ChromaServerError:
+def refusal(url: str, timing: dict[str, float] = QUICK, **options: str) -> ChromaServerError:
     """The error of a connection: one line that names the address."""
     with pytest.raises(ChromaServerError) as caught:
-        ServerClient(ChromaServer(url, **options), timing=timing).close()
+        ServerClient(ChromaServer(url, **options), **timing).close()
     message = str(caught.value)
     assert url in message
     assert message.endswith(".")
@@ -76,7 +76,7 @@ def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_silent_server() -> None:
     with socket.create_server((HOST, 0)) as silent:
         url = f"http://{HOST}:{silent.getsockname()[1]}"
-        assert "does not answer in time" in str(refusal(url, Timing(check=0.2, check_patience=0.3)))
+        assert "does not answer in time" in str(refusal(url, {"check_seconds": 0.2, "check_patience": 0.3}))
 
 
 def test_a_server_that_hangs_up() -> None:
@@ -123,7 +123,7 @@ def early_server(_: str, path: str, *__: object) -> Answer:
     ],
 )
 def test_a_server_that_answers_otherwise(answer: Callable[..., Answer], expected: str, requests: int | None) -> None:
-    timing = Timing(first_pause=0.01, check_patience=5.0 if requests == 5 else 0.3)
+    timing = {"first_pause": 0.01, "check_patience": 5.0 if requests == 5 else 0.3}
     with Front(answer) as front:
         assert expected in str(refusal(front.url, timing))
         # Permanent errors are not retried.
@@ -185,162 +185,102 @@ def test_no_proxy_is_asked_about_this_machine(chroma: ChromaProcess, monkeypatch
     ServerClient(ChromaServer(chroma.url)).close()
 
 
-# Retries and restarts
+# -- retries ------------------------------------------------------------------------------------------------------------
 
 
-def new_store(url: str, timing: Timing = FAST) -> ChunkStore:
-    place = ServerPlace(ChromaServer(url), "test")
-    return ChunkStore.create(place, source="tiny", model="tiny", fingerprint="abc", timing=timing)
+def new_client(url: str) -> ServerClient:
+    return ServerClient(ChromaServer(url), patience=5.0, first_pause=0.01)
 
 
-def upsert(store: ChunkStore, count: int, text: str = "text") -> None:
+def new_collection(client: ServerClient) -> Any:
+    name = f"epic_rag_{uuid.uuid4().hex}"
+    return client.create_collection(name, metadata={"a": 1}, configuration={}, embedding_function=None)
+
+
+def upsert(collection: Any, count: int) -> None:
     ids = [str(number) for number in range(count)]
-    vectors = np.eye(count, 64, dtype=np.float32) + 0.1
-    store.upsert(ids, vectors, [text] * count, [{"doc_id": "a"}] * count)
+    collection.upsert(ids=ids, embeddings=np.eye(count, 64) + 0.1, metadatas=[{"a": 1}] * count)
 
 
 def test_transient_failures_are_retried(chroma: ChromaProcess) -> None:
     trouble: list[Answer] = []
-
-    def sometimes(*_: object) -> Answer | None:
-        return trouble.pop() if trouble else None
-
-    with Front(sometimes, chroma.url) as front:
-        store = new_store(front.url)
-        for status in (502, 503, 504):
-            trouble += [(status, {"Retry-After": "0"}, b"not now")] * 3
-            assert store.count() == 0
-        for status in (408, 429, 500):
-            trouble += [(status, {"Retry-After": "0"}, b"not now")] * 3
-            upsert(store, 3)
-            assert store.count() == 3
+    with (
+        Front(lambda *_: trouble.pop() if trouble else None, chroma.url) as front,
+        closing(new_client(front.url)) as it,
+    ):
+        collection = new_collection(it)
+        for status in (408, 425, 429, 500, 502, 503, 504):
+            trouble += [(status, {}, b"not now")] * 3
+            assert collection.count() == 0
         assert not trouble
         trouble += [(400, {}, b'{"message": "bad"}')]
         with pytest.raises(ChromaServerError, match="status 400: bad"):
-            store.count()
-        store.close()
+            collection.count()
+
+
+def test_rows_are_sent_again_only_if_the_server_has_not_begun(chroma: ChromaProcess) -> None:
+    trouble: list[Answer] = []
+    with (
+        Front(lambda *_: trouble.pop() if trouble else None, chroma.url) as front,
+        closing(new_client(front.url)) as it,
+    ):
+        collection = new_collection(it)
+        for status in (408, 425, 429):
+            trouble += [(status, {}, b"not now")] * 3
+            upsert(collection, 3)
+        for status in (500, 502, 503, 504):
+            for write in (lambda: upsert(collection, 3), lambda: collection.delete(ids=["1"])):
+                trouble += [(status, {}, b"not now")]
+                with pytest.raises(ChromaServerError, match=f"status {status}") as caught:
+                    write()
+                assert is_transient(caught.value)
+                assert not trouble
+        assert collection.count() == 3
+
+
+def test_a_lost_connection(tmp_path: Path) -> None:
+    with ChromaProcess(tmp_path) as mortal, closing(new_client(mortal.url)) as client:
+        collection = new_collection(client)
+        upsert(collection, 3)
+        mortal.kill()
+        with pytest.raises(ChromaServerError, match="connection refused") as caught:
+            upsert(collection, 4)
+        assert is_transient(caught.value)
+        starter = threading.Timer(0.2, mortal.start)
+        starter.start()
+        assert collection.count() == 3
+        starter.join()
 
 
 def test_a_retry_of_a_request_that_succeeded_is_harmless(chroma: ChromaProcess) -> None:
-    """Each write is done, and then answered with an error: the second try meets what the first has made."""
+    """Each request is done, and then answered with an error: the second try meets what the first has made."""
     lost: set[str] = set()
 
     def lose(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer | None:
-        if method == "GET" or path.endswith("/get") or (path + str(body)) in lost:
+        if method == "GET" or (path + str(body)) in lost:
             return None
         lost.add(path + str(body))
         status, _, _ = front._forward(method, path, body)
         assert status < 300
         return 500, {}, b"the answer is lost"
 
-    with Front(lose, chroma.url) as front:
-        old = new_store(front.url)
-        upsert(old, 5)
-        old.publish()
-        old.update_metadata(["1"], [{"doc_id": "b"}])
-        old.delete(["2"])
-        assert {row: metadata["doc_id"] for row, metadata in old.scan()} == {"0": "a", "1": "b", "3": "a", "4": "a"}
-        new = new_store(front.url)
-        upsert(new, 2)
-        new.publish()
-        assert new.count() == 2
-        with pytest.raises(ChromaServerError, match="collection is missing on"):
-            old.count()
-        ChunkStore.delete_all(ServerPlace(ChromaServer(front.url), "test"))
-        new.close()
-        old.close()
+    with Front(lose, chroma.url) as front, closing(new_client(front.url)) as client:
+        with pytest.raises(ChromaServerError) as caught:  # another collection is made, see test_collection.py
+            new_collection(client)
+        assert caught.value.status == 409
+        (made,) = [each for each in client.list_collections() if each.metadata == {"a": 1}][-1:]
+        made.modify(name=f"renamed_{made.name}")
+        client.delete_collection(f"renamed_{made.name}")
+        client.delete_collection(made.name)
 
 
-def test_a_session_that_has_written_detects_a_restart(tmp_path: Path) -> None:
-    with ChromaProcess(tmp_path) as mortal:
-
-        def restart() -> None:
-            mortal.kill()
-            mortal.start()
-
-        store = new_store(mortal.url)
-        restart()
-        assert store.count() == 0
-        upsert(store, 3)
-        restart()  # nobody asked anything meanwhile: only the connection tells
-        with pytest.raises(RestartedError, match="was restarted while rows were being written"):
-            store.count()
-        assert store.count() == 3
-        mortal.kill()
-        starter = threading.Timer(0.2, mortal.start)
-        starter.start()
-        with pytest.raises(RestartedError):
-            upsert(store, 4)
-        starter.join()
-        assert store.count() == 4
-        store.close()
-        # A connection may also have been closed for idleness.
-        idle = new_store(mortal.url, Timing(keepalive=0.0))
-        upsert(idle, 3)
-        restart()
-        assert idle.count() == 3
-        idle.close()
-
-
-@pytest.mark.parametrize(("status", "is_noticed"), [(502, True), (503, True), (504, True), (429, False)])
-def test_a_proxy_reports_that_the_server_is_away(chroma: ChromaProcess, status: int, is_noticed: bool) -> None:
-    trouble: list[Answer] = []
-    with Front(lambda *_: trouble.pop() if trouble else None, chroma.url) as front:
-        store = new_store(front.url)
-        upsert(store, 3)
-        trouble.append((status, {}, b""))
-        with pytest.raises(RestartedError) if is_noticed else nullcontext():
-            upsert(store, 3)
-        store.close()
-
-
-def test_a_connection_that_ends_as_announced_is_no_restart(chroma: ChromaProcess) -> None:
-    def ends(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
-        status, _, content = front._forward(method, path, body)
-        return status, {"Connection": "close"}, content
-
-    with Front(ends, chroma.url) as front:
-        store = new_store(front.url)
-        for count in (1, 2, 3):
-            upsert(store, count)
-            assert store.count() == count
-        store.close()
-
-
-def test_requests_fit_what_lies_between(chroma: ChromaProcess) -> None:
-    sizes: list[int] = []
-
-    def narrow(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer | None:
-        sizes.append(len(body))
-        return (413, {}, b"<html>413 Request Entity Too Large</html>") if len(body) > 20_000 else None
-
-    with Front(narrow, chroma.url) as front:
-        store = new_store(front.url)
-        upsert(store, 64, "x" * 1000)
-        assert store.count() == 64
-        assert max(sizes) > 20_000
-        with pytest.raises(ChromaServerError, match="refuses a request of this size"):
-            upsert(store, 2, "x" * 30_000)
-        store.close()
-
-
-def test_requests_are_smaller_than_what_chroma_takes(chroma: ChromaProcess) -> None:
-    sizes: list[int] = []
-
-    def weigh(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer | None:
-        if not path.endswith("/upsert"):
-            return None
-        sizes.append(len(body))
-        return 201, {}, b"{}"
-
-    with Front(weigh, chroma.url) as front:
-        store = new_store(front.url)
-        count = 3000
-        vectors = np.random.default_rng(0).standard_normal((count, 4096), dtype=np.float32)
-        store.upsert([str(row) for row in range(count)], vectors, ["text"] * count, [{"doc_id": "a"}] * count)
-        store.close()
-        ChunkStore.delete_all(ServerPlace(ChromaServer(front.url), "test"))
-    assert sum(sizes) > 40 * 2**20 > 4 * max(sizes)
+def test_many_collections(chroma: ChromaProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "_PAGE", 5)
+    with closing(new_client(chroma.url)) as client:
+        names = {new_collection(client).name for _ in range(10)}
+        assert names <= {each.name for each in client.list_collections()}
+        for name in names:
+            client.delete_collection(name)
 
 
 def test_waiting_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,4 +290,4 @@ def test_waiting_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("tenacity.nap.time.sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        ServerClient(ChromaServer(f"http://{HOST}:{free_port()}"), timing=Timing(check_patience=60.0))
+        ServerClient(ChromaServer(f"http://{HOST}:{free_port()}"), check_patience=60.0)

@@ -8,7 +8,7 @@ import pytest
 
 from epic_rag.errors import ConfigError
 from epic_rag_chroma import ChromaServer
-from epic_rag_chroma.store.server import ServerPlace, new_place, parse_server, request_headers
+from epic_rag_chroma.store.server import LOCAL, NO_CHROMA, ServerPlace, new_place, parse_server, request_headers
 
 TOKEN = "s3cret-token"
 
@@ -81,19 +81,24 @@ def test_the_environment_names_tenant_and_database_and_the_server_of_new_indexes
     assert str(there) == "http://there:1 (tenant t, database d)"
     assert parse_server("http://other:1") == ChromaServer("http://other:1", "t", "d")
     assert parse_server(None) is None
-    made = new_place(None, None, is_new=True)
-    assert made is not None
+    made = new_place(None, None)
+    assert isinstance(made, ServerPlace)
     assert made.server == there
     # What exists stays where it is, unless the caller says otherwise.
     known = ServerPlace(ChromaServer("http://known:1"), "id")
-    assert new_place(None, known, is_new=False) == known
-    assert new_place(None, None, is_new=False) is None
-    assert new_place("folder", None, is_new=True) is None
-    assert new_place(known.server, known, is_new=False) == known
-    moved = new_place(there, known, is_new=False)
-    assert moved is not None
-    assert moved.index_id != known.index_id
+    assert new_place(None, known) == known
+    for place in (LOCAL, NO_CHROMA):
+        assert parse_server(place) == place
+        assert new_place(None, place) == place
+        for current in (None, known, LOCAL, NO_CHROMA):
+            assert new_place(place, current) == place
+    assert new_place(there, known) == ServerPlace(there, "id")
+    moved = new_place(there, LOCAL)
+    assert isinstance(moved, ServerPlace)
+    assert moved.index_id != made.index_id
     assert ServerPlace.from_json(json.loads(json.dumps(moved.to_json()))) == moved
+    monkeypatch.delenv("EPIC_RAG_CHROMA")
+    assert new_place(None, None) == LOCAL
 
 
 def test_a_token_goes_into_both_headers_and_others_win(monkeypatch: pytest.MonkeyPatch) -> None:
