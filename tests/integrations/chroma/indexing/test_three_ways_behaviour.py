@@ -230,18 +230,6 @@ def test_foreign_rows(
         for hits in found(indexer):
             assert {hit.path for hit in hits} <= {"notes.txt", "src/tool.py"}
 
-        # A lost manifest is made again without them.
-        (index_dir / "manifest.json").unlink()
-        report = indexer.index([docs])
-        assert (report.added, report.changed, report.deleted, report.unchanged) == (0, 0, 0, 2)
-
-        # So is a lost copy of the rows, which the collection gives back.
-        for file in index_dir.glob("records-*"):
-            file.unlink()
-        report = indexer.index([docs])
-        assert (report.added, report.changed, report.deleted, report.unchanged) == (0, 0, 0, 2)
-        assert {hit.path for hits in found(indexer) for hit in hits} == {"notes.txt", "src/tool.py"}
-
         # A rebuild is a new collection: they are gone with the old one.
         indexer.index([docs], rebuild=True)
         assert not set(foreign) & set(rows(index_dir))

@@ -157,6 +157,7 @@ def test_others_rows_and_collections(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert kept < set(mirrored := _ids(tmp_path))
     assert set(mirrored) - kept == set(database.rows)
     # A new collection is made without them; somebody's collection stays.
+    database.put("c")
     assert sync(database, tmp_path, fingerprint="def") != collection
     assert set(_ids(tmp_path)) == set(database.rows)
     with chromadb.PersistentClient(str(tmp_path / "chroma")) as client:  # type: ignore[attr-defined]
