@@ -99,6 +99,7 @@ class ChromaIndexer:
         self,
         paths: Sequence[str | os.PathLike[str]],
         *,
+        remove: Sequence[str | os.PathLike[str]] = (),
         settings: IndexSettings | None = None,
         rebuild: bool = False,
         progress: Callable[[IndexProgress], None] | None = None,
@@ -113,6 +114,7 @@ class ChromaIndexer:
         Args:
             paths: Folders and files. A path inside an indexed folder stands for that folder; no path at all for the
                 folders of the index.
+            remove: Folders and files of earlier runs that leave the index; need not exist any more.
             settings: None for the settings of the index, or the defaults. Other `include` and `exclude` patterns are
                 adopted; other chunk sizes need `rebuild`.
             rebuild: Embed everything again, beside the old index, which answers queries until the new one is complete.
@@ -120,7 +122,7 @@ class ChromaIndexer:
             wait: How many seconds to wait for another process that writes to the index; None without limit.
 
         Raises:
-            DataError: If a path does not exist.
+            DataError: If a path does not exist, or one to remove was never added.
             ConfigError: If the chunks are longer than the model's input.
             IndexLockedError: If another process is writing to the index.
             IndexMismatchError: If the index has another model, other chunk sizes, or chunks of another version.
@@ -128,21 +130,32 @@ class ChromaIndexer:
                 be read, or cannot be written to. Stored data stays intact.
         """
         resolved = [existing_path(path) for path in paths]
+        removed = [Path(path).resolve() for path in remove]
         self.close()
-        return self._runner().run(resolved, settings, rebuild=rebuild, progress=progress or _no_progress, wait=wait)
+        return self._runner().run(
+            resolved, settings, remove=removed, rebuild=rebuild, progress=progress or _no_progress, wait=wait
+        )
 
-    def plan(self, paths: Sequence[str | os.PathLike[str]], *, settings: IndexSettings | None = None) -> IndexPlan:
+    def plan(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        *,
+        remove: Sequence[str | os.PathLike[str]] = (),
+        settings: IndexSettings | None = None,
+    ) -> IndexPlan:
         """Return what `index` would do. Nothing is written, no model is loaded, and no lock is needed.
 
         Args:
             paths: See `index`.
+            remove: See `index`.
             settings: See `index`.
 
         Raises:
-            DataError: If a path does not exist.
+            DataError: If a path does not exist, or one to remove was never added.
             IndexStateError: If the folder belongs to another user, or has an index that cannot be read.
         """
-        return self._runner().plan([existing_path(path) for path in paths], settings)
+        removed = [Path(path).resolve() for path in remove]
+        return self._runner().plan([existing_path(path) for path in paths], settings, remove=removed)
 
     def _runner(self) -> IndexRunner:
         from epic_rag_chroma.indexing.run import IndexRunner  # not needed for queries

@@ -113,6 +113,85 @@ def test_several_paths(cli: Any, docs: Path, tiny_checkpoint: Path) -> None:
     assert any(hit["path"].endswith("extra.md") for hit in hits)
 
 
+def paths_of(cli: Any, *options: str) -> set[str]:
+    """The files with chunks in the index, by a keyword that all have."""
+    result = cli("query", "the", "-k", "50", "--mode", "keyword", "--all", "--json", *options)
+    assert result.status == 0, result.err
+    return {hit["path"] for hit in json.loads(result.out)["hits"]}
+
+
+@pytest.fixture
+def three(cli: Any, tiny_checkpoint: Path) -> tuple[str, ...]:
+    """An index of two folders and a file, and the option for it."""
+    for name in ("a/one.md", "b/two.md", "b/sub/three.md", "c/four.md", "c/five.md"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(f"The text of {name}.\n")
+    option = ("--index-dir", "idx")
+    assert cli("index", "a", "b", "c/four.md", *option, "--model", tiny_checkpoint).status == 0
+    assert paths_of(cli, *option) == {"one.md", "two.md", "sub/three.md", "four.md"}
+    return option
+
+
+@pytest.mark.parametrize(
+    ("removed", "left"),
+    [
+        (["b"], {"one.md", "four.md"}),
+        (["c/four.md"], {"one.md", "two.md", "sub/three.md"}),
+        (["a", "b"], {"four.md"}),
+        (["c"], {"one.md", "two.md", "sub/three.md"}),  # a folder of a root
+    ],
+)
+@pytest.mark.parametrize("gone", [False, True])
+def test_remove(cli: Any, three: tuple[str, ...], removed: list[str], left: set[str], gone: bool) -> None:
+    if gone:
+        for path in map(Path, removed):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    options = [word for path in removed for word in ("--remove", path)]
+    plan = json.loads(cli("index", *options, *three, "--dry-run", "--json").out)
+    assert set(plan["deleted"]) == {"one.md", "two.md", "sub/three.md", "four.md"} - left
+    assert len(paths_of(cli, *three)) == 4
+    report = json.loads(cli("index", *options, *three, "--json").out)
+    assert (report["deleted"], report["unchanged"], report["chunks_embedded"]) == (4 - len(left), len(left), 0)
+    assert paths_of(cli, *three) == left
+    roots = json.loads(cli("status", *three, "--json").out)["roots"]
+    assert not {str(Path(path).absolute()) for path in removed} & set(roots)
+    # It stays out, and may come back.
+    assert json.loads(cli("index", *three, "--json").out)["added"] == 0
+    if not gone:
+        assert json.loads(cli("index", removed[0], *three, "--json").out)["added"] > 0
+
+
+def test_remove_and_add_in_one_run(cli: Any, three: tuple[str, ...]) -> None:
+    report = json.loads(cli("index", "b/sub", "c/five.md", "--remove", "b", *three, "--json").out)
+    assert (report["deleted"], report["renamed"], report["added"]) == (1, 1, 1)
+    assert paths_of(cli, *three) == {"one.md", "three.md", "four.md", "five.md"}
+    assert json.loads(cli("index", "--remove", "c/four.md", "--rebuild", *three, "--json").out)["deleted"] == 0
+    assert paths_of(cli, *three) == {"one.md", "three.md", "five.md"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--remove", "b/sub"], 1, "{here}/b/sub is inside {here}/b, which stays in the index. Leave it out with --exclude /sub, or with a line in .epicignore."),
+        (["--remove", "b/no such"], 1, "{here}/b/no such is inside {here}/b, which stays in the index. Leave it out with --exclude '/no such', or with a line in .epicignore."),
+        ([".", "--remove", "b"], 1, "{here}/b is inside {here}, which stays in the index. Leave it out with --exclude /b, or with a line in .epicignore."),
+        (["a", "--remove", "a"], 1, "{here}/a is to be added and to be removed. Name it once."),
+        (["--remove", "d"], 1, "{here}/d is not in the index. It holds {here}/a, {here}/b, {here}/c/four.md."),
+        (["--remove", "."], 1, "The index would be empty. Run `epic-rag clear --index-dir {here}/idx` to delete it."),
+        (["--remove", "a", "--watch"], 2, "--remove and --watch exclude each other. Remove first, then watch. See `epic-rag index --help`."),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dry", [False, True])
+def test_what_cannot_be_removed(
+    cli: Any, three: tuple[str, ...], arguments: list[str], status: int, message: str, dry: bool
+) -> None:
+    if "--watch" in arguments and dry:
+        return
+    result = cli("index", *arguments, *three, *(["--dry-run"] if dry else []))
+    assert (result.status, result.out, result.err) == (status, "", f"error: {message.format(here=Path.cwd())}\n")
+    assert len(paths_of(cli, *three)) == 4
+
+
 def test_single_file(cli: Any, docs: Path, tiny_checkpoint: Path) -> None:
     result = cli("index", "docs/undo.md", "--model", tiny_checkpoint)
     assert counts(result.out)[0] == 1

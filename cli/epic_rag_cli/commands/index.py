@@ -71,6 +71,15 @@ def index(
             show_default=False,
         ),
     ] = None,
+    remove: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--remove",
+            metavar="PATH",
+            help="A folder or file of an earlier run that leaves the index, also if it no longer exists; can be "
+            "repeated.",
+        ),
+    ] = None,
     index_dir: Annotated[
         Path | None,
         typer.Option(
@@ -142,6 +151,7 @@ def index(
         epic-rag index docs
         epic-rag index docs notes.md --exclude 'drafts/**' --json
         epic-rag index docs --chunk-tokens 120 --rebuild
+        epic-rag index --remove notes.md --index-dir docs
         epic-rag index --dry-run
     """
     if math.isnan(wait):
@@ -150,6 +160,8 @@ def index(
         raise usage_error("--dry-run and --watch exclude each other. Use one of them.")
     if no_chroma and chroma not in (None, NO_CHROMA):
         raise usage_error("--no-chroma and --chroma exclude each other. Use one of them.")
+    if watch and remove:
+        raise usage_error("--remove and --watch exclude each other. Remove first, then watch.")
     if dry_run and rebuild:
         raise usage_error("--dry-run and --rebuild exclude each other: a rebuild embeds every file.")
     places = paths or []
@@ -165,7 +177,7 @@ def index(
         indexer, rebuild, include=include, exclude=exclude, follow_links=follow_links, chunk_tokens=chunk_tokens
     )
     if dry_run:
-        print_plan(indexer.plan(places, settings=settings), folder, as_json=as_json)
+        print_plan(indexer.plan(places, remove=remove or (), settings=settings), folder, as_json=as_json)
         return
 
     def update(rebuild: bool) -> IndexReport:
@@ -174,6 +186,7 @@ def index(
             with progress:
                 return indexer.index(
                     places,
+                    remove=remove or (),
                     settings=settings,
                     rebuild=rebuild,
                     progress=progress,

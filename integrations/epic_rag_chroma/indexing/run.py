@@ -70,6 +70,7 @@ class IndexRunner:
         paths: Sequence[Path],
         settings: IndexSettings | None,
         *,
+        remove: Sequence[Path] = (),
         rebuild: bool,
         progress: Callable[[IndexProgress], None],
         wait: float | None,
@@ -101,7 +102,7 @@ class IndexRunner:
                     dimension=encoder.dimension,
                     truncate_dim=encoder.truncate_dim,
                     settings=settings,
-                    roots=tuple(merge_roots(paths, () if old is None else old.roots, self.index_dir)),
+                    roots=tuple(merge_roots(paths, () if old is None else old.roots, self.index_dir, remove)),
                     updated_at=None if old is None else old.updated_at,
                     last_run=None if old is None else old.last_run,
                     chroma=place,
@@ -221,7 +222,7 @@ class IndexRunner:
         except (ChromaServerError, IndexStateError) as error:
             logger.warning("The index's collections on %s were not deleted. %s", old, error)
 
-    def plan(self, paths: Sequence[Path], settings: IndexSettings | None) -> IndexPlan:
+    def plan(self, paths: Sequence[Path], settings: IndexSettings | None, *, remove: Sequence[Path] = ()) -> IndexPlan:
         """Return what `run` would do; see `ChromaIndexer.plan`."""
         if self.index_dir.exists():
             check_owner(self.index_dir)
@@ -235,7 +236,7 @@ class IndexRunner:
             finally:
                 database.close()
         settings = settings or (old.settings if old is not None else IndexSettings())
-        roots = merge_roots(paths, () if old is None else old.roots, self.index_dir)
+        roots = merge_roots(paths, () if old is None else old.roots, self.index_dir, remove)
         found = scan_roots(roots, entries, settings, self.index_dir)
         known = {root for root, _ in entries} - found.missing
         with IsolatedReader() as reader:

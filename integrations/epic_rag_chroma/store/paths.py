@@ -6,6 +6,7 @@ Relative roots let the index and the documents move together.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,14 +80,37 @@ def root_path(root: str, index_dir: Path) -> Path:
     return Path(os.path.normpath(index_dir / root))
 
 
-def merge_roots(paths: Sequence[Path], kept: Iterable[str], index_dir: Path) -> list[str]:
-    """Return the stored roots of an index after paths are added, without those inside another root.
+def merge_roots(paths: Sequence[Path], kept: Iterable[str], index_dir: Path, removed: Sequence[Path] = ()) -> list[str]:
+    """Return the stored roots of an index after paths are added and removed, without those inside another root.
+
+    Args:
+        paths: Folders and files to add.
+        kept: The stored roots.
+        index_dir: The index folder.
+        removed: Roots to remove, or folders of roots; need not exist.
 
     Raises:
-        DataError: If there are none.
+        DataError: If there are none, or a removed path is not a root.
     """
+    roots = [root_path(root, index_dir) for root in kept]
+    for path in removed:
+        if outer := next((root for root in [*roots, *paths] if path != root and path.is_relative_to(root)), None):
+            raise DataError(
+                f"{path} is inside {outer}, which stays in the index. Leave it out with "
+                f"--exclude {shlex.quote('/' + path.relative_to(outer).as_posix())}, or with a line in .epicignore."
+            )
+        if path in paths:
+            raise DataError(f"{path} is to be added and to be removed. Name it once.")
+        if not any(root.is_relative_to(path) for root in roots):
+            shown = ", ".join(map(str, roots)) or "nothing"
+            raise DataError(f"{path} is not in the index. It holds {shown}.")
+    roots = [root for root in roots if not any(root.is_relative_to(path) for path in removed)]
+    if removed and not roots and not paths:
+        raise DataError(
+            f"The index would be empty. Run `epic-rag clear --index-dir {shlex.quote(str(index_dir))}` to delete it."
+        )
     merged: list[Path] = []
-    for path in [*(root_path(root, index_dir) for root in kept), *paths]:
+    for path in [*roots, *paths]:
         if any(path.is_relative_to(other) for other in merged):
             continue
         merged = [other for other in merged if not other.is_relative_to(path)] + [path]
