@@ -10,7 +10,6 @@ slot.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import inspect
 import io
@@ -18,15 +17,18 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from epic_rag.checkpoints import hash_weights
 from epic_rag.errors import CheckpointError, ConfigError, MissingExtraError, reason_of
 from epic_rag.int8_weights import load_int8_model
 from epic_rag.prompt import Batch
@@ -248,6 +250,11 @@ class Backbone(nn.Module):
         return embeddings.index_put((slot_rows, slot_columns), filled)
 
     @property
+    def projector_kind(self) -> ProjectorKind:
+        """Kind of the projector."""
+        return self.projector.kind
+
+    @property
     def projector_dtype(self) -> torch.dtype:
         """Dtype of the projector's weights."""
         return next(self.projector.parameters()).dtype
@@ -350,18 +357,14 @@ def load_transformer(
 
 
 def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Compute a SHA-256 over names, shapes and values.
+    """Compute the SHA-256 of named tensors; see `epic_rag.checkpoints.hash_weights`."""
 
-    Floating-point values are hashed in float16, so that a checkpoint has one hash whether it is stored or loaded in
-    float32 or float16.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+    def values(tensor: torch.Tensor) -> npt.NDArray[Any]:
         value = tensor.detach().cpu()
-        value = value.to(torch.float16) if value.is_floating_point() else value
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.contiguous().reshape(-1).numpy().data)  # without a copy
-    return digest.hexdigest()
+        array: npt.NDArray[Any] = (value.to(torch.float16) if value.is_floating_point() else value).numpy()
+        return array
+
+    return hash_weights({name: partial(values, tensor) for name, tensor in tensors})
 
 
 def _require(needed: bool, package: str, purpose: str) -> None:

@@ -49,7 +49,6 @@ __all__ = [
     "is_out_of_memory",
     "parse_devices",
     "plan_workers",
-    "prefetch",
     "token_batches",
 ]
 
@@ -107,31 +106,6 @@ def token_batches(lengths: Sequence[int], *, max_tokens: int, max_rows: int | No
     if current:
         batches.append(current)
     return batches
-
-
-def prefetch(
-    tokenise: Callable[[Sequence[str]], list[EncoderInput]], texts: Sequence[str], block: int
-) -> Iterator[list[EncoderInput]]:
-    """Tokenise texts block by block; a thread makes the next block while the caller embeds this one.
-
-    Args:
-        tokenise: From texts to rows; the tokenizer releases the GIL.
-        texts: All texts.
-        block: Texts in a block.
-
-    Yields:
-        Rows of each block in order; one empty list for no texts.
-    """
-    if len(texts) <= block:
-        yield tokenise(texts)
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="epic-rag-tokenizer") as pool:
-        pending = pool.submit(tokenise, texts[:block])
-        for start in range(block, len(texts), block):
-            rows = pending.result()
-            pending = pool.submit(tokenise, texts[start : start + block])
-            yield rows
-        yield pending.result()
 
 
 @dataclass(frozen=True)

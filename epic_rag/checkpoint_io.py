@@ -7,10 +7,10 @@ zero-shot, and folders of that library (pooling, linear Dense modules, maximum l
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,34 +23,28 @@ from epic_rag.backbone import POOLINGS, Backbone, Pooling, ProjectorKind, hash_t
 from epic_rag.checkpoints import (
     EPIC_FILE,
     FORMAT_VERSION,
+    HEAD_FOLDER,
     INT8_FORMAT_VERSION,
     INT8_ROWS,
+    PROJECTOR_FILE,
     EncoderConfig,
+    check_width,
     is_int8,
-    is_shipped,
-    read_epic_file,
-    resolve,
 )
 from epic_rag.cpu_kernels import has_bfloat16_instructions, use_onednn
 from epic_rag.errors import CheckpointError, ConfigError, reason_of
 from epic_rag.files import apply_umask, save_tensors
 from epic_rag.int8_weights import dequantise, quantise, remove_weights, write_int8_model
-from epic_rag.prompt import PromptBuilder, PromptTemplate
+from epic_rag.prompt import PromptBuilder
 
 __all__ = [
-    "HEAD_FOLDER",
     "INT8",
-    "PROJECTOR_FILE",
     "Checkpoint",
-    "check_width",
-    "fingerprint_of",
     "load_checkpoint",
     "parse_dtype",
     "save_checkpoint",
 ]
 
-PROJECTOR_FILE = "projector.safetensors"
-HEAD_FOLDER = "2_Dense"
 INT8 = "int8"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_MAX_TOKENS = 512
@@ -69,7 +63,7 @@ class Checkpoint:
         prompt: Tokenizer, template and length limits.
         config: The other settings of `epic.json`.
         name: Name in messages.
-        source: Argument of `load_checkpoint` that finds it again.
+        source: Argument of `EpicEncoder.from_pretrained` that finds it again.
         truncate_dim: Number of dimensions to keep; None for all.
         weights_hash: Hash of the stored weights, if the loaded ones have lost bits of them; None if not.
     """
@@ -84,9 +78,12 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    name_or_path: str | os.PathLike[str] | None,
+    folder: Path,
+    epic: Mapping[str, Any],
     *,
     device: torch.device,
+    name: str,
+    source: str,
     dtype: str | torch.dtype | None = None,
     num_layers: int | None = None,
     adapter: str | os.PathLike[str] | None = None,
@@ -97,13 +94,9 @@ def load_checkpoint(
     max_document_tokens: int | None = None,
     truncate_dim: int | None = None,
     trust_remote_code: bool = False,
-    revision: str | None = None,
-    local_files_only: bool = False,
 ) -> Checkpoint:
-    """Load the parts of an encoder; see `EpicEncoder.from_pretrained` for the arguments and errors."""
-    folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only, gguf_file=gguf_file)
+    """Load the parts of an encoder; see `EpicEncoder.from_pretrained` for the other arguments and errors."""
     wanted = parse_dtype(dtype, device)
-    epic = read_epic_file(folder)
     transformer = load_transformer(
         folder,
         num_layers=num_layers,
@@ -128,44 +121,34 @@ def load_checkpoint(
         )
         backbone.set_head(_read_head(folder))
         _load_projector(backbone, folder, required=bool(epic))
-        template = PromptTemplate(**epic.get("template", {}))
-        if backbone.max_positions is not None:
-            limit = min(limit, backbone.max_positions)
-        query_limit = int(epic.get("max_query_tokens", limit))
-        document_limit = int(epic.get("max_document_tokens", limit))
+        positions = backbone.max_positions
+        prompt = PromptBuilder.from_settings(
+            tokenizer,
+            epic,
+            append_eos=backbone.pooling == "last",
+            limit=limit if positions is None else min(limit, positions),
+            max_positions=positions,
+            max_query_tokens=max_query_tokens,
+            max_document_tokens=max_document_tokens,
+        )
         stored_dim = None if epic.get("truncate_dim") is None else int(epic["truncate_dim"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder / EPIC_FILE} does not fit this release ({error}). Copy the checkpoint again."
         ) from error
-    prompt = PromptBuilder(
-        tokenizer,
-        template,
-        append_eos=bool(epic.get("append_eos", backbone.pooling == "last")),
-        max_query_tokens=_check_limit("max_query_tokens", max_query_tokens, query_limit),
-        max_document_tokens=_check_limit("max_document_tokens", max_document_tokens, document_limit),
-        max_positions=backbone.max_positions,
-    )
     weights_hash = None
     if wanted == torch.bfloat16 and transformer.dtype != torch.bfloat16:
         # bfloat16 drops bits that the fingerprint covers, so the hash is taken of the stored weights.
         weights_hash = hash_tensors(backbone.state_dict().items())
     backbone.to(device=device, dtype=wanted)
     use_onednn(backbone)
-    if is_shipped(folder):
-        name = source = folder.name
-    elif name_or_path is None or Path(name_or_path).expanduser().is_dir():
-        name, source = folder.absolute().name, str(folder.absolute())
-    else:
-        # The hub's name, unless a revision was requested: only the downloaded folder is sure to be that one.
-        name, source = os.fspath(name_or_path), os.fspath(name_or_path) if revision is None else str(folder)
     return Checkpoint(
         backbone=backbone.eval(),
         prompt=prompt,
         config=EncoderConfig.from_dict(epic),
-        name=str(epic.get("name") or name),
+        name=name,
         source=source,
-        truncate_dim=check_width(stored_dim if truncate_dim is None else truncate_dim, backbone),
+        truncate_dim=check_width(stored_dim if truncate_dim is None else truncate_dim, backbone.dimension),
         weights_hash=weights_hash,
     )
 
@@ -183,6 +166,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str | None = No
         key: value.detach().to("cpu", kept if value.is_floating_point() else value.dtype).contiguous()
         for key, value in backbone.transformer.state_dict().items()
     }
+    # New files, because other encoders may have the old ones memory-mapped.
+    for file in [] if int8 else sorted(set(folder.glob("model*.safetensors")) - set(folder.glob("model-int8-*"))):
+        file.unlink()
     with quiet():
         # config.json keeps naming the encoder's own dtype, which other libraries compute in: float16 is for the disk
         # only (slow on a CPU, and with other vectors).
@@ -210,34 +196,6 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str | None = No
     _write_json(folder / EPIC_FILE, epic)
 
 
-def fingerprint_of(checkpoint: Checkpoint) -> str:
-    """Compute the short hash of everything that decides a vector: weights, template, pooling, lengths, width."""
-    weights = checkpoint.weights_hash or hash_tensors(checkpoint.backbone.state_dict().items())
-    facts = {
-        "weights": weights,
-        "pooling": checkpoint.backbone.pooling,
-        "projector": checkpoint.backbone.projector.kind,
-        "dimension": checkpoint.truncate_dim or checkpoint.backbone.dimension,
-        "default_instruction": checkpoint.config.default_instruction,
-        **checkpoint.prompt.settings(),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def check_width(truncate_dim: int | None, backbone: Backbone) -> int | None:
-    """Return the width if the model has it.
-
-    Raises:
-        ConfigError: If it does not.
-    """
-    if truncate_dim is not None and not 1 <= truncate_dim <= backbone.dimension:
-        raise ConfigError(
-            f"truncate_dim is {truncate_dim}, but the model has {backbone.dimension} dimensions. "
-            f"Choose 1 to {backbone.dimension}."
-        )
-    return truncate_dim
-
-
 def parse_dtype(dtype: str | torch.dtype | None, device: torch.device, *, extra: tuple[str, ...] = ()) -> torch.dtype:
     """Parse the name of a dtype.
 
@@ -260,13 +218,6 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device, *, extra:
             raise ConfigError(f"int8 is a storage format. Load with one of {', '.join(_DTYPES)}.")
         raise ConfigError(f"Unknown dtype {dtype!r}. Choose one of {', '.join((*_DTYPES, *extra))}.")
     return parsed
-
-
-def _check_limit(setting: str, given: int | None, stored: int) -> int:
-    value = stored if given is None else given
-    if value < 1:
-        raise ConfigError(f"{setting} is {value}. Pass 1 or more.")
-    return value
 
 
 def _load_projector(backbone: Backbone, folder: Path, *, required: bool) -> None:

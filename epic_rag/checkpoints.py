@@ -6,25 +6,35 @@ disk, or on a hub. Importing this module loads neither torch nor transformers; `
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from epic_rag.errors import CheckpointError, reason_of
+from epic_rag.errors import CheckpointError, ConfigError, reason_of
 from epic_rag.files import describe_os_error
 from epic_rag.query_prompt import QUERY_STRATEGIES, QueryStrategy
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 __all__ = [
     "DEFAULT_CHECKPOINT",
     "EPIC_FILE",
     "FORMAT_VERSION",
+    "HEAD_FOLDER",
     "INT8_FORMAT_VERSION",
     "INT8_ROWS",
+    "PROJECTOR_FILE",
     "CheckpointInfo",
     "EncoderConfig",
+    "check_width",
+    "fingerprint_of",
+    "hash_weights",
+    "identify",
     "is_int8",
     "is_shipped",
     "list_checkpoints",
@@ -34,6 +44,8 @@ __all__ = [
 
 DEFAULT_CHECKPOINT = "epic-minilm"
 EPIC_FILE = "epic.json"
+PROJECTOR_FILE = "projector.safetensors"
+HEAD_FOLDER = "2_Dense"
 FORMAT_VERSION = 1
 # Version of folders whose weights are int8 rows, so that a release that cannot read those refuses them alone.
 INT8_FORMAT_VERSION = 2
@@ -174,6 +186,83 @@ def resolve(
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"There is no checkpoint {name}. Pass an existing folder or one of {known}.")
     return _download(name, revision, local_files_only, gguf_file, known)
+
+
+def identify(
+    name_or_path: str | os.PathLike[str] | None, folder: Path, epic: Mapping[str, Any], revision: str | None = None
+) -> tuple[str, str]:
+    """Return the name of a checkpoint in messages, and the argument that finds it again.
+
+    Args:
+        name_or_path: Argument of `resolve`.
+        folder: Its result.
+        epic: Contents of the folder's `epic.json`.
+        revision: Argument of `resolve`.
+    """
+    if is_shipped(folder):
+        name = source = folder.name
+    elif name_or_path is None or Path(name_or_path).expanduser().is_dir():
+        name, source = folder.absolute().name, str(folder.absolute())
+    else:
+        # The hub's name, unless a revision was requested: only the downloaded folder is sure to be that one.
+        name, source = os.fspath(name_or_path), os.fspath(name_or_path) if revision is None else str(folder)
+    return str(epic.get("name") or name), source
+
+
+def check_width(truncate_dim: int | None, dimension: int) -> int | None:
+    """Return the width if a model with this dimension has it.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    if truncate_dim is not None and not 1 <= truncate_dim <= dimension:
+        raise ConfigError(
+            f"truncate_dim is {truncate_dim}, but the model has {dimension} dimensions. Choose 1 to {dimension}."
+        )
+    return truncate_dim
+
+
+def hash_weights(arrays: Mapping[str, Callable[[], npt.NDArray[Any]]]) -> str:
+    """Compute a SHA-256 over names, shapes and values.
+
+    Floating-point values are hashed in float16, so that a checkpoint has one hash whether it is stored or loaded in
+    float32 or float16.
+
+    Args:
+        arrays: By name, a function that returns the values; one array is in memory at a time.
+    """
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        value = arrays[name]()
+        if value.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                value = value.astype(np.float16, copy=False)
+        digest.update(f"{name}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).reshape(-1).data)
+    return digest.hexdigest()
+
+
+def fingerprint_of(
+    weights_hash: str,
+    *,
+    pooling: str,
+    projector: str,
+    dimension: int,
+    default_instruction: str | None,
+    prompt: Mapping[str, Any],
+) -> str:
+    """Compute the short hash of everything that decides a vector: weights, template, pooling, lengths, width."""
+    facts = {
+        "weights": weights_hash,
+        "pooling": pooling,
+        "projector": projector,
+        "dimension": dimension,
+        "default_instruction": default_instruction,
+        **prompt,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _download(name: str, revision: str | None, local_only: bool, gguf_file: str | None, known: str) -> Path:

@@ -3,33 +3,41 @@
 The way of a query: `encode_query` resolves instruction and demonstrations, `PromptBuilder.queries` tokenises the texts
 behind the prompt, `batching.embed` batches them, `Backbone.forward` embeds a batch. Demonstrations reach the query in
 the prompt (strategies "epic" and "text") or are added to its vector (`task_vector`).
+
+In a process without torch, a handful of texts is embedded by `NumpyBert`, if it can run the checkpoint. The backbone is
+then loaded when it is needed: for more texts, for slots, or by `backbone`, `device`, `save_pretrained` and others.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
-from epic_rag.backbone import Backbone, hash_tensors
-from epic_rag.batching import BatchOptions, DeviceNames, Replicas, batch_tokens, embed, parse_devices, prefetch
-from epic_rag.checkpoint_io import Checkpoint, check_width, fingerprint_of, load_checkpoint, save_checkpoint
-from epic_rag.checkpoints import EncoderConfig
+from epic_rag.checkpoints import EncoderConfig, check_width, fingerprint_of, identify, read_epic_file, resolve
 from epic_rag.demonstrations import DemonstrationBank, Selection, unit_rows
-from epic_rag.prefix_cache import PrefixCache
-from epic_rag.prompt import EncoderInput, Prefix, PromptBuilder
+from epic_rag.numpy_bert import NumpyBert, open_numpy_bert
+from epic_rag.prompt import EncoderInput, Prefix, PromptBuilder, prefetch
 from epic_rag.query_prompt import PromptSettings, QueryPrompt, QueryStrategy
 from epic_rag.task_vector import apply_task_vector
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from epic_rag.backbone import Backbone
+    from epic_rag.batching import DeviceNames, Replicas
+    from epic_rag.checkpoint_io import Checkpoint
+    from epic_rag.prefix_cache import PrefixCache
 
 __all__ = ["EpicEncoder"]
 
@@ -57,30 +65,29 @@ class EpicEncoder:
         config: These settings.
         truncate_dim: Number of dimensions to keep; None for all.
         padding_side: "right", or "left" for causal models. Vectors do not depend on it.
-        max_batch_tokens: Most padded tokens in one forward pass.
-        prefix_cache: Keys and values of recent prompts (causal models); None computes each prompt every time.
-        replicas: Copies of the model on further devices.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | NumpyBert,
         prompt: PromptBuilder,
         *,
         name: str = "unnamed",
         source: str = "",
         config: EncoderConfig | None = None,
     ) -> None:
-        self.backbone = backbone
+        self._numpy: NumpyBert | None = None
+        if isinstance(backbone, NumpyBert):
+            self._numpy = backbone
+        else:
+            self.backbone = backbone
         self.prompt = prompt
         self.name = name
         self.source = source
         self.config = EncoderConfig() if config is None else config
         self.truncate_dim: int | None = None
         self.padding_side: Literal["left", "right"] = "right"
-        self.max_batch_tokens = batch_tokens(backbone.device)
-        self.prefix_cache: PrefixCache | None = PrefixCache()
-        self.replicas = Replicas()
+        self._load: Callable[[], tuple[Checkpoint, list[torch.device]]] | None = None
         self._weights_hash: str | None = None
         self._banks: OrderedDict[tuple[str, str], DemonstrationBank] = OrderedDict()
 
@@ -129,24 +136,34 @@ class EpicEncoder:
             ConfigError: If a setting cannot work with it.
             MissingExtraError: If a GGUF file or adapter needs a package that is not installed.
         """
-        target, *others = parse_devices(device)
-        loaded = load_checkpoint(
-            name_or_path,
-            device=target,
-            dtype=dtype,
-            num_layers=num_layers,
-            adapter=adapter,
-            gguf_file=gguf_file,
-            pooling=pooling,
-            projector=projector,
-            max_query_tokens=max_query_tokens,
-            max_document_tokens=max_document_tokens,
-            truncate_dim=truncate_dim,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-            local_files_only=local_files_only,
+        folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only, gguf_file=gguf_file)
+        epic = read_epic_file(folder)
+        name, source = identify(name_or_path, folder, epic, revision)
+        limits = {"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens}
+        changes = {
+            "num_layers": num_layers,
+            "adapter": adapter,
+            "gguf_file": gguf_file,
+            "pooling": pooling,
+            "projector": projector,
+        }
+        settings = {"dtype": dtype, "truncate_dim": truncate_dim, "trust_remote_code": trust_remote_code}
+        load = partial(
+            _load_checkpoint, folder, epic, device, name=name, source=source, **settings, **limits, **changes
         )
-        encoder = cls(loaded.backbone, loaded.prompt, name=loaded.name, source=loaded.source, config=loaded.config)
+        on_cpu = device in (None, "cpu") and dtype in (None, "auto", "float32")
+        if "torch" not in sys.modules and on_cpu and all(change is None for change in changes.values()):
+            opened = open_numpy_bert(folder, epic, **limits)
+            if opened is not None:
+                encoder = cls(*opened, name=name, source=source, config=EncoderConfig.from_dict(epic))
+                stored_dim = epic.get("truncate_dim")
+                encoder.truncate_dim = check_width(stored_dim if truncate_dim is None else truncate_dim, encoder._width)
+                encoder._load = load
+                return encoder
+        from epic_rag.batching import Replicas
+
+        loaded, others = load()
+        encoder = cls(loaded.backbone, loaded.prompt, name=name, source=source, config=loaded.config)
         encoder.truncate_dim = loaded.truncate_dim
         encoder._weights_hash = loaded.weights_hash
         encoder.replicas = Replicas(others)
@@ -167,12 +184,47 @@ class EpicEncoder:
             CheckpointError: If the folder cannot be made, or weights for int8 are not finite.
             ConfigError: If the dtype is unknown.
         """
-        save_checkpoint(Path(folder).expanduser(), self._parts(), dtype)
+        from epic_rag.checkpoint_io import Checkpoint, save_checkpoint
+
+        backbone = self.backbone
+        parts = Checkpoint(backbone, self.prompt, self.config, self.name, self.source, self.truncate_dim)
+        save_checkpoint(Path(folder).expanduser(), parts, dtype)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """Transformer, projector, pooling and head; loaded when it is first used, if numpy was enough until then."""
+        assert self._load is not None
+        loaded, _ = self._load()
+        self.prompt.tokenizer = loaded.prompt.tokenizer
+        self._weights_hash = self._weights_hash or loaded.weights_hash
+        self._numpy = None
+        return loaded.backbone
+
+    @cached_property
+    def max_batch_tokens(self) -> int:
+        """Most padded tokens in one forward pass."""
+        from epic_rag.batching import batch_tokens
+
+        return batch_tokens(self.device)
+
+    @cached_property
+    def prefix_cache(self) -> PrefixCache | None:
+        """Keys and values of recent prompts (causal models); None computes each prompt every time."""
+        from epic_rag.prefix_cache import PrefixCache
+
+        return PrefixCache()
+
+    @cached_property
+    def replicas(self) -> Replicas:
+        """Copies of the model on further devices."""
+        from epic_rag.batching import Replicas
+
+        return Replicas()
 
     @property
     def dimension(self) -> int:
         """Width of the vectors."""
-        return self.truncate_dim or self.backbone.dimension
+        return self.truncate_dim or self._width
 
     @property
     def device(self) -> torch.device:
@@ -191,7 +243,8 @@ class EpicEncoder:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer."""
+        """The tokenizer; loads the backbone, because it is transformers' object."""
+        _ = self.backbone
         return self.prompt.tokenizer
 
     @property
@@ -218,8 +271,21 @@ class EpicEncoder:
     def fingerprint(self) -> str:
         """Short hash of everything that decides a vector: weights, projector, template, pooling, lengths, width."""
         if self._weights_hash is None:
-            self._weights_hash = hash_tensors(self.backbone.state_dict().items())
-        return fingerprint_of(self._parts())
+            if self._numpy is not None:
+                self._weights_hash = self._numpy.weights_hash()
+            else:
+                from epic_rag.backbone import hash_tensors
+
+                self._weights_hash = hash_tensors(self.backbone.state_dict().items())
+        model = self.backbone if self._numpy is None else self._numpy
+        return fingerprint_of(
+            self._weights_hash,
+            pooling=model.pooling,
+            projector=model.projector_kind,
+            dimension=self.dimension,
+            default_instruction=self.config.default_instruction,
+            prompt=self.prompt.settings(),
+        )
 
     def invalidate_caches(self) -> None:
         """Drop the fingerprint and everything computed with the weights, after these have changed."""
@@ -260,7 +326,6 @@ class EpicEncoder:
                 or the selection is unknown.
         """
         prompt = QueryPrompt.of(prompt, settings)
-        options = self._batch_options(batch_size, show_progress)
         items = [texts] if isinstance(texts, str) else list(texts)
         bank = prompt.resolve_bank()
         instruction = prompt.resolve_instruction(bank, self.default_instruction)
@@ -268,15 +333,15 @@ class EpicEncoder:
         k = 0 if bank is None else self._num_demonstrations(bank, prompt.num_demonstrations, strategy)
         if bank is None or k == 0 or not items or strategy == "task-vector":
             rows = self.prompt.queries(self.prompt.prefix(instruction), items)
-            vectors = embed(self.backbone, rows, None, options)
+            vectors = self._embed(rows, None, batch_size, show_progress)
             if bank is not None and k and items:
                 banks = self._select(bank, k, len(items), prompt.selection, vectors)
                 vectors = apply_task_vector(vectors, [each.embeddings_for(self.fingerprint) for each in banks])
         else:
             rows, slots = self._rows_behind_demonstrations(
-                items, bank, k, instruction, strategy, prompt.selection, options
+                items, bank, k, instruction, strategy, prompt.selection, batch_size
             )
-            vectors = embed(self.backbone, rows, slots, options)
+            vectors = self._embed(rows, slots, batch_size, show_progress)
         return self._output(vectors, texts, truncate_dim)
 
     def encode_document(
@@ -299,10 +364,9 @@ class EpicEncoder:
             float32 unit rows (n, dimension), in order; (dimension,) for a single string.
         """
         items = [texts] if isinstance(texts, str) else list(texts)
-        options = self._batch_options(batch_size, show_progress)
         # While one block is embedded the next one is tokenised, and only two are in memory as tokens.
         blocks = prefetch(self.prompt.documents, items, _BLOCK)
-        found = [embed(self.backbone, rows, None, options) for rows in blocks]
+        found = [self._embed(rows, None, batch_size, show_progress) for rows in blocks]
         return self._output(np.concatenate(found), texts, truncate_dim)
 
     def select_demonstrations(
@@ -317,7 +381,7 @@ class EpicEncoder:
         if selection == "nearest":
             instruction = QueryPrompt().resolve_instruction(bank, self.default_instruction)
             rows = self.prompt.queries(self.prompt.prefix(instruction), texts)
-            vectors = embed(self.backbone, rows, None, self._batch_options())
+            vectors = self._embed(rows)
         return self._select(bank, k, len(texts), selection, vectors)
 
     def embed_demonstrations(self, bank: DemonstrationBank) -> Vectors:
@@ -326,7 +390,7 @@ class EpicEncoder:
         Returns:
             (k, 2, dim) float32 at full width: query (zero-shot, with the bank's instruction), passage.
         """
-        width = self.backbone.dimension
+        width = self._width
         instruction = QueryPrompt().resolve_instruction(bank, self.default_instruction) or ""
         zero_shot = QueryPrompt(instruction=instruction)
         passages = [item.passage for item in bank.demonstrations]
@@ -353,10 +417,40 @@ class EpicEncoder:
         """Return the token count of each text, without special tokens."""
         return [len(ids) for ids in self.prompt.token_ids(texts)]
 
-    def _parts(self) -> Checkpoint:
-        return Checkpoint(
-            self.backbone, self.prompt, self.config, self.name, self.source, self.truncate_dim, self._weights_hash
+    @property
+    def _width(self) -> int:
+        """Width of the vectors before truncation."""
+        return self.backbone.dimension if self._numpy is None else self._numpy.dimension
+
+    def _embed(
+        self,
+        rows: Sequence[EncoderInput],
+        slots: Sequence[torch.Tensor] | None = None,
+        batch_size: int | None = None,
+        show_progress: bool = False,
+    ) -> Vectors:
+        """Embed rows: a handful with numpy, if that is possible without loading torch; all others with torch."""
+        if (
+            self._numpy is not None
+            and slots is None
+            and self._numpy.takes(rows)
+            and (batch_size is None or batch_size > 0)
+            and self.padding_side == "right"
+        ):
+            return self._numpy.embed(rows)
+        from epic_rag.batching import BatchOptions, embed
+
+        backbone = self.backbone
+        options = BatchOptions(
+            pad_id=self.prompt.pad_id,
+            max_tokens=self.max_batch_tokens,
+            cache=self.prefix_cache,
+            padding_side=self.padding_side,
+            max_rows=batch_size,
+            show_progress=show_progress,
+            replicas=self.replicas,
         )
+        return embed(backbone, rows, slots, options)
 
     def _num_demonstrations(self, bank: DemonstrationBank, requested: int | None, strategy: QueryStrategy) -> int:
         """Return the requested number of demonstrations, or the most that the strategy can use."""
@@ -400,7 +494,7 @@ class EpicEncoder:
         instruction: str | None,
         strategy: QueryStrategy,
         selection: Selection,
-        options: BatchOptions,
+        batch_size: int | None,
     ) -> tuple[list[EncoderInput], list[torch.Tensor] | None]:
         """Build inputs of queries behind demonstrations.
 
@@ -412,12 +506,14 @@ class EpicEncoder:
         vectors = None
         if selection == "nearest":
             zero_shot = self.prompt.queries(self.prompt.prefix(instruction), texts)
-            vectors = embed(self.backbone, zero_shot, None, replace(options, show_progress=False))
+            vectors = self._embed(zero_shot, None, batch_size)
         if strategy == "text" and selection in ("first", "random"):
             banks = [bank.select(k, method=selection)] * len(texts)  # texts need no vectors
         else:
             banks = self._select(bank, k, len(texts), selection, vectors)
         if strategy == "epic":
+            import torch
+
             prefix = self.prompt.prefix(instruction, num_slots=k)
             # Rows that are tokenised behind words already keep their tokens.
             rows = (
@@ -438,19 +534,19 @@ class EpicEncoder:
             rows.extend(self.prompt.queries(prefixes[id(each)], [text]))
         return rows, None
 
-    def _batch_options(self, batch_size: int | None = None, show_progress: bool = False) -> BatchOptions:
-        return BatchOptions(
-            pad_id=self.prompt.pad_id,
-            max_tokens=self.max_batch_tokens,
-            cache=self.prefix_cache,
-            padding_side=self.padding_side,
-            max_rows=batch_size,
-            show_progress=show_progress,
-            replicas=self.replicas,
-        )
-
     def _output(self, vectors: Vectors, texts: str | Sequence[str], truncate_dim: int | None) -> Vectors:
-        width = check_width(truncate_dim, self.backbone) or self.dimension
+        width = check_width(truncate_dim, self._width) or self.dimension
         if width < vectors.shape[1]:
             vectors = unit_rows(vectors[:, :width])
         return vectors[0] if isinstance(texts, str) else vectors
+
+
+def _load_checkpoint(
+    folder: Path, epic: dict[str, Any], device: DeviceNames | None, **settings: Any
+) -> tuple[Checkpoint, list[torch.device]]:
+    """Load a checkpoint with torch; return it and the devices beside its own."""
+    from epic_rag.batching import parse_devices
+    from epic_rag.checkpoint_io import load_checkpoint
+
+    target, *others = parse_devices(device)
+    return load_checkpoint(folder, epic, device=target, **settings), others

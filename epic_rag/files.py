@@ -106,6 +106,8 @@ def save_tensors(
 ) -> None:
     """Write a safetensors file with the permissions of the user's umask.
 
+    A file that exists is replaced by a new one: other encoders may have it memory-mapped.
+
     Args:
         tensors: Contiguous tensors by name.
         path: The file; its folder must exist.
@@ -116,6 +118,7 @@ def save_tensors(
     """
     from safetensors.torch import save_file
 
+    Path(path).unlink(missing_ok=True)
     save_file(tensors, path, metadata=metadata)
     apply_umask(path)
 

@@ -16,16 +16,27 @@ slot or the end-of-sequence token, because texts are cut before they are joined.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal
 
 from epic_rag.errors import ConfigError, PromptError
 
-__all__ = ["STRATEGIES", "Batch", "EncoderInput", "Prefix", "PromptBuilder", "PromptTemplate", "Strategy", "collate"]
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "STRATEGIES",
+    "Batch",
+    "EncoderInput",
+    "Prefix",
+    "PromptBuilder",
+    "PromptTemplate",
+    "Strategy",
+    "collate",
+    "prefetch",
+]
 
 Strategy = Literal["epic", "text", "none"]
 STRATEGIES: tuple[Strategy, ...] = ("epic", "text", "none")
@@ -148,6 +159,8 @@ def collate(rows: Sequence[EncoderInput], *, pad_id: int, padding_side: Literal[
         The padded batch. Slots are listed row by row, so that slot vectors of shape (slots, dim) are the rows'
         vectors joined.
     """
+    import torch
+
     width = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -211,6 +224,49 @@ class PromptBuilder:
         # The filler's own embedding is never read; the end token is one that every vocabulary has.
         self.filler = self.stop[-1] if self.stop else self.pad_id
         self._prefixes: dict[tuple[PromptTemplate, str | None, int, Strategy], Prefix] = {}
+
+    @classmethod
+    def from_settings(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        epic: Mapping[str, Any],
+        *,
+        append_eos: bool,
+        limit: int,
+        max_positions: int | None,
+        max_query_tokens: int | None = None,
+        max_document_tokens: int | None = None,
+    ) -> PromptBuilder:
+        """Make the builder of a checkpoint.
+
+        Args:
+            tokenizer: A fast tokenizer.
+            epic: Contents of `epic.json`; empty for a folder without it.
+            append_eos: Whether a row must end with the end-of-sequence token, if `epic` has no such setting.
+            limit: Longest query and document, if `epic` has no such settings.
+            max_positions: The most positions the model takes; None for no bound.
+            max_query_tokens: Overrides the stored limit.
+            max_document_tokens: Overrides the stored limit.
+
+        Raises:
+            ConfigError: If a limit is below 1.
+            PromptError: See `PromptBuilder`.
+            TypeError: If a stored setting has another type.
+            ValueError: If a stored limit is not a number.
+        """
+        template = PromptTemplate(**epic.get("template", {}))
+        limits = {"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens}
+        chosen = {name: int(epic.get(name, limit)) if given is None else given for name, given in limits.items()}
+        for name, value in chosen.items():
+            if value < 1:
+                raise ConfigError(f"{name} is {value}. Pass 1 or more.")
+        return cls(
+            tokenizer,
+            template,
+            append_eos=bool(epic.get("append_eos", append_eos)),
+            max_positions=max_positions,
+            **chosen,
+        )
 
     def token_ids(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """Tokenise texts without special tokens, each cut to `limit` tokens.
@@ -388,6 +444,33 @@ class PromptBuilder:
             "max_query_tokens": self.max_query_tokens,
             "max_document_tokens": self.max_document_tokens,
         }
+
+
+def prefetch(
+    tokenise: Callable[[Sequence[str]], list[EncoderInput]], texts: Sequence[str], block: int
+) -> Iterator[list[EncoderInput]]:
+    """Tokenise texts block by block; a thread makes the next block while the caller embeds this one.
+
+    Args:
+        tokenise: From texts to rows; the tokenizer releases the GIL.
+        texts: All texts.
+        block: Texts in a block.
+
+    Yields:
+        Rows of each block in order; one empty list for no texts.
+    """
+    if len(texts) <= block:
+        yield tokenise(texts)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1, thread_name_prefix="epic-rag-tokenizer") as pool:
+        pending = pool.submit(tokenise, texts[:block])
+        for start in range(block, len(texts), block):
+            rows = pending.result()
+            pending = pool.submit(tokenise, texts[start : start + block])
+            yield rows
+        yield pending.result()
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:

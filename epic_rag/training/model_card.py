@@ -20,8 +20,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from epic_rag.checkpoint_io import HEAD_FOLDER
-from epic_rag.checkpoints import EPIC_FILE, is_int8, list_checkpoints, read_epic_file
+from epic_rag.checkpoints import EPIC_FILE, HEAD_FOLDER, is_int8, list_checkpoints, read_epic_file
 from epic_rag.errors import CheckpointError, DataError, EpicError
 from epic_rag.training.config import LAST_COMMIT_WITH_DELETED_SETTINGS, TaskConfig, deleted_settings
 

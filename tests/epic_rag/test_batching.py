@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epic_rag import ConfigError, EpicEncoder, PromptError
+from epic_rag import ConfigError, EpicEncoder
 from epic_rag.backbone import Backbone
-from epic_rag.batching import BatchOptions, embed, is_out_of_memory, prefetch, token_batches
-from epic_rag.prompt import Batch, EncoderInput
+from epic_rag.batching import BatchOptions, embed, is_out_of_memory, token_batches
+from epic_rag.prompt import Batch
 from tests.helpers.banks import embedded
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -161,27 +159,3 @@ def test_a_progress_bar_only_when_asked(tiny_encoder: EpicEncoder, capsys: pytes
     out, err = capsys.readouterr()
     assert out == ""
     assert "13/13" in err
-
-
-@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 9])
-def test_blocks_are_made_ahead_in_order(count: int) -> None:
-    made: list[int] = []
-
-    def make(texts: Sequence[str]) -> list[EncoderInput]:
-        made.append(len(texts))
-        return [EncoderInput((int(text),)) for text in texts]
-
-    seen = []
-    for number, rows in enumerate(prefetch(make, [str(index) for index in range(count)], 3)):
-        seen += [row.ids[0] for row in rows]
-        assert len(made) <= number + 2  # one block ahead, no more
-    assert seen == list(range(count))
-    assert sum(made) == count
-
-
-def test_a_text_that_cannot_be_tokenised_is_told_from_the_thread() -> None:
-    def make(texts: Sequence[str]) -> list[EncoderInput]:
-        raise PromptError(f"no: {texts[0]}")
-
-    with pytest.raises(PromptError, match="no: a"):
-        list(prefetch(make, ["a", "b"], 1))

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from epic_rag import ConfigError, PromptError
-from epic_rag.prompt import STRATEGIES, EncoderInput, PromptBuilder, PromptTemplate, collate
+from epic_rag.prompt import STRATEGIES, EncoderInput, PromptBuilder, PromptTemplate, collate, prefetch
 from tests.conftest import make_tokenizer
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -403,3 +403,27 @@ def test_collate_pads_on_the_given_side_and_moves_slots_along(rows: list[Encoder
 def test_a_batch_moves_as_a_whole() -> None:
     batch = collate([EncoderInput((1, 2), (0,))], pad_id=0).to(torch.device("meta"))
     assert all(getattr(batch, name).device.type == "meta" for name in batch.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 9])
+def test_blocks_are_made_ahead_in_order(count: int) -> None:
+    made: list[int] = []
+
+    def make(texts: Sequence[str]) -> list[EncoderInput]:
+        made.append(len(texts))
+        return [EncoderInput((int(text),)) for text in texts]
+
+    seen = []
+    for number, rows in enumerate(prefetch(make, [str(index) for index in range(count)], 3)):
+        seen += [row.ids[0] for row in rows]
+        assert len(made) <= number + 2  # one block ahead, no more
+    assert seen == list(range(count))
+    assert sum(made) == count
+
+
+def test_a_text_that_cannot_be_tokenised_is_told_from_the_thread() -> None:
+    def make(texts: Sequence[str]) -> list[EncoderInput]:
+        raise PromptError(f"no: {texts[0]}")
+
+    with pytest.raises(PromptError, match="no: a"):
+        list(prefetch(make, ["a", "b"], 1))

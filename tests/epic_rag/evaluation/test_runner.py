@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epic_rag import encoder as encoder_module
 from epic_rag.demonstrations import Demonstration, DemonstrationBank
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import BankError, ConfigError, DataError, MissingExtraError, PromptError, TaskError
@@ -272,7 +271,7 @@ def test_the_second_run_encodes_nothing(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(encoder_module, "embed", refuse)
+    monkeypatch.setattr(EpicEncoder, "_embed", refuse)
     run_evaluation(request)
 
 

@@ -1,0 +1,385 @@
+"""BERT in numpy: the forward pass of the shipped encoder without torch, for a handful of texts.
+
+Importing torch and transformers and loading a model takes seconds; a new process that encodes one query with numpy
+needs neither (`benchmarks/cold_start.py`, table in benchmarks/README.md).
+
+    ids ──► token, position and type embeddings ──► layers ──► pool ──► head ──► L2
+
+Weights stay memory-mapped in the dtype that they are stored in (int8 rows, float16 or float32). A matrix is converted
+to float32 when it is multiplied, and of the embeddings only the rows of the texts' tokens are. Rows are not padded:
+linear layers take the tokens of all rows at once, attention takes row by row. The results are those of
+`epic_rag.backbone.Backbone` in float32, up to rounding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from epic_rag.checkpoints import HEAD_FOLDER, PROJECTOR_FILE, hash_weights
+from epic_rag.prompt import EncoderInput, PromptBuilder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["LightTokenizer", "NumpyBert", "open_numpy_bert"]
+
+Array = npt.NDArray[Any]
+Vectors = npt.NDArray[np.float32]
+
+_MOST_TOKENS = 4096
+"""Tokens of a call from which loading torch pays."""
+_DTYPES = {"I8": np.int8, "F16": np.float16, "F32": np.float32}
+_SCALE = ".scale"
+# Coefficients of x², highest power first, of a rational approximation of erf(x) / x on [-4, 4]; error below 3e-7.
+_ERF_ABOVE = (
+    *(-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05),
+    *(-7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02),
+)
+_ERF_BELOW = (
+    *(-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03),
+    -1.42647390514189e-02,
+)
+
+
+class NumpyBert:
+    """A BERT encoder with its pooling and head.
+
+    Args:
+        config: Contents of `config.json`.
+        weights: Tensors by name: `transformer.*`, `projector.*`, `head.*`, and `*.scale` of int8 rows.
+        pooling: "mean", "cls" or "last".
+        projector_kind: Kind of the projector, which is part of the fingerprint alone: slots need torch.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], weights: Mapping[str, Array], *, pooling: str, projector_kind: str
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self.pooling = pooling
+        self.projector_kind = projector_kind
+
+    @property
+    def dimension(self) -> int:
+        """Width of the vectors."""
+        return int(
+            self._weights["head.weight"].shape[0] if "head.weight" in self._weights else self._config["hidden_size"]
+        )
+
+    def takes(self, rows: Sequence[EncoderInput]) -> bool:
+        """Return whether the rows are so few that this is faster than loading torch."""
+        return sum(len(row.ids) for row in rows) <= _MOST_TOKENS
+
+    def embed(self, rows: Sequence[EncoderInput]) -> Vectors:
+        """Embed rows without slots.
+
+        Returns:
+            (rows, dim) float32 unit vectors.
+        """
+        if not rows:
+            return np.zeros((0, self.dimension), dtype=np.float32)
+        ends = np.cumsum([len(row.ids) for row in rows])
+        spans = [slice(end - len(row.ids), end) for row, end in zip(rows, ends, strict=True)]
+        hidden = self._forward(rows, spans)  # (tokens of all rows, width)
+        pooled = np.stack([self._pool(hidden[span], row) for row, span in zip(rows, spans, strict=True)])
+        if "head.weight" in self._weights:
+            pooled = self._linear(pooled, "head")
+        # torch's normalize has the same lower bound.
+        vectors: Vectors = pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
+        return vectors
+
+    def weights_hash(self) -> str:
+        """Compute the hash that `epic_rag.backbone.hash_tensors` has for the same model in torch."""
+        scales = {name + _SCALE for name in self._weights}
+        names = [name for name in self._weights if name not in scales]
+        return hash_weights({name: partial(self._rows, name, slice(None)) for name in names})
+
+    def _forward(self, rows: Sequence[EncoderInput], spans: Sequence[slice]) -> Vectors:
+        config, eps = self._config, float(self._config.get("layer_norm_eps", 1e-12))
+        heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
+        scratch = np.empty(width * int(config["intermediate_size"]), dtype=np.float32)
+        linear, norm = partial(self._linear, scratch=scratch), partial(self._norm, eps=eps)
+        embeddings = "transformer.embeddings."
+        x = self._rows(f"{embeddings}word_embeddings.weight", np.concatenate([row.ids for row in rows]))
+        x += self._rows(f"{embeddings}token_type_embeddings.weight", slice(0, 1))
+        positions = self._rows(f"{embeddings}position_embeddings.weight", slice(0, max(len(row.ids) for row in rows)))
+        for span in spans:
+            x[span] += positions[: span.stop - span.start]
+        x = norm(x, f"{embeddings}LayerNorm")
+        for number in range(int(config["num_hidden_layers"])):
+            layer = f"transformer.encoder.layer.{number}."
+            q, k, v = (
+                linear(x, f"{layer}attention.self.{part}").reshape(len(x), heads, -1).transpose(1, 0, 2)
+                for part in ("query", "key", "value")
+            )  # (heads, tokens, width / heads)
+            q *= np.float32(q.shape[2] ** -0.5)
+            mixed = np.empty_like(x)
+            for span in spans:
+                scores = q[:, span] @ k[:, span].transpose(0, 2, 1)
+                scores -= scores.max(axis=2, keepdims=True)
+                np.exp(scores, out=scores)
+                scores /= scores.sum(axis=2, keepdims=True)
+                mixed[span] = (scores @ v[:, span]).transpose(1, 0, 2).reshape(-1, width)
+            x = norm(x + linear(mixed, f"{layer}attention.output.dense"), f"{layer}attention.output.LayerNorm")
+            inner = _gelu(linear(x, f"{layer}intermediate.dense"))
+            x = norm(x + linear(inner, f"{layer}output.dense"), f"{layer}output.LayerNorm")
+        return x
+
+    def _pool(self, hidden: Vectors, row: EncoderInput) -> Vectors:
+        if self.pooling == "mean":
+            pooled: Vectors = hidden[row.pool_start :].mean(axis=0)
+            return pooled
+        chosen: Vectors = hidden[0 if self.pooling == "cls" else -1]
+        return chosen
+
+    def _linear(self, x: Vectors, name: str, *, scratch: Vectors | None = None) -> Vectors:
+        """Map (tokens, in) to (tokens, out); a stored weight that is not float32 is converted into `scratch`."""
+        weight, scale = self._weights[f"{name}.weight"], self._weights.get(f"{name}.weight{_SCALE}")
+        if weight.dtype != np.float32:
+            if scratch is None or weight.size > scratch.size:
+                scratch = np.empty(weight.size, dtype=np.float32)
+            converted = scratch[: weight.size].reshape(weight.shape)
+            np.copyto(converted, weight)
+            weight = converted
+        y: Vectors = x @ weight.T
+        if scale is not None:
+            y *= scale
+        if f"{name}.bias" in self._weights:
+            y += self._weights[f"{name}.bias"]
+        return y
+
+    def _norm(self, x: Vectors, name: str, *, eps: float) -> Vectors:
+        x = x - x.mean(axis=1, keepdims=True)
+        x /= np.sqrt((x * x).mean(axis=1, keepdims=True) + np.float32(eps))
+        x *= self._weights[f"{name}.weight"]
+        x += self._weights[f"{name}.bias"]
+        return x
+
+    def _rows(self, name: str, which: Any) -> Vectors:
+        """Return rows of a tensor in float32."""
+        stored, scale = self._weights[name], self._weights.get(name + _SCALE)
+        rows: Vectors = stored[which].astype(np.float32) if stored.ndim else stored.astype(np.float32)
+        if scale is not None:
+            rows *= scale[which].reshape(-1, *[1] * (rows.ndim - 1))
+        return rows
+
+
+def _gelu(x: Vectors) -> Vectors:
+    """Return x Φ(x), computed in place."""
+    z = np.clip(x * np.float32(0.5**0.5), -4, 4)
+    square = z * z
+    above, below = _polynomial(_ERF_ABOVE, square), _polynomial(_ERF_BELOW, square)
+    above *= z
+    above /= below  # erf(z)
+    above += 1
+    above *= np.float32(0.5)
+    x *= above
+    return x
+
+
+def _polynomial(coefficients: Sequence[float], x: Vectors) -> Vectors:
+    result = np.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        result *= x
+        result += np.float32(coefficient)
+    return result
+
+
+def open_numpy_bert(
+    folder: Path, epic: Mapping[str, Any], *, max_query_tokens: int | None, max_document_tokens: int | None
+) -> tuple[NumpyBert, PromptBuilder] | None:
+    """Open a checkpoint folder, if numpy can run its model.
+
+    Args:
+        folder: The folder.
+        epic: Contents of its `epic.json`.
+        max_query_tokens: Overrides the stored limit.
+        max_document_tokens: Overrides the stored limit.
+
+    Returns:
+        The model and its prompt builder; None for another kind of model, and for a folder that is incomplete or broken,
+        which `epic_rag.checkpoint_io` reports.
+
+    Raises:
+        ConfigError: If a limit is below 1.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not _is_supported(config, epic):
+            return None
+        weights = _read_weights(folder)
+        if {name: array.shape for name, array in weights.items()} != _expected_shapes(config, epic, weights):
+            return None
+        tokenizer = _open_tokenizer(folder)
+        if tokenizer is None:
+            return None
+        positions = int(config["max_position_embeddings"])
+        # transformers' class has many methods; the builder needs those of LightTokenizer.
+        prompt = PromptBuilder.from_settings(
+            cast(Any, tokenizer),
+            epic,
+            append_eos=bool(epic["append_eos"]),
+            limit=positions,
+            max_positions=positions,
+            max_query_tokens=max_query_tokens,
+            max_document_tokens=max_document_tokens,
+        )
+        model = NumpyBert(config, weights, pooling=epic["pooling"], projector_kind=epic["projector"])
+        return model, prompt
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _is_supported(config: Mapping[str, Any], epic: Mapping[str, Any]) -> bool:
+    return (
+        config["model_type"] == "bert"
+        and config.get("hidden_act", "gelu") == "gelu"
+        and config.get("position_embedding_type", "absolute") == "absolute"
+        and not config.get("is_decoder", False)
+        and not config.get("add_cross_attention", False)
+        and epic["pooling"] in ("mean", "cls", "last")
+        and epic["projector"] in ("linear", "scale", "mlp")
+        and isinstance(epic.get("truncate_dim"), (int, type(None)))
+    )
+
+
+def _read_weights(folder: Path) -> dict[str, Array]:
+    """Map the tensors of a checkpoint folder, named as in the state of `epic_rag.backbone.Backbone`."""
+    shards = sorted(folder.glob("model-int8-*.safetensors")) or [folder / "model.safetensors"]
+    weights = {}
+    for shard in shards:
+        weights.update({f"transformer.{name}": array for name, array in _map_safetensors(shard).items()})
+    weights.update({f"projector.{name}": array for name, array in _map_safetensors(folder / PROJECTOR_FILE).items()})
+    modules = folder / "modules.json"
+    listed = json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []
+    dense = [entry["path"] for entry in listed if entry["type"].endswith(".Dense")]
+    if dense not in ([], [HEAD_FOLDER]):
+        raise ValueError("other heads than that of save_pretrained")
+    for path in dense:
+        settings = json.loads((folder / path / "config.json").read_text(encoding="utf-8"))
+        if not settings["activation_function"].endswith("Identity"):
+            raise ValueError("the head is not linear")
+        head = _map_safetensors(folder / path / "model.safetensors")
+        weights.update({f"head.{name.removeprefix('linear.')}": array for name, array in head.items()})
+    return weights
+
+
+def _map_safetensors(file: Path) -> dict[str, Array]:
+    """Map the tensors of a safetensors file, without reading them."""
+    data = np.memmap(file, np.uint8, mode="r")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        # A ValueError for a file that is cut short.
+        tensors[name] = data[start + first : start + last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def _expected_shapes(
+    config: Mapping[str, Any], epic: Mapping[str, Any], weights: Mapping[str, Array]
+) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of all tensors that the model must have, given which of the optional ones there are."""
+    width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    dim = weights["head.weight"].shape[0] if "head.weight" in weights else width
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.embeddings.word_embeddings.weight": (int(config["vocab_size"]), width),
+        "transformer.embeddings.position_embeddings.weight": (int(config["max_position_embeddings"]), width),
+        "transformer.embeddings.token_type_embeddings.weight": (int(config["type_vocab_size"]), width),
+    }
+    linear: dict[str, tuple[int, int]] = {}
+    norms = ["transformer.embeddings.LayerNorm"]
+    for number in range(int(config["num_hidden_layers"])):
+        layer = f"transformer.encoder.layer.{number}."
+        for part in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"):
+            linear[layer + part] = (width, width)
+        linear[f"{layer}intermediate.dense"], linear[f"{layer}output.dense"] = (inner, width), (width, inner)
+        norms += [f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"]
+    if any(name.startswith("transformer.pooler.") for name in weights):
+        linear["transformer.pooler.dense"] = (width, width)
+    if epic["projector"] == "linear":
+        linear["projector.linear"] = (width, dim)
+    else:
+        shapes["projector.scale"] = ()
+    if epic["projector"] == "mlp":
+        linear["projector.mlp.0"], linear["projector.mlp.2"] = (dim, dim), (width, dim)
+    if "head.weight" in weights:
+        shapes["head.weight"] = (dim, width)
+        shapes.update({"head.bias": (dim,)} if "head.bias" in weights else {})
+    for name, shape in linear.items():
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+    for name in norms:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+    return shapes | {
+        name + _SCALE: shape[:1] for name, shape in shapes.items() if len(shape) > 1 and weights[name].dtype == np.int8
+    }
+
+
+class LightTokenizer:
+    """A tokenizer of the `tokenizers` library with the methods that `PromptBuilder` needs of transformers' class.
+
+    Args:
+        backend: The tokenizer.
+        eos: The end-of-sequence token; None if there is none.
+        pad: The padding token; None if there is none.
+    """
+
+    def __init__(self, backend: Tokenizer, eos: str | None, pad: str | None) -> None:
+        self._backend = backend
+        self.eos_token_id = None if eos is None else backend.token_to_id(eos)
+        self.pad_token_id = None if pad is None else backend.token_to_id(pad)
+
+    def __call__(
+        self,
+        text: str | list[str],
+        *,
+        add_special_tokens: bool = True,
+        truncation: bool = False,
+        max_length: int | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Return `input_ids` of a text or of texts, with `truncation` cut to `max_length` at the end."""
+        texts = [text] if isinstance(text, str) else text
+        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        ids = [each.ids[: max_length if truncation else None] for each in encoded]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids}
+
+
+def _open_tokenizer(folder: Path) -> LightTokenizer | None:
+    """Open `tokenizer.json`; return None where transformers would make another tokenizer of the folder."""
+    from tokenizers import Tokenizer
+
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    kind = str(settings["tokenizer_class"])
+    if settings.get("truncation_side", "right") != "right":
+        return None
+    try:
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # the library raises this class itself, for a missing file and for a broken one
+        return None
+    backend.no_truncation()
+    backend.no_padding()
+    if kind in ("BertTokenizer", "BertTokenizerFast"):
+        # This class makes its own normalizer from these settings.
+        made = backend.normalizer
+        stored = (made.lowercase, made.strip_accents, made.handle_chinese_chars, made.clean_text)
+        wanted = (settings.get("do_lower_case", True), settings.get("strip_accents"))
+        if stored != (*wanted, settings.get("tokenize_chinese_chars", True), True):
+            return None
+    elif kind not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        return None
+
+    eos, pad = (
+        token["content"] if isinstance(token, dict) else token
+        for token in (settings.get("eos_token"), settings.get("pad_token"))
+    )
+    return LightTokenizer(backend, eos, pad)
