@@ -4,6 +4,7 @@ EpicError
 ├── ChromaServerError           a Chroma server cannot be reached, or refuses a request
 └── IndexStateError             an index folder is not in the required state
     ├── IndexNotFoundError      there is no index
+    ├── IndexDamagedError       its content cannot be read; a rebuild replaces it
     ├── IndexLockedError        another process is writing to it
     └── IndexMismatchError      it was built with another model or other settings
 """
@@ -14,6 +15,7 @@ from epic_rag.errors import EpicError
 
 __all__ = [
     "ChromaServerError",
+    "IndexDamagedError",
     "IndexLockedError",
     "IndexMismatchError",
     "IndexNotFoundError",
@@ -40,6 +42,10 @@ class IndexStateError(EpicError):
 
 class IndexNotFoundError(IndexStateError):
     """There is no index at the given place."""
+
+
+class IndexDamagedError(IndexStateError):
+    """The content of an index cannot be read. A rebuild replaces it."""
 
 
 class IndexLockedError(IndexStateError):

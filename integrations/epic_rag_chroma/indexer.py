@@ -225,10 +225,11 @@ class ChromaIndexer:
                 return encoder.encode_query(queries, request.prompt)
 
         if embedded is None:
-            return self._searcher.search(texts, request, encode)
+            return self._searcher.search(texts, request, encode, fingerprint=state.fingerprint)
         if len(embedded) != len(texts):
             raise ConfigError(f"embedded has {len(embedded)} entries for {len(texts)} queries. Give one for each.")
-        return self._searcher.search(texts, request, replace_queries(encode, embedded, state.dimension))
+        encode = replace_queries(encode, embedded, state.dimension)
+        return self._searcher.search(texts, request, encode, fingerprint=state.fingerprint)
 
     def status(self) -> IndexStatus:
         """Return a summary of the index; loads no model and does not open Chroma.

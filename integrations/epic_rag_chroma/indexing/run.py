@@ -12,20 +12,26 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from epic_rag_chroma.errors import ChromaServerError, IndexStateError
+from epic_rag_chroma.errors import (
+    ChromaServerError,
+    IndexDamagedError,
+    IndexMismatchError,
+    IndexNotFoundError,
+    IndexStateError,
+)
 from epic_rag_chroma.indexing.compatibility import check_model, check_settings, chunk_sizes
 from epic_rag_chroma.indexing.sync import BATCH_CHUNKS, Sync, plan_sync
 from epic_rag_chroma.reading.worker import IsolatedReader
 from epic_rag_chroma.store.database import IndexDatabase, delete_database
 from epic_rag_chroma.store.layout import check_owner, index_folder
 from epic_rag_chroma.store.lock import chroma_lock, write_lock
-from epic_rag_chroma.store.migration import OLD_INDEX_FILE, check_migrated, delete_old, migrate, old_place
+from epic_rag_chroma.store.migration import check_migrated, delete_old, is_old_index, migrate, old_place
 from epic_rag_chroma.store.paths import DATABASE_FILE, REBUILD_FILE, absolute_source, merge_roots
 from epic_rag_chroma.store.server import NO_CHROMA, ChromaServer, ServerPlace, new_place, require_known
 from epic_rag_chroma.store.state import IndexState
@@ -167,7 +173,7 @@ class IndexRunner:
         """
         path = self.index_dir / DATABASE_FILE
         delete_database(self.index_dir / REBUILD_FILE)  # of a rebuild that was interrupted
-        is_old = (self.index_dir / OLD_INDEX_FILE).is_file()
+        is_old = is_old_index(self.index_dir)
         place: ServerPlace | str | None = old_place(self.index_dir) if is_old else None
         if not is_old and not path.is_file():
             return None, None, None
@@ -180,7 +186,7 @@ class IndexRunner:
             except BaseException:
                 database.close()
                 raise
-        except IndexStateError:
+        except (IndexDamagedError, IndexMismatchError):
             if not rebuild:
                 raise
             delete_database(path)  # a rebuild does not need a readable index
@@ -228,13 +234,14 @@ class IndexRunner:
             check_owner(self.index_dir)
             check_migrated(self.index_dir)
         old, entries = None, {}
-        if (self.index_dir / DATABASE_FILE).is_file():
-            database = IndexDatabase.open_reading(self.index_dir / DATABASE_FILE)
-            try:
-                with database.snapshot():
-                    old, entries = database.state(), database.files()
-            finally:
-                database.close()
+        with suppress(IndexNotFoundError):
+            if (self.index_dir / DATABASE_FILE).is_file():
+                database = IndexDatabase.open_reading(self.index_dir / DATABASE_FILE)
+                try:
+                    with database.snapshot():
+                        old, entries = database.state(), database.files()
+                finally:
+                    database.close()
         settings = settings or (old.settings if old is not None else IndexSettings())
         roots = merge_roots(paths, () if old is None else old.roots, self.index_dir, remove)
         found = scan_roots(roots, entries, settings, self.index_dir)

@@ -87,7 +87,7 @@ class IndexReader:
         self._chroma_from_chunks = chroma_from_chunks
         self._lock = threading.Lock()
         self._database: IndexDatabase | None = None
-        self._inode = -1
+        self._stamp = (-1, -1, -1)
         self._vectors: VectorSearch | None = None
         self._mirror: _Mirror | None = None
         self._mirrored: tuple[tuple[str, int], MirrorState] | None = None
@@ -153,13 +153,16 @@ class IndexReader:
 
     def _open(self) -> IndexDatabase:
         try:
-            inode = self._path.stat().st_ino
+            info = self._path.stat()
+            stamp = (info.st_ino, info.st_mtime_ns, info.st_size)
         except OSError:
-            inode = -1
-        if self._database is None or inode != self._inode:
+            stamp = (-1, -1, -1)
+        database = self._database
+        if database is None or stamp[0] != self._stamp[0] or (database.is_immutable and stamp != self._stamp):
             self._close()
-            self._database, self._inode = self.open(), inode
-        return self._database
+            self._database = database = self.open()
+            self._stamp = stamp
+        return database
 
     def _open_mirror(self, database: IndexDatabase) -> _Mirror | None:
         """Return the Chroma mirror if it is complete and worth searching."""

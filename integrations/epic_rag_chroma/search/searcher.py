@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epic_rag.errors import ConfigError
+from epic_rag_chroma.errors import IndexMismatchError
 from epic_rag_chroma.reading.document import HEADING_SEPARATOR
 from epic_rag_chroma.search.deduplicate import ComparedText
 from epic_rag_chroma.search.filters import Filter
@@ -107,19 +108,23 @@ class Searcher:
         # Chunks that passed the last filters: an application often uses the same filters for all its queries.
         self._allowed: dict[tuple[tuple[str, int], str], frozenset[int]] = {}
 
-    def search(self, texts: Sequence[str], request: SearchRequest, encode: Encode) -> list[list[Hit]]:
+    def search(
+        self, texts: Sequence[str], request: SearchRequest, encode: Encode, *, fingerprint: str | None = None
+    ) -> list[list[Hit]]:
         """Search for queries.
 
         Args:
             texts: The queries.
             request: Settings of the search.
             encode: Encodes the queries; not called in keyword mode.
+            fingerprint: Fingerprint of the model that encodes them; None to search any index.
 
         Returns:
             The hits of each query, best first.
 
         Raises:
             ConfigError: If a filter is invalid.
+            IndexMismatchError: If the index was rebuilt with another model while the queries were encoded.
             CheckpointError: If the reranker cannot be loaded.
             KeywordsUnavailableError: In keyword mode, if there is no keyword index.
         """
@@ -128,6 +133,12 @@ class Searcher:
         vectors = None if request.mode == "keyword" or not texts else encode(texts)
 
         def search(index: IndexSnapshot) -> list[list[_Candidate]]:
+            if vectors is not None and fingerprint is not None:
+                state = index.database.state()
+                if state is None or state.fingerprint != fingerprint:
+                    raise IndexMismatchError(
+                        f"The index in {self._index_dir} was rebuilt with another model during the query. Repeat it."
+                    )
             if passes is not None and passes.needs_files:
                 passes.use_files(index.database.files())
             key = (index.database.version(), repr(request.filters))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sqlite3
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
-from epic_rag_chroma.errors import IndexMismatchError, IndexStateError
+from epic_rag_chroma.errors import IndexDamagedError, IndexMismatchError, IndexNotFoundError, IndexStateError
 from epic_rag_chroma.store.keyword_index import (
     KEYWORD_SCHEMA,
     KEYWORD_VERSION,
@@ -37,7 +36,7 @@ from epic_rag_chroma.store.keyword_index import (
 from epic_rag_chroma.store.paths import DocumentKey, FileStamp
 from epic_rag_chroma.store.state import FileEntry, IndexState, MirrorState
 
-__all__ = ["IndexDatabase", "Record", "delete_database"]
+__all__ = ["IndexDatabase", "Record", "delete_database", "is_foreign", "is_readable"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +46,8 @@ Metadata = Mapping[str, Any]
 
 FORMAT_VERSION = 3
 _APPLICATION_ID = 0x45504943  # "EPIC"
+_SQLITE_MARK = b"SQLite format 3\0"
+_APPLICATION_ID_AT = 68  # in the header of the file
 _PAGE = 1000
 _BUSY_SECONDS = 30.0
 # Suffixes of the files of an open database.
@@ -96,12 +97,18 @@ class IndexDatabase:
     """The database of an index.
 
     Made by `open` for writing or `open_reading`; must be closed. Not thread-safe. Methods that read raise
-    `IndexStateError` if the file is damaged; methods that write must be called within `transaction`.
+    `IndexDamagedError` if the file is damaged; methods that write must be called within `transaction`.
+
+    Args:
+        connection: The open file.
+        path: Its path.
+        is_immutable: True if it was opened without locks, so that a change of the file calls for opening it again.
     """
 
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: Path, *, is_immutable: bool = False) -> None:
         self._connection = connection
         self.path = path
+        self.is_immutable = is_immutable
         self._keywords = KeywordIndex(connection)
 
     @classmethod
@@ -110,22 +117,25 @@ class IndexDatabase:
 
         Raises:
             IndexMismatchError: If it has the format of another version.
-            IndexStateError: If it is damaged or cannot be written.
+            IndexDamagedError: If it is damaged.
+            IndexStateError: If it cannot be written, or belongs to another program.
         """
+        if is_foreign(path):
+            raise _foreign(path)
         try:
-            is_new = not path.exists() or path.stat().st_size == 0
             database = cls(_connect(str(path)), path)
         except (OSError, sqlite3.Error) as error:
             raise _unwritable(path, error) from error
         try:
             with database._errors(writing=True):
                 connection = database._connection
+                if not _size(path):  # the file's header shows from the beginning that it is an index
+                    connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
-                if is_new or not connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+                if not connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
                     connection.executescript(
                         f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version = {FORMAT_VERSION};"
-                        f"PRAGMA application_id = {_APPLICATION_ID};"
                         f"INSERT INTO settings VALUES ('id', '{uuid.uuid4().hex}'), ('version', '0'),"
                         f"('keywords', '{KEYWORD_VERSION}');COMMIT"
                     )
@@ -147,9 +157,13 @@ class IndexDatabase:
         """Open a database for reading. Writes nothing, and works in a read-only folder.
 
         Raises:
+            IndexNotFoundError: If there is nothing in it yet.
             IndexMismatchError: If it has the format of another version.
-            IndexStateError: If it is missing or damaged.
+            IndexDamagedError: If it is damaged.
+            IndexStateError: If it is missing, may not be read, or belongs to another program.
         """
+        if is_foreign(path):
+            raise _foreign(path)
         uri = f"file:{quote(str(path))}?mode=ro"
         try:
             database = cls(_connect(uri, uri=True), path)
@@ -157,10 +171,10 @@ class IndexDatabase:
                 database._setting("id")
             except sqlite3.Error:
                 database.close()
-                # Write-ahead mode needs a shared-memory file. Where it cannot be created, nobody writes either.
+                # Write-ahead mode needs a shared-memory file, which cannot be created in a read-only folder.
                 if _size(path.with_name(path.name + "-wal")):
                     raise
-                database = cls(_connect(f"{uri}&immutable=1", uri=True), path)
+                database = cls(_connect(f"{uri}&immutable=1", uri=True), path, is_immutable=True)
         except sqlite3.Error as error:
             raise _unreadable(path, error) from error
         try:
@@ -425,6 +439,16 @@ class IndexDatabase:
                 raise sqlite3.DatabaseError("its vectors differ in length") from error
         return np.asarray(numbers, dtype=np.int64), matrix
 
+    def vectors_token(self) -> str | None:
+        """Return the token of the file with copies of the vectors that belongs to this database; see `vectors.py`."""
+        with self._errors():
+            return self._setting("vectors")
+
+    def save_vectors_token(self, token: str) -> None:
+        """Store the token of a new file with copies of the vectors; a transaction by itself."""
+        with self._errors(writing=True):
+            self._set("vectors", token)
+
     def match(self, query: str, k: int, allowed: Collection[int] | None = None) -> list[tuple[str, float]]:
         """Return the k chunks with the highest BM25 scores; see `KeywordIndex.search`.
 
@@ -478,6 +502,8 @@ class IndexDatabase:
     def _check_format(self) -> None:
         found = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
         application = int(self._connection.execute("PRAGMA application_id").fetchone()[0])
+        if not found:  # a process died, or has not finished, before the tables were created
+            raise IndexNotFoundError(f"No index in {self.path.parent}. Run `epic-rag index PATH` to create one.")
         if application != _APPLICATION_ID:
             raise sqlite3.DatabaseError("it is not an index")
         if found != FORMAT_VERSION:
@@ -509,7 +535,7 @@ class IndexDatabase:
         try:
             yield
         except sqlite3.Error as error:
-            if writing and isinstance(error, sqlite3.OperationalError):
+            if writing and not _is_damage(error):
                 raise _unwritable(self.path, error) from error
             raise _unreadable(self.path, error) from error
 
@@ -556,13 +582,44 @@ def _dumped(metadata: Metadata) -> str:
     return json.dumps(dict(metadata), ensure_ascii=False, separators=(",", ":"), sort_keys=True)
 
 
-def _unreadable(path: Path, error: Exception) -> IndexStateError:
+def is_readable(path: Path) -> bool:
+    """Return whether the user may read a file."""
+    try:
+        with open(path, "rb"):
+            return True
+    except OSError:
+        return False
+
+
+def is_foreign(path: Path) -> bool:
+    """Return whether a file is an SQLite database of another program."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(100)
+    except OSError:
+        return False
+    mark = _APPLICATION_ID.to_bytes(4, "big")
+    return head.startswith(_SQLITE_MARK) and head[_APPLICATION_ID_AT : _APPLICATION_ID_AT + 4] != mark
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    """Return whether the content is wrong, as opposed to locked, forbidden or on a full disk."""
+    return not isinstance(error, sqlite3.OperationalError) or "no such" in str(error)
+
+
+def _foreign(path: Path) -> IndexStateError:
+    return IndexStateError(f"{path} is a database of another program. Run `epic-rag index` with another --index-dir.")
+
+
+def _unreadable(path: Path, error: sqlite3.Error) -> IndexStateError:
     why = " ".join(str(error).split())[:120]
     if not path.exists():
         return IndexStateError(f"{path} is missing. Run `epic-rag index` with the indexed folder.")
-    if not os.access(path, os.R_OK):
+    if not is_readable(path):
         return IndexStateError(f"{path} may not be read (permission denied). Change its permissions.")
-    return IndexStateError(f"{path} cannot be read ({why}). Run `epic-rag index --rebuild` with the indexed folder.")
+    if not _is_damage(error):
+        return IndexStateError(f"{path} cannot be read now ({why}). Check the disk and permissions, then try again.")
+    return IndexDamagedError(f"{path} cannot be read ({why}). Run `epic-rag index --rebuild` with the indexed folder.")
 
 
 def _unwritable(path: Path, error: Exception) -> IndexStateError:

@@ -79,7 +79,10 @@ class KeywordIndex:
         if not terms or k < 1 or (allowed is not None and not len(allowed)):
             return []
         match = _match(terms)
-        select = "SELECT id, -bm25(keywords) AS score FROM keywords JOIN chunks ON number = keywords.rowid WHERE keywords MATCH ?"
+        select = (
+            "SELECT id, -bm25(keywords) AS score FROM keywords JOIN chunks ON number = keywords.rowid "
+            "WHERE keywords MATCH ?"
+        )
         order = "ORDER BY score DESC, id LIMIT ?"
         rows: Iterable[tuple[Any, ...]]
         if allowed is None:
@@ -123,7 +126,7 @@ class KeywordIndex:
         """Drop common terms, which make a search slow and hardly change its result."""
         if len(terms) == 1:
             return terms
-        total = int(self._connection.execute("SELECT coalesce(sum(chunks), 0) FROM files").fetchone()[0])
+        total = int(self._connection.execute("SELECT count(*) FROM chunks").fetchone()[0])
         if total < self._min_chunks_to_prune and len(terms) <= _MAX_TERMS:
             return terms
         counted = sorted((self._frequency(term), place, term) for place, term in enumerate(terms[: 10 * _MAX_TERMS]))

@@ -12,8 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from epic_rag_chroma.errors import IndexStateError
+from epic_rag_chroma.store.database import is_foreign
 from epic_rag_chroma.store.lock import CHROMA_LOCK_FILE, HOLDER_FILE, LOCK_FILE
-from epic_rag_chroma.store.migration import OLD_INDEX_FILE, OLD_PATTERNS
+from epic_rag_chroma.store.migration import OLD_INDEX_FILE, OLD_PATTERNS, is_old_index
 from epic_rag_chroma.store.paths import CHROMA_FOLDER, DATABASE_FILE, REBUILD_FILE, VECTORS_FILE
 
 __all__ = [
@@ -51,8 +52,9 @@ _LOCKS = (LOCK_FILE, CHROMA_LOCK_FILE)
 
 
 def is_index(folder: Path) -> bool:
-    """Return whether a folder holds an index, of this format or the old one."""
-    return any((folder / name).is_file() for name in (DATABASE_FILE, OLD_INDEX_FILE))
+    """Return whether a folder holds an index, of this format or the old one; damaged ones count."""
+    path = folder / DATABASE_FILE
+    return (path.is_file() and not is_foreign(path)) or is_old_index(folder)
 
 
 @contextmanager

@@ -18,12 +18,12 @@ import numpy as np
 
 from epic_rag.errors import EpicError
 from epic_rag_chroma.errors import IndexMismatchError, IndexStateError
-from epic_rag_chroma.store.database import IndexDatabase, Record
+from epic_rag_chroma.store.database import IndexDatabase, Record, is_readable
 from epic_rag_chroma.store.paths import DocumentKey, FileStamp
 from epic_rag_chroma.store.server import LOCAL, ServerPlace
 from epic_rag_chroma.store.state import FileEntry, IndexState
 
-__all__ = ["OLD_INDEX_FILE", "OLD_PATTERNS", "check_migrated", "migrate", "old_place"]
+__all__ = ["OLD_INDEX_FILE", "OLD_PATTERNS", "check_migrated", "is_old_index", "migrate", "old_place"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,31 @@ OLD_PATTERNS = (
 _PAGE = 1000
 
 
+# At the beginning of index.json, a name that other programs use as well.
+_OLD_MARK = b"epic-rag-index"
+_MARK_WITHIN = 400
+
+
+def is_old_index(index_dir: Path) -> bool:
+    """Return whether a folder has an index of format 2 or older; also one whose `index.json` is damaged or lost."""
+    try:
+        with open(index_dir / OLD_INDEX_FILE, "rb") as file:
+            if _OLD_MARK in file.read(_MARK_WITHIN):
+                return True
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return False
+    return any(index_dir.glob("records-*.sqlite"))
+
+
 def check_migrated(index_dir: Path) -> None:
     """Refuse to read an index of format 2.
 
     Raises:
         IndexMismatchError: If the folder has one.
     """
-    if (index_dir / OLD_INDEX_FILE).is_file():
+    if is_old_index(index_dir):
         raise IndexMismatchError(
             f"The index in {index_dir} has the format of an older version. Run `epic-rag index --index-dir "
             f"{shlex.quote(str(index_dir))}` to convert it, which embeds nothing again."
@@ -61,6 +79,7 @@ def migrate(index_dir: Path, database: IndexDatabase) -> None:
 
     Raises:
         IndexMismatchError: If it has another format, or its rows are lost.
+        IndexStateError: If a file may not be read, or the database cannot be written.
     """
     path = index_dir / OLD_INDEX_FILE
     if database.state() is not None:
@@ -86,7 +105,7 @@ def migrate(index_dir: Path, database: IndexDatabase) -> None:
                 database.put_file(key, entry)
             database.save_state(state)
         database.begin_mirror(None)
-    except (OSError, ValueError, KeyError, TypeError, sqlite3.Error, EpicError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IndexMismatchError(
             f"The index in {index_dir} has the format of an older version and cannot be converted ({error}). "
             "Run `epic-rag index --rebuild` with the indexed folder."
@@ -111,7 +130,7 @@ def old_place(index_dir: Path) -> ServerPlace | None:
 
 
 def _files(index_dir: Path, collection: str | None) -> dict[DocumentKey, FileEntry]:
-    """Return the files of the manifest; none if it is missing, or does not describe the rows."""
+    """Return the files of the manifest; none if it is missing or damaged, or does not describe the rows."""
     try:
         content = json.loads((index_dir / "manifest.json").read_text(encoding="utf-8"))
         if content["version"] != 2 or content["collection"] != collection or not content["complete"]:
@@ -133,11 +152,16 @@ def _records(index_dir: Path, collection: str | None) -> Iterator[list[Record]]:
         return
     path = index_dir / f"records-{collection}.sqlite"
     if not path.is_file():
-        raise IndexStateError(f"{path} is missing")
-    with closing(sqlite3.connect(path)) as connection:
-        rows = connection.execute("SELECT id, text, metadata, vector FROM records ORDER BY id")
-        while page := rows.fetchmany(_PAGE):
-            yield [
-                Record(row_id, text, json.loads(metadata), np.frombuffer(vector, dtype="<f4"))
-                for row_id, text, metadata, vector in page
-            ]
+        raise ValueError(f"{path} is missing")
+    if not is_readable(path):
+        raise IndexStateError(f"{path} may not be read (permission denied). Change its permissions.")
+    try:
+        with closing(sqlite3.connect(path)) as connection:
+            rows = connection.execute("SELECT id, text, metadata, vector FROM records ORDER BY id")
+            while page := rows.fetchmany(_PAGE):
+                yield [
+                    Record(row_id, text, json.loads(metadata), np.frombuffer(vector, dtype="<f4"))
+                    for row_id, text, metadata, vector in page
+                ]
+    except sqlite3.Error as error:
+        raise ValueError(f"{path}: {error}") from error

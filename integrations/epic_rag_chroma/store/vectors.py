@@ -3,10 +3,11 @@
 `vectors.bin` is a copy of the database's vectors in one block, which a process maps instead of reading 100,000 rows. It
 may be missing or old: a chunk's number is never used again and its vector never changes, so numbers that are gone from
 the database are masked and vectors of later numbers are read from it. The writer replaces the file at the end of a run
-when too much of it is old.
+when too much of it is old, and stores its token in the database. A file with another token is not used: it is newer
+than the reader's snapshot, or the database was restored from a backup.
 
-Layout: magic (8 bytes), database id (32), version, count and dim (u64 each), numbers (count,) int64 in ascending order,
-vectors (count, dim) float32; little-endian.
+Layout: magic (8 bytes), token (32), version of the database, count and dim (u64 each), numbers (count,) int64 in
+ascending order, vectors (count, dim) float32; little-endian.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
+import uuid
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,12 +28,12 @@ from epic_rag.files import default_mode
 from epic_rag_chroma.store.database import IndexDatabase
 from epic_rag_chroma.store.paths import VECTORS_FILE
 
-__all__ = ["VectorSearch", "write_vectors"]
+__all__ = ["OLD_ROWS", "VectorSearch", "write_vectors"]
 
 _HEADER = struct.Struct("<8s32sQQQ")
 _MAGIC = b"EPICVEC1"
-# The file is replaced when this many of its rows are old, or this share. Reading 1,000 rows takes 2 ms.
-_OLD_ROWS = 1000
+OLD_ROWS = 1000
+"""The file is kept while no more of its rows are old. Reading 1,000 rows takes 2 ms."""
 _OLD_SHARE = 0.05
 _NO_MATRIX = np.zeros((0, 0), dtype=np.float32)
 
@@ -43,50 +45,64 @@ Numbers = npt.NDArray[np.int64]
 class _Block:
     """Numbers (n,) and vectors (n, dim) of a database at a version."""
 
-    database: str
+    token: str
     version: int
     numbers: Numbers
     matrix: Vector
 
 
-def _load(path: Path) -> _Block | None:
-    """Map the file; None if there is none or it is something else."""
+def _load(path: Path, token: str | None) -> _Block | None:
+    """Map the file; None if there is none with that token or it is damaged."""
+    if token is None:
+        return None
     try:
         with open(path, "rb") as file:
-            magic, database, version, count, dim = _HEADER.unpack(file.read(_HEADER.size))
+            magic, found, version, count, dim = _HEADER.unpack(file.read(_HEADER.size))
             size = os.fstat(file.fileno()).st_size
-            if magic != _MAGIC or size != _HEADER.size + count * 8 + count * dim * 4 or not count:
+            if (
+                (magic, found) != (_MAGIC, token.encode())
+                or size != _HEADER.size + count * 8 + count * dim * 4
+                or not count
+            ):
                 return None
             numbers = np.memmap(file, "<i8", "r", _HEADER.size, (count,))
+            if not (np.diff(numbers) > 0).all():
+                return None
             matrix = np.memmap(file, "<f4", "r", _HEADER.size + 8 * count, (count, dim))
     except (OSError, ValueError, struct.error):
         return None
-    return _Block(database.decode("ascii", "replace"), version, np.asarray(numbers), np.asarray(matrix))
+    return _Block(token, version, np.asarray(numbers), np.asarray(matrix))
 
 
-def write_vectors(database: IndexDatabase) -> None:
+def write_vectors(database: IndexDatabase, *, old_rows: int = OLD_ROWS) -> None:
     """Replace the file beside a database if too much of it is old.
+
+    Args:
+        database: The database, open for writing.
+        old_rows: The file is kept if at most that many of its rows, or a twentieth of them, are old.
 
     Raises:
         OSError: If it cannot be written.
+        IndexStateError: If the database cannot be written.
     """
     path = database.path.with_name(VECTORS_FILE)
-    identity, version = database.version()
-    block = _load(path)
-    if block is not None and block.database == identity:
+    _, version = database.version()
+    block = _load(path, database.vectors_token())
+    if block is not None:
         if block.version == version:
             return
         alive = database.numbers()
         kept = int(np.isin(block.numbers, alive, assume_unique=True).sum())
         old = len(block.numbers) + len(alive) - 2 * kept
-        if old <= max(_OLD_ROWS, _OLD_SHARE * len(alive)):
+        if old <= max(old_rows, _OLD_SHARE * len(alive)):
             return
         block = None
     numbers, matrix = database.vectors_after(-1)
+    token = uuid.uuid4().hex
     handle, name = tempfile.mkstemp(prefix=f".{VECTORS_FILE}-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            header = _HEADER.pack(_MAGIC, identity.encode(), version, len(numbers), matrix.shape[1])
+            header = _HEADER.pack(_MAGIC, token.encode(), version, len(numbers), matrix.shape[1])
             file.write(header)
             file.write(numbers.astype("<i8", copy=False).data)
             file.write(np.ascontiguousarray(matrix, dtype="<f4").data)
@@ -98,6 +114,7 @@ def write_vectors(database: IndexDatabase) -> None:
         with suppress(OSError):
             os.unlink(name)
         raise
+    database.save_vectors_token(token)
 
 
 class VectorSearch:
@@ -154,11 +171,9 @@ class VectorSearch:
         version = self._database.version()
         if version == self._version:
             return
-        block = self._block
-        if block is None or (block.database, block.version) != version:
-            block = _load(self._database.path.with_name(VECTORS_FILE)) or block
-        if block is not None and block.database != version[0]:
-            block = None
+        block, token = self._block, self._database.vectors_token()
+        if block is None or block.token != token:
+            block = _load(self._database.path.with_name(VECTORS_FILE), token)
         last = -1 if block is None else int(block.numbers[-1])
         numbers, matrix = self._later
         known = max(last, int(numbers[-1]) if len(numbers) else -1)
