@@ -111,7 +111,7 @@ class IndexRunner:
                     roots=tuple(merge_roots(paths, () if old is None else old.roots, self.index_dir, remove)),
                     updated_at=None if old is None else old.updated_at,
                     last_run=None if old is None else old.last_run,
-                    chroma=place,
+                    chroma=old_chroma or place,  # until the mirror is complete at another place
                 )
                 if current is None:
                     current = IndexDatabase.open(self.index_dir / DATABASE_FILE)
@@ -162,7 +162,7 @@ class IndexRunner:
                     database.close()
                     current.replace_by(self.index_dir / REBUILD_FILE)
                 write_vectors(current)
-                self._update_mirror(current, state, old_chroma)
+                self._update_mirror(current, state, place)
             return report
 
     def _open(self, *, rebuild: bool) -> tuple[IndexDatabase | None, IndexState | None, ServerPlace | str | None]:
@@ -194,27 +194,30 @@ class IndexRunner:
             return None, None, place
         return database, state, place if state is None else state.chroma
 
-    def _update_mirror(self, database: IndexDatabase, state: IndexState, old: ServerPlace | str | None) -> None:
+    def _update_mirror(self, database: IndexDatabase, state: IndexState, place: ServerPlace | str) -> None:
         """Bring the Chroma mirror up to date, and delete it at its previous place if it has moved."""
-        has_moved = old is not None and old != state.chroma
-        if has_moved:
+        old = state.chroma
+        if place != old:
             database.begin_mirror(database.mirror().collection)
-        if state.chroma == NO_CHROMA:
+        if place == NO_CHROMA:
             database.end_mirror(None)
         else:
             from epic_rag_chroma.store.collection import sync_collection
 
-            place = self.index_dir if isinstance(state.chroma, str) else state.chroma
             with chroma_lock(self.index_dir):
                 sync_collection(
                     database,
-                    place,
+                    self.index_dir if isinstance(place, str) else place,
                     model=state.model,
                     source=state.source,
                     fingerprint=state.fingerprint,
                     truncate_dim=state.truncate_dim,
                 )
-        if not has_moved or old == NO_CHROMA:
+        if place == old:
+            return
+        with database.transaction():
+            database.save_state(replace(state, chroma=place))
+        if old == NO_CHROMA:
             return
         from epic_rag_chroma.store.collection import delete_collections
 

@@ -1,12 +1,13 @@
-"""An index whose vectors are on a real Chroma server: through the library, the command line and the documentation."""
+"""An index with its mirror on a real Chroma server."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import pytest
 
 from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer, ChromaServer
-from epic_rag_chroma.errors import ChromaServerError, IndexMismatchError, IndexStateError
-from epic_rag_chroma.store.state import IndexState
+from epic_rag_chroma.errors import ChromaServerError, IndexStateError
+from epic_rag_chroma.store.database import IndexDatabase
+from epic_rag_chroma.store.paths import DATABASE_FILE
+from epic_rag_chroma.store.server import ServerPlace
 from tests.helpers.servers import HOST, Answer, ChromaProcess, Front, free_port, plain_client
 
 Rows = dict[str, tuple[str, dict[str, Any], list[float]]]
-PAGE = Path(__file__).parents[4] / "docs" / "chroma_server.md"
 TOKEN = "s3cret-token"
 
 
@@ -56,14 +58,32 @@ def collections(url: str, **where: str) -> dict[str, dict[str, Any]]:
         return {each.name: dict(each.metadata or {}) for each in client.list_collections()}
 
 
+def mirror_of(index_dir: Path) -> tuple[ServerPlace | str, str | None]:
+    """Return the place of an index's mirror and the id of its collection."""
+    with closing(IndexDatabase.open_reading(index_dir / DATABASE_FILE)) as database:
+        state, mirror = database.state(), database.mirror()
+    assert state is not None
+    assert mirror.is_complete
+    return state.chroma, mirror.collection
+
+
+def name_server(index_dir: Path, url: str) -> None:
+    """Let an index name another server, as a folder from elsewhere may."""
+    with closing(IndexDatabase.open(index_dir / DATABASE_FILE)) as database:
+        state = database.state()
+        assert state is not None
+        assert isinstance(state.chroma, ServerPlace)
+        with database.transaction():
+            database.save_state(replace(state, chroma=replace(state.chroma, server=ChromaServer(url))))
+
+
 def rows_on(url: str, index_dir: Path, **where: str) -> Rows:
     """All rows of an index on a server, through a client of Chroma's own."""
-    state = IndexState.load(index_dir)
-    assert state is not None
-    assert state.chroma is not None
+    place, collection_id = mirror_of(index_dir)
+    assert isinstance(place, ServerPlace)
     with plain_client(url, **where) as client:
-        collection = client.get_collection(f"epic_rag_{state.chroma.index_id}", embedding_function=None)
-        assert str(collection.id) == state.collection
+        collection = client.get_collection(f"epic_rag_{place.index_id}", embedding_function=None)
+        assert str(collection.id) == collection_id
         assert collection.configuration_json["hnsw"]["space"] == "cosine"
         rows = collection.get(include=["documents", "metadatas", "embeddings"])
     return {
@@ -112,14 +132,14 @@ def test_a_server_has_what_a_folder_has(
 
 
 def test_an_index_remembers_its_server(docs: Path, on_server: ChromaIndexer, chroma: ChromaProcess) -> None:
-    kept = json.loads((docs / ".epic-rag/index.json").read_text())["chroma"]
-    index_id = kept.pop("index_id")
-    assert kept == {"url": chroma.url, "tenant": "default_tenant", "database": "default_database"}
+    place, _ = mirror_of(docs / ".epic-rag")
+    assert isinstance(place, ServerPlace)
+    assert place.server == ChromaServer(chroma.url)
     with ChromaIndexer(docs / ".epic-rag") as indexer:
         assert indexer.status().chroma == chroma.url
         assert indexer.status().chunks == 4
         assert len(indexer.query("cats", mode="keyword")) == 1
-    assert collections(chroma.url)[f"epic_rag_{index_id}"]["owner"] == "epic-rag"
+    assert collections(chroma.url)[f"epic_rag_{place.index_id}"]["owner"] == "epic-rag"
 
 
 def test_only_what_is_ours_is_deleted(
@@ -145,36 +165,38 @@ def test_only_what_is_ours_is_deleted(
     assert others <= set(collections(chroma.url))
 
 
-def test_another_place_is_refused_and_a_rebuild_moves_there(
+def test_another_place_moves_the_mirror(
     docs: Path, on_server: ChromaIndexer, chroma: ChromaProcess, tiny_encoder: EpicEncoder, rows: Callable[[Path], Rows]
 ) -> None:
     index_dir = docs / ".epic-rag"
     before = rows_on(chroma.url, index_dir)
-    other = f"http://{HOST}:{free_port()}"
-    with ChromaIndexer(index_dir, encoder=tiny_encoder, chroma=other) as elsewhere:
-        for call in (lambda: elsewhere.query("cats"), elsewhere.status, elsewhere.clear):
-            with pytest.raises(
-                IndexMismatchError, match=re.escape(f"has its vectors on {chroma.url}, not on {other}. Omit --chroma")
-            ):
-                call()
-        with pytest.raises(ChromaServerError, match="connection refused"):
-            elsewhere.index([docs])
     with ChromaIndexer(index_dir, encoder=tiny_encoder, chroma="folder") as home:
-        with pytest.raises(IndexMismatchError, match=r"--rebuild --chroma folder .*docs`"):
-            home.index([docs])
-        home.index([docs], rebuild=True)
+        assert home.index([docs]).chunks_embedded == 0
         assert home.status().chroma is None
     assert not any(name.startswith("epic_rag_") for name in collections(chroma.url))
     assert_same(rows(index_dir), before)
     with ChromaIndexer(index_dir, encoder=tiny_encoder, chroma=chroma.url) as there:
-        with pytest.raises(IndexMismatchError, match=f"in its folder, not on {chroma.url}"):
-            there.query("cats")
-        with pytest.raises(IndexMismatchError, match=f"--rebuild --chroma {chroma.url}"):
-            there.index([docs])
-        there.index([docs], rebuild=True)
+        assert there.index([docs]).chunks_embedded == 0
         assert len(there.query("cats", k=10)) == 4
     assert not (index_dir / "chroma").exists()
     assert_same(rows_on(chroma.url, index_dir), before)
+
+
+def test_a_mirror_stays_if_it_cannot_move(
+    docs: Path, on_server: ChromaIndexer, chroma: ChromaProcess, tiny_encoder: EpicEncoder
+) -> None:
+    index_dir = docs / ".epic-rag"
+    before = rows_on(chroma.url, index_dir)
+    (docs / "new.md").write_text("Something new.\n")
+    with ChromaIndexer(index_dir, encoder=tiny_encoder, chroma=f"http://{HOST}:{free_port()}") as wrong:
+        with pytest.raises(ChromaServerError, match=r"connection refused.*The index itself is complete"):
+            wrong.index([docs])
+        assert wrong.status().chroma == chroma.url
+        assert len(wrong.query("cats", k=10)) == 5
+    report = on_server.index([docs])
+    assert (report.unchanged, report.chunks_embedded) == (4, 0)
+    assert set(before) < set(rows_on(chroma.url, index_dir))
+    assert len(collections(chroma.url)) == 1
 
 
 def test_a_server_with_a_new_address_is_followed(
@@ -187,19 +209,23 @@ def test_a_server_with_a_new_address_is_followed(
         report = moved.index([docs])
         assert (report.unchanged, report.chunks_embedded) == (3, 0)
         assert moved.status().chroma == front.url
-        assert len(moved.query("cats", k=10)) == 4
+        assert len(rows_on(chroma.url, docs / ".epic-rag")) == 4  # although the old place was deleted
+        assert len(collections(chroma.url)) == 1
 
 
-def test_the_address_of_an_index_that_was_never_made_can_be_corrected(
+def test_the_address_of_a_new_index_can_be_corrected(
     docs: Path, chroma: ChromaProcess, tiny_encoder: EpicEncoder
 ) -> None:
     wrong = f"http://{HOST}:{free_port()}"
-    with pytest.raises(ChromaServerError), ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder, chroma=wrong) as one:
-        one.index([docs])
-    assert not (docs / ".epic-rag").exists()
+    with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder, chroma=wrong) as one:
+        with pytest.raises(ChromaServerError, match="The index itself is complete"):
+            one.index([docs])
+        assert len(one.query("cats", k=10)) == 4
     with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder, chroma=chroma.url) as two:
-        assert two.index([docs]).added == 3
+        assert two.index([docs]).chunks_embedded == 0
+        assert len(rows_on(chroma.url, docs / ".epic-rag")) == 4
         two.clear()
+    assert collections(chroma.url) == {}
 
 
 def test_tenant_and_database(
@@ -244,9 +270,9 @@ def test_the_token_is_sent_and_kept_nowhere(
             assert path.is_dir() or TOKEN.encode() not in path.read_bytes()
         assert TOKEN not in json.dumps(collections(chroma.url))
         monkeypatch.setenv("EPIC_RAG_CHROMA_TOKEN", f"old-{TOKEN}")
-        indexer.close()
+        (docs / "new.md").write_text("Something new.\n")
         with pytest.raises(ChromaServerError, match="refuses the credentials") as caught:
-            indexer.query("cats")
+            indexer.index([docs])
         assert TOKEN not in str(caught.value)
         monkeypatch.setenv("EPIC_RAG_CHROMA_TOKEN", TOKEN)
         indexer.clear()
@@ -259,40 +285,44 @@ def test_a_folder_from_elsewhere_sends_nothing_anywhere(
     tiny_encoder: EpicEncoder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its index.json may name any server; that of a stranger gets neither token nor query."""
+    """Its database may name any server; that of a stranger gets neither token nor texts."""
     with Front(lambda *_: None, chroma.url) as front:
-        content = json.loads((docs / ".epic-rag/index.json").read_text())
-        content["chroma"]["url"] = front.url
-        (docs / ".epic-rag/index.json").write_text(json.dumps(content))
+        name_server(docs / ".epic-rag", front.url)
         monkeypatch.setenv("EPIC_RAG_CHROMA_TOKEN", TOKEN)
         with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
-            for call in (lambda: indexer.query("cats"), lambda: indexer.index([docs]), indexer.clear):
+            assert len(indexer.query("cats", k=10)) == 4
+            for call in (lambda: indexer.index([docs]), indexer.clear):
                 with pytest.raises(IndexStateError, match=f"not named on this machine.* --chroma {front.url}"):
                     call()
             assert front.requests == []
             monkeypatch.setenv("EPIC_RAG_CHROMA", front.url)
-            assert len(indexer.query("cats", k=10)) == 4
+            indexer.index([docs])
+            assert front.requests != []
             # Once named, it is known.
             monkeypatch.delenv("EPIC_RAG_CHROMA")
-            assert len(indexer.query("cats", k=10)) == 4
             indexer.clear()
 
 
-def test_a_server_on_another_machine_must_be_named(docs: Path, on_server: ChromaIndexer, tmp_path: Path) -> None:
-    content = json.loads((docs / ".epic-rag/index.json").read_text())
-    content["chroma"]["url"] = "http://chroma.invalid:8000"
-    (docs / ".epic-rag/index.json").write_text(json.dumps(content))
-    with ChromaIndexer(docs / ".epic-rag") as indexer, pytest.raises(IndexStateError, match="not named"):
-        indexer.status()
-    with ChromaIndexer(docs / ".epic-rag", chroma="http://chroma.invalid:8000") as indexer:
-        assert indexer.status().chroma == "http://chroma.invalid:8000"
-    with ChromaIndexer(docs / ".epic-rag") as indexer:
-        indexer.status()
-    known = tmp_path / "state/epic-rag/chroma_servers.json"
-    assert json.loads(known.read_text()) == {"servers": ["http://chroma.invalid:8000"]}
-    known.write_text("[broken")
-    with ChromaIndexer(docs / ".epic-rag") as indexer, pytest.raises(IndexStateError, match="not named"):
-        indexer.status()
+def test_a_server_on_another_machine_must_be_named(
+    docs: Path, on_server: ChromaIndexer, tiny_encoder: EpicEncoder, tmp_path: Path
+) -> None:
+    name_server(docs / ".epic-rag", "http://chroma.invalid:8000")
+    (docs / "new.md").write_text("Something new.\n")
+    with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
+        with pytest.raises(IndexStateError, match="not named"):
+            indexer.index([docs])
+        with (
+            ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder, chroma="http://chroma.invalid:8000") as named,
+            pytest.raises(ChromaServerError, match="host name"),
+        ):
+            named.index([docs])
+        with pytest.raises(ChromaServerError, match="host name"):
+            indexer.index([docs])
+        known = tmp_path / "state/epic-rag/chroma_servers.json"
+        assert json.loads(known.read_text()) == {"servers": ["http://chroma.invalid:8000"]}
+        known.write_text("[broken")
+        with pytest.raises(IndexStateError, match="not named"):
+            indexer.index([docs])
 
 
 def test_a_live_reader_sees_what_another_wrote(docs: Path, on_server: ChromaIndexer, tiny_encoder: EpicEncoder) -> None:
@@ -314,35 +344,6 @@ def test_what_somebody_deleted_on_the_server_comes_back(
     assert_same(rows_on(chroma.url, docs / ".epic-rag"), before)
     with plain_client(chroma.url) as client:
         client.delete_collection(name)
-    on_server.close()
-    with pytest.raises(IndexStateError, match="Run `epic-rag index` with the indexed folder"):
-        on_server.query("cats", mode="dense")
+    assert len(on_server.query("cats", k=10)) == 4
     assert on_server.index([docs]).chunks_embedded == 0
     assert_same(rows_on(chroma.url, docs / ".epic-rag"), before)
-
-
-def test_a_graph_that_fails_is_made_again(docs: Path, on_server: ChromaIndexer, chroma: ChromaProcess) -> None:
-    """As after the death of a server that was writing its graph: it is there again, and cannot read what it wrote."""
-    before = rows_on(chroma.url, docs / ".epic-rag")
-    broken = json.loads((docs / ".epic-rag/index.json").read_text())["collection"]
-
-    def fail(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer | None:
-        if f"{broken}/" in path and path.rpartition("/")[2] in ("upsert", "query", "get"):
-            return 500, {}, b'{"error": "InternalError", "message": "Failed to apply logs to the hnsw segment writer"}'
-        return None
-
-    with Front(fail, chroma.url) as front, ChromaIndexer(docs / ".epic-rag", encoder=on_server._given) as indexer:
-        content = json.loads((docs / ".epic-rag/index.json").read_text())
-        content["chroma"]["url"] = front.url
-        (docs / ".epic-rag/index.json").write_text(json.dumps(content))
-        with pytest.raises(ChromaServerError, match="hnsw segment writer"):
-            indexer.query("cats", mode="dense")
-        assert indexer.index([docs]).chunks_embedded == 0
-        assert_same(rows_on(chroma.url, docs / ".epic-rag"), before)
-        # And while rows are written.
-        broken = json.loads((docs / ".epic-rag/index.json").read_text())["collection"]
-        (docs / "new.md").write_text("# New\n\nSomething new.\n")
-        assert indexer.index([docs]).chunks_embedded == 1
-        assert len(rows_on(chroma.url, docs / ".epic-rag")) == 5
-        assert len(indexer.query("cats", k=10, mode="dense")) == 5
-        assert len(collections(chroma.url)) == 1
