@@ -285,6 +285,8 @@ def hit_lines(hits: Sequence[Hit], query: str, mode: SearchMode, *, links: bool)
         head = Text(f"{hit.rank:>{rank_width}}  ", style="dim")
         head.append(f"{_scores(hit, mode)}  ", style="not dim green")
         head.append(printable(location(hit)), style=_place_style(hit, links))
+        if hit.stale is not None:
+            head.append(f"  {hit.stale} since the last run", style="not dim yellow")
         if hit.heading_path:
             head.append("  " + printable(" > ".join(hit.heading_path)), style="not dim magenta")
         lines.append(head)

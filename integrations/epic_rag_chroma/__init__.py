@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         SearchFilters,
         SearchMode,
         SkippedFile,
+        StaleState,
     )
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "SearchSettings",
     "SkippedFile",
     "Span",
+    "StaleState",
     "parse_filters",
 ]
 
@@ -107,6 +109,7 @@ _NAMES = {
         "SearchFilters",
         "SearchMode",
         "SkippedFile",
+        "StaleState",
     ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

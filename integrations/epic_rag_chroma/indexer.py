@@ -22,7 +22,17 @@ from epic_rag_chroma.store.lock import chroma_lock, is_locked, write_lock
 from epic_rag_chroma.store.migration import old_place
 from epic_rag_chroma.store.paths import DATABASE_FILE, existing_path, root_path
 from epic_rag_chroma.store.server import NO_CHROMA, ChromaServer, ServerPlace, parse_server, require_known
-from epic_rag_chroma.types import Hit, IndexPlan, IndexProgress, IndexReport, IndexSettings, IndexStatus, RunState
+from epic_rag_chroma.store.state import stale_state
+from epic_rag_chroma.types import (
+    Hit,
+    IndexPlan,
+    IndexProgress,
+    IndexReport,
+    IndexSettings,
+    IndexStatus,
+    RunState,
+    StaleState,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -267,6 +277,28 @@ class ChromaIndexer:
             state=run_state,
             kinds=dict(sorted(Counter(kind_of(path) for _, path in files).items())),
         )
+
+    def stale_files(self, *, max_files: int | None = None) -> dict[str, StaleState] | None:
+        """Compare the indexed files with those on disk, by size and modification time; reads none of them.
+
+        Args:
+            max_files: Number of files up to which it is done.
+
+        Returns:
+            The state of each file that changed or is gone, by its absolute path; None if there are more files than
+            `max_files`. Files that are new on disk are not found.
+
+        Raises:
+            IndexNotFoundError: If there is no index.
+            IndexStateError: If it cannot be read.
+        """
+        self._check_owner()
+        files = self._reader.read(lambda index: index.database.file_times(), needs_vectors=False)
+        if max_files is not None and len(files) > max_files:
+            return None
+        folders = {root: str(root_path(root, self._index_dir)) for root in {root for root, *_ in files}}
+        states = {f"{folders[root]}/{path}": (size, mtime_ns) for root, path, size, mtime_ns in files}
+        return {path: state for path, known in states.items() if (state := stale_state(path, *known)) is not None}
 
     def clear(self) -> None:
         """Delete the files of the index, and the folder if nothing else is in it.

@@ -26,12 +26,15 @@ __all__ = [
     "SearchFilters",
     "SearchMode",
     "SkippedFile",
+    "StaleState",
 ]
 
 # Default name of the index folder, inside the first indexed path.
 INDEX_FOLDER = ".epic-rag"
 RunState = Literal["complete", "running", "interrupted"]
 SearchMode = Literal["dense", "hybrid", "keyword"]
+StaleState = Literal["changed", "deleted"]
+"""A file with another size or modification time than when it was indexed, or one that is gone."""
 SEARCH_MODES: Sequence[SearchMode] = ("dense", "hybrid", "keyword")
 DEFAULT_MODE: SearchMode = "hybrid"
 
@@ -179,6 +182,8 @@ class Hit:
         bm25: BM25 score; None if the chunk contains no term of the query, and in dense mode.
         rerank_score: Score of the reranker; None without one.
         duplicates: Locations ("path:line") of near-duplicates, which the results leave out.
+        stale: "changed" or "deleted" if the file is no longer what was indexed, by its size and modification time;
+            None if it is.
     """
 
     rank: int
@@ -198,6 +203,7 @@ class Hit:
     bm25: float | None = None
     rerank_score: float | None = None
     duplicates: tuple[str, ...] = field(default=())
+    stale: StaleState | None = None
 
 
 @dataclass(frozen=True)

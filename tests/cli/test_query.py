@@ -197,6 +197,7 @@ def test_json(fake: type[FakeIndexer], cli: Any) -> None:
                 "bm25": None,
                 "rerank_score": None,
                 "duplicates": ["b.md:1"],
+                "stale": None,
             }
         ],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -70,6 +71,48 @@ def test_text_output(cli: Any, indexed: Path) -> None:
     assert heads[0].startswith(" 1  ") or heads[0].startswith("1  ")
     assert any(re.search(r"  docs/notes\.txt:1-2$", line) for line in heads)
     assert any(re.search(r"  docs/install\.md:\d+(-\d+)?  Guide > Install$", line) for line in heads)
+
+
+def test_changed_and_deleted_files_are_marked(cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    query = ("query", "the", *INDEX, "--mode", "keyword", "-k", "9", "--all")
+    fresh = cli(*query)
+    assert fresh.err == ""
+    assert "since the last run" not in fresh.out
+    (indexed / "undo.md").write_text("# Undo\n\nOther text.\n")
+    (indexed / "install.md").unlink()
+    (indexed / "drafts/idea.md").touch()  # with the same content, but a stat cannot know that
+    (indexed / "new.md").write_text("the")
+    note = (
+        "note: Since the last run: 2 files changed, 1 file deleted. Run `epic-rag index{option}` to update the index.\n"
+    )
+    result = cli(*query)
+    assert (result.status, result.err) == (0, note.format(option=" --index-dir docs/.epic-rag"))
+    marked = re.findall(r"  (docs/\S+?):\S+  (changed|deleted) since the last run", result.out)
+    assert set(marked) == {("docs/undo.md", "changed"), ("docs/install.md", "deleted")}
+    answer = cli(*query, "--json")
+    assert answer.err == result.err
+    states = {hit["path"]: hit["stale"] for hit in json.loads(answer.out)["hits"]}
+    assert states == {"undo.md": "changed", "install.md": "deleted", "notes.txt": None}
+    assert cli(*query, "--quiet").err == ""
+    Path("queries.jsonl").write_text('{"query": "the"}\n{"query": "cats"}\n')
+    batch = cli("query", "--batch", "queries.jsonl", *INDEX, "--mode", "keyword", "--jsonl")
+    assert batch.err == result.err
+    # Of more files than can be compared in no time, only those of the hits count.
+    monkeypatch.setattr("epic_rag_cli.commands.query._COMPARED_FILES", 3)
+    few = cli("query", "reset", *INDEX, "--mode", "keyword", "-k", "1")
+    assert few.err.startswith("note: Since the last run: 1 file changed. Run ")
+    monkeypatch.undo()
+    monkeypatch.chdir(indexed)
+    assert cli("query", "the", "--mode", "keyword").err == note.format(option="")
+    assert cli("index").status == 0
+    assert cli("query", "the", "--mode", "keyword").err == ""
+
+
+def test_a_copied_folder_is_not_stale(cli: Any, indexed: Path) -> None:
+    """Other inodes and change times are no changes, nor is a file that has been read."""
+    shutil.copytree(indexed, "copy")
+    Path("copy/notes.txt").chmod(0o600)
+    assert cli("query", "cats", "--index-dir", "copy", "--mode", "keyword").err == ""
 
 
 def test_demonstrations_change_the_scores(cli: Any, indexed: Path, pairs: Path, tiny_checkpoint: Path) -> None:
@@ -292,7 +335,7 @@ def test_open_errors(cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch) -
     (indexed / "notes.txt").unlink()
     result = cli(*search, "--open")
     assert result.status == 1
-    assert result.err.startswith("error: docs/notes.txt no longer exists. Run `epic-rag index`")
+    assert "error: docs/notes.txt no longer exists. Run `epic-rag index`" in result.err
 
 
 def test_prompt(indexed: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sqlite3
 import unicodedata
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from epic_rag_chroma import Hit, QueryWords, SkippedFile
-from epic_rag_chroma.store.keyword_index import KeywordIndex
+from epic_rag_chroma.store.database import IndexDatabase, Record
 from epic_rag_cli.results import hit_lines, print_skipped, snippet
 from epic_rag_cli.terminal import Verbosity, columns, emit, message, printable, request_verbosity, reset_verbosity
 from tests.helpers.fake_indexer import hit
@@ -105,12 +106,13 @@ def test_marked_words(text: str, query: str, expected: list[str]) -> None:
 def test_words_are_marked_as_keyword_search_finds_them(tmp_path: Any) -> None:
     """What FTS5 finds by one word is marked, and nothing else is."""
     texts = ["Installing files", "a filing", "the installer", "files", "INSTALLED", "fílés", "instal", "unrelated"]
-    index = KeywordIndex.open(tmp_path, "c")
-    index.upsert([str(number) for number in range(len(texts))], texts, ["d"] * len(texts))
+    database = IndexDatabase.open(tmp_path / "index.sqlite")
+    with database.transaction():
+        database.put([Record(str(number), text, {}, np.ones(2, np.float32)) for number, text in enumerate(texts)])
     for query in ("install", "file", "installation", "filed"):
-        found = {int(each) for each, _ in index.search(query, 100)}
+        found = {int(each) for each, _ in database.match(query, 100)}
         assert {number for number, text in enumerate(texts) if marked(text, query)} == found, query
-    index.close()
+    database.close()
 
 
 def test_sqlite_without_full_text_search(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from epic_rag_chroma import Hit, SearchRequest
+from epic_rag_chroma import Hit, SearchRequest, StaleState
 
 
 def hit(**changes: Any) -> Hit:
@@ -50,6 +50,9 @@ class FakeIndexer:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+    def stale_files(self, *, max_files: int) -> dict[str, StaleState]:
+        return {}
 
     def query(self, text: str, request: SearchRequest) -> list[Hit]:
         type(self).request = request

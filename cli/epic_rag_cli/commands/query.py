@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ __all__ = ["QueryCommand", "editor_command", "fill_open_number", "open_hit", "qu
 _EXAMPLE = '{"query": "..."}'
 _GROUP = 256  # queries that are encoded together
 _HISTORY_LINES = 1000
+_COMPARED_FILES = 10_000  # comparing more would take as long as the query
 # Formats that are not text; they open in the system's viewer.
 _DOCUMENT_KINDS = frozenset(["pdf", "docx", "pptx", "xlsx", "opendocument", "rtf", "epub"])
 _PLUS_LINE_EDITORS = frozenset(
@@ -159,6 +161,7 @@ def query(
 
     Each hit has its rank, its scores (cosine: similarity of the vectors; bm25: match of the words), the file with
     first and last line or the page, and the headings above it. Near-duplicates are listed under the best of them.
+    Files that changed or were deleted since they were indexed are marked.
     Demonstrations of your own (--bank) change the results at once, without a new index.
     Without TEXT on a terminal, queries are typed one after the other and the model stays loaded.
 
@@ -215,15 +218,18 @@ def query(
     with open_indexer(folder, model=model, dtype=dtype, device=device, chroma=chroma) as indexer:
         if batch is not None:
             printer.batch(indexer, queries)
+            _note_stale(indexer, index_dir)
         elif text is not None:
             with _gc_disabled():
                 hits = indexer.query(_encodable(text), request)
             printer.hits(text, hits)
+            _note_stale(indexer, index_dir, hits)
             if open_number is not None and hits:
                 open_hit(hits, open_number)
         else:
             status = indexer.status()
             message("note", f"{plural(status.chunks, 'chunk')} of {plural(status.files, 'file')}. Ctrl-D quits.")
+            _note_stale(indexer, index_dir)
             run_prompt(lambda line: printer.hits(line, indexer.query(_encodable(line), request)))
 
 
@@ -296,6 +302,20 @@ class _Printer:
             "mode": self._request.mode,
             "hits": [dataclasses.asdict(hit) for hit in hits],
         }
+
+
+def _note_stale(indexer: ChromaIndexer, index_dir: Path | None, hits: Sequence[Hit] = ()) -> None:
+    """Print how many files changed since the last run; of very many files, only those of the hits are compared."""
+    stale = indexer.stale_files(max_files=_COMPARED_FILES)
+    if stale is None:
+        stale = {file_of(hit): hit.stale for hit in hits if hit.stale is not None}
+    if not stale:
+        return
+    counts = Counter(stale.values())
+    shown = [f"{plural(counts['changed'], 'file')} changed"] if counts["changed"] else []
+    shown += [f"{plural(counts['deleted'], 'file')} deleted"] if counts["deleted"] else []
+    option = "" if index_dir is None else f" --index-dir {shlex.quote(str(index_dir))}"
+    message("note", f"Since the last run: {', '.join(shown)}. Run `epic-rag index{option}` to update the index.")
 
 
 def _encodable(text: str) -> str:

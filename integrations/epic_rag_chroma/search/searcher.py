@@ -32,7 +32,8 @@ from epic_rag_chroma.search.reranking import RERANK_DEPTH, Reranker, load_rerank
 from epic_rag_chroma.store.keyword_index import KeywordsUnavailableError
 from epic_rag_chroma.store.layout import is_safe_relative_path
 from epic_rag_chroma.store.paths import root_path
-from epic_rag_chroma.types import Hit
+from epic_rag_chroma.store.state import stale_state
+from epic_rag_chroma.types import Hit, StaleState
 
 if TYPE_CHECKING:
     from epic_rag_chroma.search.index_reader import IndexReader, IndexSnapshot, Ranking
@@ -65,6 +66,7 @@ class _Candidate:
     bm25: float | None
     rerank_score: float | None = None
     duplicates: list[str] = field(default_factory=list)
+    stale: StaleState | None = None
 
     @property
     def headings(self) -> tuple[str, ...]:
@@ -148,6 +150,12 @@ class Searcher:
                 self._search_one(filtered, text, None if vectors is None else vectors[row], request, reranker)
                 for row, text in enumerate(texts)
             ]
+            for hit in (hit for hits in found for hit in hits):
+                root, path = str(hit.row.metadata.get("root", "")), str(hit.row.metadata.get("path", ""))
+                entry = index.database.file((root, path))
+                if entry is not None and entry.stamp is not None:
+                    location = str(root_path(root, self._index_dir) / path)
+                    hit.stale = stale_state(location, entry.stamp.size, entry.stamp.mtime_ns)
             if filtered.allowed is not None:
                 self._allowed = {key: filtered.allowed}
             return found
@@ -242,6 +250,7 @@ class Searcher:
             bm25=found.bm25,
             rerank_score=found.rerank_score,
             duplicates=tuple(found.duplicates),
+            stale=found.stale,
         )
 
 

@@ -283,6 +283,11 @@ class IndexDatabase:
         """Return the entry of a file; None if it is not in the index."""
         return next((entry for _, entry in self._files("WHERE root = ? AND path = ?", key)), None)
 
+    def file_times(self) -> list[tuple[str, str, int | None, int | None]]:
+        """Return root, path, size and modification time of all files, in a fraction of the time of `files`."""
+        with self._errors():
+            return self._connection.execute("SELECT root, path, size, mtime_ns FROM files").fetchall()
+
     def put_file(self, key: DocumentKey, entry: FileEntry) -> None:
         """Store the entry of a file."""
         stamp: tuple[int | None, ...] = (None,) * 4

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from epic_rag.errors import EpicError
 from epic_rag_chroma.store.paths import FileStamp
 from epic_rag_chroma.store.server import LOCAL, ServerPlace
-from epic_rag_chroma.types import IndexSettings
+from epic_rag_chroma.types import IndexSettings, StaleState
 
-__all__ = ["CHUNKER_VERSION", "FileEntry", "IndexState", "MirrorState"]
+__all__ = ["CHUNKER_VERSION", "FileEntry", "IndexState", "MirrorState", "stale_state"]
 
 # Increased whenever a file would be chunked or embedded differently; an index of another version has to be rebuilt.
 CHUNKER_VERSION = 2
@@ -122,3 +123,25 @@ class MirrorState:
     def is_complete(self) -> bool:
         """True if the collection has exactly the chunks of the index."""
         return self.collection is not None and not self.is_dirty and not self.is_behind
+
+
+def stale_state(path: str, size: int | None, mtime_ns: int | None) -> StaleState | None:
+    """Compare a file with its size and modification time when it was indexed.
+
+    Inodes and change times do not count: those of a copied folder differ.
+
+    Args:
+        path: The file's absolute path.
+        size: Its size in bytes; None if unknown.
+        mtime_ns: Its modification time; None if unknown.
+
+    Returns:
+        The difference; None if there is none, or nothing to compare with.
+    """
+    try:
+        info = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return "deleted"
+    except OSError:  # it may not be seen
+        return None
+    return None if size is None or (info.st_size == size and info.st_mtime_ns == mtime_ns) else "changed"
