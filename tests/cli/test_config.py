@@ -148,7 +148,7 @@ def test_paths_are_relative_to_the_file(cli: Any, tiny_checkpoint: Path, docs: P
     (docs / "tiny").symlink_to(tiny_checkpoint)
     (docs / "epic-rag.toml").write_text('model = "tiny"\nindex-dir = "here/idx"\n')
     assert cli("index", "docs", "--config", "docs/epic-rag.toml").status == 0
-    assert (docs / "here/idx/index.json").is_file()
+    assert (docs / "here/idx/index.sqlite").is_file()
 
 
 @pytest.mark.parametrize(

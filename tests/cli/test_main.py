@@ -147,18 +147,18 @@ def test_wrong_names(
     check(cli("query", "cats", *options), 1, *facts)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"format_version": 999}'])
+@pytest.mark.parametrize("content", [b"{}", b"\xff\xfe" * 1000, b"SQLite format 3\0" + bytes(1000)])
 @pytest.mark.parametrize("command", [["query", "cats"], ["status"], ["index", "."]])
 def test_broken_index_file(
     cli: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, command: list[str]
 ) -> None:
     monkeypatch.chdir(indexed)
-    (indexed / ".epic-rag/index.json").write_bytes(content)
-    check(cli(*command), 1, r"index\.json", "`epic-rag |`pip ")
+    (indexed / ".epic-rag/index.sqlite").write_bytes(content)
+    check(cli(*command), 1, r"index\.sqlite", "`epic-rag |`pip ")
 
 
 def test_rebuild_repairs_a_broken_index(cli: Any, indexed: Path, tiny_checkpoint: Path) -> None:
-    (indexed / ".epic-rag/index.json").write_text("{")
+    (indexed / ".epic-rag/index.sqlite").write_text("{")
     result = cli("index", "docs", "--rebuild", "--chunk-tokens", "50", "--model", tiny_checkpoint)
     assert result.status == 0, result.err
     assert cli("query", "cats", "--index-dir", "docs/.epic-rag").status == 0

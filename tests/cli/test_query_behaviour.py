@@ -365,7 +365,7 @@ def test_prompt(indexed: Path, tmp_path: Path) -> None:
         terminal.wait_for(r"notes\.txt:1-2.*epic-rag> ")
         terminal.type("nothingofthekind\r")
         terminal.wait_for("note: No chunk has a word of the query.*epic-rag> ")
-        (indexed / ".epic-rag/index.json").write_text("{")
+        (indexed / ".epic-rag/index.sqlite").unlink()
         terminal.type("cats\r")
         terminal.wait_for("error: .*epic-rag> ")
         terminal.type("\x04")

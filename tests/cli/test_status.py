@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from epic_rag_chroma.store.database import IndexDatabase
+
 
 def test_status(cli: Any, indexed: Path) -> None:
     state = json.loads(cli("status", "--index-dir", "docs/.epic-rag", "--json").out)
@@ -54,7 +56,10 @@ def test_kinds_and_last_run(cli: Any, indexed: Path) -> None:
     assert state["kinds"] == {"markdown": 3, "text": 1}
     assert state["last_run"]["added"] == 4
     assert state["state"] == "complete"
-    (indexed / ".epic-rag/running.json").write_text("{}")
+    database = IndexDatabase.open(indexed / ".epic-rag/index.sqlite")
+    with database.transaction():
+        pass  # as a run that ends here
+    database.close()
     assert (
         cli("status", "--index-dir", "docs/.epic-rag")
         .out.splitlines()[-1]

@@ -144,14 +144,14 @@ def test_bursts_of_changes(docs: Path, tiny_checkpoint: Path, watch: Callable[..
     watching.until(added=1)
 
     # An error does not end the watch.
-    state = docs / ".epic-rag/index.json"
-    kept = state.read_text()
-    state.write_text("{")
+    database = docs / ".epic-rag/index.sqlite"
+    kept = database.read_bytes()
+    database.write_text("{")
     (docs / "newer.md").write_text("# Newer\n\nSomething newer.\n")
-    assert "index.json" in watching.round()["error"]
+    assert "index.sqlite" in watching.round()["error"]
     while not watching.err.line().endswith("(Trying again after the next change.)"):
         pass
-    state.write_text(kept)
+    database.write_bytes(kept)
     (docs / "newest.md").write_text("# Newest\n\nSomething newest.\n")
     watching.until(added=2)
 
