@@ -19,7 +19,7 @@ from epic_rag_chroma.search.searcher import Searcher, replace_queries
 from epic_rag_chroma.store.database import IndexDatabase
 from epic_rag_chroma.store.layout import check_owner, delete_index, folder_size, is_index, remove_if_empty
 from epic_rag_chroma.store.lock import chroma_lock, is_locked, write_lock
-from epic_rag_chroma.store.migration import old_place
+from epic_rag_chroma.store.migration import check_migrated, old_place
 from epic_rag_chroma.store.paths import DATABASE_FILE, existing_path, root_path
 from epic_rag_chroma.store.server import NO_CHROMA, ChromaServer, ServerPlace, parse_server, require_known
 from epic_rag_chroma.store.state import stale_state
@@ -257,6 +257,7 @@ class ChromaIndexer:
         finally:
             database.close()
         if state is None:
+            check_migrated(self._index_dir)
             raise self._reader.not_found()
         run_state: RunState = "complete"
         if is_unfinished:

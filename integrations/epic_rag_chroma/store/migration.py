@@ -9,6 +9,7 @@ import json
 import logging
 import shlex
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -95,14 +96,15 @@ def migrate(index_dir: Path, database: IndexDatabase) -> None:
             del content[name]
         state = IndexState.from_json(json.dumps({**content, "chroma": LOCAL if place is None else place}))
         entries = _files(index_dir, collection)
+        chunks: Counter[DocumentKey] = Counter()
         with database.transaction():
             for records in _records(index_dir, collection):
                 database.put(records)
-                for record in records:
-                    key = (str(record.metadata["root"]), str(record.metadata["path"]))
-                    database.put_file(key, entries.get(key, FileEntry("", 0)))
-            for key, entry in entries.items():
-                database.put_file(key, entry)
+                chunks.update((str(each.metadata["root"]), str(each.metadata["path"])) for each in records)
+            for key in {**entries, **chunks}:
+                entry = entries.get(key)
+                # A file of unknown state, or one that has lost rows, is read again.
+                database.put_file(key, entry if entry and entry.chunks == chunks[key] else FileEntry("", chunks[key]))
             database.save_state(state)
         database.begin_mirror(None)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -125,7 +127,7 @@ def old_place(index_dir: Path) -> ServerPlace | None:
     """Return the place on a server of an index of format 2; None if it has none or cannot be read."""
     try:
         return ServerPlace.from_json(json.loads((index_dir / OLD_INDEX_FILE).read_text(encoding="utf-8"))["chroma"])
-    except (OSError, ValueError, KeyError, TypeError, EpicError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, EpicError):
         return None
 
 
@@ -143,7 +145,7 @@ def _files(index_dir: Path, collection: str | None) -> dict[DocumentKey, FileEnt
             )
             for root, path, digest, chunks, checked_ns, *stamp in content["files"]
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
