@@ -35,6 +35,7 @@ from epic_rag.cpu_kernels import has_bfloat16_instructions, use_onednn
 from epic_rag.errors import CheckpointError, ConfigError, reason_of
 from epic_rag.files import apply_umask, save_tensors
 from epic_rag.int8_weights import dequantise, quantise, remove_weights, write_int8_model
+from epic_rag.numpy_bert import record_hash
 from epic_rag.prompt import PromptBuilder
 
 __all__ = [
@@ -193,7 +194,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str | None = No
         **prompt.settings(),
         **checkpoint.config.to_dict(),
     }
-    _write_json(folder / EPIC_FILE, epic)
+    weights_hash = record_hash(folder, epic)
+    _write_json(folder / EPIC_FILE, epic if weights_hash is None else {**epic, "weights_hash": weights_hash})
 
 
 def parse_dtype(dtype: str | torch.dtype | None, device: torch.device, *, extra: tuple[str, ...] = ()) -> torch.dtype:

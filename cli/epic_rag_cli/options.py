@@ -6,6 +6,7 @@ so that the configuration file is known before the other options take their defa
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -82,6 +83,7 @@ def open_indexer(
         chroma: The Chroma server of `--chroma`.
     """
     # Imported here, as every library in a command, so that --help answers at once.
+    _import_numpy()
     from epic_rag_chroma import ChromaIndexer
 
     def load() -> Any:
@@ -90,6 +92,22 @@ def open_indexer(
         return EpicEncoder.from_pretrained(model, dtype=dtype, device=device)
 
     return ChromaIndexer(folder, encoder=None if model is None else load, chroma=chroma, dtype=dtype, device=device)
+
+
+def _import_numpy() -> None:
+    """Import numpy with one thread for matrix products, unless the user has set their number.
+
+    Products of one query are small. Where other programs are busy, several threads would mostly wait for each other:
+    OpenBLAS spins until the slowest is done.
+    """
+    variable = "OPENBLAS_NUM_THREADS"
+    if variable in os.environ:
+        return
+    os.environ[variable] = "1"
+    try:
+        import numpy  # noqa: F401 - OpenBLAS reads the variable now, and no program started later inherits it
+    finally:
+        del os.environ[variable]
 
 
 class Command(TyperCommand):

@@ -58,6 +58,25 @@ def test_light_commands_import_nothing_heavy(process: Any, indexed: Path) -> Non
     assert "notes.txt:1-2" in result.out
 
 
+def test_an_index_of_the_default_model_needs_nothing_heavy(process: Any, docs: Path) -> None:
+    lines = [
+        # The mirror alone needs chromadb; `index docs` would make it.
+        ["index", "docs", "--chroma", "none"],
+        ["index", "docs"],
+        ["index", "docs", "--dry-run"],
+        ["status", "--index-dir", "docs"],
+        ["query", "how do I undo a commit?", "--index-dir", "docs"],
+        ["query", "undo", "--mode", "dense", "--json", "--index-dir", "docs"],
+        ["query", "undo", "--bank", "docs", "-n", "4", "--model", "epic-minilm", "--index-dir", "docs"],
+    ]
+    code = "import sys\nfrom epic_rag_cli.main import run\n"
+    for line in lines:
+        code += f"assert run({line!r}) == 0\nassert not [name for name in {HEAVY!r} if name in sys.modules], {line!r}\n"
+    result = process("-c", code, command=[sys.executable])
+    assert result.status == 0, result.err
+    assert "undo.md:1-3" in result.out
+
+
 def test_console_script(process: Any) -> None:
     script = Path(sysconfig.get_path("scripts")) / "epic-rag"
     command = [str(script)] if script.exists() else [*MODULE]

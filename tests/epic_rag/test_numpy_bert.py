@@ -24,6 +24,7 @@ from epic_rag import ConfigError, EpicEncoder, QueryPrompt
 from epic_rag import encoder as encoder_module
 from epic_rag.backbone import PROJECTORS, Pooling, ProjectorKind
 from epic_rag.checkpoints import EncoderConfig, read_epic_file, resolve
+from epic_rag.files import save_tensors
 from epic_rag.numpy_bert import open_numpy_bert
 from tests.conftest import make_encoder
 
@@ -292,3 +293,31 @@ print(sorted({"torch", "transformers"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_hash_of_unchanged_files_is_not_computed_again(tmp_path: Path) -> None:
+    folder = variant(tmp_path, head=True, dtype="int8")
+    recorded = read_epic_file(folder)["weights_hash"]["values"]
+    light, full = open_both(folder)
+    assert light.fingerprint == full.fingerprint
+    _edit_json("epic.json", weights_hash={**read_epic_file(folder)["weights_hash"], "values": "0" * 64})(folder)
+    trusted, _ = open_both(folder)
+    assert trusted.fingerprint != full.fingerprint
+    # Other weights in the same folder, under the settings of the former ones.
+    for file in ("projector.safetensors", "2_Dense/model.safetensors", "model-int8-00001-of-00001.safetensors"):
+        tensors = load_file(folder / file)
+        name = next(name for name, value in tensors.items() if value.dtype == torch.float32 and value.ndim == 1)
+        save_tensors({**tensors, name: tensors[name] + 1}, folder / file)
+        light, full = open_both(folder)
+        assert light.fingerprint == full.fingerprint
+        assert light.fingerprint not in (recorded, trusted.fingerprint)
+        save_tensors(tensors, folder / file)
+
+
+def test_the_recorded_hash_of_the_shipped_checkpoint() -> None:
+    epic = read_epic_file(SHIPPED)
+    known = open_numpy_bert(SHIPPED, epic, max_query_tokens=None, max_document_tokens=None)
+    computed = open_numpy_bert(SHIPPED, {**epic, "weights_hash": None}, max_query_tokens=None, max_document_tokens=None)
+    assert known is not None
+    assert computed is not None
+    assert known[0].weights_hash() == computed[0].weights_hash() == epic["weights_hash"]["values"]
