@@ -414,7 +414,7 @@ class _Chunker:
             if pages is not None:
                 lines = (None, None)
             elif spans is not None:
-                lines = (spans[first][0], max(spans[last]))
+                lines = (min(spans[first : last + 1])[0], max(end for _, end in spans[first : last + 1]))
             page = pages[first] or None if pages is not None else None
             yield group[0], group[-1], Chunk(text, read, section.path, *lines, page, tokens, plain)
 

@@ -158,7 +158,7 @@ def _detect_change(
     if entry is not None and entry.digest == digest:
         return Unchanged(stamp, checked_ns)
     try:
-        document = reader.read(file.path, data)
+        document = reader.read(file.path, data, named=file.named)
     except NotTextError as error:
         return Skipped(str(error), keep=False)
     except (BrokenFileError, MissingExtraError) as error:

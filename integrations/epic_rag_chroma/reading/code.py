@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from epic_rag_chroma.reading.document import Document, Scope, SplitCost, clean_title
+from epic_rag_chroma.reading.escapes import code_escapes
 
 if TYPE_CHECKING:
     from tree_sitter import Language, Node, Query, Tree
@@ -162,7 +163,7 @@ def read_code(lines: list[str], language: str) -> Document:
         lines: The file's lines.
         language: The language, as `file_types.language_of` returns it.
     """
-    document = Document(lines, _costs_by_indentation(lines))
+    document = Document(lines, _costs_by_indentation(lines), substitutions=code_escapes(lines))
     tools = _tools(language)
     if tools is None:
         return document
@@ -183,7 +184,7 @@ def read_code(lines: list[str], language: str) -> Document:
         document.split_costs[scope.first] = SplitCost.BLOCK
         for line in range(scope.first + 1, min(scope.body, scope.end)):
             document.split_costs[line] = SplitCost.INSIDE
-    return Document(lines, document.split_costs, scopes=scopes)
+    return Document(lines, document.split_costs, scopes=scopes, substitutions=document.substitutions)
 
 
 def _costs_by_indentation(lines: list[str]) -> list[SplitCost]:

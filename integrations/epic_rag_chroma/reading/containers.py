@@ -24,6 +24,7 @@ from epic_rag_chroma.reading.document import (
     NotTextError,
     RepeatedHeader,
     SplitCost,
+    Substitution,
     clean_title,
     split_lines,
     text_split_costs,
@@ -242,6 +243,9 @@ class DocumentBuilder:
         self._pages: list[int] = []
         self._spans: list[tuple[int, int]] = []
         self._repeated_headers: list[RepeatedHeader] = []
+        self._keep_together: list[tuple[int, int]] = []
+        self._display_only: set[int] = set()
+        self._substitutions: dict[int, tuple[Substitution, ...]] = {}
         self._size = 0
         self._pending: tuple[str, int] | None = None
 
@@ -283,6 +287,13 @@ class DocumentBuilder:
         for heading in part.headings:
             moved = Heading(heading.line + start, heading.level + level, heading.title, heading.height)
             self._headings.append(moved)
+        self._repeated_headers += [
+            RepeatedHeader(header.first + start, min(header.end, end) + start, header.text)
+            for header in part.repeated_headers
+        ]
+        self._keep_together += [(first + start, last + start) for first, last in part.keep_together]
+        self._display_only |= {line + start for line in part.display_only if line < end}
+        self._substitutions |= {line + start: some for line, some in part.substitutions.items() if line < end}
 
     def rows(self, rows: Iterable[Iterable[str]], *, page: int = 0) -> None:
         """Add a table with a line for each row; the first row is its repeated header."""
@@ -329,5 +340,14 @@ class DocumentBuilder:
         if not any(line.strip() for line in self._lines):
             raise NotTextError(f"no text in this {self._format}")
         pages, spans = (self._pages, None) if paged else (None, self._spans)
-        headers = self._repeated_headers
-        return Document(self._lines, self._costs, self._headings, spans=spans, pages=pages, repeated_headers=headers)
+        return Document(
+            self._lines,
+            self._costs,
+            self._headings,
+            spans=spans,
+            pages=pages,
+            keep_together=self._keep_together,
+            repeated_headers=self._repeated_headers,
+            display_only=frozenset(self._display_only),
+            substitutions=self._substitutions,
+        )

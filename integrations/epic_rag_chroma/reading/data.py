@@ -1,4 +1,4 @@
-"""Read data files (CSV, JSON, JSON Lines, YAML, TOML, INI, XML): split between records, members and elements.
+"""Read data files (CSV, JSON, YAML, TOML, INI, gettext, XML): split between records, members and elements.
 
 Outer members cost less to split than inner ones. A chunk from the middle of a table is embedded with the table's
 header, a chunk from the middle of a member with the lines that open the member, so that `port: 80` comes with the name
@@ -8,12 +8,32 @@ of its server.
 from __future__ import annotations
 
 import csv
+import html
 import re
+from dataclasses import replace
 
-from epic_rag_chroma.reading.document import Document, RepeatedHeader, SplitCost
+from epic_rag_chroma.reading.document import Document, NotTextError, RepeatedHeader, SplitCost, substituted
+from epic_rag_chroma.reading.escapes import (
+    Substitutions,
+    entities,
+    json_escapes,
+    properties_escapes,
+    quoted_escapes,
+)
 from epic_rag_chroma.reading.text import LineBlocks
 
-__all__ = ["read_csv", "read_ini", "read_json", "read_jsonl", "read_toml", "read_xml", "read_yaml"]
+__all__ = [
+    "read_csv",
+    "read_gettext",
+    "read_ini",
+    "read_json",
+    "read_jsonl",
+    "read_properties",
+    "read_svg",
+    "read_toml",
+    "read_xml",
+    "read_yaml",
+]
 
 
 _DELIMITERS = ",;\t|"
@@ -91,8 +111,9 @@ _INI_SECTION = re.compile(r"^\s*\[+\s*([^\[\]]+?)\s*\]+\s*(?:[#;].*)?$")
 class _NestedLines:
     """Collects the depth of lines, and the ranges of lines of nested containers, for a `Document`."""
 
-    def __init__(self, lines: list[str]) -> None:
+    def __init__(self, lines: list[str], substitutions: Substitutions) -> None:
         self._lines = lines
+        self._substitutions = dict(substitutions)
         self._costs = [SplitCost.INSIDE] * len(lines)
         self._keep_together: list[tuple[int, int]] = []
         self._repeated_headers: list[RepeatedHeader] = []
@@ -130,7 +151,10 @@ class _NestedLines:
         """Repeat the lines of the open containers for the lines since the last call and before `end`."""
         openers = [line for line in self._openers if line < self._covered]
         if openers and end > self._covered:
-            text = "\n".join(self._lines[line].rstrip() for line in dict.fromkeys(openers))
+            text = "\n".join(
+                substituted(self._lines[line], self._substitutions.get(line, ())).rstrip()
+                for line in dict.fromkeys(openers)
+            )
             start = self._covered
             last = self._repeated_headers[-1] if self._repeated_headers else None
             if last is not None and (last.end, last.text) == (start, text):
@@ -143,13 +167,17 @@ class _NestedLines:
         while self._open:
             self.close(len(self._lines) - 1)
         return Document(
-            self._lines, self._costs, keep_together=self._keep_together, repeated_headers=self._repeated_headers
+            self._lines,
+            self._costs,
+            keep_together=self._keep_together,
+            repeated_headers=self._repeated_headers,
+            substitutions=self._substitutions,
         )
 
 
 def read_json(lines: list[str]) -> Document:
     """Read JSON, with or without comments, by its brackets."""
-    tree = _NestedLines(lines)
+    tree = _NestedLines(lines, json_escapes(lines))
     for number, line in enumerate(lines):
         stripped = line.lstrip()
         # The members of the root are the outermost parts.
@@ -165,12 +193,12 @@ def read_json(lines: list[str]) -> Document:
 
 def read_jsonl(lines: list[str]) -> Document:
     """Read JSON Lines: each line is a record."""
-    return Document(lines, [SplitCost.ITEM] * len(lines))
+    return Document(lines, [SplitCost.ITEM] * len(lines), substitutions=json_escapes(lines))
 
 
 def read_yaml(lines: list[str]) -> Document:
     """Read YAML by its indentation."""
-    tree = _NestedLines(lines)
+    tree = _NestedLines(lines, quoted_escapes(lines))
     around: list[tuple[int, bool]] = []  # (indentation, whether it is an item of a list)
     last = 0
     for number, line in enumerate(lines):
@@ -194,7 +222,28 @@ def read_yaml(lines: list[str]) -> Document:
 
 def read_toml(lines: list[str]) -> Document:
     """Read TOML: a table is a section."""
-    return read_ini(lines)
+    return replace(read_ini(lines), substitutions=quoted_escapes(lines))
+
+
+def read_properties(lines: list[str]) -> Document:
+    """Read Java's .properties, with its escapes."""
+    return replace(read_ini(lines), substitutions=properties_escapes(lines))
+
+
+def read_gettext(lines: list[str]) -> Document:
+    """Read gettext's .po: an entry is kept together; references and flags are not embedded."""
+    blocks = LineBlocks(lines)
+    first = 0
+    for number, line in enumerate([*lines, ""]):
+        if line.strip():
+            continue
+        for inside in range(first + 1, number):
+            blocks.costs[inside] = SplitCost.INSIDE
+        blocks.keep(first, number)
+        first = number + 1
+    blocks.substitutions = json_escapes(lines)
+    blocks.hidden.update(number for number, line in enumerate(lines) if line.startswith(("#:", "#,", "#|")))
+    return blocks.document()
 
 
 def read_ini(lines: list[str]) -> Document:
@@ -216,7 +265,7 @@ def read_ini(lines: list[str]) -> Document:
 
 def read_xml(lines: list[str]) -> Document:
     """Read XML as text, markup included, by its tags."""
-    tree = _NestedLines(lines)
+    tree = _NestedLines(lines, entities(lines))
     hidden = ""
     for number, line in enumerate(lines):
         closing = line.lstrip().startswith("</")
@@ -232,3 +281,53 @@ def read_xml(lines: list[str]) -> Document:
             elif text.startswith("<") and not text.endswith("/>") and text[1] != "!":
                 tree.open(number, repeat=tree.depth > 0)
     return tree.document()
+
+
+# What a picture says: its title and description, and the text that it shows.
+_SVG_TEXT = re.compile(r"<(?:\w+:)?(title|desc|text|textPath|foreignObject)\b[^>]*?(/?)>", re.IGNORECASE)
+_SVG_HIDDEN = re.compile(r"<!--.*?(?:-->|$)|<(style|script|metadata)\b.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
+_SVG_HEIGHT = re.compile(r"\sy\s*=\s*[\"']([^\"']+)")
+_SVG_TAG = re.compile(r"<[^>]*>")
+
+
+def read_svg(lines: list[str]) -> Document:
+    """Read the words of an SVG picture: title, description and texts; those at the same height are a line.
+
+    Raises:
+        NotTextError: If it has none.
+    """
+    text = _SVG_HIDDEN.sub(lambda match: "\n" * match.group().count("\n"), "\n".join(lines))
+    words: list[str] = []
+    spans: list[tuple[int, int]] = []
+    height = ""
+    position, line, counted = 0, 1, 0
+    while (opening := _SVG_TEXT.search(text, position)) is not None:
+        position = opening.end()
+        if opening.group(2):
+            continue
+        closing = re.compile(rf"</(?:\w+:)?{opening.group(1)}\s*>", re.IGNORECASE).search(text, position)
+        end = len(text) if closing is None else closing.start()
+        content = text[position:end]
+        shown = " ".join(html.unescape(_SVG_TAG.sub(_between, content)).split())
+        if shown:
+            start = position + len(content) - len(content.lstrip())
+            line += text.count("\n", counted, start)
+            counted = start
+            last = line + content.strip().count("\n")
+            place = _SVG_HEIGHT.search(opening.group())
+            before, height = height, place.group(1) if place is not None else ""
+            if height and height == before:
+                words[-1] += f" {shown}"
+                spans[-1] = (spans[-1][0], last)
+            else:
+                words.append(shown)
+                spans.append((line, last))
+        position = end
+    if not words:
+        raise NotTextError("a picture without text" if "<" in text else "not an SVG picture")
+    return Document(words, [SplitCost.LINE] * len(words), spans=spans)
+
+
+def _between(tag: re.Match[str]) -> str:
+    """Return what separates the texts on both sides of a tag: a line of text moves, letters are only placed."""
+    return " " if re.search(r"\b(?:x|dy)\s*=\s*[\"']-?[\d.]+(?:em|px|%)?[\"']", tag.group()) else ""

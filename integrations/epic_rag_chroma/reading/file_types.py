@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["byte_limit", "is_binary_name", "kind_of", "language_of", "languages", "suffixes_by_kind"]
+__all__ = ["byte_limit", "kind_of", "language_of", "languages", "suffixes_by_kind", "unread_format"]
 
 
 _KINDS = {
@@ -12,17 +12,21 @@ _KINDS = {
     "rst": ".rst .rest",
     "asciidoc": ".adoc .asciidoc .asc",
     "latex": ".tex .latex .ltx .sty .cls",
+    "bibtex": ".bib",
     "org": ".org",
     "man": ".1 .2 .3 .4 .5 .6 .7 .8 .man .mdoc .roff .troff",
-    "html": ".html .htm .xhtml",
+    "html": ".html .htm .xhtml .xht .shtml",
     "csv": ".csv .tsv .tab .psv",
     "json": ".json .jsonc .json5 .geojson .webmanifest",
     "jsonl": ".jsonl .ndjson .jsonlines",
     "yaml": ".yaml .yml",
     "toml": ".toml",
-    "ini": ".ini .cfg .conf .properties .editorconfig",
+    "ini": ".ini .cfg .conf .editorconfig",
+    "properties": ".properties",
+    "gettext": ".po .pot",
     "xml": ".xml .xsd .xsl .xslt .rss .atom .rdf .opml .wsdl",
-    "subtitles": ".srt .vtt .sbv",
+    "svg": ".svg",
+    "subtitles": ".srt .vtt .sbv .ass .ssa .lrc",
     "pdf": ".pdf",
     "docx": ".docx",
     "pptx": ".pptx .pptm",
@@ -31,8 +35,9 @@ _KINDS = {
     "rtf": ".rtf",
     "epub": ".epub",
     "notebook": ".ipynb",
-    "email": ".eml",
+    "email": ".eml .emlx .mht .mhtml",
     "mailbox": ".mbox",
+    "outlook": ".msg .oft",
 }
 # Source code: the names that `--where lang=...` takes.
 _LANGUAGES = {
@@ -98,16 +103,37 @@ _NAMES = {
     "groovy": "jenkinsfile",
     "starlark": "build.bazel workspace.bazel",
 }
-_BINARY_SUFFIXES = """
-    .png .jpg .jpeg .gif .bmp .tif .tiff .webp .ico .icns .psd .heic .avif .mp3 .wav .flac .ogg .m4a .mp4 .mov .avi
-    .mkv .webm .zip .gz .bz2 .xz .zst .7z .rar .tar .tgz .jar .war .whl .egg .deb .rpm .dmg .iso .exe .dll .so .dylib .a
-    .lib .o .obj .pyc .pyo .pyd .class .wasm .bin .dat .db .sqlite .sqlite3 .parquet .arrow .npy .npz .pt .pth .onnx
-    .safetensors .gguf .pkl .pickle .h5 .ttf .otf .woff .woff2 .eot .doc .docm .dot .dotx .ppt .ppsx .mo"""
+# Formats without a reader, by the reason that is reported for their files.
+_UNREAD = {
+    "a picture": """.png .jpg .jpeg .jpe .gif .bmp .tif .tiff .webp .ico .icns .psd .heic .heif .avif .jxl .svgz .xcf
+        .raw .cr2 .nef .dng .tga""",
+    "sound": ".mp3 .wav .flac .ogg .oga .opus .m4a .aac .aif .aiff .wma .mid .midi",
+    "a film": ".mp4 .m4v .mov .avi .mkv .webm .wmv .flv .mpg .mpeg .3gp",
+    "an archive": """.zip .gz .bz2 .xz .zst .lz4 .7z .rar .tar .tgz .tbz2 .txz .jar .war .ear .whl .egg .deb .rpm .apk
+        .dmg .iso .img .cab""",
+    "a program": ".exe .dll .so .dylib .a .lib .o .obj .pyc .pyo .pyd .class .wasm .bin .msi .elc",
+    "data of a program": """
+        .dat .db .sqlite .sqlite3 .mdb .accdb .dbf .parquet .arrow .feather .npy .npz .pt .pth .onnx
+        .safetensors .gguf .pkl .pickle .h5 .hdf5 .mat .rds .rdata .mo .idx .pack .ds_store""",
+    "a font": ".ttf .otf .woff .woff2 .eot .pfb",
+    "an old Word document; save it as .docx": ".doc .dot",
+    "a Word document with macros; save it as .docx": ".docm .dotm",
+    "a Word template; save it as .docx": ".dotx",
+    "an old PowerPoint presentation; save it as .pptx": ".ppt .pps",
+    "a PowerPoint show; save it as .pptx": ".ppsx .potx",
+    "an Apple iWork document; export it as PDF": ".pages .numbers",
+    "a Kindle book; convert it to EPUB": ".mobi .azw .azw3 .kfx",
+    "a DjVu document; convert it to PDF": ".djvu .djv",
+    "an XPS document; convert it to PDF": ".xps .oxps",
+    "an Outlook data file; export its messages as .eml or .mbox": ".pst .ost .dbx .olm",
+    "a OneNote file; export it as PDF or .docx": ".one .onetoc2",
+    "a Visio or Publisher file; export it as PDF": ".vsd .vsdx .pub",
+}
 
 _KIND_OF = {suffix: kind for kind, suffixes in _KINDS.items() for suffix in suffixes.split()}
 _LANGUAGE_OF = {suffix: language for language, suffixes in _LANGUAGES.items() for suffix in suffixes.split()}
 _LANGUAGE_OF_NAME = {name: language for language, names in _NAMES.items() for name in names.split()}
-_BINARY = frozenset(_BINARY_SUFFIXES.split())
+_UNREAD_REASON = {suffix: reason for reason, suffixes in _UNREAD.items() for suffix in suffixes.split()}
 
 # Above this size, text is a data dump; a file is held in memory.
 _TEXT_LIMIT = 16 * 2**20
@@ -115,7 +141,7 @@ _TEXT_LIMIT = 16 * 2**20
 _LIMITS = {
     "pdf": 256 * 2**20,
     **dict.fromkeys(("docx", "pptx", "xlsx", "opendocument", "epub"), 128 * 2**20),
-    **dict.fromkeys(("notebook", "email", "mailbox"), 64 * 2**20),
+    **dict.fromkeys(("notebook", "email", "mailbox", "outlook"), 64 * 2**20),
 }
 
 
@@ -123,9 +149,9 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def is_binary_name(name: str) -> bool:
-    """Return whether a file's suffix is that of a binary format, so that it need not be opened."""
-    return _suffix(name) in _BINARY
+def unread_format(name: str) -> str:
+    """Return the format of a file that no reader reads, by its suffix; "" if it may be read."""
+    return _UNREAD_REASON.get(_suffix(name), "")
 
 
 def language_of(name: str) -> str:

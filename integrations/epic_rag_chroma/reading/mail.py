@@ -1,7 +1,7 @@
-"""Read e-mail (.eml) and mailboxes (.mbox): the subject as a heading, sender and date below it, then the text.
+"""Read e-mail (.eml, .emlx), web archives (.mht) and mailboxes: the subject as a heading, sender and date, the text.
 
-Plain text is preferred to HTML. Attachments are skipped unless they are plain text (a patch, for example). Lines refer
-to the file; for a part in base64 they are the lines of the whole part.
+Plain text is preferred to HTML, unless it lacks most of the words. Attachments are skipped unless they are plain text
+(a patch, for example). Lines refer to the file; for a part in base64 they are the lines of the whole part.
 """
 
 from __future__ import annotations
@@ -10,17 +10,25 @@ import binascii
 import re
 from contextlib import suppress
 from email.errors import HeaderParseError
-from email.header import decode_header, make_header
+from email.header import decode_header
 from email.message import Message
 from email.parser import Parser
 from email.policy import compat32
 from quopri import decodestring
 
 from epic_rag_chroma.reading.containers import DocumentBuilder, Parts, parsing, printable
-from epic_rag_chroma.reading.document import BrokenFileError, Document, SplitCost, split_lines, text_split_costs
+from epic_rag_chroma.reading.document import (
+    BrokenFileError,
+    Document,
+    NotTextError,
+    SplitCost,
+    split_lines,
+    text_split_costs,
+)
+from epic_rag_chroma.reading.encoding import decode_labelled
 from epic_rag_chroma.reading.html import read_html
 
-__all__ = ["read_email", "read_mailbox"]
+__all__ = ["read_email", "read_mailbox", "read_outlook"]
 
 
 _FORMAT = "e-mail message"
@@ -31,16 +39,42 @@ _SHOWN = ("From", "To", "Cc", "Date")
 _SIGNS = ("From", "To", "Subject", "Date", "Received", "Message-ID", "MIME-Version")
 _NEVER = frozenset({"text/calendar", "text/vcard", "text/x-vcard", "text/rfc822-headers", "text/css", "text/rtf"})
 
+_WORD = re.compile(r"\w+")
+# A plain text with less of the words of the HTML beside it is no alternative to it, unless it is much longer.
+_SHARED_WORDS = 0.5
+_MUCH_LONGER = 2.5
+_OLE = b"\xd0\xcf\x11\xe0"
+# Apple Mail's files begin with the length of the message.
+_LENGTH = re.compile(rb"\s*(\d{1,12})[ \t]*\n")
+
 # Lines of a part, each with the first and last line of the file that it comes from.
 _LinesWithSpans = list[tuple[str, tuple[int, int]]]
 
 
 def read_email(data: bytes) -> Document:
-    """Read an .eml file."""
+    """Read an .eml, .emlx or .mht file."""
     out = DocumentBuilder(_FORMAT)
+    data = _with_line_feeds(data)
+    before = 0
+    length = _LENGTH.match(data)
+    if length is not None:
+        before = data.count(b"\n", 0, length.end())
+        end = data.find(b"<?xml", length.end() + int(length.group(1)) // 2)  # a property list follows the message
+        data = data[length.end() : end if end >= 0 else len(data)]
     with parsing(_FORMAT):
-        _Reader(_with_line_feeds(data), 0, out).read()
+        _Reader(data, before, out).read()
     return out.document(paged=False)
+
+
+def read_outlook(data: bytes) -> Document:
+    """Read a .msg file that is an e-mail message, as some programs write them.
+
+    Raises:
+        NotTextError: If it is in Outlook's own format.
+    """
+    if data.startswith(_OLE):
+        raise NotTextError("an Outlook message; save it as .eml")
+    return read_email(data)
 
 
 def read_mailbox(data: bytes) -> Document:
@@ -88,9 +122,11 @@ class _Reader:
         if not any(name in self._message for name in _SIGNS):
             raise BrokenFileError(f"not an {_FORMAT}: none of its headers")
         self._headers(self._message, 1)
+        self._skip_headers()
         self._part(self._message, 1)
 
     def _headers(self, message: Message, level: int) -> None:
+        """Add the headers of a message, whose block begins at the current position."""
         places = self._header_places()
         subject = _header(message, "Subject")
         if subject:
@@ -102,6 +138,14 @@ class _Reader:
             if value:
                 place = places.get(name.lower(), (self._line, self._line))
                 self._out.text(f"{name}: {value}", cost=SplitCost.INSIDE if subject else SplitCost.LINE, span=place)
+
+    def _skip_headers(self) -> None:
+        """Move the position from the beginning of a block of headers to the body below it."""
+        if self._raw.startswith("\n", self._position):
+            self._skip(1)
+            return
+        end = self._raw.find("\n\n", self._position)
+        self._skip((end + 2 if end >= 0 else len(self._raw)) - self._position)
 
     def _header_places(self) -> dict[str, tuple[int, int]]:
         """Return the first and last line of each header of the block at the current position."""
@@ -118,23 +162,23 @@ class _Reader:
         return places
 
     def _part(self, part: Message, level: int) -> None:
+        """Add a part of a message, whose body begins at the current position."""
         kind = part.get_content_type()
         payload = part.get_payload()
         if kind == "message/rfc822" and isinstance(payload, list):
             for message in payload:
                 if isinstance(message, Message):
-                    self._advance(next((f"{name}:" for name in message), ""))
                     self._headers(message, level + 1)
+                    self._skip_headers()
                     self._part(message, level + 1)
         elif isinstance(payload, list):
             parts = [child for child in payload if isinstance(child, Message)]
-            if kind == "multipart/alternative":
-                # The plain text if it is not empty, else the last alternative, which is the richest.
-                plain = [child for child in parts if child.get_content_type() == "text/plain"]
-                plain = [child for child in plain if str(child.get_payload()).strip()]
-                parts = plain[:1] or parts[-1:]
+            chosen = _alternative(parts) if kind == "multipart/alternative" else parts
+            boundary = part.get_boundary()
             for child in parts:
-                self._part(child, level)
+                self._enter(boundary)
+                if child in chosen:
+                    self._part(child, level)
         elif isinstance(payload, str) and kind.startswith("text/") and kind not in _NEVER and payload.strip():
             if part.get_content_disposition() == "attachment" and kind == "text/html":
                 return
@@ -145,8 +189,7 @@ class _Reader:
     def _text(self, located: _LinesWithSpans, kind: str, level: int) -> None:
         lines = [line for line, _ in located]
         if kind == "text/html":
-            # With a byte order mark, the parser ignores a <meta> with the previous encoding.
-            page = read_html("\n".join(lines).encode("utf-8-sig", "replace"))
+            page = read_html("\n".join(lines))
             spans = [
                 (located[first - 1][1][0], located[min(last, len(located)) - 1][1][1])
                 for first, last in page.spans or []
@@ -158,25 +201,40 @@ class _Reader:
 
     def _decoded(self, part: Message, payload: str) -> _LinesWithSpans:
         """Decode a part into lines with their spans in the file."""
-        charset = part.get_content_charset() or "utf-8"
+        charset = part.get_content_charset()
         encoding = str(part.get("Content-Transfer-Encoding", "")).strip().lower()
         raw = payload.split("\n")
         if encoding == "base64":
             place = (self._line, self._line + payload.rstrip("\n").count("\n"))
-            letters = re.sub(r"[^A-Za-z0-9+/]", "", payload)
-            letters = letters[: len(letters) - (len(letters) % 4 == 1)] + "=" * (-len(letters) % 4 % 3)  # if truncated
-            return [(line, place) for line in split_lines(_characters(binascii.a2b_base64(letters), charset))]
-        located: _LinesWithSpans = []
+            return [(line, place) for line in split_lines(printable(decode_labelled(_base64(payload), charset)))]
+        places: list[tuple[int, int]] = []
+        contents: list[bytes] = []
         start = 0
         for number, line in enumerate(raw):
             if encoding == "quoted-printable" and line.rstrip().endswith("=") and number < len(raw) - 1:
                 continue  # continued on the next line
             joined = "\n".join(raw[start : number + 1]).encode("latin-1")
             content = decodestring(joined) if encoding == "quoted-printable" else joined
-            place = (self._line + start, self._line + number)
-            located += [(text, place) for text in split_lines(_characters(content, charset))]
+            for piece in content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"):
+                contents.append(piece)
+                places.append((self._line + start, self._line + number))
             start = number + 1
-        return located
+        # Decoded as a whole: a line alone is too little evidence for the charset.
+        lines = decode_labelled(b"\n".join(contents), charset).split("\n")
+        if len(lines) != len(places):  # the line ends of a multi-byte charset
+            places = [(places[0][0], places[-1][1])] * len(lines)
+        return [
+            (text, place) for line, place in zip(lines, places, strict=True) for text in split_lines(printable(line))
+        ]
+
+    def _enter(self, boundary: str | None) -> None:
+        """Move the position behind the next delimiter of a multipart and the headers below it."""
+        if boundary:
+            delimiter = re.compile(rf"^--{re.escape(boundary)}[ \t]*(?:\n|\Z)", re.MULTILINE)
+            found = delimiter.search(self._raw, self._position)
+            if found is not None:
+                self._skip(found.end() - self._position)
+                self._skip_headers()
 
     def _advance(self, text: str) -> None:
         """Move the position to a text, if it is found."""
@@ -189,21 +247,49 @@ class _Reader:
         self._position += length
 
 
-def _characters(content: bytes, charset: str) -> str:
-    try:
-        text = content.decode(charset, "replace")
-    except (LookupError, ValueError):  # an unknown name, or a codec that is not for text
-        text = content.decode("utf-8", "replace")
-    return printable(text)
+def _base64(payload: str) -> bytes:
+    letters = re.sub(r"[^A-Za-z0-9+/]", "", payload)
+    letters = letters[: len(letters) - (len(letters) % 4 == 1)] + "=" * (-len(letters) % 4 % 3)  # if truncated
+    return binascii.a2b_base64(letters)
+
+
+def _alternative(parts: list[Message]) -> list[Message]:
+    """Return the alternative to read: the plain text if it has the words of the richest one, which is the last."""
+    plain = [part for part in parts if part.get_content_type() == "text/plain" and str(part.get_payload()).strip()]
+    if not plain:
+        return parts[-1:]
+    rich = next(
+        (leaf for part in reversed(parts) for leaf in part.walk() if leaf.get_content_type() == "text/html"), None
+    )
+    if rich is not None:
+        words, plain_words = (
+            set(_WORD.findall(text.lower())) for text in (" ".join(read_html(_content(rich)).lines), _content(plain[0]))
+        )
+        stub = len(words & plain_words) < _SHARED_WORDS * len(words)
+        if stub and len(plain_words) < _MUCH_LONGER * len(words):
+            return parts[-1:]
+    return plain[:1]
+
+
+def _content(part: Message) -> str:
+    """Return the decoded text of a part."""
+    content = part.get_payload(decode=True)
+    return decode_labelled(content if isinstance(content, bytes) else b"", part.get_content_charset())
 
 
 def _header(message: Message, name: str) -> str:
     value = message.get(name)
     if value is None:
         return ""
-    raw = str(value)
-    with suppress(UnicodeError):
-        raw = raw.encode("latin-1").decode("utf-8")
+    raw = decode_labelled(str(value).encode("latin-1", "replace"), None)
     with suppress(HeaderParseError, LookupError, ValueError):  # shown as it is
-        raw = str(make_header(decode_header(raw)))
+        parts = decode_header(raw)
+        raw = "".join(
+            part
+            if isinstance(part, str)
+            else decode_labelled(part, charset)
+            if charset
+            else part.decode("raw-unicode-escape")
+            for part, charset in parts
+        )
     return " ".join(printable(raw).split())

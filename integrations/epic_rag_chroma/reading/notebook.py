@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from epic_rag_chroma.reading.containers import DocumentBuilder, parsing, printable
 from epic_rag_chroma.reading.document import BrokenFileError, Document, SplitCost, split_lines
-from epic_rag_chroma.reading.text import read_markdown, read_text
+from epic_rag_chroma.reading.markdown import read_markdown
+from epic_rag_chroma.reading.text import read_text
 
 __all__ = ["read_notebook"]
 

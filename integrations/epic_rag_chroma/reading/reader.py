@@ -6,38 +6,47 @@ It takes the decoded lines of a text format, or the bytes of any other, and rais
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 
-from epic_rag_chroma.reading.document import Document, NotTextError, split_lines
+from epic_rag_chroma.reading.document import Document, Heading, NotTextError, plain_title, split_lines, substituted
+from epic_rag_chroma.reading.encoded_data import without_encoded_data
 from epic_rag_chroma.reading.encoding import decode, is_utf16
+from epic_rag_chroma.reading.escapes import without_invisible
 from epic_rag_chroma.reading.file_types import kind_of, language_of
+from epic_rag_chroma.reading.front_matter import read_front_matter
 
 __all__ = ["read_document"]
 
 
 # The kinds that each module reads: from decoded lines, or from bytes.
 _FROM_LINES = {
-    "text": "text markdown rst asciidoc latex org man subtitles",
+    "text": "text rst asciidoc org man subtitles",
+    "markdown": "markdown",
+    "latex": "latex bibtex",
     "code": "code",
-    "data": "csv json jsonl yaml toml ini xml",
+    "data": "csv json jsonl yaml toml ini properties gettext xml svg",
 }
 _FROM_BYTES = {
     "html": "html",
     "pdf": "pdf",
     "office": "docx pptx xlsx opendocument rtf epub",
     "notebook": "notebook",
-    "mail": "email mailbox",
+    "mail": "email mailbox outlook",
 }
 _MODULE_OF = {kind: module for module, kinds in (_FROM_LINES | _FROM_BYTES).items() for kind in kinds.split()}
+# Formats that static site generators read with front matter; Markdown's reader reads its own.
+_WITH_FRONT_MATTER = frozenset({"text", "rst", "asciidoc", "org", "html"})
 
 
-def read_document(name: str, data: bytes) -> Document:
+def read_document(name: str, data: bytes, *, named: bool = False) -> Document:
     """Read a file.
 
     Args:
         name: The file's name; its suffix selects the reader.
         data: The file's bytes.
+        named: Whether the user asked for this file: if its format has nothing to read in it, it is read as plain text.
 
     Raises:
         NotTextError: If there is nothing to index in it.
@@ -47,9 +56,57 @@ def read_document(name: str, data: bytes) -> Document:
     kind = kind_of(name)
     module = _MODULE_OF[kind]
     read: Callable[..., Document] = getattr(import_module(f"epic_rag_chroma.reading.{module}"), f"read_{kind}")
-    if module in _FROM_BYTES:
-        if kind == "html" and b"\0" in data and not is_utf16(data):
-            raise NotTextError("not text")
-        return read(data)
+    try:
+        document = _read(name, kind, data, read)
+        if not any(map(str.strip, _embedded_lines(document))):
+            raise NotTextError("front matter without a text" if document.metadata else "no text")
+    except NotTextError as error:
+        if not named or module in _FROM_BYTES:
+            raise
+        lines = split_lines(decode(data))
+        if not any(map(str.strip, lines)):
+            raise NotTextError("no text") from error
+        from epic_rag_chroma.reading.text import read_text
+
+        document = read_text(lines)
+    return without_invisible(document)
+
+
+def _read(name: str, kind: str, data: bytes, read: Callable[..., Document]) -> Document:
+    if _MODULE_OF[kind] in _FROM_BYTES and kind != "html":
+        document = read(data)
+        lines = without_encoded_data(document.lines)
+        return document if lines is document.lines else replace(document, lines=lines)
+    if kind == "html" and b"\0" in data and not is_utf16(data):
+        raise NotTextError("not text")
     lines = split_lines(decode(data))
-    return read(lines, language_of(name)) if kind == "code" else read(lines)
+    if kind != "html":
+        lines = without_encoded_data(lines)
+    front = read_front_matter(lines) if kind in _WITH_FRONT_MATTER else None
+    if front is not None:
+        lines = [*[""] * front.end, *lines[front.end :]]
+    if kind == "html":
+        document = read("\n".join(lines))
+    elif kind == "code":
+        document = read(lines, language_of(name))
+    elif kind == "markdown":
+        document = read(lines, mdx=name.lower().endswith(".mdx"))
+    else:
+        document = read(lines)
+    if kind == "html":
+        document = replace(document, lines=without_encoded_data(document.lines))
+    if front is None:
+        return document
+    headings = document.headings
+    title = plain_title(front.title)
+    if title and not any(heading.level <= 1 for heading in headings):
+        headings = [Heading(0, 0, title, 0 if kind == "html" else front.end), *headings]
+    return replace(document, headings=headings, metadata={**document.metadata, **front.metadata})
+
+
+def _embedded_lines(document: Document) -> Iterator[str]:
+    """Yield the lines of a document as they are embedded."""
+    for number, line in enumerate(document.lines):
+        if number not in document.display_only:
+            some = document.substitutions.get(number)
+            yield substituted(line, some) if some else line

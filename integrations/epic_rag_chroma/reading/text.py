@@ -8,8 +8,8 @@ line-level syntax that marks sections, lists, tables and verbatim blocks.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
-from typing import TYPE_CHECKING
+import unicodedata
+from string import hexdigits
 
 from epic_rag_chroma.reading.document import (
     CLOSING_QUOTES,
@@ -17,19 +17,17 @@ from epic_rag_chroma.reading.document import (
     Heading,
     RepeatedHeader,
     SplitCost,
+    Substitution,
     clean_title,
+    substituted,
     text_split_costs,
 )
-
-if TYPE_CHECKING:
-    from markdown_it import MarkdownIt
+from epic_rag_chroma.reading.escapes import entities, matched, merged
 
 __all__ = [
     "LineBlocks",
     "read_asciidoc",
-    "read_latex",
     "read_man",
-    "read_markdown",
     "read_org",
     "read_rst",
     "read_subtitles",
@@ -44,12 +42,16 @@ class LineBlocks:
         lines: The file's lines.
         costs: The split cost of each line.
         verbatim: Lines inside code blocks and the like, in which other syntax is not recognised.
+        hidden: Lines that are shown and not embedded.
+        substitutions: The substitutions of lines.
     """
 
     def __init__(self, lines: list[str]) -> None:
         self.lines = lines
         self.costs = text_split_costs(lines)
         self.verbatim: set[int] = set()
+        self.hidden: set[int] = set()
+        self.substitutions: dict[int, tuple[Substitution, ...]] = {}
         self._unclosed: set[str] = set()
         self._headings: list[Heading] = []
         self._keep_together: list[tuple[int, int]] = []
@@ -143,6 +145,8 @@ class LineBlocks:
             sorted(self._headings, key=lambda heading: heading.line),
             keep_together=self._keep_together,
             repeated_headers=sorted(self._repeated_headers, key=lambda header: header.first),
+            display_only=frozenset(self.hidden),
+            substitutions=self.substitutions,
         )
 
 
@@ -151,13 +155,26 @@ def _indent(line: str) -> int:
     return len(expanded) - len(expanded.lstrip())
 
 
-_FRONT_MATTER_LINES = 200
-_FRONT_MATTER_TITLE = re.compile(r"""^title\s*[:=]\s*(['"]?)(.+?)\1\s*$""")
 _ADORNMENT = re.compile(r"""^([!-/:-@\[-`{-~])\1+\s*$""")
 _GRID_BORDER = re.compile(r"^\s*\+[-=+]+\+\s*$")
 _SIMPLE_BORDER = re.compile(r"^\s*=+(?: +=+)+\s*$")
 _DIRECTIVE = re.compile(r"^\s*\.\. [\w:+-]+::")
 _VERBATIM_DIRECTIVE = re.compile(r"^\s*\.\. (?:[\w:-]*code[\w:-]*|literalinclude|parsed-literal|math|raw|graphviz)::")
+# Directives that nobody sees with all of their content, and those whose content alone is seen.
+_RST_HIDDEN = re.compile(
+    r"(?:[\w+-]+:)?(?:currentmodule|default-domain|toctree|index|contents|sectionauthor|moduleauthor|codeauthor|meta"
+    r"|include|literalinclude|tabularcolumns|role|default-role|sectnum|target-notes|raw|testsetup|testcleanup|autoapi\w*"
+    r"|highlight(?:lang)?|image|unicode|title|footer|header|graphviz|plot|auto\w+)"
+)
+_RST_WRAPPER = re.compile(
+    r"only|ifconfig|class|rst-class|container|cssclass|code(?:-block)?|sourcecode|figure|tabs?|sidebar"
+)
+_RST_EXPLICIT = re.compile(r"^(\s*)\.\.(?:\s+(.*))?$")
+_RST_NAME = re.compile(r"(?:\|[^|]+\|\s+)?([\w:+.-]+)::(?:\s+(.*))?$")
+# Targets and substitution definitions; footnotes and citations begin with a bracket and are text.
+_RST_TARGET = re.compile(r"_\S.*:(?:\s|$)|__(?:\s|$)|\|[^|]+\|\s")
+_RST_OPTION = re.compile(r"^\s+:([\w -]+):(?:\s|$)")
+_RST_SHOWN_OPTIONS = frozenset({"alt", "synopsis", "caption", "title", "header", "name", "subtitle", "summary"})
 _BULLET = re.compile(r"(?:[-*+•]|\d{1,3}[.)]|[a-zA-Z#][.)]|\(\w{1,3}\))\s+\S")
 
 
@@ -166,73 +183,6 @@ def read_text(lines: list[str]) -> Document:
     blocks = LineBlocks(lines)
     blocks.items(_BULLET)
     return blocks.document()
-
-
-@lru_cache(maxsize=1)
-def _markdown_parser() -> MarkdownIt:
-    from markdown_it import MarkdownIt
-
-    # Only blocks are needed; without the inline rules, parsing takes a fraction of the time.
-    return MarkdownIt("commonmark").enable("table").disable("inline")
-
-
-def read_markdown(lines: list[str]) -> Document:
-    """Read Markdown by CommonMark's rules, with tables and front matter."""
-    costs = text_split_costs(lines)
-    headings: list[Heading] = []
-    keep_together: list[tuple[int, int]] = []
-    repeated_headers: list[RepeatedHeader] = []
-    skipped, title = _front_matter(lines)
-    if title:
-        headings.append(Heading(0, 0, title, skipped))
-    for line in range(1, skipped):
-        costs[line] = SplitCost.INSIDE
-    # Blanked, because the front matter's closing line would turn the line above it into a heading.
-    tokens = _markdown_parser().parse("\n".join([""] * skipped + lines[skipped:]))
-    for token, following in zip(tokens, [*tokens[1:], None], strict=False):
-        if token.map is None:
-            continue
-        first, end = token.map[0], min(token.map[1], len(lines))
-        if token.type == "heading_open" and token.level == 0 and following is not None:
-            text = clean_title(following.content)
-            if text:
-                headings.append(Heading(first, int(token.tag[1]), text, end - first))
-            for line in range(first + 1, end):
-                costs[line] = SplitCost.INSIDE
-        elif token.type in ("fence", "code_block"):
-            keep_together.append((first, end))
-            for line in range(first + 1, end):
-                costs[line] = SplitCost.INSIDE if lines[line - 1].strip() else SplitCost.LINE
-        elif token.type == "list_item_open":
-            keep_together.append((first, end))
-            costs[first] = min(costs[first], SplitCost.ITEM)
-        elif token.type == "table_open":
-            keep_together.append((first, end))
-            if token.level == 0 and end > first + 3:
-                repeated_headers.append(RepeatedHeader(first + 3, end, lines[first]))
-            for line in range(first + 1, end):
-                # Header, rule and first row stay together.
-                costs[line] = SplitCost.INSIDE if line < first + 3 else SplitCost.ITEM
-        if token.level == 0:
-            costs[first] = SplitCost.BLOCK
-    if len(headings) > 1 and headings[0].level == 0 and headings[1].title == headings[0].title:
-        headings.pop(0)  # the front matter's title repeats the first heading
-    return Document(lines, costs, headings, keep_together=keep_together, repeated_headers=repeated_headers)
-
-
-def _front_matter(lines: list[str]) -> tuple[int, str]:
-    """Return the number of lines of YAML or TOML front matter, and its title."""
-    mark = lines[0].rstrip() if lines else ""
-    if mark not in ("---", "+++"):
-        return 0, ""
-    title = ""
-    for number, line in enumerate(lines[1:_FRONT_MATTER_LINES], start=1):
-        if line.rstrip() in (mark, "..." if mark == "---" else mark):
-            return number + 1, title
-        match = _FRONT_MATTER_TITLE.match(line)
-        if match and not title:
-            title = clean_title(match.group(2))
-    return 0, ""
 
 
 def read_rst(lines: list[str]) -> Document:
@@ -259,7 +209,55 @@ def read_rst(lines: list[str]) -> Document:
             styles.append((mark, over))
         first = number - 2 if over else number - 1
         blocks.heading(first, styles.index((mark, over)) + 1, text, number + 1 - first)
+    _hide_rst_scaffolding(blocks)
     return blocks.document()
+
+
+def _hide_rst_scaffolding(blocks: LineBlocks) -> None:
+    """Hide comments, targets, and the directives and options that nobody sees; an argument that is seen stays."""
+    lines = blocks.lines
+    number = 0
+    while number < len(lines):
+        explicit = None if number in blocks.verbatim else _RST_EXPLICIT.match(lines[number])
+        if explicit is None:
+            number += 1
+            continue
+        content = explicit.group(2) or ""
+        directive = _RST_NAME.match(content)
+        end = number + 1
+        if directive is None:
+            if content.startswith("["):
+                number += 1
+                continue
+            # A comment reaches as far as its indentation, an empty one no further than its line.
+            empty = not content and (number + 1 == len(lines) or not lines[number + 1].strip())
+            if not _RST_TARGET.match(content) and not empty:
+                end = blocks.indented_end(number)
+            blocks.hidden.update(range(number, end))
+            number = end
+            continue
+        name, argument = directive.groups()
+        if _RST_HIDDEN.fullmatch(name) or content.startswith("|"):
+            end = blocks.indented_end(number)
+            shown = [n for n in range(number + 1, end) if _is_shown_option(lines[n])]
+            blocks.hidden.update(n for n in range(number, end) if n not in shown)
+            number = end
+            continue
+        if _RST_WRAPPER.fullmatch(name):
+            blocks.hidden.add(number)
+        elif ":" in name and argument:  # the description of a function or an option
+            start = lines[number].index(argument, lines[number].index("::"))
+            blocks.substitutions[number] = ((len(explicit.group(1)), start, ""),)
+        while end < len(lines) and _RST_OPTION.match(lines[end]):
+            if not _is_shown_option(lines[end]):
+                blocks.hidden.add(end)
+            end += 1
+        number = end
+
+
+def _is_shown_option(line: str) -> bool:
+    option = _RST_OPTION.match(line)
+    return option is not None and option.group(1).strip() in _RST_SHOWN_OPTIONS
 
 
 def _add_rst_blocks(blocks: LineBlocks) -> None:
@@ -322,7 +320,29 @@ _ORG_BULLET = re.compile(r"(?:[-+]|\d{1,3}[.)])\s+\S")
 _MACRO = re.compile(r"^[.'](TH|SH|SS|Dt|Sh|Ss|TP|IP|PP|P|LP|HP|Pp|It|nf|EX|Bd|fi|EE|Ed)\b\s*(.*)$")
 _MAN_TITLES = {"SH": 1, "Sh": 1, "SS": 2, "Ss": 2}
 _MAN_OPENS = {"nf": "fi", "EX": "EE", "Bd": "Ed"}
-_FONT = re.compile(r"\\f(?:\[\w*\]|\(\w\w|.)|\\s[+-]?\d|\\&")
+# Fonts, sizes and places to break a word are nothing; `\\(xx` and `\\[name]` are characters.
+_MAN_ESCAPE = re.compile(
+    r"(?P<nothing>\\f(?:\[\w*\]|\(\w\w|.)|\\s[+-]?\d|\\m\[\w*\]|\\[&%:/,|^)c])"
+    r"|\\(?:\((?P<two>\S\S)|\[(?P<name>[^\]\s]+)\])|\\(?P<sign>[-e\\'`])|\\(?P<blank>[ ~0])"
+)
+_MAN_COMMENT = re.compile(r"""^[.']\s*\\["#]""")
+_TROFF = {
+    "oq": "\u2018", "cq": "\u2019", "lq": "\u201c", "rq": "\u201d", "aq": "'", "dq": '"', "em": "\u2014",
+    "en": "\u2013", "hy": "-", "bu": "\u2022", "co": "\u00a9", "rg": "\u00ae", "tm": "\u2122", "ss": "\u00df",
+    "/o": "\u00f8", "/O": "\u00d8", "/l": "\u0142", "/L": "\u0141", "ae": "\u00e6", "AE": "\u00c6", "oa": "\u00e5",
+    "oA": "\u00c5", "ti": "~", "ha": "^", "ga": "`", "rs": "\\", "sl": "/", "at": "@", "sh": "#", "Do": "$",
+    "Eu": "\u20ac", "de": "\u00b0", "mu": "\u00d7", "+-": "\u00b1", ">=": "\u2265", "<=": "\u2264", "!=": "\u2260",
+    "->": "\u2192", "<-": "\u2190",
+}  # fmt: skip
+_TROFF_ACCENTS = {
+    "'": "\u0301",
+    "`": "\u0300",
+    "^": "\u0302",
+    "~": "\u0303",
+    ":": "\u0308",
+    ",": "\u0327",
+    "v": "\u030c",
+}
 
 
 def read_org(lines: list[str]) -> Document:
@@ -386,11 +406,30 @@ def read_man(lines: list[str]) -> Document:
         else:
             blocks.costs[number] = SplitCost.BLOCK if name in ("PP", "P", "LP", "Pp") else SplitCost.ITEM
             blocks.glue(number, number + 2)
+    if any(_MACRO.match(line) for line in lines):
+        blocks.hidden.update(number for number, line in enumerate(lines) if _MAN_COMMENT.match(line))
+        blocks.substitutions = matched(lines, _MAN_ESCAPE, _man_escape)
     return blocks.document()
 
 
 def _man_text(text: str) -> str:
-    return _FONT.sub("", text).replace('"', "").replace("\\-", "-").replace("\\ ", " ").strip()
+    return _MAN_ESCAPE.sub(_man_escape, text).replace('"', "").strip()
+
+
+def _man_escape(match: re.Match[str]) -> str:
+    """Return the text of an escape of troff."""
+    name = match.group("name") or match.group("two") or ""
+    if name.startswith("u") and len(name) in (5, 6, 7) and all(letter in hexdigits for letter in name[1:]):
+        number = int(name[1:], 16)
+        return chr(number) if number <= 0x10FFFF and not 0xD800 <= number <= 0xDFFF else ""
+    if len(name) == 2 and name[0] in _TROFF_ACCENTS and name[1].isalpha():
+        return unicodedata.normalize("NFC", name[1] + _TROFF_ACCENTS[name[0]])
+    if name:
+        return _TROFF.get(name, match.group())
+    sign = match.group("sign")
+    if sign:
+        return "\\" if sign == "e" else sign
+    return "" if match.group("nothing") else " "
 
 
 _TITLE = re.compile(r"^(={1,6}|#{1,6})\s+(\S.*?)(?:\s+\1)?\s*$")
@@ -404,6 +443,8 @@ _CELL = re.compile(r"^\s*(?:\d+[+*])?[aehlmsv<>^]?\|")
 _ATTRIBUTE = re.compile(r"^:!?[\w-]+!?:")
 # The title, attributes or anchor of the block below.
 _BLOCK_METADATA = re.compile(r"^(?:\.[^\s.].*|\[.*\])\s*$")
+_ASCIIDOC_ANCHOR = re.compile(r"^(?:\[\[[^\]]*\]\]|\[#[^\]]*\]|(?:ifdef|ifndef|endif|ifeval|include)::\S*\[.*\])\s*$")
+_ASCIIDOC_COMMENT = re.compile(r"^//(?!/)")
 _ASCIIDOC_BULLET = re.compile(r"(?:[*.\-]{1,5}|\d{1,3}\.|[a-zA-Z]\.|<\d+>)\s+\S|\S.*(?:::|;;)(?:\s|$)")
 
 
@@ -418,6 +459,13 @@ def read_asciidoc(lines: list[str]) -> Document:
     for number, line in enumerate(lines[:-1]):
         if number not in blocks.verbatim and _BLOCK_METADATA.match(line) and lines[number + 1].strip():
             blocks.costs[number + 1] = SplitCost.INSIDE
+    blocks.substitutions = entities(lines, blocks.verbatim)
+    blocks.hidden.update(
+        number
+        for number, line in enumerate(lines)
+        if number not in blocks.verbatim
+        and (_ASCIIDOC_ANCHOR.match(line) or (line.startswith("//") and line[2:3] != "/"))
+    )
     return blocks.document()
 
 
@@ -491,116 +539,46 @@ def _add_asciidoc_table(blocks: LineBlocks, first: int) -> int:
     return end
 
 
-_LEVELS = {
-    "title": 0, "part": 1, "chapter": 2, "section": 3, "subsection": 4, "subsubsection": 5, "paragraph": 6,
-    "subparagraph": 7,
-}  # fmt: skip
-_HEADING = re.compile(rf"^\s*\\({'|'.join(_LEVELS)})\*?\s*(?:\[[^\]]*\])?\s*\{{")
-_ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{([\w*@-]+)\}")
-_LATEX_VERBATIM = re.compile(r"verbatim\*?|Verbatim|lstlisting|minted|comment|alltt|filecontents\*?")
-# Environments that contain the text itself.
-_TRANSPARENT = frozenset({"document", "abstract", "frame", "appendices", "multicols"})
-_ROWS = re.compile(r"tabular\w*\*?|longtable|array|tabu|align\*?|matrix")
-_COMMAND = re.compile(r"\\[a-zA-Z]+\*?(?:\[[^\]]*\])?\s*")
-_MAX_TITLE_LINES = 4
-_MAX_DEPTH = 50
-
-
-def read_latex(lines: list[str]) -> Document:
-    """Read LaTeX: sections as headings, environments kept together, split at items and rows."""
-    blocks = LineBlocks(lines)
-    around: list[tuple[str, int]] = []
-    ends_row = False
-    number = 0
-    while number < len(lines):
-        code = _without_comment(lines[number])
-        if around and _LATEX_VERBATIM.fullmatch(around[-1][0]):
-            if f"\\end{{{around[-1][0]}}}" in lines[number]:
-                _, first = around.pop()
-                blocks.block(first, number + 1, verbatim=True)
-            number += 1
-            continue
-        heading = _HEADING.match(code)
-        if heading is not None:
-            title, end = _argument(lines, number, heading.end())
-            if title is not None:
-                blocks.heading(number, _LEVELS[heading.group(1)], _without_commands(title), end - number)
-                number = end
-                continue
-        if code.lstrip().startswith("\\item"):
-            blocks.costs[number] = min(blocks.costs[number], SplitCost.ITEM)
-        elif around and _ROWS.fullmatch(around[-1][0]) and number > around[-1][1] + 1:
-            blocks.costs[number] = SplitCost.ITEM if ends_row else SplitCost.INSIDE
-        ends_row = code.rstrip().endswith(("\\\\", "\\hline", "\\midrule", "\\toprule", "\\tabularnewline"))
-        for match in _ENVIRONMENT.finditer(code):
-            _add_environment(blocks, around, match, number)
-        number += 1
-    return blocks.document()
-
-
-def _add_environment(blocks: LineBlocks, around: list[tuple[str, int]], match: re.Match[str], number: int) -> None:
-    """Open or close an environment; `around` are the open ones with their first lines."""
-    kind, name = match.groups()
-    if kind == "begin" and len(around) < _MAX_DEPTH:
-        around.append((name, number))
-    elif kind == "end" and any(open_name == name for open_name, _ in around):
-        while True:  # an environment that was never closed ends with the one around it
-            open_name, first = around.pop()
-            if open_name == name:
-                break
-        if name not in _TRANSPARENT:
-            blocks.keep(first, number + 1)
-            if number > first:
-                blocks.costs[first + 1] = SplitCost.INSIDE
-                blocks.costs[number] = SplitCost.INSIDE
-
-
-def _without_comment(line: str) -> str:
-    return re.split(r"(?<!\\)%", line, maxsplit=1)[0]
-
-
-def _argument(lines: list[str], number: int, start: int) -> tuple[str | None, int]:
-    """Return the argument whose brace opens before a column, and the line after it; None if it does not close."""
-    depth = 1
-    taken: list[str] = []
-    for line in range(number, min(number + _MAX_TITLE_LINES, len(lines))):
-        text = _without_comment(lines[line])
-        for column in range(start if line == number else 0, len(text)):
-            char = text[column]
-            if char in "{}" and (column == 0 or text[column - 1] != "\\"):
-                depth += 1 if char == "{" else -1
-                if depth == 0:
-                    return "".join(taken), line + 1
-            taken.append(char)
-        taken.append(" ")
-    return None, number + 1
-
-
-def _without_commands(title: str) -> str:
-    """Strip commands from a title and keep their arguments."""
-    title = re.sub(r"\\(?:label|footnote|thanks|index)\s*\{[^{}]*\}", "", title)
-    title = title.replace("\\\\", " ").replace("~", " ").replace("``", '"').replace("''", '"')
-    title = re.sub(r"\\([%&#$_{}])", r"\1", _COMMAND.sub("", title).replace("$", ""))
-    return title.replace("{", "").replace("}", "")
-
-
 _TIME = r"(?:\d{1,3}:)?\d{1,2}:\d{2}[.,]\d{1,3}"
 _CUE = re.compile(rf"^\s*{_TIME}(?:\s+-->\s+|,){_TIME}(?:\s+\S+:\S+)*\s*$")
 _CUE_SENTENCE_END = re.compile(rf"[.!?\u2026\u3002\uff01\uff1f][{CLOSING_QUOTES}]*\s*(?:</\w+>\s*)*$")
+# Tags, times of words, positions; a voice is read.
+_CUE_MARKUP = re.compile(
+    r"<(?:\d+:)?\d\d:\d\d[.,]\d{1,3}>|<v(?:\.[^\s>]*)?\s+(?P<voice>[^>]+)>"
+    r"|</?(?:c|i|b|u|s|v|font|ruby|rt|lang)(?:[.\s][^>]*)?>|\{\\[^{}]*\}|(?P<white>\\[Nnh])"
+    r"|^\[\d{1,3}:\d\d(?:[.:]\d{1,3})?\]|^Dialogue:(?:[^,]*,){9}",
+    re.IGNORECASE,
+)
+_ASS_EVENT = re.compile(r"^Dialogue:", re.IGNORECASE)
 # Parts of WebVTT that are not spoken.
 _NOT_SPOKEN = re.compile(r"^(?:WEBVTT|STYLE|REGION|NOTE)(?:\s|$)")
 
 
+def _cue_text(match: re.Match[str]) -> str:
+    """Return the text of a tag in a cue: the name of a voice, a blank for a line end."""
+    return f"{match.group('voice')}: " if match.group("voice") else " " if match.group("white") else ""
+
+
 def read_subtitles(lines: list[str]) -> Document:
-    """Read subtitles (.srt, .vtt, .sbv): split between cues; the times are shown and not embedded."""
+    """Read subtitles (.srt, .vtt, .sbv): split between cues; times and tags are shown and not embedded.
+
+    Automatic captions repeat the line before; it is embedded once.
+    """
     costs = [SplitCost.INSIDE] * len(lines)
     keep_together = []
     display_only: set[int] = set()
-    spoken_before = ""
+    spoken_before, repeated = "", ""
+    substitutions = merged(matched(lines, _CUE_MARKUP, _cue_text), entities(lines))
+    if any(_ASS_EVENT.match(line) for line in lines):  # SubStation Alpha: a line for each cue, below styles
+        hidden = frozenset(number for number, line in enumerate(lines) if not _ASS_EVENT.match(line))
+        return Document(lines, [SplitCost.ITEM] * len(lines), display_only=hidden, substitutions=substitutions)
     number = 0
     while number < len(lines):
         first = number
-        while number < len(lines) and lines[number].strip():
+        # A line of blanks ends a cue unless it is the first below its time, as in automatic captions.
+        while number < len(lines) and (
+            lines[number].strip() or (number > first and lines[number] and _CUE.match(lines[number - 1]))
+        ):
             number += 1
         block = range(first, number)  # the lines between two empty ones
         while number < len(lines) and not lines[number].strip():
@@ -610,11 +588,20 @@ def read_subtitles(lines: list[str]) -> Document:
         costs[first] = SplitCost.BLOCK if after_sentence else SplitCost.SENTENCE
         keep_together.append((first, number))
         spoken = [] if time is None else [line for line in block if line > time]
-        if spoken:
-            spoken_before = lines[spoken[-1]]
+        if time is not None:
+            spoken_before = lines[spoken[-1]] if spoken else spoken_before
             display_only |= {line for line in range(first, number) if line not in spoken}
+            for line in spoken:
+                text = " ".join(substituted(lines[line], substitutions.get(line, ())).split())
+                if text and text == repeated:
+                    display_only.add(line)
+                repeated = text or repeated
         elif block and _NOT_SPOKEN.match(lines[first]) and not lines[first].startswith("NOTE"):
             display_only |= set(range(first, number))
-    if not any(line.strip() for number, line in enumerate(lines) if number not in display_only):
-        display_only = set()
-    return Document(lines, costs, keep_together=keep_together, display_only=frozenset(display_only))
+    return Document(
+        lines,
+        costs,
+        keep_together=keep_together,
+        display_only=frozenset(display_only),
+        substitutions=substitutions,
+    )

@@ -91,12 +91,13 @@ class IsolatedReader:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def read(self, name: str, data: bytes) -> Document:
+    def read(self, name: str, data: bytes, *, named: bool = False) -> Document:
         """Read a file.
 
         Args:
             name: The file's name; its suffix selects the reader.
             data: The file's bytes.
+            named: Whether the user asked for this file; see `read_document`.
 
         Raises:
             NotTextError: If there is nothing to index in it.
@@ -105,11 +106,11 @@ class IsolatedReader:
         """
         kind = kind_of(name)
         if kind == "text":  # needs no parser
-            return read_document(name, data)
+            return read_document(name, data, named=named)
         if kind == "code":
             warn_of_missing_parser()  # the worker has no log
         with self._lock:
-            reply = self._request(name, data)
+            reply = self._request(name, data, named)
         if reply.get("error") == "memory":
             raise BrokenFileError(f"needs more than {self._memory_mib} MiB of memory to read")
         if reply.get("error") in _ERRORS:
@@ -132,7 +133,7 @@ class IsolatedReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _request(self, name: str, data: bytes) -> dict[str, Any]:
+    def _request(self, name: str, data: bytes, named: bool) -> dict[str, Any]:
         """Send a file to the worker and return its reply."""
         process = self._process
         if process is None or process.poll() is not None:
@@ -146,7 +147,8 @@ class IsolatedReader:
         try:
             with _deadline(process, seconds * WALL_CLOCK_FACTOR) as expired:
                 with suppress(OSError):  # the worker has exited, which _receive reports
-                    _send(process.stdin, json.dumps({"name": name, "seconds": seconds}).encode())
+                    head = {"name": name, "seconds": seconds, "named": named}
+                    _send(process.stdin, json.dumps(head).encode())
                     _send(process.stdin, data)
                 message = _receive(process.stdout)
                 with suppress(ValueError):
@@ -312,7 +314,7 @@ def serve() -> None:
         request = json.loads(head)
         _limit_time(float(request["seconds"]))
         try:
-            reply = _reply_to(str(request["name"]), data)
+            reply = _reply_to(str(request["name"]), data, named=bool(request["named"]))
             reply["replace"] = _peak_memory() > memory * _REPLACE_ABOVE
             message = json.dumps(reply).encode()
         except MemoryError:
@@ -324,10 +326,10 @@ def serve() -> None:
         _limit_time(0)
 
 
-def _reply_to(name: str, data: bytes) -> dict[str, Any]:
+def _reply_to(name: str, data: bytes, *, named: bool) -> dict[str, Any]:
     """Read a file and return its document, or the error, as JSON values."""
     try:
-        return document_to_json(read_document(name, data))
+        return document_to_json(read_document(name, data, named=named))
     except NotTextError as error:
         return {"error": "not text", "message": [str(error)]}
     except BrokenFileError as error:

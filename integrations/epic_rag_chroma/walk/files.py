@@ -2,8 +2,8 @@
 
 Precedence of the rules: folders of version control are never read; an .epicignore takes precedence over a .gitignore,
 a deeper file over a higher one; hidden names are skipped unless an .epicignore re-includes them (`!name`); then the
-settings `exclude` and `include` decide, or the built-in excludes for files that nobody searches (lock files, minified
-code, backup files).
+settings `exclude` and `include` decide, or the built-in rules for files that nobody searches (lock files, minified
+code, backup files), which are reported as skipped.
 
 The walk opens only ignore files: entries are judged by their name and stat result. Symbolic links are followed last,
 when all regular files inside the root are known, so that no file is indexed twice and no loop is entered. `scan` walks
@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from epic_rag_chroma.reading.document import NotTextError
-from epic_rag_chroma.reading.file_types import byte_limit, is_binary_name
+from epic_rag_chroma.reading.file_types import byte_limit, unread_format
 from epic_rag_chroma.store.paths import DATABASE_FILE, DocumentKey, FileStamp, relative_root, root_path
 from epic_rag_chroma.types import IndexSettings, SkippedFile
+from epic_rag_chroma.walk.generated import generated_format, is_left_out_folder, left_out
 from epic_rag_chroma.walk.ignore import IgnorePatterns, IgnoreRules
 from epic_rag_chroma.walk.safe_read import NotRegularError, TooLargeError, read_regular
 
@@ -33,22 +34,21 @@ _OLD_INDEX_FILE = "index.json"
 _OLD_INDEX_MARK = b"epic-rag-index"
 _INDEX_MARK_WITHIN = 400
 _VERSION_CONTROL = frozenset({".git", ".hg", ".svn", ".bzr", ".jj", "_darcs", "CVS"})
-_DEFAULT_EXCLUDE = IgnorePatterns(
-    [
-        *("node_modules/", "__pycache__/", "*.min.js", "*.min.css", "*.js.map", "*.css.map"),
-        *("*.lock", "package-lock.json"),
-        *("*~", "~$*", "\\#*#", "*.swp", "*.swo"),
-    ],
-    "built in",
-)
 
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
-    """A file to index: its path relative to the root, with slashes, and its location with links resolved."""
+    """A file to index.
+
+    Args:
+        path: Relative to the root, with slashes.
+        location: With links resolved.
+        named: Whether it was named, as a root or by an `include` pattern; then no content excludes it.
+    """
 
     path: str
     location: Path
+    named: bool = False
 
 
 @dataclass
@@ -69,7 +69,7 @@ def read_file(file: FoundFile) -> tuple[bytes, FileStamp]:
     """Read a file that a walk found, which may have been replaced since.
 
     Raises:
-        NotTextError: If it is larger than its file type allows, or no longer a regular file.
+        NotTextError: If it is larger than its file type allows, generated and not named, or no longer a regular file.
         OSError: If it cannot be read.
     """
     limit = byte_limit(file.path)
@@ -79,6 +79,9 @@ def read_file(file: FoundFile) -> tuple[bytes, FileStamp]:
         raise NotTextError(str(error.strerror)) from error
     except TooLargeError as error:
         raise NotTextError(f"larger than {limit // 2**20} MiB") from error
+    reason = "" if file.named else generated_format(file.path, data)
+    if reason:
+        raise NotTextError(f"{reason}; --include reads it")
     return data, FileStamp.of(info)
 
 
@@ -93,7 +96,7 @@ def scan(root: Path, settings: IndexSettings, *, index_dir: Path | None = None, 
     """
     result = Scan()
     if not root.is_dir():
-        result.files.append(FoundFile(root.name, root))
+        result.files.append(FoundFile(root.name, root, named=True))
         return result
     _Walk(root, settings, index_dir, elsewhere, result).run()
     result.files.sort(key=lambda file: file.path)
@@ -167,6 +170,10 @@ class _Walk:
             marks = (DATABASE_FILE, _OLD_INDEX_FILE, "chroma.sqlite3")
             if prefix and not names.isdisjoint(marks) and _is_index_folder(folder):
                 continue
+            reason = is_left_out_folder(os.path.basename(folder), names) if prefix and self._include is None else ""
+            if reason:
+                self._skip(prefix.rstrip("/"), f"{reason}; --include reads it")
+                continue
             rules = rules.enter(folder, names, skip=len(prefix))
             for entry in listed:
                 if self._visit(entry, prefix, rules):
@@ -189,10 +196,10 @@ class _Walk:
                 self._links.append((path, entry.path, rules))
             elif not entry.is_file(follow_symlinks=False):
                 self._skip(path, "neither a file nor a folder")
-            elif is_binary_name(entry.name):
-                self._skip(path, "not text")
+            elif unread_format(entry.name):
+                self._skip(path, f"not text: {unread_format(entry.name)}")
             else:
-                self._result.files.append(FoundFile(path, Path(entry.path)))
+                self._result.files.append(FoundFile(path, Path(entry.path), named=self._include is not None))
         except OSError as error:
             self._skip(display_name(path), f"cannot be read: {error.strerror}")
             self._result.unreadable.append(path)
@@ -214,8 +221,8 @@ class _Walk:
                 self._walk(str(target), f"{path}/", rules)
         elif not stat.S_ISREG(info.st_mode):
             self._skip(path, "a symbolic link to neither a file nor a folder")
-        elif not is_binary_name(target.name):
-            self._result.files.append(FoundFile(path, target))
+        elif not unread_format(target.name):
+            self._result.files.append(FoundFile(path, target, named=self._include is not None))
 
     def _excludes(self, path: str, is_folder: bool, rules: IgnoreRules) -> bool:
         """Return whether ignore files, settings or built-in rules exclude a path; its folders were checked before."""
@@ -225,7 +232,10 @@ class _Walk:
             return True
         if self._include is not None and not is_folder:
             return not self._include.selects(path)
-        return bool(_DEFAULT_EXCLUDE.decide(path, is_folder))
+        reason = left_out(path, is_folder)
+        if reason and reason != "compiled code":
+            self._skip(path, f"{reason}; --include reads it")
+        return bool(reason)
 
     def _skip(self, path: str, reason: str) -> None:
         self._result.skipped.append(SkippedFile(path, reason))

@@ -14,7 +14,8 @@ from epic_rag import EpicEncoder
 from epic_rag_chroma.chunking import Chunk, chunk_document
 from epic_rag_chroma.reading.code import read_code
 from epic_rag_chroma.reading.document import Document, clean_title, split_lines
-from epic_rag_chroma.reading.text import read_markdown, read_rst, read_text
+from epic_rag_chroma.reading.markdown import read_markdown
+from epic_rag_chroma.reading.text import read_rst, read_text
 
 
 def count_words(texts: list[str]) -> list[int]:
@@ -67,7 +68,7 @@ def test_underlined_titles_and_indented_hashes() -> None:
 
 def test_front_matter() -> None:
     chunks = markdown('---\ntitle: "My page"\ntags: x\n---\n\ntext\n\n## Sub\n\nmore\n')
-    assert places(chunks) == [(("My page",), 1, 6), (("My page", "Sub"), 8, 10)]
+    assert places(chunks) == [(("My page",), 6, 6), (("My page", "Sub"), 8, 10)]
     assert places(markdown("---\ntitle: Same\n---\n# Same\n\ntext\n"))[-1] == (("Same",), 4, 6)
     assert places(markdown("---\n\nno front matter\n")) == [((), 1, 3)]
 

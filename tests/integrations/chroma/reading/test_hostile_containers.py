@@ -9,7 +9,7 @@ import pytest
 
 from epic_rag.errors import MissingExtraError
 from epic_rag_chroma.reading.document import BrokenFileError
-from epic_rag_chroma.reading.file_types import is_binary_name
+from epic_rag_chroma.reading.file_types import unread_format
 from epic_rag_chroma.reading.reader import read_document
 from tests.helpers.sample_files import SAMPLES, zipped
 
@@ -64,7 +64,7 @@ def test_xml_entities(doctype: str) -> None:
     "data", [b"", b"PK\x03\x04", b"\0" * 100, b"<p>text</p>", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 600]
 )
 def test_wrong_format(name: str, data: bytes) -> None:
-    assert not is_binary_name(name)
+    assert not unread_format(name)
     with pytest.raises(BrokenFileError) as caught:
         read_document(name, data)
     assert "\n" not in str(caught.value)

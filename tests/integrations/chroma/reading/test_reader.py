@@ -12,7 +12,7 @@ from epic_rag.errors import MissingExtraError
 from epic_rag_chroma.chunking import chunk_document
 from epic_rag_chroma.reading.document import BrokenFileError, NotTextError, split_lines
 from epic_rag_chroma.reading.encoding import decode
-from epic_rag_chroma.reading.file_types import is_binary_name, kind_of
+from epic_rag_chroma.reading.file_types import kind_of, unread_format
 from epic_rag_chroma.reading.reader import read_document
 
 PAGE = """<!DOCTYPE html>
@@ -69,8 +69,8 @@ def test_binary_content(data: bytes) -> None:
 
 
 def test_names() -> None:
-    assert is_binary_name("photo.PNG")
-    assert not is_binary_name("README")
+    assert unread_format("photo.PNG")
+    assert not unread_format("README")
     kinds = {"a.MD": "markdown", "a.rst": "rst", "a.htm": "html", "a.pdf": "pdf", "a.rs": "code", "LICENSE": "text"}
     assert {name: kind_of(name) for name in kinds} == kinds
 
@@ -113,7 +113,8 @@ def test_html_lines() -> None:
     "data", [b"<" * 5000, b"<div>" * 5000 + b"deep", b"\xff\xfe<\0p\0>\0x\0", b"<p", b"", b"<![CDATA["]
 )
 def test_hostile_html(data: bytes) -> None:
-    read_document("p.html", data)
+    with suppress(NotTextError):
+        read_document("p.html", data)
 
 
 def test_pdf_pages(pdf: Callable[[list[str]], bytes]) -> None:

@@ -9,9 +9,9 @@ import pytest
 from epic_rag import EpicEncoder
 from epic_rag_chroma import ChromaIndexer, SearchFilters
 from epic_rag_chroma.chunking import Chunk, chunk_document
-from epic_rag_chroma.reading.document import split_lines
+from epic_rag_chroma.reading.document import NotTextError, split_lines
 from epic_rag_chroma.reading.encoding import decode
-from epic_rag_chroma.reading.file_types import byte_limit, is_binary_name, kind_of
+from epic_rag_chroma.reading.file_types import byte_limit, kind_of, unread_format
 from epic_rag_chroma.reading.reader import read_document
 
 
@@ -340,8 +340,14 @@ def test_subtitles_split_after_sentences() -> None:
     assert all(chunk.text.split("\n")[0].isdigit() for chunk in chunks)
 
 
-@pytest.mark.parametrize("text", ["", "WEBVTT\n", "1\n00:00:01,000 --> 00:00:02,000\n\n" * 500, "no cues at all\n" * 9])
+@pytest.mark.parametrize("text", ["", "WEBVTT\n", "1\n00:00:01,000 --> 00:00:02,000\n\n" * 500])
 def test_subtitles_without_speech(text: str) -> None:
+    with pytest.raises(NotTextError, match="no text"):
+        read_document("a.srt", text.encode())
+
+
+def test_subtitles_without_cues() -> None:
+    text = "no cues at all\n" * 9
     chunks = cut("a.srt", text, size=30)
     assert all(chunk.embedded.strip() and chunk.tokens <= 30 for chunk in chunks)
     assert sum(len(chunk.text.split()) for chunk in chunks) == len(text.split())
@@ -359,7 +365,7 @@ def test_subtitles_without_speech(text: str) -> None:
 )  # fmt: skip
 def test_kinds(name: str, kind: str) -> None:
     assert kind_of(name) == kind
-    assert not is_binary_name(name)
+    assert not unread_format(name)
     assert byte_limit(name) >= 2**24
 
 

@@ -72,7 +72,7 @@ def test_never_read(tmp_path: Path, tree: Tree) -> None:
     )  # fmt: skip
     result = scan(tmp_path.resolve(), IndexSettings(), index_dir=tmp_path.resolve() / "given")
     assert paths(result) == ["mine/index.json"]
-    assert reasons(result) == {"photo.png": "not text"}
+    assert reasons(result) == {"photo.png": "not text: a picture"}
 
 
 def test_links_inside_the_root(linked: Path) -> None:
