@@ -43,7 +43,7 @@ def test_every_format(cli: Any, tiny_checkpoint: Path) -> None:
         "bomb.epub": "a part that is compressed more than 250 times in this EPUB book",
         "broken.docx": "a broken Word document: File is not a zip file",
         "locked.odt": "an encrypted OpenDocument file",
-        "photo.jpg": "not text",
+        "photo.jpg": "not text: a picture",
     }
 
     result = cli("query", "Ishmael stuffed a shirt", "--index-dir", "files/.epic-rag", "--json", "-k", 100)

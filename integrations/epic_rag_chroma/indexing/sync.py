@@ -464,6 +464,8 @@ def _pending_chunks(file: _PendingFile, chunks: list[Chunk]) -> Iterator[_Pendin
             "kind": kind_of(path),
             "lang": language_of(path),
             "embedded_hash": embedded_hash,
+            # What is searched, where that is not the shown text: escapes decoded, without markup.
+            "words": chunk.words if chunk.words != chunk.text else None,
         }
         # Chroma cannot store None, and stored metadata is compared with this.
         metadata = {name: value for name, value in metadata.items() if value is not None}

@@ -37,7 +37,7 @@ _CODE = re.compile(
 )
 # A string literal on a line, or its beginning; in raw ones, a backslash is itself.
 _LITERAL = re.compile(
-    r"""(?P<prefix>\b[a-zA-Z]{0,2}|@\$?)(?P<text>"(?:[^"\\]|\\.)*(?:"|$)|'(?:[^'\\]|\\.)*'|`(?:[^`\\]|\\.)*(?:`|$))"""
+    r"""(?P<prefix>(?<!\w)[a-zA-Z]{0,2}|@\$?)(?P<text>"(?:[^"\\]|\\.)*(?:"|$)|'(?:[^'\\]|\\.)*'|`(?:[^`\\]|\\.)*(?:`|$))"""
 )
 _YAML_LITERAL = re.compile(
     r"""(?:^|(?<=[\s:=\[{(,-]))(?:"(?:[^"\\]|\\.)*(?:"|$)|'(?:[^']|'')*'(?=\s*(?:$|[,:\]}#])))"""

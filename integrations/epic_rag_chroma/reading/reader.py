@@ -56,6 +56,8 @@ def read_document(name: str, data: bytes, *, named: bool = False) -> Document:
     kind = kind_of(name)
     module = _MODULE_OF[kind]
     read: Callable[..., Document] = getattr(import_module(f"epic_rag_chroma.reading.{module}"), f"read_{kind}")
+    if module not in ("pdf", "office") and not data.strip():
+        raise NotTextError("empty")
     try:
         document = _read(name, kind, data, read)
         if not any(map(str.strip, _embedded_lines(document))):
@@ -65,7 +67,7 @@ def read_document(name: str, data: bytes, *, named: bool = False) -> Document:
             raise
         lines = split_lines(decode(data))
         if not any(map(str.strip, lines)):
-            raise NotTextError("no text") from error
+            raise error
         from epic_rag_chroma.reading.text import read_text
 
         document = read_text(lines)

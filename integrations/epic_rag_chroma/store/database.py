@@ -572,7 +572,7 @@ def _columns(metadata: Metadata) -> tuple[str, str]:
 
 def _searched(text: str, metadata: Metadata) -> str:
     """Return the text that the keyword index contains."""
-    return f"{metadata.get('heading_path', '')}\n{text}"
+    return f"{metadata.get('heading_path', '')}\n{metadata.get('words', text)}"
 
 
 def _record(row: tuple[Any, ...]) -> Record:

@@ -238,10 +238,10 @@ def test_failing_parser(
 
     read = IsolatedReader.read
 
-    def fail(self: IsolatedReader, name: str, data: bytes) -> Any:
+    def fail(self: IsolatedReader, name: str, data: bytes, **options: Any) -> Any:
         if name == "guide.md":
             raise RecursionError("too deep")
-        return read(self, name, data)
+        return read(self, name, data, **options)
 
     monkeypatch.setattr(IsolatedReader, "read", fail)
     report = indexer.index([docs])
@@ -261,8 +261,10 @@ def test_empty_files_and_empty_folders(
 ) -> None:
     (docs / "empty.md").write_text("")
     (docs / "blank.txt").write_text("\n \n")
-    assert counts(indexer.index([docs])) == (5, 0, 0, 0)
-    assert counts(indexer.index([docs])) == (0, 0, 0, 5)
+    report = indexer.index([docs])
+    assert counts(report) == (3, 0, 0, 0)
+    assert {file.path: file.reason for file in report.skipped} == {"empty.md": "empty", "blank.txt": "empty"}
+    assert counts(indexer.index([docs])) == (0, 0, 0, 3)
     (tmp_path / "nothing").mkdir()
     with ChromaIndexer(tmp_path / "nothing/.epic-rag", encoder=tiny_encoder) as empty:
         assert empty.index([tmp_path / "nothing"]).chunks_total == 0
