@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ from epic_rag.errors import ConfigError
 from epic_rag_chroma import SearchFilters
 from epic_rag_chroma.search.conditions import Comparison
 from epic_rag_chroma.search.filters import Filter, parse_filters, parse_where
-from epic_rag_chroma.store.state import Entry, FileStamp, Manifest
+from epic_rag_chroma.store.paths import DocumentKey, FileStamp
+from epic_rag_chroma.store.state import FileEntry
 
 PYTHON: dict[str, Any] = {"path": "src/tool.py", "root": "..", "kind": "code", "lang": "python", "first_line": 7}
 PDF: dict[str, Any] = {"path": "guide/book.pdf", "root": "..", "kind": "pdf", "lang": "", "page": 3}
 
 
-def passing(filters: SearchFilters, index_dir: Path = Path("/nowhere")) -> list[str]:
+def passing(
+    filters: SearchFilters, index_dir: Path = Path("/nowhere"), files: Mapping[DocumentKey, FileEntry] | None = None
+) -> list[str]:
     passes = Filter(filters, index_dir)
+    assert passes.needs_files == (filters.since is not None)
+    passes.use_files(files or {})
     return [row["kind"] for row in (PYTHON, PDF) if passes(row)]
 
 
@@ -135,23 +141,20 @@ def test_parse_where_takes_values_with_spaces_and_signs() -> None:
     assert parse_where("page<2.5") == Comparison("page", "<", 2.5)
 
 
-def test_since_asks_the_manifest_and_then_the_file(tmp_path: Path) -> None:
+def test_since_is_compared_with_the_indexed_file_and_then_with_the_file(tmp_path: Path) -> None:
     index_dir = tmp_path / ".epic-rag"
-    index_dir.mkdir()
     old, new = datetime(2020, 1, 1, tzinfo=timezone.utc), datetime(2026, 1, 1, tzinfo=timezone.utc)
     since = SearchFilters(since=datetime(2025, 1, 1, tzinfo=timezone.utc))
-    assert passing(since, index_dir) == []  # neither a manifest nor the files
+    assert passing(since, index_dir) == []  # neither entries nor files
     for path in ("src/tool.py", "guide/book.pdf"):
         (tmp_path / path).parent.mkdir()
         (tmp_path / path).write_text("x")
     os.utime(tmp_path / "src/tool.py", (new.timestamp(), new.timestamp()))
     os.utime(tmp_path / "guide/book.pdf", (old.timestamp(), old.timestamp()))
     assert passing(since, index_dir) == ["code"]
-    manifest = Manifest("one")
+    entries = {}
     for path, moment in (("src/tool.py", old), ("guide/book.pdf", new)):
         nanoseconds = int(moment.timestamp() * 1e9)
-        manifest.entries[("..", path)] = Entry("d", 1, FileStamp(1, nanoseconds, nanoseconds, 1))
-    manifest.save(index_dir, complete=True)
-    assert passing(since, index_dir) == ["pdf"]
-    exactly = SearchFilters(since=new)
-    assert passing(exactly, index_dir) == ["pdf"]
+        entries["..", path] = FileEntry("d", 1, FileStamp(1, nanoseconds, nanoseconds, 1))
+    assert passing(since, index_dir, entries) == ["pdf"]
+    assert passing(SearchFilters(since=new), index_dir, entries) == ["pdf"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from epic_rag import EpicEncoder
 from epic_rag.errors import CheckpointError, ConfigError
 from epic_rag.query_prompt import QueryPrompt
 from epic_rag_chroma import ChromaIndexer, Hit, SearchFilters, SearchRequest, parse_filters
+from epic_rag_chroma.errors import IndexMismatchError
 from epic_rag_chroma.search import reranking
 from epic_rag_chroma.search.fusion import fuse
-from epic_rag_chroma.search.index_reader import IndexReader
+from epic_rag_chroma.search.index_reader import CHROMA_FROM_CHUNKS, IndexReader
 from epic_rag_chroma.search.searcher import Searcher
-from epic_rag_chroma.store.keyword_index import KeywordIndex, KeywordsUnavailableError
+from epic_rag_chroma.store.database import IndexDatabase
+from epic_rag_chroma.store.keyword_index import KeywordsUnavailableError
+from epic_rag_chroma.store.paths import DATABASE_FILE
 from tests.helpers.model_files import save_cross_encoder
 
 TOPICS = ("cats", "dogs", "birds", "fish", "bees", "trees", "stones", "rivers")
@@ -57,7 +61,7 @@ def truth(index: ChromaIndexer, tiny_encoder: EpicEncoder, rows: Callable[[Path]
     vector = tiny_encoder.encode_query(QUERY)
     return {
         row: (text, metadata, float(np.asarray(of_row, dtype=np.float32) @ vector))
-        for row, (text, metadata, of_row) in rows(index._index_dir).items()
+        for row, (text, metadata, of_row) in rows(path_of(index).parent).items()
     }
 
 
@@ -69,12 +73,13 @@ def ids(hits: Sequence[Hit]) -> list[str]:
     return [hit.id for hit in hits]
 
 
+def path_of(index: ChromaIndexer) -> Path:
+    return Path(index.status().index_dir) / DATABASE_FILE
+
+
 def bm25_of(index: ChromaIndexer) -> dict[str, float]:
-    state = index._state()
-    words = KeywordIndex.open_reading(index._index_dir, state.collection or "")
-    found = dict(words.search(QUERY, 10_000))
-    words.close()
-    return found
+    with closing(IndexDatabase.open_reading(path_of(index))) as database:
+        return dict(database.match(QUERY, 10_000))
 
 
 def test_dense_mode(index: ChromaIndexer, truth: dict[str, tuple[Any, ...]]) -> None:
@@ -94,7 +99,7 @@ def test_keyword_mode_loads_no_model(index: ChromaIndexer) -> None:
         raise AssertionError("a model was asked for")
 
     expected = bm25_of(index)
-    with ChromaIndexer(index._index_dir, encoder=never) as reader:
+    with ChromaIndexer(path_of(index).parent, encoder=never) as reader:
         hits = reader.query(QUERY, k=500, mode="keyword", collapse=False)
     assert ids(hits) == list(expected)
     for hit in hits:
@@ -116,8 +121,9 @@ def test_hybrid_mode(index: ChromaIndexer, truth: dict[str, tuple[Any, ...]]) ->
         assert hit.bm25 == expected.get(hit.id)
 
 
-def searcher_of(index: ChromaIndexer, **settings: Any) -> Searcher:
-    return Searcher(index._index_dir, IndexReader(index._index_dir, index._state), **settings)
+def searcher_of(index: ChromaIndexer, *, chroma_from_chunks: int = CHROMA_FROM_CHUNKS, **settings: Any) -> Searcher:
+    folder = path_of(index).parent
+    return Searcher(folder, IndexReader(folder, chroma_from_chunks=chroma_from_chunks), **settings)
 
 
 def test_hits_of_one_ranking_get_the_scores_of_the_other(
@@ -167,17 +173,17 @@ PATHS = {"guide/cats.md", "src/sleep.py"}
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=[str(number) for number in range(len(FILTERS))])
-@pytest.mark.parametrize("max_brute_force", [10_000, 0], ids=["few", "many"])
+@pytest.mark.parametrize("chroma_from_chunks", [CHROMA_FROM_CHUNKS, 1], ids=["exact", "chroma"])
 @pytest.mark.parametrize("k", [1, 7, 500])
 def test_filters_are_exact(
     index: ChromaIndexer,
     truth: dict[str, tuple[Any, ...]],
     tiny_encoder: EpicEncoder,
     filters: SearchFilters,
-    max_brute_force: int,
+    chroma_from_chunks: int,
     k: int,
 ) -> None:
-    searcher = searcher_of(index, max_brute_force=max_brute_force)
+    searcher = searcher_of(index, chroma_from_chunks=chroma_from_chunks)
     allowed = {row for row, (_, metadata, _) in truth.items() if holds(filters, metadata)}
 
     def ask(mode: Any) -> list[Hit]:
@@ -360,34 +366,38 @@ def test_not_a_cross_encoder(index: ChromaIndexer, tmp_path: Path) -> None:
         index.query(QUERY, reranker=save_cross_encoder(tmp_path / "three", outputs=3))
 
 
-def overwritten(words: Path) -> None:
-    words.write_bytes(b"broken" * 1000)
-
-
-def damaged_inside(words: Path) -> None:
-    with sqlite3.connect(words) as connection:  # found when a word is looked up, not before
-        connection.execute("UPDATE words_data SET block = CAST(hex(block) AS BLOB) WHERE id > 10")
-    connection.close()
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, overwritten, damaged_inside])
 def test_hybrid_mode_without_keyword_index(
-    docs: Path, indexer: ChromaIndexer, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+    docs: Path, indexer: ChromaIndexer, caplog: pytest.LogCaptureFixture
 ) -> None:
     indexer.index([docs])
-    indexer.close()
-    (words,) = (docs / ".epic-rag").glob("keywords-*.sqlite")
-    damage(words)
+    with closing(sqlite3.connect(path_of(indexer))) as connection, connection:
+        connection.execute("UPDATE settings SET value = 'of another version' WHERE name = 'keywords'")
     with caplog.at_level(logging.WARNING):
         hits = indexer.query("cats", k=3)
     assert ids(hits) == ids(indexer.query("cats", k=3, mode="dense"))
-    assert "Keyword search is not available" in caplog.text
-    assert "Run `epic-rag index`" in caplog.text
-    with pytest.raises(KeywordsUnavailableError, match="Run `epic-rag index` to rebuild it"):
+    assert "another version of epic-rag" in caplog.text
+    assert "Searched by vectors only" in caplog.text
+    with pytest.raises(KeywordsUnavailableError, match=r"Run `epic-rag index` to update it"):
         indexer.query("cats", mode="keyword")
     indexer.index([docs])
     (best,) = indexer.query("cats", mode="keyword")
     assert best.path == "notes.txt"
+
+
+def test_index_rebuilt_with_another_model_during_a_query(
+    docs: Path, indexer: ChromaIndexer, tiny_encoder: EpicEncoder, other_checkpoint: Path
+) -> None:
+    indexer.index([docs])
+    folder = path_of(indexer).parent
+
+    def encode(texts: Sequence[str]) -> Any:
+        with ChromaIndexer(folder, encoder=EpicEncoder.from_pretrained(other_checkpoint, truncate_dim=16)) as other:
+            other.index([docs], rebuild=True)
+        return tiny_encoder.encode_query(texts)
+
+    searcher = Searcher(folder, IndexReader(folder))
+    with pytest.raises(IndexMismatchError, match=r"rebuilt with another model during the query\. Repeat it"):
+        searcher.search(["cats"], SearchRequest(), encode, fingerprint=tiny_encoder.fingerprint)
 
 
 def test_keywords_follow_every_change(docs: Path, indexer: ChromaIndexer) -> None:
@@ -404,12 +414,12 @@ def test_keywords_follow_every_change(docs: Path, indexer: ChromaIndexer) -> Non
     assert (where("cats"), where("honey"), where("decode")) == ([], ["notes.txt"], [])
     indexer.index([docs], rebuild=True)
     assert where("installer honey") == ["moved.md", "notes.txt"]
-    assert len(list((docs / ".epic-rag").glob("keywords-*.sqlite"))) == 1
+    assert (where("cats"), where("decode")) == ([], [])
 
 
 def test_results_are_deterministic(index: ChromaIndexer, tiny_encoder: EpicEncoder) -> None:
     hits = index.query(QUERY, k=30)
     assert index.query(QUERY, k=30) == hits
-    with ChromaIndexer(index._index_dir, encoder=tiny_encoder) as other:
+    with ChromaIndexer(path_of(index).parent, encoder=tiny_encoder) as other:
         assert other.query(QUERY, k=30) == hits
         assert other.query(QUERY, k=10) == hits[:10]
