@@ -154,7 +154,7 @@ class IndexDatabase:
 
     @classmethod
     def open_reading(cls, path: Path) -> IndexDatabase:
-        """Open a database for reading. Writes nothing, and works in a read-only folder.
+        """Open a database for reading. Changes nothing, and works in a read-only folder.
 
         Raises:
             IndexNotFoundError: If there is nothing in it yet.

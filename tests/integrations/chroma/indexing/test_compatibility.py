@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from epic_rag import EpicEncoder
 from epic_rag.errors import ConfigError, DataError
 from epic_rag_chroma import ChromaIndexer, IndexProgress, IndexReport, IndexSettings
 from epic_rag_chroma.errors import IndexMismatchError, IndexNotFoundError, IndexStateError
+from epic_rag_chroma.store.database import IndexDatabase
+from epic_rag_chroma.store.paths import DATABASE_FILE
 
 Rows = Callable[[Path], dict[str, tuple[str, dict[str, Any], list[float]]]]
 Tree = Callable[[Path, dict[str, str | bytes]], Path]
@@ -96,30 +100,32 @@ def test_remedy_with_index_dir(
 
 def test_other_chunker_version(indexer: ChromaIndexer, docs: Path) -> None:
     indexer.index([docs])
-    path = docs / ".epic-rag/index.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chunker_version": 0}))
+    indexer.close()
+    with closing(IndexDatabase.open(docs / ".epic-rag" / DATABASE_FILE)) as database:
+        state = database.state()
+        assert state is not None
+        database.finish_run(replace(state, chunker_version=0))
     with pytest.raises(IndexMismatchError, match=r"version 0 of the chunker; this is version 2\. .*--rebuild"):
         indexer.index([docs])
     indexer.index([docs], rebuild=True)
     assert counts(indexer.index([docs])) == (0, 0, 0, 3)
 
 
-@pytest.mark.parametrize("broken", ["{", "[]", "{}", '{"format_version": 1, "format": "other"}'])
-def test_broken_index_file(indexer: ChromaIndexer, docs: Path, broken: str) -> None:
+def test_newer_format(indexer: ChromaIndexer, docs: Path) -> None:
     indexer.index([docs])
-    (docs / ".epic-rag/index.json").write_text(broken)
-    for call in (indexer.status, lambda: indexer.query("x"), lambda: indexer.index([docs])):
-        with pytest.raises(IndexStateError, match=r"index\.json cannot be read.*`epic-rag index --rebuild`"):
+    indexer.close()
+    with closing(sqlite3.connect(docs / ".epic-rag" / DATABASE_FILE)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    for call in (
+        indexer.status,
+        lambda: indexer.query("x"),
+        lambda: indexer.index([docs]),
+        lambda: indexer.plan([docs]),
+    ):
+        with pytest.raises(IndexMismatchError, match=r"format 99, this version of epic-rag reads 3\. Run `pip install"):
             call()
     assert counts(indexer.index([docs], rebuild=True)) == (3, 0, 0, 0)
     assert len(indexer.query("x", k=9)) == 4
-
-
-def test_newer_format(indexer: ChromaIndexer, docs: Path) -> None:
-    indexer.index([docs])
-    (docs / ".epic-rag/index.json").write_text('{"format_version": 99}')
-    with pytest.raises(IndexStateError, match=r"format 99, this version of epic-rag reads 2\. Run `pip install"):
-        indexer.index([docs])
 
 
 def test_no_index(tmp_path: Path) -> None:
@@ -142,9 +148,31 @@ def test_missing_paths_and_bad_arguments(indexer: ChromaIndexer, docs: Path) -> 
 
 
 def test_folder_with_other_files(docs: Path, tiny_encoder: EpicEncoder) -> None:
-    with pytest.raises(IndexStateError, match=r"docs contains guide\.md and no index\.json.*--index-dir"):
+    with pytest.raises(IndexStateError, match=r"docs contains guide\.md and no index\.sqlite.*--index-dir"):
         ChromaIndexer(docs, encoder=tiny_encoder).index([docs])
     assert sorted(path.name for path in docs.iterdir()) == ["guide.md", "notes.txt", "src"]
+
+
+def test_database_of_another_program(docs: Path, tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
+    folder = tmp_path / "project"
+    (folder / "chroma").mkdir(parents=True)
+    (folder / "chroma/mine").write_text("mine")
+    with closing(sqlite3.connect(folder / DATABASE_FILE)) as connection, connection:
+        connection.execute("CREATE TABLE mine (x)")
+    before = (folder / DATABASE_FILE).read_bytes()
+    with ChromaIndexer(folder, encoder=tiny_encoder) as indexer:
+        for call in (
+            lambda: indexer.index([docs]),
+            lambda: indexer.index([docs], rebuild=True),
+            lambda: indexer.query("x"),
+            indexer.status,
+            indexer.clear,
+            lambda: indexer.plan([docs]),
+        ):
+            with pytest.raises(IndexStateError, match=r"another program|contains chroma|No index in"):
+                call()
+    assert (folder / DATABASE_FILE).read_bytes() == before
+    assert (folder / "chroma/mine").read_text() == "mine"
 
 
 def test_model_that_fails_to_load(docs: Path) -> None:

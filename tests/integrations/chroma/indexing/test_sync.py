@@ -182,5 +182,5 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {
         os.fspath(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size)
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and not path.name.endswith(("-shm", "-wal"))  # of a reader; both are empty
     }
