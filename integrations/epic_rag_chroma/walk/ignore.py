@@ -10,8 +10,11 @@ the package: the walk, `include` and `exclude` settings and `--path` filters all
   guide/.
 
 `IgnoreRules` holds the ignore files of a folder and of all folders above it. An .epicignore takes precedence over any
-.gitignore, a deeper file over a higher one, a later line over an earlier one. The tests compare the result with
+.gitignore, a deeper file over a higher one, a later line over an earlier one; at the top of a repository, its
+`.git/info/exclude` and `core.excludesFile` come before all of its .gitignore files. The tests compare the result with
 `git ls-files` on generated pattern lists.
+
+Paths and patterns are compared in Unicode's composed form: macOS, archives and other file systems decompose names.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ import itertools
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from epic_rag_chroma.walk.git_config import exclude_files
 from epic_rag_chroma.walk.safe_read import read_regular
 
 __all__ = ["EPIC_IGNORE", "GIT_IGNORE", "IgnorePatterns", "IgnoreRules", "PatternError", "compile_patterns"]
@@ -104,6 +109,7 @@ class IgnorePatterns:
             path: Relative to the folder of the patterns, with slashes.
             is_folder: Whether the entry is a folder.
         """
+        path = _composed(path)
         for run in self._runs:
             expression = run.folders if is_folder else run.files
             if expression is not None and expression.fullmatch(path):
@@ -112,6 +118,7 @@ class IgnorePatterns:
 
     def selects(self, path: str) -> bool:
         """Return whether the last pattern that matches a file, or a folder above it, is not negated."""
+        path = _composed(path)
         parents = [path[: match.start()] for match in re.finditer("/", path)]
         for run in self._runs:
             if (run.files is not None and run.files.fullmatch(path)) or any(map(run.folders.fullmatch, parents)):
@@ -139,9 +146,13 @@ def _union(patterns: Iterable[_Pattern]) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{pattern.expression})" for pattern in patterns), re.DOTALL)
 
 
+def _composed(path: str) -> str:
+    return path if path.isascii() else unicodedata.normalize("NFC", path)
+
+
 def _parse(line: str) -> _Pattern | None:
     """Parse a line; None for an empty one or a comment."""
-    text = _without_trailing_spaces(line)
+    text = _without_trailing_spaces(_composed(line))
     if not text or text.startswith("#"):
         return None
     negated = text.startswith("!")
@@ -299,6 +310,8 @@ class IgnoreRules:
         rules = cls()
         for folder in reversed(folders):
             names = [name for name in (GIT_IGNORE, EPIC_IGNORE) if (folder / name).is_file()]
+            if (folder / ".git").exists():
+                names.append(".git")
             relative = root.relative_to(folder)
             rules = rules.enter(str(folder), names, prefix=relative.as_posix() + "/")
             rest = root.relative_to(folder / relative.parts[0])
@@ -316,6 +329,9 @@ class IgnoreRules:
             prefix: The folders between it and the root, with a slash at the end, if it is above the root.
         """
         git, epic = self.git, self.epic
+        if ".git" in names:
+            files = (_IgnoreFile(_read_ignore_file(path), skip, prefix) for path in exclude_files(folder))
+            git = (*git, *files)
         if GIT_IGNORE in names:
             git = (*git, _IgnoreFile(_read_ignore_file(os.path.join(folder, GIT_IGNORE)), skip, prefix))
         if EPIC_IGNORE in names:
