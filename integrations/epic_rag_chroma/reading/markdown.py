@@ -60,6 +60,7 @@ _HTML_HEADING = re.compile(r"<h([1-6])\b[^>]*>(.*?)</h\1\s*>", re.DOTALL | re.IG
 # An id, classes or a comment at the end of a heading, and Kramdown's attributes on a line of their own.
 _HEADING_ID = re.compile(r"(?:\s*(?:\{[#.:][^{}]*\}|\{/\*.*?\*/\}|<!--.*?-->))+\s*#*\s*$", re.DOTALL)
 _ATTRIBUTE_LINE = re.compile(r"^\s{0,3}\{:[^{}]*\}\s*$")
+_RULE = re.compile(r"^\s{0,3}(?:=+|-+)\s*$")
 _IMPORT = re.compile(r"""^import\s+(?:[\w*{][^'"]*?\sfrom\s+)?['"][^'"]+['"];?\s*$""")
 _EXPORT = re.compile(r"^export\s+(?:default|const|let|var|function|async|class|\{|\*)")
 _MAX_IMPORT_LINES = 20
@@ -87,8 +88,9 @@ def read_markdown(lines: list[str], *, mdx: bool = False) -> Document:
         costs[: front.end] = [SplitCost.BLOCK] * front.end
         if plain_title(front.title):
             headings.append(Heading(0, 0, plain_title(front.title), front.end))
-    hidden = _module_lines(lines, mdx=mdx)
-    parsed = [("" if number in hidden else line) for number, line in enumerate(lines)] if hidden else lines
+    modules = _module_lines(lines, mdx=mdx)
+    hidden = set(modules)
+    parsed = [("" if number in modules else line) for number, line in enumerate(lines)] if modules else lines
     tokens = _parsers()[0].parse("\n".join(parsed))
     for token, following in zip(tokens, [*tokens[1:], None], strict=False):
         if token.map is None:
@@ -101,6 +103,8 @@ def read_markdown(lines: list[str], *, mdx: bool = False) -> Document:
             titles.add(first)
             for line in range(first + 1, end):
                 costs[line] = SplitCost.INSIDE
+                if _RULE.match(lines[line]):
+                    hidden.add(line)  # the rule below a title
         elif token.type in ("fence", "code_block"):
             keep_together.append((first, end))
             verbatim.update(range(first, end))
@@ -116,6 +120,7 @@ def read_markdown(lines: list[str], *, mdx: bool = False) -> Document:
             costs[first] = min(costs[first], SplitCost.ITEM)
         elif token.type == "table_open":
             keep_together.append((first, end))
+            hidden.add(first + 1)
             if token.level == 0 and end > first + 3:
                 repeated_headers.append(RepeatedHeader(first + 3, end, lines[first]))
             for line in range(first + 1, end):
@@ -133,7 +138,7 @@ def read_markdown(lines: list[str], *, mdx: bool = False) -> Document:
         keep_together=keep_together,
         repeated_headers=repeated_headers,
         display_only=frozenset(hidden),
-        substitutions=_substitutions(lines, verbatim | hidden, titles, mdx=mdx or bool(hidden)),
+        substitutions=_substitutions(lines, verbatim | hidden, titles, mdx=mdx or bool(modules)),
         metadata={} if front is None else front.metadata,
     )
 

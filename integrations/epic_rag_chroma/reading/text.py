@@ -209,6 +209,7 @@ def read_rst(lines: list[str]) -> Document:
             styles.append((mark, over))
         first = number - 2 if over else number - 1
         blocks.heading(first, styles.index((mark, over)) + 1, text, number + 1 - first)
+        blocks.hidden.update((first, number) if over else (number,))
     _hide_rst_scaffolding(blocks)
     return blocks.document()
 
@@ -216,6 +217,11 @@ def read_rst(lines: list[str]) -> Document:
 def _hide_rst_scaffolding(blocks: LineBlocks) -> None:
     """Hide comments, targets, and the directives and options that nobody sees; an argument that is seen stays."""
     lines = blocks.lines
+    blocks.hidden.update(
+        number
+        for number, line in enumerate(lines)
+        if number not in blocks.verbatim and (_GRID_BORDER.match(line) or _SIMPLE_BORDER.match(line))
+    )
     number = 0
     while number < len(lines):
         explicit = None if number in blocks.verbatim else _RST_EXPLICIT.match(lines[number])
@@ -370,7 +376,9 @@ def read_org(lines: list[str]) -> Document:
             while end < len(lines) and lines[end].lstrip().startswith("|"):
                 end += 1
             header = number + 1 if _ORG_RULE.match(line) and number + 1 < end else number
-            rule = next((row for row in range(header + 1, end) if _ORG_RULE.match(lines[row])), None)
+            rules = [row for row in range(number, end) if _ORG_RULE.match(lines[row])]
+            rule = next((row for row in rules if row > header), None)
+            blocks.hidden.update(rules)
             blocks.table(number, end, header, rule)
             number = end
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,10 @@ def test_blocks_are_kept_together(name: str, block: str, before: int) -> None:
     assert sum(text in chunk.text for chunk in chunks) == 2
 
 
+# Formats in which the rules of a table are not embedded.
+RULED = ("a.md", "a.rst", "a.org")
+
+
 @pytest.mark.parametrize(
     ("name", "header", "row"),
     [
@@ -219,10 +224,11 @@ def test_repeated_header(name: str, header: str, row: str) -> None:
     first, *rest = cut(name, f"{header}\n{rows}{closing}\n", size=30)
     assert len(rest) > 2
     assert "Port" in first.text
-    assert first.embedded == first.text
+    rules = re.compile(r"^[|+=-]{4,}\n?|\n[|+=-]{4,}$", re.MULTILINE)  # not embedded
+    assert rules.sub("", first.embedded) == rules.sub("", first.text)
     said = next(line for line in header.split("\n") if "Port" in line)
     for chunk in rest:
-        assert chunk.embedded == f"{said}\n{chunk.text}"
+        assert chunk.embedded == f"{said}\n{rules.sub('', chunk.text) if name in RULED else chunk.text}"
         assert "Port" not in chunk.text
         assert chunk.tokens <= 30
 
