@@ -35,6 +35,7 @@ TRUSTED_VARIABLE = "EPIC_RAG_TRUSTED_INDEX"
 """Environment variable with trusted index folders of other users, separated as in PATH."""
 
 _IGNORE_FILE = ".gitignore"
+_IGNORE_TEXT = "# created by epic-rag: keeps the index out of version control\n*\n"
 # All files of an index. The database comes last: an interrupted deletion can be repeated.
 _OWN_FOLDERS = (CHROMA_FOLDER, BROKEN_FOLDER)
 _OWN_PATTERNS = (
@@ -67,7 +68,9 @@ def index_folder(folder: Path) -> Iterator[None]:
     if folder.is_dir():
         check_owner(folder)
         if not is_index(folder):
-            others = sorted(path.name for path in folder.iterdir() if not _is_own(path.name))
+            # A folder with our ignore file is an index that has lost its database.
+            known = _OWN_FOLDERS if _has_own_ignore_file(folder) else ()
+            others = sorted(path.name for path in folder.iterdir() if path.name not in known and not _is_own(path.name))
             if others:
                 raise IndexStateError(
                     f"{folder} contains {others[0]} and no {DATABASE_FILE}, so it is not an index. "
@@ -82,13 +85,20 @@ def index_folder(folder: Path) -> Iterator[None]:
     try:
         ignore = folder / _IGNORE_FILE
         if not ignore.exists():
-            ignore.write_text("# created by epic-rag: keeps the index out of version control\n*\n", encoding="utf-8")
+            ignore.write_text(_IGNORE_TEXT, encoding="utf-8")
         yield
     except BaseException:
         if made and not is_index(folder):
             _delete_files(folder)
             remove_if_empty(folder)
         raise
+
+
+def _has_own_ignore_file(folder: Path) -> bool:
+    try:
+        return (folder / _IGNORE_FILE).read_text(encoding="utf-8") == _IGNORE_TEXT
+    except (OSError, ValueError):
+        return False
 
 
 def _is_own(name: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 
 from epic_rag_chroma import ChromaIndexer
 from epic_rag_chroma.reading.document import NotTextError
+from epic_rag_chroma.store.database import IndexDatabase
+from epic_rag_chroma.store.paths import DATABASE_FILE
 from epic_rag_chroma.types import IndexSettings
 from epic_rag_chroma.walk.files import FoundFile, Scan, read_file, scan
 from epic_rag_chroma.walk.safe_read import NotRegularError, TooLargeError, read_regular
@@ -73,6 +77,16 @@ def test_never_read(tmp_path: Path, tree: Tree) -> None:
     result = scan(tmp_path.resolve(), IndexSettings(), index_dir=tmp_path.resolve() / "given")
     assert paths(result) == ["mine/index.json"]
     assert reasons(result) == {"photo.png": "not text: a picture"}
+
+
+def test_index_folders_under_any_name(tmp_path: Path, tree: Tree) -> None:
+    """An index is recognised while its first run has not finished, a database of another program is not one."""
+    tree(tmp_path, {"finished/a.md": "x", "running/a.md": "x", "mine/a.md": "x"})
+    IndexDatabase.open(tmp_path / "finished" / DATABASE_FILE).close()
+    with closing(sqlite3.connect(tmp_path / "mine" / DATABASE_FILE)) as other:
+        other.execute("CREATE TABLE mine (x)")
+    with closing(IndexDatabase.open(tmp_path / "running" / DATABASE_FILE)):
+        assert paths(scan(tmp_path.resolve(), IndexSettings())) == ["mine/a.md"]
 
 
 def test_links_inside_the_root(linked: Path) -> None:
