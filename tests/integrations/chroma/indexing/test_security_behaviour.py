@@ -218,11 +218,18 @@ def test_no_pickle() -> None:
             assert word not in text, (source.name, word)
 
 
+def delete_companions(docs: Path) -> None:
+    """Delete what SQLite needs to open the database with locks, and cannot create in a read-only folder."""
+    for companion in (docs / ".epic-rag").glob(f"{DATABASE_FILE}-*"):
+        companion.unlink()
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to become another user")
 def test_read_only_index(docs: Path, tiny_encoder: EpicEncoder) -> None:
     """Query as a user who may only read the index; a run reports the permissions."""
     with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
         expected = [hit.id for hit in indexer.query("cats", k=9, mode="dense")]
+    delete_companions(docs)
     make_readable(docs)
     with as_another_user(), ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
         assert [hit.id for hit in indexer.query("cats", k=9, mode="dense")] == expected
@@ -235,8 +242,7 @@ def test_read_only_index(docs: Path, tiny_encoder: EpicEncoder) -> None:
         (docs / "notes.txt").write_text("Dogs run.\n")
         with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as owner:
             owner.index([docs])
-        for companion in (docs / ".epic-rag").glob(f"{DATABASE_FILE}-*"):
-            companion.unlink()
+        delete_companions(docs)
         os.seteuid(NOBODY)
         assert indexer.query("cats", mode="keyword") == []
         assert indexer.query("dogs", mode="keyword")[0].path == "notes.txt"
