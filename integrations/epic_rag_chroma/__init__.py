@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         IndexNotFoundError,
         IndexStateError,
     )
+    from epic_rag_chroma.federation import FederatedIndex
     from epic_rag_chroma.indexer import ChromaIndexer
     from epic_rag_chroma.reading.document import HEADING_SEPARATOR
     from epic_rag_chroma.search.conditions import KNOWN_KEYS, Combination, Comparison, Condition
@@ -60,6 +61,7 @@ __all__ = [
     "Condition",
     "Embedded",
     "EpicEmbeddingFunction",
+    "FederatedIndex",
     "Hit",
     "IndexLockedError",
     "IndexMismatchError",
@@ -86,6 +88,7 @@ __all__ = [
 _NAMES = {
     "embedding_function": ("EpicEmbeddingFunction",),
     "errors": ("ChromaServerError", "IndexLockedError", "IndexMismatchError", "IndexNotFoundError", "IndexStateError"),
+    "federation": ("FederatedIndex",),
     "indexer": ("ChromaIndexer",),
     "reading.document": ("HEADING_SEPARATOR",),
     "search.conditions": ("KNOWN_KEYS", "Combination", "Comparison", "Condition"),

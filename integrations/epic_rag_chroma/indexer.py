@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from epic_rag import EpicEncoder
     from epic_rag_chroma.indexing.run import IndexRunner
     from epic_rag_chroma.search.request import SearchSettings
-    from epic_rag_chroma.search.searcher import Embedded, Vectors
+    from epic_rag_chroma.search.searcher import Embedded, Encode, Vectors
     from epic_rag_chroma.store.state import IndexState
 
 __all__ = ["ChromaIndexer"]
@@ -227,6 +227,13 @@ class ChromaIndexer:
         """
         request = SearchRequest.of(request, settings)
         state = self._state()
+        encode = self._query_encoder(state, request, len(texts), embedded)
+        return self._searcher.search(texts, request, encode, fingerprint=state.fingerprint)
+
+    def _query_encoder(
+        self, state: IndexState, request: SearchRequest, count: int, embedded: Sequence[Embedded | None] | None
+    ) -> Encode:
+        """Return the function that encodes `count` queries, or what replaces them."""
 
         def encode(queries: Sequence[str]) -> Vectors:
             encoder = self._load(state)
@@ -235,11 +242,10 @@ class ChromaIndexer:
                 return encoder.encode_query(queries, request.prompt)
 
         if embedded is None:
-            return self._searcher.search(texts, request, encode, fingerprint=state.fingerprint)
-        if len(embedded) != len(texts):
-            raise ConfigError(f"embedded has {len(embedded)} entries for {len(texts)} queries. Give one for each.")
-        encode = replace_queries(encode, embedded, state.dimension)
-        return self._searcher.search(texts, request, encode, fingerprint=state.fingerprint)
+            return encode
+        if len(embedded) != count:
+            raise ConfigError(f"embedded has {len(embedded)} entries for {count} queries. Give one for each.")
+        return replace_queries(encode, embedded, state.dimension)
 
     def status(self) -> IndexStatus:
         """Return a summary of the index; loads no model and does not open Chroma.

@@ -468,6 +468,16 @@ class IndexDatabase:
                 )
             return self._keywords.search(query, k, allowed)
 
+    def term_counts(self, query: str) -> dict[str, int]:
+        """Return the number of chunks with each term of a query."""
+        with self._errors():
+            return self._keywords.counts(query)
+
+    def match_term(self, term: str, numbers: Sequence[int]) -> list[tuple[str, float]]:
+        """Return the BM25 scores for one term of a query; see `KeywordIndex.match_term`."""
+        with self._errors():
+            return self._keywords.match_term(term, numbers)
+
     def _make_keywords(self) -> None:
         logger.info("making the keyword index again")
         with self.transaction():

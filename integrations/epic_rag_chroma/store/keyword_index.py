@@ -99,6 +99,22 @@ class KeywordIndex:
             rows = islice(((row[1], row[2]) for row in every if row[0] in known), k)
         return [(str(row_id), float(score)) for row_id, score in rows]
 
+    def counts(self, query: str) -> dict[str, int]:
+        """Return the number of chunks with each term of a query, of a very long one with its first terms."""
+        return {term: self._frequency(term) for term in query_terms(query)[:_MAX_TERMS]}
+
+    def match_term(self, term: str, numbers: Sequence[int]) -> list[tuple[str, float]]:
+        """Return the BM25 scores for one term of those of the given chunks that have it, by their ids."""
+        found: list[tuple[str, float]] = []
+        for start in range(0, len(numbers), self._max_variables):
+            some = numbers[start : start + self._max_variables]
+            found += self._connection.execute(
+                "SELECT id, -bm25(keywords) FROM keywords JOIN chunks ON number = keywords.rowid "
+                f"WHERE keywords MATCH ? AND +keywords.rowid IN ({','.join('?' * len(some))})",
+                (_match([term]), *some),
+            )
+        return found
+
     def _best(self, match: str, k: int) -> list[tuple[str, float]] | None:
         """Return the k best chunks and look up only their ids; None if too many chunks share the last score.
 
