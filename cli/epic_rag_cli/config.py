@@ -169,7 +169,7 @@ def _add(config: Config, path: Path, options: dict[str, dict[str, Any]], *, trus
 
 def _default(path: Path, key: str, value: object, multiple: bool, trusted: bool) -> Any:
     """Return a value of a file as its option takes it: words as on the command line, paths relative to the file."""
-    if multiple:
+    if multiple and key != "index-dir":  # a file names one index
         return [_word(path, key, one) for one in (value if isinstance(value, list) else [value])]
     word = _word(path, key, value)
     folder = path.absolute().parent

@@ -7,6 +7,7 @@ so that the configuration file is known before the other options take their defa
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -20,7 +21,8 @@ from epic_rag_cli import config
 from epic_rag_cli.terminal import Verbosity, log_info, request_verbosity
 
 if TYPE_CHECKING:
-    from epic_rag_chroma import ChromaIndexer
+    from epic_rag import EpicEncoder
+    from epic_rag_chroma import ChromaIndexer, FederatedIndex
 
 __all__ = [
     "CONFIG_HELP",
@@ -37,6 +39,7 @@ __all__ = [
     "Dtype",
     "Group",
     "IndexDir",
+    "IndexDirs",
     "Json",
     "Mode",
     "Model",
@@ -53,6 +56,7 @@ __all__ = [
     "configure",
     "new_group",
     "open_indexer",
+    "open_indexes",
     "quiet",
     "require_command",
     "verbose",
@@ -86,12 +90,30 @@ def open_indexer(
     _import_numpy()
     from epic_rag_chroma import ChromaIndexer
 
-    def load() -> Any:
+    load = _loader(model, dtype, device)
+    return ChromaIndexer(folder, encoder=load, chroma=chroma, dtype=dtype, device=device)
+
+
+def open_indexes(
+    folders: Sequence[Path], *, model: str | None, dtype: str, device: str | None, chroma: str | None
+) -> ChromaIndexer | FederatedIndex:
+    """Return the index in a folder, or those in several as one; see `open_indexer`."""
+    if len(folders) == 1:
+        return open_indexer(folders[0], model=model, dtype=dtype, device=device, chroma=chroma)
+    _import_numpy()
+    from epic_rag_chroma import FederatedIndex
+
+    load = _loader(model, dtype, device)
+    return FederatedIndex(folders, encoder=load, chroma=chroma, dtype=dtype, device=device)
+
+
+def _loader(model: str | None, dtype: str, device: str | None) -> Callable[[], EpicEncoder] | None:
+    def load() -> EpicEncoder:
         from epic_rag import EpicEncoder
 
         return EpicEncoder.from_pretrained(model, dtype=dtype, device=device)
 
-    return ChromaIndexer(folder, encoder=None if model is None else load, chroma=chroma, dtype=dtype, device=device)
+    return None if model is None else load
 
 
 def _import_numpy() -> None:
@@ -161,7 +183,9 @@ def configure(context: typer.Context, value: Path | None) -> Path | None:
     value = value or context.obj
     name = context.info_name or ""
     if name in config.COMMANDS:
-        context.default_map = config.load(context, value).values[name]
+        context.default_map = dict(config.load(context, value).values[name])
+        if "index_dir" in context.default_map:  # the only repeatable option that has a single value in a file
+            context.default_map["index_dir"] = [context.default_map["index_dir"]]
     return value
 
 
@@ -291,13 +315,23 @@ Dtype = Annotated[
     ),
 ]
 IndexDir = Annotated[
-    Path | None,
+    list[Path] | None,
     typer.Option(
         "--index-dir",
         metavar="DIR",
         envvar="EPIC_RAG_INDEX",
         help="The index folder, or a folder whose .epic-rag it is. Without it: the nearest .epic-rag in the working "
         "directory and its parents.",
+    ),
+]
+IndexDirs = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--index-dir",
+        metavar="DIR",
+        envvar="EPIC_RAG_INDEX",
+        help="The index folder, or a folder whose .epic-rag it is; can be repeated. Without it: the nearest .epic-rag "
+        "in the working directory and its parents.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

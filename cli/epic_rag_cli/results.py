@@ -29,6 +29,7 @@ from epic_rag_cli.terminal import (
     plural,
     printable,
     terminal_width,
+    usage_error,
     verbosity,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "file_of",
     "file_uri",
     "find_index",
+    "find_indexes",
     "hit_lines",
     "location",
     "print_plan",
@@ -61,22 +63,31 @@ MAX_SKIPPED_SHOWN = 10
 """Skipped files that `index` names; of more, it prints the number for each reason."""
 
 
-def find_index(given: Path | None) -> Path:
-    """Return the index folder of a command that reads an index.
+def find_index(given: Sequence[Path] | None) -> Path:
+    """Return the index folder of a command that takes one; see `find_indexes`."""
+    folders = find_indexes(given)
+    if len(folders) > 1:
+        shown = ", ".join(map(str, folders))
+        raise usage_error(f"--index-dir names {len(folders)} folders ({shown}), this command takes one")
+    return folders[0]
+
+
+def find_indexes(given: Sequence[Path] | None) -> list[Path]:
+    """Return the index folders of a command.
 
     Args:
-        given: The value of `--index-dir`: an index, or a folder that has one as `.epic-rag`. None finds `.epic-rag` in
+        given: The values of `--index-dir`: indexes, or folders that have one as `.epic-rag`. None finds `.epic-rag` in
             the working directory or its parents.
 
     Raises:
         IndexNotFoundError: If none is given or found.
     """
-    if given is not None:
-        return given / INDEX_FOLDER if (given / INDEX_FOLDER).is_dir() else given
+    if given:
+        return [folder / INDEX_FOLDER if (folder / INDEX_FOLDER).is_dir() else folder for folder in given]
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / INDEX_FOLDER).is_dir():
-            return folder / INDEX_FOLDER
+            return [folder / INDEX_FOLDER]
     raise IndexNotFoundError(
         f"No index: neither {here} nor a folder above it has {INDEX_FOLDER}. Run `epic-rag index .` to index this "
         "folder, or pass --index-dir."

@@ -144,6 +144,18 @@ def test_named_file(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(cli("config", "--config", os.devnull, "--json").out)["values"] == []
 
 
+def test_several_indexes_of_the_variable(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def value() -> object:
+        rows = json.loads(cli("config", "--all", "--json").out)["values"]
+        return next(row["value"] for row in rows if (row["command"], row["option"]) == ("query", "index-dir"))
+
+    assert value() is None
+    monkeypatch.setenv("EPIC_RAG_INDEX", "one")
+    assert value() == "one"
+    monkeypatch.setenv("EPIC_RAG_INDEX", os.pathsep.join(["one", "two"]))
+    assert value() == ["one", "two"]
+
+
 def test_paths_are_relative_to_the_file(cli: Any, tiny_checkpoint: Path, docs: Path) -> None:
     (docs / "tiny").symlink_to(tiny_checkpoint)
     (docs / "epic-rag.toml").write_text('model = "tiny"\nindex-dir = "here/idx"\n')

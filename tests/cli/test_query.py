@@ -175,6 +175,7 @@ def test_json(fake: type[FakeIndexer], cli: Any) -> None:
     assert json.loads(result.out) == {
         "query": "installer",
         "index_dir": "anywhere",
+        "index_dirs": ["anywhere"],
         "task": "docs",
         "bank": None,
         "mode": "hybrid",

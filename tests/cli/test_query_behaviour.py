@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import socket
@@ -409,3 +410,72 @@ def test_no_prompt_with_json(indexed: Path) -> None:
     with Terminal("query", *INDEX, "--json") as terminal:
         assert terminal.finish() == 2
     assert "error: Missing argument 'TEXT'" in terminal.shown
+
+
+@pytest.fixture
+def two(cli: Any, indexed: Path, tiny_checkpoint: Path) -> tuple[str, ...]:
+    """The options for two indexes: that of `docs`, and one of another folder."""
+    Path("more").mkdir()
+    Path("more/dogs.md").write_text("# Dogs\n\nDogs sleep most of the night.\n")
+    Path("more/undo.md").write_text((indexed / "undo.md").read_text())
+    assert cli("index", "more", "--model", tiny_checkpoint).status == 0
+    return ("--index-dir", "docs", "--index-dir", "more/.epic-rag")
+
+
+def test_two_indexes_are_one_ranking(
+    cli: Any, two: tuple[str, ...], indexed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = json.loads(cli("query", "sleep most", *two, "--json", "-k", "9").out)
+    assert (answer["index_dir"], answer["index_dirs"]) == ("docs/.epic-rag", ["docs/.epic-rag", "more/.epic-rag"])
+    assert [hit["rank"] for hit in answer["hits"]] == list(range(1, len(answer["hits"]) + 1))
+    assert {Path(hit["root"]).name for hit in answer["hits"][:2]} == {"docs", "more"}
+    text = cli("query", "sleep most", *two, "--mode", "keyword")
+    assert (text.status, text.err) == (0, "")
+    assert set(re.findall(r"  (\w+/\w+\.\w+):", text.out)) == {"docs/notes.txt", "more/dogs.md"}
+    one = json.loads(cli("query", "softly", *two, "--mode", "keyword", "--json").out)["hits"]
+    assert (len(one), len(one[0]["duplicates"])) == (1, 1)
+    only = cli("query", "softly", *two, "--path", "dogs*")
+    assert re.findall(r"\w+/\w+\.md", only.out) == ["more/dogs.md"]
+    Path("queries.jsonl").write_text('{"query": "sleep"}\n{"query": "cats"}\n')
+    batch = cli("query", "--batch", "queries.jsonl", *two, "--mode", "keyword", "--jsonl")
+    assert [json.loads(line)["query"] for line in batch.out.splitlines()] == ["sleep", "sleep", "cats"]
+    # The variable names several as PATH does, and a file can be gone from one of them.
+    monkeypatch.setenv("EPIC_RAG_INDEX", os.pathsep.join(["docs", "more"]))
+    Path("more/dogs.md").unlink()
+    stale = cli("query", "sleep", "--mode", "keyword")
+    assert "more/dogs.md:1-3  deleted since the last run" in stale.out
+    assert stale.err == (
+        "note: Since the last run: 1 file deleted. Run `epic-rag index --index-dir docs` and `epic-rag index "
+        "--index-dir more` to update the index.\n"
+    )
+    states = json.loads(cli("status", "--json").out)
+    assert [state["files"] for state in states] == [4, 2]
+    shown = cli("status").out.split("\n\n")
+    assert [part.splitlines()[0].split()[-1] for part in shown] == [str(indexed / ".epic-rag"), str(Path("more/.epic-rag").absolute())]  # fmt: skip
+    with Terminal("query", "--mode", "keyword") as terminal:
+        terminal.wait_for(r"\d+ chunks of 6 files.*epic-rag> ")
+        terminal.type("sleep\r")
+        terminal.wait_for(r"notes\.txt:1-2.*epic-rag> |dogs.*epic-rag> ")
+        terminal.type("\x04")
+        assert terminal.finish() == 0
+
+
+def test_what_two_indexes_cannot_do(
+    cli: Any, two: tuple[str, ...], tiny_bidirectional_encoder: EpicEncoder, tmp_path: Path
+) -> None:
+    for command in (["index"], ["index", "docs"], ["clear", "--yes"]):
+        result = cli(*command, *two)
+        assert (result.status, result.out) == (2, "")
+        assert result.err.startswith(
+            "error: --index-dir names 2 folders (docs/.epic-rag, more/.epic-rag), this command"
+        )
+    missing = cli("query", "x", "--index-dir", "docs", "--index-dir", "none", "--mode", "keyword")
+    assert (missing.status, missing.err) == (
+        1, f"error: No index in {Path('none').absolute()}. Run `epic-rag index PATH` to create one.\n",
+    )  # fmt: skip
+    tiny_bidirectional_encoder.save_pretrained(tmp_path / "other")
+    assert cli("index", "more", "--index-dir", "other", "--model", tmp_path / "other").status == 0
+    refused = cli("query", "x", "--index-dir", "docs", "--index-dir", "other")
+    assert (refused.status, refused.out) == (1, "")
+    assert "their cosines cannot be compared. Rebuild one of them" in refused.err
+    assert cli("query", "cats", "--index-dir", "docs", "--index-dir", "other", "--mode", "keyword").status == 0

@@ -247,12 +247,15 @@ def compare_evaluation(page_run: PageRun) -> None:
 
 def prepare_cli(page_run: PageRun, text: str, stack: ExitStack) -> None:
     """For each example: a folder with an index, a file of pairs, a bank."""
-    assert run(["index", write_docs("docs"), "--quiet"]) == 0
+    Path("notes.md").write_text("# Notes\n\nOf today.\n")
+    Path("notes").mkdir()
+    Path("notes/commits.md").write_text("# Commits\n\nA commit has a message.\n")
+    assert run(["index", write_docs("docs"), "notes.md", "--quiet"]) == 0
+    assert run(["index", "notes", "--quiet"]) == 0
     pairs = ({"query": f"term {number}", "positive": f"what {number} means"} for number in range(12))
     write_lines("pairs.jsonl", pairs)
     write_lines("terms.jsonl", ({"query": f"word {number}", "positive": f"its sense {number}"} for number in range(12)))
     assert run(["bank", "build", "pairs.jsonl", "--out", "mybank", "--task", "docs"]) == 0
-    Path("notes.md").write_text("# Notes\n\nOf today.\n")
     Path("grid.yaml").write_text(
         "recipe: {data: ., tasks: [pairs], steps: 2, batch_size: 2, max_demonstrations: 2}\n"
         "evaluation: {heldout: [terms], num_demonstrations: [2]}\narms: {epic: {}, none: {strategy: none}}\n"

@@ -47,7 +47,10 @@ def config(
                 continue
             origin = settings.origins[name].get(option.name)
             named = {"ENVIRONMENT": str(option.envvar), "DEFAULT_MAP": str(origin)}.get(source, "default")
-            rows.append({"command": name, "option": key, "value": _plain(parsed.params[option.name]), "source": named})
+            value = parsed.params[option.name]
+            if key == "index-dir" and value is not None and len(value) == 1:  # several only in EPIC_RAG_INDEX
+                value = value[0]
+            rows.append({"command": name, "option": key, "value": _plain(value), "source": named})
     if as_json:
         files = [str(file.absolute()) for file in settings.files]
         emit_json({"file": files[-1] if files else None, "files": files, "values": rows})

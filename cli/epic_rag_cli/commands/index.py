@@ -81,7 +81,7 @@ def index(
         ),
     ] = None,
     index_dir: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             "--index-dir",
             metavar="DIR",
@@ -168,7 +168,7 @@ def index(
     for path in places:  # before a model is loaded or a folder is made
         if not path.exists():
             raise DataError(f"No such file or folder: {path}. Check the path.")
-    if index_dir is None and places:
+    if not index_dir and places:
         folder = (places[0] if places[0].is_dir() else places[0].parent) / INDEX_FOLDER
     else:
         folder = find_index(index_dir)

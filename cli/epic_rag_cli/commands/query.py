@@ -36,7 +36,7 @@ from epic_rag_cli.options import (
     ConfigFile,
     Device,
     Dtype,
-    IndexDir,
+    IndexDirs,
     Json,
     Mode,
     Model,
@@ -44,13 +44,13 @@ from epic_rag_cli.options import (
     Strategy,
     Task,
     Verbose,
-    open_indexer,
+    open_indexes,
 )
-from epic_rag_cli.results import display_path, file_of, find_index, hit_lines
+from epic_rag_cli.results import display_path, file_of, find_indexes, hit_lines
 from epic_rag_cli.terminal import emit, emit_json, hyperlinks, message, plural, printable, usage_error
 
 if TYPE_CHECKING:
-    from epic_rag_chroma import ChromaIndexer, Hit, SearchRequest
+    from epic_rag_chroma import ChromaIndexer, FederatedIndex, Hit, SearchRequest
 
 __all__ = ["QueryCommand", "editor_command", "fill_open_number", "open_hit", "query", "run_prompt"]
 
@@ -151,7 +151,7 @@ def query(
     device: Device = None,
     as_json: Json = False,
     as_json_lines: Annotated[bool, typer.Option("--jsonl", help="Print each hit as one line of JSON.")] = False,
-    index_dir: IndexDir = None,
+    index_dir: IndexDirs = None,
     chroma: Chroma = None,
     config_file: ConfigFile = None,
     quiet: Quiet = False,
@@ -161,7 +161,8 @@ def query(
 
     Each hit has its rank, its scores (cosine: similarity of the vectors; bm25: match of the words), the file with
     first and last line or the page, and the headings above it. Near-duplicates are listed under the best of them.
-    Files that changed or were deleted since they were indexed are marked.
+    Files that changed or were deleted since they were indexed are marked. With several --index-dir, the indexes of one
+    model are searched as one.
     Demonstrations of your own (--bank) change the results at once, without a new index.
     Without TEXT on a terminal, queries are typed one after the other and the model stays loaded.
 
@@ -170,6 +171,7 @@ def query(
         epic-rag query undo the last commit -k 3 --json
         epic-rag query 'undo the last commit' --bank docs --num-demonstrations 4
         epic-rag query 'commit' --mode keyword --path '*.md' --since 30d
+        epic-rag query 'commit' --index-dir docs --index-dir notes
     """
     if words and words[0] == "-" and len(words) > 1:
         raise usage_error("`-` (standard input) and TEXT exclude each other. Use one of them.")
@@ -213,9 +215,9 @@ def query(
         collapse=not show_all,
         reranker=rerank,
     )
-    folder = find_index(index_dir)
-    printer = _Printer(folder, request, "json" if as_json else "jsonl" if as_json_lines else "text")
-    with open_indexer(folder, model=model, dtype=dtype, device=device, chroma=chroma) as indexer:
+    folders = find_indexes(index_dir)
+    printer = _Printer(folders, request, "json" if as_json else "jsonl" if as_json_lines else "text")
+    with open_indexes(folders, model=model, dtype=dtype, device=device, chroma=chroma) as indexer:
         if batch is not None:
             printer.batch(indexer, queries)
             _note_stale(indexer, index_dir)
@@ -228,7 +230,9 @@ def query(
                 open_hit(hits, open_number)
         else:
             status = indexer.status()
-            message("note", f"{plural(status.chunks, 'chunk')} of {plural(status.files, 'file')}. Ctrl-D quits.")
+            states = status if isinstance(status, list) else [status]
+            chunks, files = (sum(getattr(state, name) for state in states) for name in ("chunks", "files"))
+            message("note", f"{plural(chunks, 'chunk')} of {plural(files, 'file')}. Ctrl-D quits.")
             _note_stale(indexer, index_dir)
             run_prompt(lambda line: printer.hits(line, indexer.query(_encodable(line), request)))
 
@@ -237,13 +241,15 @@ class _Printer:
     """Prints hits in the format that the options choose.
 
     Args:
-        folder: The index folder, as the user wrote it.
+        folders: The index folders, as the user wrote them.
         request: The search request.
         style: "text", "json" or "jsonl".
     """
 
-    def __init__(self, folder: Path, request: SearchRequest, style: Literal["text", "json", "jsonl"]) -> None:
-        self._folder = folder
+    def __init__(
+        self, folders: Sequence[Path], request: SearchRequest, style: Literal["text", "json", "jsonl"]
+    ) -> None:
+        self._folders = [str(folder) for folder in folders]
         self._request = request
         self._style = style
 
@@ -269,9 +275,9 @@ class _Printer:
         elif self._request.mode == "keyword":
             message("note", "No chunk has a word of the query. Use other words or --mode hybrid.")
         else:
-            message("note", f"{self._folder} holds no chunks. Run `epic-rag index PATH` to add some.")
+            message("note", f"{' and '.join(self._folders)} holds no chunks. Run `epic-rag index PATH` to add some.")
 
-    def batch(self, indexer: ChromaIndexer, queries: Sequence[_BatchQuery]) -> None:
+    def batch(self, indexer: ChromaIndexer | FederatedIndex, queries: Sequence[_BatchQuery]) -> None:
         """Print the hits of many queries, which are encoded in groups."""
         from rich.text import Text
 
@@ -296,7 +302,8 @@ class _Printer:
         prompt = self._request.prompt
         return {
             "query": text,
-            "index_dir": str(self._folder),
+            "index_dir": self._folders[0],
+            "index_dirs": self._folders,
             "task": prompt.task,
             "bank": prompt.bank,
             "mode": self._request.mode,
@@ -304,7 +311,9 @@ class _Printer:
         }
 
 
-def _note_stale(indexer: ChromaIndexer, index_dir: Path | None, hits: Sequence[Hit] = ()) -> None:
+def _note_stale(
+    indexer: ChromaIndexer | FederatedIndex, given: Sequence[Path] | None, hits: Sequence[Hit] = ()
+) -> None:
     """Print how many files changed since the last run; of very many files, only those of the hits are compared."""
     stale = indexer.stale_files(max_files=_COMPARED_FILES)
     if stale is None:
@@ -314,8 +323,9 @@ def _note_stale(indexer: ChromaIndexer, index_dir: Path | None, hits: Sequence[H
     counts = Counter(stale.values())
     shown = [f"{plural(counts['changed'], 'file')} changed"] if counts["changed"] else []
     shown += [f"{plural(counts['deleted'], 'file')} deleted"] if counts["deleted"] else []
-    option = "" if index_dir is None else f" --index-dir {shlex.quote(str(index_dir))}"
-    message("note", f"Since the last run: {', '.join(shown)}. Run `epic-rag index{option}` to update the index.")
+    options = [f" --index-dir {shlex.quote(str(folder))}" for folder in given or ()] or [""]
+    commands = " and ".join(f"`epic-rag index{option}`" for option in options)
+    message("note", f"Since the last run: {', '.join(shown)}. Run {commands} to update the index.")
 
 
 def _encodable(text: str) -> str:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from epic_rag.errors import EpicError
-from epic_rag_cli.options import Chroma, ConfigFile, IndexDir, Json, Quiet, Verbose
-from epic_rag_cli.results import display_path, find_index
+from epic_rag_cli.options import Chroma, ConfigFile, IndexDir, IndexDirs, Json, Quiet, Verbose
+from epic_rag_cli.results import display_path, find_index, find_indexes
 from epic_rag_cli.terminal import columns, emit, emit_json, message, plural, printable, size
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from epic_rag_chroma import IndexStatus
 
 __all__ = ["clear", "status"]
 
@@ -23,7 +28,7 @@ _COUNTS = ("added", "changed", "renamed", "deleted", "unchanged", "skipped")
 
 
 def status(
-    index_dir: IndexDir = None,
+    index_dir: IndexDirs = None,
     chroma: Chroma = None,
     as_json: Json = False,
     config_file: ConfigFile = None,
@@ -38,14 +43,20 @@ def status(
     Examples:
         epic-rag status
         epic-rag status --index-dir docs/.epic-rag --json
+        epic-rag status --index-dir docs --index-dir notes
     """
-    folder = find_index(index_dir)
     from epic_rag_chroma import ChromaIndexer
 
-    state = ChromaIndexer(folder, chroma=chroma).status()
+    states = [ChromaIndexer(folder, chroma=chroma).status() for folder in find_indexes(index_dir)]
     if as_json:
-        emit_json(dataclasses.asdict(state))
+        answers = [dataclasses.asdict(state) for state in states]
+        emit_json(answers if len(answers) > 1 else answers[0])
         return
+    for number, state in enumerate(states):
+        emit([*([""] if number else []), *_table(state)])
+
+
+def _table(state: IndexStatus) -> list[Text]:
     settings = state.settings
     rows = [("index", state.index_dir)]
     if state.chroma:
@@ -69,7 +80,7 @@ def status(
         rows.append(("last run", f"{counts}; {embedded} embedded in {run.get('seconds', 0.0):.1f} s"))
     if state.state in _STATES:
         rows.append(("state", _STATES[state.state]))
-    emit(columns(rows, styles=("bold",)))
+    return columns(rows, styles=("bold",))
 
 
 def clear(
