@@ -13,6 +13,7 @@ A text is embedded once: if any file has a chunk with the same embedded text, it
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import threading
@@ -335,7 +336,7 @@ class Sync:
         if not chunks:
             with self.database.transaction():
                 self._complete(pending)
-        for chunk in _pending_chunks(pending, chunks):
+        for chunk in _pending_chunks(pending, chunks, change.document.metadata):
             self._buffer.append(chunk)
             if len(self._buffer) >= self.batch_chunks:
                 self._flush()
@@ -438,7 +439,9 @@ def _hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_DIGEST_LENGTH]
 
 
-def _pending_chunks(file: _PendingFile, chunks: list[Chunk]) -> Iterator[_PendingChunk]:
+def _pending_chunks(
+    file: _PendingFile, chunks: list[Chunk], front_matter: dict[str, str | list[str]]
+) -> Iterator[_PendingChunk]:
     """Yield the chunks of a file with ids and metadata.
 
     An id is derived from the file, the embedded text and the shown text, so an unchanged chunk keeps its id.
@@ -464,6 +467,7 @@ def _pending_chunks(file: _PendingFile, chunks: list[Chunk]) -> Iterator[_Pendin
             "kind": kind_of(path),
             "lang": language_of(path),
             "embedded_hash": embedded_hash,
+            "front_matter": json.dumps(front_matter, ensure_ascii=False) if front_matter else None,
             # What is searched, where that is not the shown text: escapes decoded, without markup.
             "words": chunk.words if chunk.words != chunk.text else None,
         }

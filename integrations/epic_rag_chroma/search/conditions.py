@@ -4,11 +4,18 @@ They are evaluated on a row's metadata, so that they mean the same in every sear
 `where` lacks substrings, headings and file names, and silently finds nothing for a misspelt key.
 
 A key that a row does not have (`page` of a text file) satisfies `!=`, `nin` and `is_empty`, and nothing else.
+
+Any other key is one of the files' front matter, whose values are texts and lists of texts. A list is equal to each of
+its items; `>` and the like compare numbers as numbers, and all else, such as dates, as text. Texts are compared in
+Unicode's composed form.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -31,6 +38,7 @@ _TEXT_KEYS = (
 )  # fmt: skip
 KNOWN_KEYS: tuple[str, ...] = tuple(sorted((*NUMERIC_KEYS, *_TEXT_KEYS)))
 _LIST_KEYS = ("heading_path",)
+_FRONT_MATTER_KEY = re.compile(r"\w[\w. -]*")
 
 _MEMBERSHIP = ("in", "nin")
 _SUBSTRING = ("text_match", "text_match_insensitive")
@@ -77,8 +85,10 @@ class Comparison:
     def __post_init__(self) -> None:
         if self.operator not in _TESTS:
             raise ConfigError(f"Unknown operator {self.operator!r} in a filter. Known are {' '.join(_TESTS)}.")
-        if self.key not in KNOWN_KEYS:
-            raise ConfigError(f"Cannot filter by {self.key!r}. The keys of an index are {', '.join(KNOWN_KEYS)}.")
+        if self.of_front_matter:
+            if not _FRONT_MATTER_KEY.fullmatch(self.key):
+                raise ConfigError(f"Cannot filter by {self.key!r}. The keys of an index are {', '.join(KNOWN_KEYS)}.")
+            return
         numeric = self.key in NUMERIC_KEYS
         if self.operator in _ORDER and not numeric:
             raise self._invalid(f"{self.key} is a text. Use ==, in or text_match.")
@@ -87,6 +97,11 @@ class Comparison:
         if self.operator in _LIST_OPERATORS and self.key not in _LIST_KEYS:
             raise self._invalid(f"{self.key} is not a list as {', '.join(_LIST_KEYS)} is. Use in or text_match.")
         self._check_value(numeric)
+
+    @property
+    def of_front_matter(self) -> bool:
+        """True if the key is none that every index has."""
+        return self.key not in KNOWN_KEYS
 
     def _check_value(self, numeric: bool) -> None:
         if self.operator == "is_empty":
@@ -109,7 +124,25 @@ class Comparison:
         found = row.get(self.key)
         if found is None:
             return self.operator in _TRUE_WITHOUT_KEY
-        return _TESTS[self.operator](found, self.value)
+        if self.of_front_matter:
+            return self._matches_front_matter(found if isinstance(found, list) else [found])
+        return _TESTS[self.operator](_composed(found), _composed(self.value))
+
+    def _matches_front_matter(self, items: list[str]) -> bool:
+        """Return whether the condition holds for a value of the front matter, as a list of texts."""
+        values = self.value if isinstance(self.value, tuple) else () if self.value is None else (self.value,)
+        wanted = [str(_composed(value)) for value in values]
+        found = [str(_composed(item)) for item in items]
+        if self.operator in ("!=", "nin"):
+            return not any(_equal(item, value) for item in found for value in wanted)
+        if self.operator == "all":
+            return all(any(_equal(item, value) for item in found) for value in wanted)
+        if self.operator == "is_empty":
+            return not any(found)
+        if self.operator in _ORDER or self.operator in _SUBSTRING:
+            test = _TESTS[self.operator]
+            return any(test(*_comparable(item, value, self.operator)) for item in found for value in wanted)
+        return any(_equal(item, value) for item in found for value in wanted)
 
 
 @dataclass(frozen=True)
@@ -141,7 +174,35 @@ def fields_of(metadata: Mapping[str, Any], index_dir: str | os.PathLike[str]) ->
     """
     path = str(metadata.get("path", ""))
     absolute = os.path.normpath(os.path.join(index_dir, str(metadata.get("root", "")), path))
-    return {**metadata, "file_path": absolute, "file_name": PurePosixPath(path).name}
+    front_matter = json.loads(metadata["front_matter"]) if metadata.get("front_matter") else {}
+    return {**front_matter, **metadata, "file_path": absolute, "file_name": PurePosixPath(path).name}
+
+
+def _composed(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_composed, value))
+    return value if not isinstance(value, str) or value.isascii() else unicodedata.normalize("NFC", value)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _comparable(found: str, value: str, operator: str) -> tuple[Any, Any]:
+    """Return both as numbers, if they are and the operator is one of order; else as texts."""
+    numbers = (_number(found), _number(value)) if operator in _ORDER else (None, None)
+    return (found, value) if None in numbers else numbers
+
+
+def _equal(found: str, value: str) -> bool:
+    """Return whether two values are equal; truth values and numbers however they are written."""
+    if found == value or found.casefold() == value.casefold():
+        return True
+    first, second = _number(found), _number(value)
+    return first is not None and first == second and "." not in found + value
 
 
 def _headings(path: str) -> frozenset[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from epic_rag.errors import ConfigError
-from epic_rag_chroma.search.conditions import NUMERIC_KEYS, Comparison, Condition, Operator, fields_of
+from epic_rag_chroma.search.conditions import KNOWN_KEYS, NUMERIC_KEYS, Comparison, Condition, Operator, fields_of
 from epic_rag_chroma.store.paths import DocumentKey, root_path
 from epic_rag_chroma.store.state import FileEntry
 from epic_rag_chroma.types import SearchFilters
@@ -91,6 +91,9 @@ class Filter:
         filters: The filters; all must hold.
         index_dir: The index folder.
 
+    Attributes:
+        front_matter_keys: The keys of its conditions that are of the files' front matter.
+
     Raises:
         ConfigError: If a condition or a pattern is invalid, or `since` has no time zone.
     """
@@ -100,8 +103,10 @@ class Filter:
         if filters.condition is not None:
             conditions.append(filters.condition)
         self._conditions = conditions
-        # Computing absolute paths takes a while for 100,000 rows.
-        self._needs_file = any(_keys(condition) & {"file_name", "file_path"} for condition in conditions)
+        keys = {key for condition in conditions for key in _keys(condition)}
+        # Computing absolute paths and parsing front matter takes a while for 100,000 rows.
+        self._needs_file = bool(keys & {"file_name", "file_path"} or keys - set(KNOWN_KEYS))
+        self.front_matter_keys = frozenset(keys - set(KNOWN_KEYS))
         self._index_dir = index_dir
         patterns = _patterns(filters.paths)
         self._path_matches = lru_cache(_CACHED_PATHS)(patterns.selects) if filters.paths else None

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from epic_rag.errors import ConfigError
 from epic_rag_chroma.errors import IndexMismatchError
 from epic_rag_chroma.reading.document import HEADING_SEPARATOR
+from epic_rag_chroma.search.conditions import KNOWN_KEYS
 from epic_rag_chroma.search.deduplicate import ComparedText
 from epic_rag_chroma.search.filters import Filter
 from epic_rag_chroma.search.fusion import FUSION_DEPTH, fuse
@@ -145,6 +146,11 @@ class Searcher:
                 passes.use_files(index.database.files())
             key = (index.database.version(), repr(request.filters))
             allowed = None if passes is None or passes.needs_files else self._allowed.get(key)
+            if passes is not None and passes.front_matter_keys and allowed is None:
+                known = index.database.front_matter_keys()
+                for name in sorted(passes.front_matter_keys - known):
+                    keys = ", ".join((*KNOWN_KEYS, *sorted(known)))
+                    raise ConfigError(f"Cannot filter by {name!r}. The keys of this index are {keys}.")
             filtered = _FilteredIndex(index, passes, allowed)
             found = [
                 self._search_one(filtered, text, None if vectors is None else vectors[row], request, reranker)

@@ -275,6 +275,14 @@ class IndexDatabase:
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
+    def front_matter_keys(self) -> set[str]:
+        """Return the keys of the files' front matter."""
+        rows = self._connection.execute(
+            "SELECT DISTINCT json_extract(metadata, '$.front_matter') FROM chunks "
+            "WHERE instr(metadata, '\"front_matter\"')"
+        )
+        return {str(key) for (text,) in rows if text for key in json.loads(text)}
+
     def files(self) -> dict[DocumentKey, FileEntry]:
         """Return the entries of all files."""
         return dict(self._files(""))

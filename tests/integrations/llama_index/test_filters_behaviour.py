@@ -110,7 +110,7 @@ def test_nesting(condition: str | None, parts: list[MetadataFilters], expected: 
 @pytest.mark.parametrize(
     ("key", "operator", "value", "message"),
     [
-        ("author", "==", "me", "Cannot filter by 'author'. The keys of an index are chunks, content_hash"),
+        ("author?", "==", "me", "Cannot filter by 'author?'. The keys of an index are chunks, content_hash"),
         ("page", "==", "3", "page == '3' is invalid: page is a number, '3' is not"),
         ("path", "==", 3, "path == 3 is invalid: path is a text, 3 is not"),
         ("page", "in", ["3"], "page in ('3',) is invalid: page is a number, '3' is not"),

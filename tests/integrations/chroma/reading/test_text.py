@@ -348,7 +348,7 @@ def test_subtitles_split_after_sentences() -> None:
 
 @pytest.mark.parametrize("text", ["", "WEBVTT\n", "1\n00:00:01,000 --> 00:00:02,000\n\n" * 500])
 def test_subtitles_without_speech(text: str) -> None:
-    with pytest.raises(NotTextError, match="no text|empty"):
+    with pytest.raises(NotTextError, match=r"no text|empty"):
         read_document("a.srt", text.encode())
 
 

@@ -201,7 +201,7 @@ def test_filters_are_exact(
     assert len(hybrid) == min(k, len(allowed))
 
 
-def test_unknown_filters_fail_before_encoding(index: ChromaIndexer) -> None:
+def test_unknown_filters_fail(index: ChromaIndexer) -> None:
     with pytest.raises(ConfigError, match="Cannot filter by 'colour'"):
         index.query(QUERY, filters=SearchFilters(("colour=red",)))
 
