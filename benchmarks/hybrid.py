@@ -3,7 +3,7 @@
     python benchmarks/hybrid.py --data DIR [--model NAME] [--dtype bfloat16] [--cache-dir DIR] [--output DIR]
                                 [--document docs/search.md]
 
-Words and fusion are the code that an index uses (`KeywordIndex`, `fuse`); vectors are compared by brute force. Queries
+Words and fusion are the code that an index uses (`IndexDatabase`, `fuse`); vectors are compared by brute force. Queries
 are encoded as `epic-rag eval` does at k = 0: with the set's instruction and no demonstrations. All scores are nDCG@10.
 A reranking set counts as retrieval among each query's own candidates. Besides the three modes, other constants, depths
 and weights of the fusion are scored, and for each set the constant that is best on the others: nothing is chosen on
@@ -19,6 +19,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from epic_rag.evaluation.report import markdown_table
 from epic_rag.metrics import ndcg_of_scores
 from epic_rag_chroma.search.deduplicate import ComparedText
 from epic_rag_chroma.search.fusion import FUSION_DEPTH, RANK_CONSTANT, fuse
-from epic_rag_chroma.store.keyword_index import KeywordIndex
+from epic_rag_chroma.store.database import IndexDatabase, Record
 
 DEPTH = 1000
 CONSTANTS = (1, 2, 5, 10, 20, 60, 100)
@@ -126,14 +127,19 @@ def rank(local: LocalSet, store: EmbeddingStore) -> Ranked:
 def by_words(texts: Sequence[str], queries: Sequence[str], candidates: list[list[int]] | None) -> Rankings:
     # Equal scores are put in the order of the ids, so these are as long as the longest.
     ids = [f"{number:08}" for number in range(len(texts))]
-    with tempfile.TemporaryDirectory() as folder:
-        words = KeywordIndex.open(Path(folder), "benchmark")
-        words.upsert(ids, texts, ids)
+    no_vector = np.zeros(1, dtype=np.float32)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(IndexDatabase.open(Path(folder) / "index.sqlite")) as database,
+    ):
+        with database.transaction():
+            database.put([Record(name, text, {}, no_vector) for name, text in zip(ids, texts, strict=True)])
         found = []
         for place, query in enumerate(queries):
-            allowed = None if candidates is None else {ids[number] for number in candidates[place]}
-            found.append([int(each) for each, _ in words.search(query, DEPTH, allowed)])
-        words.close()
+            allowed = None
+            if candidates is not None:
+                allowed = database.numbers_of([ids[number] for number in candidates[place]])
+            found.append([int(each) for each, _ in database.match(query, DEPTH, allowed)])
     return found
 
 
