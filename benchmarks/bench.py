@@ -91,9 +91,6 @@ def quick_commands(folder: Path) -> dict[str, list[str]]:
         "".join(json.dumps({"query": f"thing {n}?", "positive": f"box {n} " * 90}) + "\n" for n in range(80)),
         encoding="utf-8",
     )
-    docs = folder / "docs"
-    docs.mkdir()
-    (docs / "a.md").write_text("# Boxes\n\nThing 1 is in box 1.\n", encoding="utf-8")
     out = str(folder / "out")
     return {
         "prompt_cache": [
@@ -115,7 +112,9 @@ def quick_commands(folder: Path) -> dict[str, list[str]]:
             *("profiling.py", "--model", model, "--llm", model, "--texts", str(pairs), "--count", "20", "--runs", "2"),
             *("--output", out),
         ],
-        "cold_start": ["cold_start.py", "--model", model, "--docs", str(docs), "--runs", "2", "--output", out],
+        "cold_start": [
+            *("cold_start.py", "--model", model, "--chunks", "20", "--sizes", "20,40", "--runs", "2", "--output", out),
+        ],
         "growth": ["growth.py", "--model", model, "--sizes", "20", "--output", out],
     }
 

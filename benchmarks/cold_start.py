@@ -1,93 +1,209 @@
-"""Start-up time of commands: `epic-rag --help` and `epic-rag query`, compared with the imports they need.
+"""Commands in new processes, side by side with the imports of the libraries that they do without.
 
     python benchmarks/cold_start.py --output DIR
 
-Every run starts a new process of each kind, in turn. The index is made of this project's own documents. Writes
-cold_start.json and cold_start.md to DIR.
+Every run starts one process of each kind in turn; a process is timed from outside, and the system reports its peak
+memory. The index holds documentation: the docstrings of Python's standard library, one page a module. "In one process"
+are queries that follow a first one. The two indexes at the end hold synthetic files (`growth.py`) and random vectors,
+so that one can be a hundred times the size of the other. Writes cold_start.json and cold_start.md to DIR.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from bench_common import bars_table, interleaved, milliseconds, ratio, run_main, write
+from bench_common import Bar, bars_table, milliseconds, ratio, run_main, say, write
+from growth import HashedEncoder, make_files, questions
+from measuring import spread_of
 
-from epic_rag.checkpoints import resolve
+from epic_rag import EpicEncoder
 from epic_rag.errors import EpicError
 from epic_rag.evaluation.report import markdown_table
+from epic_rag_chroma import ChromaIndexer
 
-DOCS = Path(__file__).parent.parent / "docs"
-# Every byte of the weights, as a process that opens them must read them.
-READ = "import pathlib, sys; [path.read_bytes() for path in pathlib.Path(sys.argv[1]).glob('*.safetensors')]"
+IMPORTS = "import torch, transformers, chromadb"
+QUESTION = "how do I read a file line by line?"
+# Characters of docstrings that make one chunk, nearly enough.
+CHARACTERS = 420
+SHORTEST = 80
+# A small process between: the peak memory of a process begins with that of the one that starts it.
+RUNNER = """
+import os, sys, time
+started = time.perf_counter()
+_, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0)
+sys.stderr.write(f"\\n{time.perf_counter() - started} {usage.ru_maxrss}\\n")
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+WARM = """
+import json, sys, time
+from pathlib import Path
+from epic_rag_cli.options import open_indexer
+index, *texts = sys.argv[1:]
+seconds = []
+with open_indexer(Path(index), model=None, dtype="auto", device=None, chroma=None) as indexer:
+    for text in texts * 5:
+        started = time.perf_counter()
+        indexer.query(text)
+        seconds.append(time.perf_counter() - started)
+seconds = sorted(seconds[len(texts):])
+print(seconds[len(seconds) // 2])
+"""
 
 
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     options.add_argument("--model", help="default: the shipped checkpoint")
-    options.add_argument("--docs", type=Path, default=DOCS, help="what is indexed")
+    options.add_argument("--chunks", type=int, default=3000, metavar="N", help="chunks of documentation, about")
+    options.add_argument("--sizes", default="1000,100000", help="chunks of the two synthetic indexes")
     options.add_argument("--runs", type=int, default=9, metavar="N")
     options.add_argument("--output", required=True, type=Path, metavar="DIR")
     return options
 
 
-def run(command: Sequence[str]) -> None:
-    """Run a command; its output is only used if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def pages() -> Iterator[tuple[str, str]]:
+    """Yield a name and a Markdown page for each documented module of the standard library."""
+    library = Path(os.__file__).parent
+    for file in sorted(library.rglob("*.py")):
+        parts = file.relative_to(library).with_suffix("").parts
+        if {"site-packages", "test", "tests", "idlelib"} & set(parts):
+            continue
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, ValueError):
+            continue
+        nodes = (node for node in ast.walk(tree) if isinstance(node, (ast.ClassDef, ast.FunctionDef)))
+        entries = [(node.name, ast.get_docstring(node) or "") for node in nodes]
+        sections = [f"## {name}\n\n{text}\n" for name, text in entries if len(text) >= SHORTEST]
+        if sections:
+            name = ".".join(parts)
+            yield name, "\n".join([f"# {name}\n\n{ast.get_docstring(tree) or ''}\n", *sections])
+
+
+def write_manual(folder: Path, chunks: int) -> None:
+    """Write pages that make about so many chunks."""
+    folder.mkdir()
+    left = chunks * CHARACTERS
+    for name, text in pages():
+        if left <= 0:
+            return
+        (folder / f"{name}.md").write_text(text[:left], encoding="utf-8")
+        left -= len(text)
+
+
+def make_synthetic(folder: Path, chunks: int, encoder: EpicEncoder) -> Path:
+    """Index synthetic files with random vectors; return the index folder."""
+    folder.mkdir()
+    make_files(folder, chunks)
+    index = folder / ".epic-rag"
+    with ChromaIndexer(index, encoder=HashedEncoder(encoder), chroma="none") as indexer:  # type: ignore[arg-type]
+        say(f"{indexer.index([folder]).chunks_total:,} synthetic chunks")
+    return index
+
+
+def run(command: Sequence[str]) -> tuple[float, int, str]:
+    """Run a command; return its seconds, its peak memory in bytes and its output.
+
+    Raises:
+        EpicError: If it fails.
+    """
+    # Installed packages have their bytecode on disk.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", RUNNER, *command], capture_output=True, text=True, check=False, env=environment
+    )
     if done.returncode:
-        raise EpicError(f"`{' '.join(command)}` ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
+        message = f"ended with status {done.returncode}: {done.stderr.strip()[-300:]}"
+        raise EpicError(f"`{' '.join(command)[:200]}` {message}")
+    *_, last = done.stderr.splitlines()
+    seconds, peak = last.split()
+    # macOS counts bytes, Linux kilobytes.
+    return float(seconds), int(peak) * (1 if sys.platform == "darwin" else 1024), done.stdout
 
 
 def measure(options: argparse.Namespace) -> int:
-    python = [sys.executable, "-c"]
+    small, large = (int(size) for size in options.sizes.split(","))
     epic = [sys.executable, "-m", "epic_rag_cli"]
     chosen = [] if options.model is None else ["--model", options.model]
-    weights = str(resolve(options.model))
-    with tempfile.TemporaryDirectory() as folder:
-        index = str(Path(folder) / "index")
-        run([*epic, "index", str(options.docs), "--index-dir", index, *chosen])
-        ask = [*epic, "query", "how do I make an index?", "--index-dir", index]
-        imports = "import torch, transformers, chromadb"
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        manual = place / "manual"
+        write_manual(manual, options.chunks)
+        index = [*epic, "index", str(manual), *chosen]
+        run(index)
+        run(index)  # records the files' times, which were too young before
+        encoder = EpicEncoder.from_pretrained(options.model, device="cpu")
+        sizes = {size: str(make_synthetic(place / str(size), size, encoder)) for size in (small, large)}
+        folder = str(manual / ".epic-rag")
+        ask = [*epic, "query", QUESTION, "--index-dir"]
         commands = {
-            "import torch": [*python, "import torch"],
-            "epic-rag --help": [*epic, "--help"],
-            "imports and weights": [*python, f"{imports}\n{READ}", weights],
-            "epic-rag query": ask,
-            "epic-rag query --mode keyword": [*ask, "--mode", "keyword"],
+            "imports": [sys.executable, "-c", IMPORTS],
+            "query": [*ask, folder],
+            "query with demonstrations": [*ask, folder, "--bank", "docs"],
+            "keyword query": [*ask, folder, "--mode", "keyword"],
+            "index": index,
+            "status": [*epic, "status", "--index-dir", folder],
+            "help": [*epic, "--help"],
+            "warm": [sys.executable, "-c", WARM, folder, *questions(), QUESTION],
+            "small": [*ask, sizes[small]],
+            "large": [*ask, sizes[large]],
         }
-        calls: dict[str, Callable[[], object]] = {name: partial(run, command) for name, command in commands.items()}
-        seconds = interleaved(calls, options.runs, torch.device("cpu"))
-    bars = [
-        ratio(
-            "epic-rag --help / import torch", seconds["epic-rag --help"], seconds["import torch"], 0.35, at_most=True
-        ),
-        ratio(
-            "epic-rag query / import torch, transformers, chromadb and the weights' read",
-            seconds["epic-rag query"],
-            seconds["imports and weights"],
-            1.6,
-            at_most=True,
-        ),
-    ]
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        peaks: dict[str, list[int]] = {name: [] for name in commands}
+        for number in range(options.runs + 1):
+            say(f"run {number} of {options.runs}" if number else "warm-up")
+            for name, command in commands.items():
+                took, peak, out = run(command)
+                if number:
+                    seconds[name].append(float(out) if name == "warm" else took)
+                    peaks[name].append(peak)
+        with ChromaIndexer(folder) as indexer:
+            chunks = indexer.status().chunks
+    labels = {
+        "imports": f'python -c "{IMPORTS}"',
+        "query": f"epic-rag query, {chunks:,} chunks",
+        "query with demonstrations": "the same with --bank docs",
+        "keyword query": "the same with --mode keyword",
+        "index": "epic-rag index, nothing has changed",
+        "status": "epic-rag status",
+        "help": "epic-rag --help",
+        "warm": "a further query in one process",
+        "small": f"epic-rag query, {small:,} synthetic chunks",
+        "large": f"epic-rag query, {large:,} synthetic chunks",
+    }
+    rows = []
+    for name, label in labels.items():
+        part = spread_of([a / b for a, b in zip(seconds[name], seconds["imports"], strict=True)]).median
+        rows.append([label, milliseconds(seconds[name]), f"{part:.3f}", f"{max(peaks[name]) / 1e6:.0f}"])
     table = markdown_table(
-        ["process", "ms: median (quartiles)"],
-        [[name, milliseconds(each)] for name, each in seconds.items()],
-        text_columns=1,
+        ["process", "ms: median (quartiles)", "part of the imports", "peak memory, MB"], rows, text_columns=1
     )
-    head = f"New processes, {options.runs} runs; an index of {options.docs.name}/."
+    bars = [
+        ratio("epic-rag query / the imports", seconds["query"], seconds["imports"], 0.30, at_most=True),
+        ratio("unchanged epic-rag index / the imports", seconds["index"], seconds["imports"], 0.25, at_most=True),
+        Bar("peak memory of epic-rag query, MB", max(peaks["query"]) / 1e6, 260, True),
+        Bar("a further query in one process, ms", 1e3 * spread_of(seconds["warm"]).median, 10, True),
+        ratio(
+            f"epic-rag query at {large:,} chunks / at {small:,}", seconds["large"], seconds["small"], 1.5, at_most=True
+        ),
+        Bar(f"peak memory at {large:,} chunks, MB", max(peaks["large"]) / 1e6, 400, True),
+    ]
     write(
         options.output,
         "cold_start",
-        "\n\n".join([head, table, bars_table(bars)]),
+        "\n\n".join([f"{options.runs} runs.", table, bars_table(bars)]),
         bars,
         torch.device("cpu"),
+        chunks=chunks,
         seconds=seconds,
+        peak_bytes=peaks,
     )
     return 0
 

@@ -6,7 +6,6 @@ The command builds one `SearchRequest` from its options and passes it to `Chroma
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 import os
 import shlex
@@ -14,8 +13,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
@@ -222,8 +221,7 @@ def query(
             printer.batch(indexer, queries)
             _note_stale(indexer, index_dir)
         elif text is not None:
-            with _gc_disabled():
-                hits = indexer.query(_encodable(text), request)
+            hits = indexer.query(_encodable(text), request)
             printer.hits(text, hits)
             _note_stale(indexer, index_dir, hits)
             if open_number is not None and hits:
@@ -331,22 +329,6 @@ def _note_stale(
 def _encodable(text: str) -> str:
     """Replace lone surrogates (undecodable bytes on the command line), which tokenizers reject."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-@contextmanager
-def _gc_disabled() -> Iterator[None]:
-    """Turn off garbage collection during a cold query.
-
-    Imports allocate hundreds of thousands of objects, none of them garbage; collections among them take a third of the
-    time (benchmarks/README.md, measured by benchmarks/cold_start.py).
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @dataclass(frozen=True)
