@@ -9,15 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from epic_rag.errors import ConfigError
-from epic_rag_chroma.errors import ChromaServerError, IndexStateError
+from epic_rag.errors import ConfigError, DataError
+from epic_rag_chroma.errors import ChromaServerError, IndexNotFoundError, IndexStateError
 from epic_rag_chroma.indexing.compatibility import check_model
-from epic_rag_chroma.reading.file_types import kind_of
+from epic_rag_chroma.reading.file_types import byte_limit, kind_of
 from epic_rag_chroma.search.index_reader import IndexReader
 from epic_rag_chroma.search.request import SearchRequest
 from epic_rag_chroma.search.searcher import Searcher, replace_queries
 from epic_rag_chroma.store.database import IndexDatabase
-from epic_rag_chroma.store.layout import check_owner, delete_index, folder_size, is_index, remove_if_empty
+from epic_rag_chroma.store.layout import (
+    check_owner,
+    delete_index,
+    folder_size,
+    is_index,
+    is_safe_relative_path,
+    remove_if_empty,
+)
 from epic_rag_chroma.store.lock import chroma_lock, is_locked, write_lock
 from epic_rag_chroma.store.migration import check_migrated, old_place
 from epic_rag_chroma.store.paths import DATABASE_FILE, existing_path, root_path
@@ -44,6 +51,8 @@ if TYPE_CHECKING:
     from epic_rag_chroma.store.state import IndexState
 
 __all__ = ["ChromaIndexer"]
+
+_WITHOUT_LINES = frozenset({"pdf", "docx", "pptx", "xlsx", "opendocument", "rtf", "epub"})
 
 
 class ChromaIndexer:
@@ -306,6 +315,70 @@ class ChromaIndexer:
         folders = {root: str(root_path(root, self._index_dir)) for root in {root for root, *_ in files}}
         states = {f"{folders[root]}/{path}": (size, mtime_ns) for root, path, size, mtime_ns in files}
         return {path: state for path, known in states.items() if (state := stale_state(path, *known)) is not None}
+
+    @property
+    def encoder(self) -> EpicEncoder:
+        """The encoder: the caller's, or that of the index, or the default one; loaded when it is first used.
+
+        Raises:
+            CheckpointError: If it cannot be loaded.
+            IndexStateError: If there is an index that cannot be read.
+        """
+        try:
+            state = self._state()
+        except IndexNotFoundError:
+            state = None
+        return self._load(state)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the encoder that the index was built with; loads no model.
+
+        Raises:
+            IndexNotFoundError: If there is no index.
+            IndexStateError: If it cannot be read.
+        """
+        return self._state().fingerprint
+
+    def read_lines(self, path: str) -> list[str]:
+        """Return the current lines of an indexed file, which the line numbers of hits refer to.
+
+        Only files of the index are read, none through a link that leaves its root (unless the index follows links).
+
+        Args:
+            path: The file, relative to its root, as in `Hit.path`.
+
+        Raises:
+            DataError: If the index has no such file, it has no lines (PDF, Office), or it cannot be read any more.
+            IndexNotFoundError: If there is no index.
+            IndexStateError: If it cannot be read.
+        """
+        from epic_rag_chroma.reading.document import NotTextError, split_lines  # not needed for queries
+        from epic_rag_chroma.reading.encoding import decode
+        from epic_rag_chroma.walk.safe_read import read_regular
+
+        state = self._state()
+        known = self._reader.read(
+            lambda index: [root for root in state.roots if index.database.file((root, path)) is not None],
+            needs_vectors=False,
+        )
+        if not known or not is_safe_relative_path(path):
+            raise DataError(f"{path} is not a file of the index. Use the path of a hit.")
+        if kind_of(path) in _WITHOUT_LINES:
+            raise DataError(f"{path} has no lines. Open it in its own program.")
+        root = root_path(known[0], self._index_dir)
+        file = root / path
+        try:
+            if not state.settings.follow_links and not file.resolve().is_relative_to(root.resolve()):
+                raise DataError(f"{path} has become a link to another folder. Run `epic-rag index` again.")
+            content, _ = read_regular(file.resolve() if state.settings.follow_links else file, byte_limit(path))
+            return split_lines(decode(content))
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read any more ({error.strerror}). Run `epic-rag index` again."
+            ) from error
+        except NotTextError as error:
+            raise DataError(f"{path} cannot be read any more ({error}). Run `epic-rag index` again.") from error
 
     def clear(self) -> None:
         """Delete the files of the index, and the folder if nothing else is in it.
