@@ -77,7 +77,7 @@ def metadata(wheel: zipfile.ZipFile, names: set[str]) -> email.message.Message:
 
 def test_only_our_packages_land_in_site_packages(names: set[str]) -> None:
     tops = {name.split("/")[0] for name in names}
-    expected = {"epic_rag", "epic_rag_chroma", "epic_rag_cli", "epic_rag_demos", "llama_index"}
+    expected = {"epic_rag", "epic_rag_chroma", "epic_rag_cli", "epic_rag_demos", "epic_rag_server", "llama_index"}
     assert tops == {*expected, f"epic_rag-{epic_rag.__version__}.dist-info"}
 
 
@@ -92,7 +92,13 @@ def test_llama_index_stays_a_namespace(names: set[str]) -> None:
 
 
 def test_every_module_and_data_file_of_the_packages_is_in_the_wheel(names: set[str]) -> None:
-    packages = ("epic_rag", "integrations/epic_rag_chroma", "integrations/llama_index", "cli/epic_rag_cli")
+    packages = (
+        "epic_rag",
+        "integrations/epic_rag_chroma",
+        "integrations/epic_rag_server",
+        "integrations/llama_index",
+        "cli/epic_rag_cli",
+    )
     expected = {
         re.sub(r"^(integrations|cli|demos)/", "", name)
         for name in committed_files()
@@ -131,6 +137,7 @@ def test_the_shipped_checkpoints_are_under_95_megabytes_together() -> None:
     [
         "epic_rag",
         "epic_rag_chroma",
+        "epic_rag_server",
         "epic_rag_cli",
         "epic_rag_demos",
         "llama_index/embeddings/epic",
@@ -159,7 +166,7 @@ def test_metadata_says_version_python_licence_and_extras(metadata: email.message
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert f"epic_rag-{epic_rag.__version__}.dist-info/licenses/LICENSE" in names
-    assert {"train", "eval", "files", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+    assert {"train", "eval", "files", "serve", "dev"} <= set(metadata.get_all("Provides-Extra", []))
 
 
 def test_runtime_requirements_have_no_pin_and_no_address(metadata: email.message.Message) -> None:

@@ -1,0 +1,157 @@
+"""`epic-rag serve`: an HTTP server for embeddings and search."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from epic_rag.errors import ConfigError
+from epic_rag_cli.options import DEFAULT_DTYPE, Device, Dtype, Model, Quiet, Verbose
+from epic_rag_cli.results import find_index
+from epic_rag_cli.terminal import message
+
+if TYPE_CHECKING:
+    from epic_rag import EpicEncoder
+    from epic_rag_chroma import ChromaIndexer
+
+__all__ = ["serve"]
+
+
+def serve(
+    index_dir: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--index-dir",
+            metavar="DIR",
+            help="An index to search, or a folder whose .epic-rag it is; can be repeated. Without it: the nearest "
+            ".epic-rag in the working directory and its parents, or none.",
+        ),
+    ] = None,
+    model: Model = None,
+    dtype: Dtype = DEFAULT_DTYPE,
+    device: Device = None,
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; other machines need an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on; 0 for a free one.")
+    ] = 8400,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key-env", metavar="NAME", help="Environment variable with the key that requests must send."
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            metavar="NAME",
+            help="A further host name that requests may address, such as host.docker.internal; can be repeated.",
+        ),
+    ] = None,
+    bank_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--bank-dir",
+            metavar="DIR",
+            help="Folder of the banks that requests may create and change.",
+            show_default="epic-rag/banks in the user's data folder",
+        ),
+    ] = None,
+    role_prefixes: Annotated[
+        str | None,
+        typer.Option(
+            "--role-prefixes",
+            metavar="QUERY,PASSAGE",
+            help="Beginnings of texts that mark queries and passages, such as 'query: ,passage: '; they are removed.",
+        ),
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Serve embeddings and search over HTTP.
+
+    Embeddings for clients of OpenAI (/v1/embeddings), text-embeddings-inference (/embed) and Cohere (/v2/embed), search
+    in indexes (/v1/search), banks of demonstrations (/v1/banks). Only this machine has access, unless --host and
+    --api-key-env open the server to others. docs/server.md has a line to copy for each client. Ctrl-C ends it.
+
+    Examples:
+        epic-rag serve
+        epic-rag serve --index-dir docs --port 8401
+        epic-rag serve --host 0.0.0.0 --api-key-env EPIC_RAG_API_KEY
+    """
+    api_key = None if api_key_env is None else os.environ.get(api_key_env, "")
+    if api_key == "":
+        raise ConfigError(f"The variable {api_key_env} is not set. Put the API key into it.")
+    prefixes = None
+    if role_prefixes is not None:
+        query, comma, passage = role_prefixes.partition(",")
+        if not comma or not query or not passage:
+            raise typer.BadParameter("it is not of the form 'query: ,passage: '", param_hint="'--role-prefixes'")
+        prefixes = (query, passage)
+    # Imported here, as every library in a command, so that --help answers at once.
+    import torch  # noqa: F401 - before the encoder, which computes single texts without torch if it is not loaded
+
+    from epic_rag_server import AccessPolicy, BankStore, Server, Service, create_app
+
+    policy = AccessPolicy(bind=host, hosts=allow_host or (), api_key=api_key)
+    encoder, indexes = _open(_folders(index_dir), model, dtype, device)
+    if bank_dir is None:
+        from platformdirs import user_data_path
+
+        bank_dir = user_data_path("epic-rag", appauthor=False) / "banks"
+    service = Service(encoder, indexes, BankStore(bank_dir))
+    try:
+        server = Server(create_app(service, policy, role_prefixes=prefixes), host, port)
+    except ConfigError:
+        service.close()
+        raise
+    searched = f" and searches {', '.join(indexes)}" if indexes else ""
+    message("note", f"{service.name} is served at {server.url}{searched}. Ctrl-C ends it.")
+    server.run()
+
+
+def _folders(given: list[Path] | None) -> list[Path]:
+    from epic_rag_chroma import IndexNotFoundError
+
+    if given:
+        return [find_index(folder) for folder in given]
+    try:
+        return [find_index(None)]
+    except IndexNotFoundError:
+        return []
+
+
+def _open(
+    folders: list[Path], model: str | None, dtype: str, device: str | None
+) -> tuple[EpicEncoder, dict[str, ChromaIndexer]]:
+    """Return the model (the given one, that of the first index, or the default) and the indexes by name.
+
+    Raises:
+        EpicError: If an index or the model cannot be opened, or the model is not that of an index.
+    """
+    from epic_rag import EpicEncoder
+    from epic_rag_chroma import ChromaIndexer, IndexMismatchError
+
+    if model is None and folders:
+        encoder = ChromaIndexer(folders[0], dtype=dtype, device=device).encoder
+    else:
+        encoder = EpicEncoder.from_pretrained(model, dtype=dtype, device=device)
+    indexes: dict[str, ChromaIndexer] = {}
+    for folder in folders:
+        indexer = ChromaIndexer(folder, encoder=encoder)
+        status = indexer.status()
+        if status.fingerprint != encoder.fingerprint:
+            raise IndexMismatchError(
+                f"{folder} was built with {status.model} ({status.fingerprint}), not with {encoder.name} "
+                f"({encoder.fingerprint}). Serve it separately, or index it again."
+            )
+        # The name of the indexed folder is what a person recognises.
+        name = Path(status.roots[0]).name if status.roots else folder.name
+        number = sum(known.partition("~")[0] == name for known in indexes)
+        indexes[f"{name}~{number + 1}" if number else name] = indexer
+    return encoder, indexes

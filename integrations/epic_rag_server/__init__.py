@@ -1,0 +1,20 @@
+"""HTTP server for epic-rag: embeddings for OpenAI's, TEI's and Cohere's clients, search, banks of demonstrations.
+
+Needs the extra `serve`. `epic-rag serve` is the command; `create_app` returns the ASGI application for other servers.
+"""
+
+from __future__ import annotations
+
+from epic_rag.errors import MissingExtraError
+
+try:
+    import starlette  # noqa: F401
+except ImportError as error:
+    raise MissingExtraError("starlette", "serve", "the server") from error
+
+from epic_rag_server.app import Server, create_app
+from epic_rag_server.banks import BankStore
+from epic_rag_server.security import AccessPolicy
+from epic_rag_server.service import Service
+
+__all__ = ["AccessPolicy", "BankStore", "Server", "Service", "create_app"]
