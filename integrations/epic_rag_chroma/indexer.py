@@ -27,7 +27,7 @@ from epic_rag_chroma.store.layout import (
 )
 from epic_rag_chroma.store.lock import chroma_lock, is_locked, write_lock
 from epic_rag_chroma.store.migration import check_migrated, old_place
-from epic_rag_chroma.store.paths import DATABASE_FILE, existing_path, root_path
+from epic_rag_chroma.store.paths import DATABASE_FILE, existing_path, relative_root, root_path
 from epic_rag_chroma.store.server import NO_CHROMA, ChromaServer, ServerPlace, parse_server, require_known
 from epic_rag_chroma.store.state import stale_state
 from epic_rag_chroma.types import (
@@ -358,8 +358,10 @@ class ChromaIndexer:
         from epic_rag_chroma.walk.safe_read import read_regular
 
         state = self._state()
+        # The root of an indexed file is stored as the file, and its document's as the folder.
+        folders = [relative_root(root_path(root, self._index_dir).parent, self._index_dir) for root in state.roots]
         known = self._reader.read(
-            lambda index: [root for root in state.roots if index.database.file((root, path)) is not None],
+            lambda index: [root for root in (*state.roots, *folders) if index.database.file((root, path)) is not None],
             needs_vectors=False,
         )
         if not known or not is_safe_relative_path(path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
-from pydantic_core import PydanticCustomError
 
 from epic_rag_server.errors import ApiError
 
@@ -43,15 +42,15 @@ Role = Literal["query", "document", "passage", "search_query", "search_document"
 def _texts(value: Any) -> list[str]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not items:
-        raise PydanticCustomError("texts", "It must be a string or a list of strings that is not empty")
+        raise ValueError("It must be a string or a list of strings that is not empty")
     if any(isinstance(item, int) for item in items) or any(isinstance(item, list) for item in items):
-        raise PydanticCustomError("token_ids", _IDS)
+        raise ValueError(_IDS)
     if not all(isinstance(item, str) for item in items):
-        raise PydanticCustomError("texts", "Every item must be a string")
+        raise ValueError("Every item must be a string")
     if len(items) > MAX_ITEMS:
-        raise PydanticCustomError("too_many", f"There are {len(items)} items. Send at most {MAX_ITEMS} at a time")
+        raise ValueError(f"There are {len(items)} items. Send at most {MAX_ITEMS} at a time")
     if any(len(item) > MAX_CHARACTERS for item in items):
-        raise PydanticCustomError("too_long", f"A text is longer than {MAX_CHARACTERS:,} characters. Split it")
+        raise ValueError(f"A text is longer than {MAX_CHARACTERS:,} characters. Split it")
     return items
 
 
@@ -188,7 +187,7 @@ def parse(model: type[Parsed], body: bytes) -> Parsed:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"]))[:80] or None
-        fact = first["msg"].rstrip(".")
+        fact = first["msg"].removeprefix("Value error, ").rstrip(".")
         if first["type"] == "json_invalid":
             raise ApiError(400, f"The body is not JSON: {fact.partition(': ')[2] or fact}.", code="json") from None
         if first["type"] == "extra_forbidden":
