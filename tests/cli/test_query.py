@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
 import json
 import os
@@ -547,20 +546,6 @@ def test_open_a_file_that_is_gone() -> None:
     for name in ("gone.md", "folder", "pipe"):
         with pytest.raises(DataError, match=f"{name} no longer exists. Run `epic-rag index`"):
             open_hit([here(name)], 1)
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_gc_state_is_restored(
-    fake: type[FakeIndexer], cli: Any, monkeypatch: pytest.MonkeyPatch, enabled: bool
-) -> None:
-    before, during = gc.isenabled(), []
-    monkeypatch.setattr(fake, "query", lambda *_: during.append(gc.isenabled()) or [])
-    try:
-        (gc.enable if enabled else gc.disable)()
-        cli("query", "x", "--index-dir", "anywhere")
-        assert (during, gc.isenabled()) == ([False], enabled)
-    finally:
-        (gc.enable if before else gc.disable)()
 
 
 def test_functions_between_the_entry_point_and_the_index(
