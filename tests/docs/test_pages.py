@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,12 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from epic_rag import DemonstrationBank, checkpoints
+from epic_rag import DemonstrationBank, EpicEncoder, checkpoints
+from epic_rag_chroma import ChromaIndexer
 from epic_rag_cli.main import run
+from epic_rag_server import AccessPolicy, BankStore, Server, Service, create_app
 from tests.conftest import make_encoder, make_tokenizer
 from tests.helpers.model_files import make_adapter, make_hub_cache, write_gguf
 from tests.helpers.pages import ROOT, PageRun, blocks
-from tests.helpers.servers import ChromaProcess, close_plain, plain_client
+from tests.helpers.servers import ChromaProcess, close_plain, free_port, plain_client
 
 PAGES = ["README.md", "demos/epic_rag_demos/README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
 WITH_EXAMPLES = sorted(
@@ -274,6 +277,36 @@ def prepare_cli(page_run: PageRun, text: str, stack: ExitStack) -> None:
     page_run.skipped = ("epic-rag serve",)  # runs until Ctrl-C; tests/cli/test_serve.py runs it
 
 
+def prepare_http_server(page_run: PageRun, text: str, stack: ExitStack) -> str:
+    """A server on a free port, started where the page starts it."""
+    service_url = f"http://127.0.0.1:{(port := free_port())}"
+
+    def start(line: str) -> None:
+        if not line.startswith("curl") or "server" in page_run.names:
+            return
+        encoder = EpicEncoder.from_pretrained("epic-minilm")
+        encoder.name = "epic-minilm"  # it is the tiny one
+        service = Service(encoder, {"docs": ChromaIndexer("docs/.epic-rag", encoder=encoder)}, BankStore(Path("banks")))
+        page_run.names["server"] = server = Server(create_app(service, AccessPolicy()), port=port)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(server.stop)
+
+    page_run.skipped = ("epic-rag serve",)
+    page_run.before_command = start
+    return text.replace("http://127.0.0.1:8400", service_url)
+
+
+def compare_http_server(page_run: PageRun) -> None:
+    embedded, found, document = (json.loads(text) for text in page_run.printed["shell"][-3:])
+    assert [len(row["embedding"]) for row in embedded["data"]] == [32, 32]
+    assert [hit["index"] if "index" in hit else hit["path"] for hit in found["data"]] == ["undo.md"]
+    assert document["lines"][0] == "# Undo"
+    assert page_run.output("python").splitlines()[:4] == ["32", "32 32", "32", "32"]
+    assert page_run.output("python").splitlines()[-1] == "0"
+
+
 def write_docs(folder: str) -> str:
     Path(folder, "drafts").mkdir(parents=True)
     Path(folder, "undo.md").write_text("# Undo\n\nTo undo the last commit and keep its changes, reset softly.\n")
@@ -292,6 +325,7 @@ PREPARED: dict[str, Prepare] = {
     "docs/evaluation.md": prepare_evaluation,
     "docs/llama_index.md": prepare_llama_index,
     "docs/query.md": prepare_query,
+    "docs/server.md": prepare_http_server,
     "docs/training.md": prepare_training,
 }
 COMPARED: dict[str, Callable[[PageRun], None]] = {
@@ -304,6 +338,7 @@ COMPARED: dict[str, Callable[[PageRun], None]] = {
     "docs/llama_index.md": compare_llama_index,
     "docs/query.md": compare_query,
     "docs/search.md": compare_search,
+    "docs/server.md": compare_http_server,
     "docs/training.md": compare_training,
 }
 
