@@ -20,9 +20,11 @@ from tests.helpers.users import NOBODY, as_another_user, make_readable
 PAIRS = [{"query": f"term {number}", "positive": f"definition of the term {number}"} for number in range(24)]
 # Private by purpose: the queries that somebody typed.
 PRIVATE = {"query_history"}
+# Chroma's SQLite never lets a group write.
+OTHERS = {"chroma.sqlite3"}
 
 
-@pytest.fixture(params=[0o022, 0o077], ids=oct)
+@pytest.fixture(params=[0o002, 0o077], ids=oct)
 def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     before = os.umask(request.param)
     yield request.param
@@ -60,7 +62,7 @@ def test_every_file_has_the_permissions_of_the_umask(
         result = cli(*command)
         assert result.status == 0, (command, result.err)
     made = [path for folder in (Path.cwd(), Path.cwd().parent / "state") for path in folder.rglob("*")]
-    made = [path for path in made if path.name not in PRIVATE]
+    made = [path for path in made if path.name not in PRIVATE | OTHERS]
     wrong = {
         os.path.relpath(path): oct(mode)
         for path in made
@@ -84,6 +86,10 @@ def test_every_file_has_the_permissions_of_the_umask(
         ("pairs.jsonl", ["bank", "build", "pairs.jsonl", "--out", "b", "--instruction", "x", "--model", "model"]),
         ("pairs.jsonl", ["eval", "--heldout", "pairs.jsonl", "--model", "model"]),
         ("pairs.jsonl", ["query", "--batch", "pairs.jsonl", "--index-dir", "docs"]),
+        ("docs/.epic-rag/index.sqlite", ["query", "cats", "--mode", "keyword", "--index-dir", "docs"]),
+        ("docs/.epic-rag/index.sqlite", ["query", "cats", "--index-dir", "docs", "--model", "model"]),
+        ("docs/.epic-rag/index.sqlite", ["status", "--index-dir", "docs"]),
+        ("docs/.epic-rag/index.sqlite", ["index", "docs", "--dry-run"]),
         ("epic-rag.toml", ["status", "--index-dir", "docs"]),
     ],
 )  # fmt: skip
@@ -104,3 +110,29 @@ def test_a_missing_permission_is_named(
         place = Path(file).absolute()
         assert f"{file}: Permission denied ({place} has mode 600 and belongs to {owner}, you are {user})" in result.err
     assert not re.search("rebuild|build|Copy|Correct|valid", result.err)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs another user")
+@pytest.mark.parametrize(
+    ("folder", "mode", "place"),
+    [
+        ("docs/.epic-rag", 0o755, "docs/.epic-rag"),  # that another user may read
+        ("docs", 0o755, "docs"),  # without an index
+    ],
+)
+def test_an_index_that_may_not_be_written(
+    cli: Any, indexed: Path, tiny_checkpoint: Path, folder: str, mode: int, place: str
+) -> None:
+    shutil.copytree(tiny_checkpoint, "model")
+    if folder == "docs":
+        shutil.rmtree("docs/.epic-rag")
+    make_readable(Path.cwd())
+    Path(folder).chmod(mode)
+    (indexed / "new.md").write_text("# New\n")
+    with as_another_user():
+        result = cli("index", "docs", "--model", "model")
+    assert (result.status, result.out) == (1, "")
+    assert "Permission denied (" in result.err
+    assert f"{Path(place).absolute()}" in result.err
+    assert re.search(r" has mode \d+ and belongs to root, you are nobody\)", result.err)
+    assert "rebuild" not in result.err

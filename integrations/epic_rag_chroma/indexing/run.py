@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from epic_rag.files import describe_os_error
 from epic_rag_chroma.errors import (
     ChromaServerError,
     IndexDamagedError,
@@ -261,6 +262,10 @@ def _folder_errors(index_dir: Path) -> Iterator[None]:
     except MemoryError as error:
         raise IndexStateError(
             f"Out of memory. Stored data in {index_dir} is intact. Close other programs and run `epic-rag index` again."
+        ) from error
+    except PermissionError as error:
+        raise IndexStateError(
+            f"{describe_os_error(error)}. Stored data is intact. Make it writable, then run `epic-rag index` again."
         ) from error
     except OSError as error:
         if error.errno not in _FOLDER_ERRORS:

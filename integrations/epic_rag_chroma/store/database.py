@@ -25,6 +25,7 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
+from epic_rag.files import describe_os_error
 from epic_rag_chroma.errors import IndexDamagedError, IndexMismatchError, IndexNotFoundError, IndexStateError
 from epic_rag_chroma.store.keyword_index import (
     KEYWORD_SCHEMA,
@@ -123,6 +124,8 @@ class IndexDatabase:
         if is_foreign(path):
             raise _foreign(path)
         try:
+            if not path.exists():
+                path.touch()  # by the umask; SQLite never lets a group write
             database = cls(_connect(str(path)), path)
         except (OSError, sqlite3.Error) as error:
             raise _unwritable(path, error) from error
@@ -638,8 +641,8 @@ def _unreadable(path: Path, error: sqlite3.Error) -> IndexStateError:
     why = " ".join(str(error).split())[:120]
     if not path.exists():
         return IndexStateError(f"{path} is missing. Run `epic-rag index` with the indexed folder.")
-    if not is_readable(path):
-        return IndexStateError(f"{path} may not be read (permission denied). Change its permissions.")
+    if denied := _missing_permission(path, "rb"):
+        return IndexStateError(f"{denied}. Make it readable or pass another --index-dir.")
     if not _is_damage(error):
         return IndexStateError(f"{path} cannot be read now ({why}). Check the disk and permissions, then try again.")
     return IndexDamagedError(f"{path} cannot be read ({why}). Run `epic-rag index --rebuild` with the indexed folder.")
@@ -647,7 +650,20 @@ def _unreadable(path: Path, error: sqlite3.Error) -> IndexStateError:
 
 def _unwritable(path: Path, error: Exception) -> IndexStateError:
     why = " ".join(str(error).split())[:120]
+    if denied := _missing_permission(path, "r+b"):
+        return IndexStateError(f"{denied}. Stored data is intact. Make it writable, then run `epic-rag index` again.")
     return IndexStateError(
         f"{path} cannot be written ({why}). Stored data is intact: free disk space or fix permissions, then run "
         "`epic-rag index` again."
     )
+
+
+def _missing_permission(path: Path, mode: str) -> str | None:
+    """Return what keeps a file from being opened, if that is a permission."""
+    try:
+        path.open(mode).close()
+    except PermissionError as error:
+        return describe_os_error(error)
+    except OSError:
+        pass
+    return None
