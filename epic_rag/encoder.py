@@ -2,7 +2,7 @@
 
 The way of a query: `encode_query` resolves instruction and demonstrations, `PromptBuilder.queries` tokenises the texts
 behind the prompt, `batching.embed` batches them, `Backbone.forward` embeds a batch. Demonstrations reach the query in
-the prompt (strategies "epic" and "text") or are added to its vector (`task_vector`).
+the prompt (strategies "epic" and "text") or move its vector (`reader`, `task_vector`).
 
 In a process without torch, a handful of texts is embedded by `NumpyBert`, if it can run the checkpoint. The backbone is
 then loaded when it is needed: for more texts, for slots, or by `backbone`, `device`, `save_pretrained` and others.
@@ -10,6 +10,7 @@ then loaded when it is needed: for more texts, for slots, or by `backbone`, `dev
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
@@ -28,6 +29,7 @@ from epic_rag.demonstrations import DemonstrationBank, Selection, unit_rows
 from epic_rag.numpy_bert import NumpyBert, open_numpy_bert
 from epic_rag.prompt import EncoderInput, Prefix, PromptBuilder, prefetch
 from epic_rag.query_prompt import PromptSettings, QueryPrompt, QueryStrategy
+from epic_rag.reader import READER_FILE, DemonstrationReader, PreparedDemonstrations
 from epic_rag.task_vector import apply_task_vector
 
 if TYPE_CHECKING:
@@ -90,6 +92,11 @@ class EpicEncoder:
         self._load: Callable[[], tuple[Checkpoint, list[torch.device]]] | None = None
         self._weights_hash: str | None = None
         self._banks: OrderedDict[tuple[str, str], DemonstrationBank] = OrderedDict()
+        self._folder: Path | None = None
+        # Prepared demonstrations by identity of a bank's vectors, which are kept so that no other array has it.
+        self._prepared: OrderedDict[
+            tuple[int, int, Selection], tuple[Vectors, DemonstrationReader, PreparedDemonstrations]
+        ] = OrderedDict()
 
     @classmethod
     def from_pretrained(
@@ -159,6 +166,7 @@ class EpicEncoder:
                 stored_dim = epic.get("truncate_dim")
                 encoder.truncate_dim = check_width(stored_dim if truncate_dim is None else truncate_dim, encoder._width)
                 encoder._load = load
+                encoder._folder = folder
                 return encoder
         from epic_rag.batching import Replicas
 
@@ -166,6 +174,7 @@ class EpicEncoder:
         encoder = cls(loaded.backbone, loaded.prompt, name=name, source=source, config=loaded.config)
         encoder.truncate_dim = loaded.truncate_dim
         encoder._weights_hash = loaded.weights_hash
+        encoder._folder = folder
         encoder.replicas = Replicas(others)
         if others:
             # At loading rather than with the first texts: weights that do not fit a device are an error of loading.
@@ -189,6 +198,19 @@ class EpicEncoder:
         backbone = self.backbone
         parts = Checkpoint(backbone, self.prompt, self.config, self.name, self.source, self.truncate_dim)
         save_checkpoint(Path(folder).expanduser(), parts, dtype)
+        if self.reader.kind == "trained":
+            self.reader.save(Path(folder).expanduser())
+        else:
+            (Path(folder).expanduser() / READER_FILE).unlink(missing_ok=True)
+
+    @cached_property
+    def reader(self) -> DemonstrationReader:
+        """Reader of demonstrations for strategy "reader": the checkpoint's, or the universal one.
+
+        Raises:
+            CheckpointError: If the checkpoint's file is damaged.
+        """
+        return DemonstrationReader.universal() if self._folder is None else DemonstrationReader.load(self._folder)
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -268,6 +290,12 @@ class EpicEncoder:
         return self.config.strategy or "epic"
 
     @property
+    def query_fingerprint(self) -> str:
+        """Short hash of what decides a query's vector: `fingerprint`, default strategy and reader."""
+        facts = f"{self.fingerprint}-{self.strategy}-{self.reader.fingerprint}"
+        return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+    @property
     def fingerprint(self) -> str:
         """Short hash of everything that decides a vector: weights, projector, template, pooling, lengths, width."""
         if self._weights_hash is None:
@@ -291,6 +319,7 @@ class EpicEncoder:
         """Drop the fingerprint and everything computed with the weights, after these have changed."""
         self._weights_hash = None
         self._banks.clear()
+        self._prepared.clear()
         self.replicas.clear()
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
@@ -331,10 +360,12 @@ class EpicEncoder:
         instruction = prompt.resolve_instruction(bank, self.default_instruction)
         strategy = prompt.strategy or self.strategy
         k = 0 if bank is None else self._num_demonstrations(bank, prompt.num_demonstrations, strategy)
-        if bank is None or k == 0 or not items or strategy == "task-vector":
+        if bank is None or k == 0 or not items or strategy in ("reader", "task-vector"):
             rows = self.prompt.queries(self.prompt.prefix(instruction), items)
             vectors = self._embed(rows, None, batch_size, show_progress)
-            if bank is not None and k and items:
+            if bank is not None and k and items and strategy == "reader":
+                vectors = self._read_demonstrations(bank, k, prompt.selection, vectors)
+            elif bank is not None and k and items:
                 banks = self._select(bank, k, len(items), prompt.selection, vectors)
                 vectors = apply_task_vector(vectors, [each.embeddings_for(self.fingerprint) for each in banks])
         else:
@@ -454,7 +485,7 @@ class EpicEncoder:
 
     def _num_demonstrations(self, bank: DemonstrationBank, requested: int | None, strategy: QueryStrategy) -> int:
         """Return the requested number of demonstrations, or the most that the strategy can use."""
-        if strategy == "task-vector":  # a mean has no trained length
+        if strategy in ("reader", "task-vector"):  # they have no trained length
             return len(bank) if requested is None else requested
         trained = self.config.max_demonstrations or len(bank)
         if requested is None:
@@ -485,6 +516,29 @@ class EpicEncoder:
         if selection == "nearest" and vectors is not None:
             return [embedded.select(k, method="nearest", query_embedding=vector) for vector in vectors]
         return [embedded.select(k, method=selection)] * count
+
+    def _read_demonstrations(self, bank: DemonstrationBank, k: int, selection: Selection, vectors: Vectors) -> Vectors:
+        """Move queries by k demonstrations of a bank, which are prepared once."""
+        embedded = self._embedded(bank)
+        stored = embedded.embeddings
+        assert stored is not None
+        if selection == "nearest" and k < len(embedded):
+            chosen = self._select(bank, k, len(vectors), selection, vectors)
+            moved = [
+                self.reader.prepare(each.embeddings_for(self.fingerprint)).apply(vectors[row : row + 1])
+                for row, each in enumerate(chosen)
+            ]
+            return np.concatenate(moved)
+        key = (id(stored), k, selection)
+        known = self._prepared.get(key)
+        if known is None or known[0] is not stored or known[1] is not self.reader:
+            used = embedded if k == len(embedded) else embedded.select(k, method=selection)
+            known = (stored, self.reader, self.reader.prepare(used.embeddings_for(self.fingerprint)))
+            self._prepared[key] = known
+            while len(self._prepared) > _CACHED_BANKS:
+                self._prepared.popitem(last=False)
+        self._prepared.move_to_end(key)
+        return known[2].apply(vectors)
 
     def _rows_behind_demonstrations(
         self,

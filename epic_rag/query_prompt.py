@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["QUERY_STRATEGIES", "PromptSettings", "QueryPrompt", "QueryStrategy"]
 
-QueryStrategy = Literal["task-vector", "epic", "text"]
-"""Way of demonstrations to a query: added to its vector, or before it in the prompt as embeddings or as texts."""
+QueryStrategy = Literal["reader", "task-vector", "epic", "text"]
+"""Way of demonstrations to a query: moving its vector, or before it in the prompt as embeddings or as texts."""
 QUERY_STRATEGIES: tuple[QueryStrategy, ...] = get_args(QueryStrategy)
 
 
@@ -47,8 +47,9 @@ class QueryPrompt:
         instruction: An instruction in words; "" for none at all.
         num_demonstrations: How many demonstrations of `bank` to use. None uses all; before a query in the prompt, at
             most as many as the checkpoint was trained with. 0 uses none.
-        strategy: "task-vector" adds the mean difference of passages and queries to the query's vector, "epic" puts
-            the demonstrations' embeddings before the query, "text" their texts. None takes the checkpoint's default.
+        strategy: "reader" moves the query's vector by what the demonstrations show about queries like it,
+            "task-vector" by the mean difference of passages and queries, "epic" puts the demonstrations' embeddings
+            before the query, "text" their texts. None takes the checkpoint's default.
         selection: Which demonstrations are used: the "first" ones, "random" ones (seed 0), the most "diverse" ones,
             or those "nearest" to each query.
 

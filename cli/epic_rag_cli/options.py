@@ -373,8 +373,8 @@ Strategy = Annotated[
         "--strategy",
         metavar="NAME",
         autocompletion=complete_strategies,
-        help="How demonstrations reach the query: task-vector (their mean difference is added to its vector), epic (as "
-        "embeddings in its prompt) or text (as texts in its prompt).",
+        help="How demonstrations reach the query: reader (its vector moves by what they show about such queries), "
+        "task-vector (by their mean difference), epic (as embeddings in its prompt) or text (as texts in its prompt).",
         show_default="the checkpoint's",
     ),
 ]

@@ -124,7 +124,11 @@ class EmbeddingStore:
 
     def queries(self, texts: Sequence[str], prompt: QueryPrompt) -> Vectors:
         """Encode queries behind a prompt: (n, dim) float32, in the order of `texts`."""
-        return self._cached(f"queries-{prompt_fingerprint(prompt)}", texts, prompt)
+        key = f"queries-{prompt_fingerprint(prompt)}"
+        reader = getattr(self.encoder, "reader", None)
+        if prompt.strategy == "reader" and reader is not None:
+            key = f"{key}-{reader.fingerprint}"
+        return self._cached(key, texts, prompt)
 
     def _cached(self, role: str, texts: Sequence[str], prompt: QueryPrompt | None) -> Vectors:
         # Equal texts have equal vectors: SICK-R has 9,854 sentences, 6,076 of them different.

@@ -362,11 +362,11 @@ def test_more_demonstrations_than_there_are(tiny_encoder: EpicEncoder, bank: Dem
             r"num_demonstrations is 2, but there is no bank",
         ),
         ({"num_demonstrations": -1, "task": "docs"}, PromptError, "num_demonstrations is -1. Use 0 or more"),
-        ({"strategy": "bogus"}, PromptError, "Unknown strategy 'bogus'. Choose one of task-vector, epic, text"),
+        ({"strategy": "bogus"}, PromptError, "Unknown strategy 'bogus'. Choose one of reader, task-vector, epic, text"),
         (
             {"strategy": "bogus", "bank": "docs"},
             PromptError,
-            "Unknown strategy 'bogus'. Choose one of task-vector, epic, text",
+            "Unknown strategy 'bogus'. Choose one of reader, task-vector, epic, text",
         ),
         ({"selection": "bogus", "bank": "docs"}, PromptError, "Unknown selection 'bogus'. Choose one of first, random"),
         ({"batch_size": 0}, ConfigError, "batch_size is 0. Pass 1 or more"),

@@ -71,4 +71,4 @@ def test_importing_it_loads_no_model_library() -> None:
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
-    assert QUERY_STRATEGIES == ("task-vector", "epic", "text")
+    assert QUERY_STRATEGIES == ("reader", "task-vector", "epic", "text")

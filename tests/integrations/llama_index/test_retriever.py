@@ -160,7 +160,7 @@ def test_filters_of_both_kinds(retriever: EpicRetriever, mode: Any) -> None:
     [
         ({"similarity_top_k": 0}, "similarity_top_k is 0. Use 1 or more."),
         ({"mode": "sparse"}, "Unknown mode 'sparse'. Choose one of dense, hybrid, keyword."),
-        ({"strategy": "best"}, "Unknown strategy 'best'. Choose one of task-vector"),
+        ({"strategy": "best"}, "Unknown strategy 'best'. Choose one of reader"),
         ({"task": "docs", "num_demonstrations": 2}, "num_demonstrations is 2, but there is no bank"),
         ({"index_dir": "elsewhere"}, "Unknown setting index_dir. Known are task, "),
     ],

@@ -146,7 +146,8 @@ class EpicEmbedding(BaseEmbedding):
     strategy: QueryStrategy | None = Field(
         default=None,
         frozen=True,
-        description="How demonstrations reach a query: task-vector, epic or text; None for the checkpoint's default.",
+        description="How demonstrations reach a query: reader, task-vector, epic or text; None for the checkpoint's "
+        "default.",
     )
     max_query_tokens: int | None = Field(default=None, frozen=True, ge=1, description="Longest query in tokens.")
     max_document_tokens: int | None = Field(default=None, frozen=True, ge=1, description="Longest document in tokens.")

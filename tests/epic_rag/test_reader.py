@@ -1,0 +1,240 @@
+"""The reader of demonstrations: its formula, its invariances, wrong pairs, and its place in an encoder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epic_rag import CheckpointError, DemonstrationBank, EpicEncoder
+from epic_rag.demonstrations import unit_rows
+from epic_rag.reader import FEATURES, KNOTS, READER_FILE, DemonstrationReader, Evidence, prepare_features
+from tests.conftest import make_encoder
+
+Vectors = npt.NDArray[np.float32]
+WORDS = ("install", "quick brown fox", "def encode(texts)", "# Heading", "cats watch", "42", "virtual environment")
+BANK = DemonstrationBank([(word, f"{word} {word}") for word in WORDS], instruction="Find it", symmetric=True)
+"""Pairs that a random encoder takes for pairs, too."""
+UNIVERSAL = DemonstrationReader.universal()
+
+
+def pairs_of(seed: int, n: int, noise: float = 0.6, dim: int = 32) -> Vectors:
+    """Passages that are rotated queries, beside all of them in one direction, with noise."""
+    chance = np.random.default_rng(seed)
+    rotation, shift = np.linalg.qr(chance.standard_normal((dim, dim)))[0], chance.standard_normal(dim)
+    queries = chance.standard_normal((n, dim))
+    passages = queries + 0.5 * queries @ rotation + shift + noise * chance.standard_normal((n, dim))
+    return np.stack([unit_rows(queries.astype(np.float32)), unit_rows(passages.astype(np.float32))], axis=1)
+
+
+def with_gains(**gains: float) -> DemonstrationReader:
+    """A reader with the same gain at every knot for the named features, 0 for all others."""
+    table = np.zeros((len(FEATURES), len(KNOTS)))
+    for name, gain in gains.items():
+        table[FEATURES.index(name.replace("_", "-"))] = gain
+    return DemonstrationReader(table)
+
+
+def test_the_mean_alone_is_a_shift() -> None:
+    pairs = pairs_of(0, 40)
+    _, evidence = prepare_features(pairs)
+    prepared = with_gains(mean=0.5).prepare(pairs)
+    order = np.argsort(pairs[:, 0, 0])
+    weights = np.empty(40)
+    # Weights come in the reader's own order of the pairs.
+    by_fit = Evidence.of(pairs[order, 0], pairs[order, 1])
+    weights[order] = by_fit.weights
+    assert evidence.confidence == 1.0
+    expected = 0.5 * np.mean(weights[:, None] * (pairs[:, 1] - pairs[:, 0]), axis=0)
+    np.testing.assert_allclose(prepared.apply(pairs[:3, 0]), unit_rows(pairs[:3, 0] + expected), atol=1e-5)
+
+
+def test_the_ridge_map_is_a_weighted_least_squares_fit() -> None:
+    pairs = pairs_of(1, 60)
+    features, evidence = prepare_features(pairs)
+    order = np.lexsort(np.concatenate([pairs[:, 0, :8], pairs[:, 1, :8]], axis=1).T)
+    queries, passages = pairs[order, 0].astype(np.float64), pairs[order, 1].astype(np.float64)
+    weights = evidence.weights.astype(np.float64)
+    centred = queries - (weights[:, None] * queries).mean(axis=0)
+    target = passages - queries - (weights[:, None] * (passages - queries)).mean(axis=0)
+    scale = float((weights * (centred**2).sum(axis=1)).mean())
+    # Rows for the penalty turn ridge regression into least squares.
+    rows = np.concatenate([np.sqrt(weights)[:, None] * centred, np.sqrt(4.0 * scale) * np.eye(32)])
+    right = np.concatenate([np.sqrt(weights)[:, None] * target, np.zeros((32, 32))])
+    expected = np.linalg.lstsq(rows, right, rcond=None)[0]
+    np.testing.assert_allclose(features.maps[FEATURES.index("ridge-4") - 1], expected, atol=1e-4)
+
+
+def test_the_map_brings_queries_nearer_to_passages_than_a_shift() -> None:
+    pairs = pairs_of(2, 400)
+    shown, asked = pairs[:300], pairs[300:]
+
+    def cosine(queries: Vectors) -> float:
+        return float(np.einsum("nd,nd->n", queries, asked[:, 1]).mean())
+
+    shifted = cosine(with_gains(mean=0.7).prepare(shown).apply(asked[:, 0]))
+    mapped = cosine(with_gains(mean=0.7, ridge_4=1.0).prepare(shown).apply(asked[:, 0]))
+    assert shifted > cosine(asked[:, 0]) + 0.02
+    assert mapped > shifted + 0.02
+    assert cosine(UNIVERSAL.prepare(shown).apply(asked[:, 0])) > cosine(asked[:, 0]) + 0.02
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 30))
+def test_order_does_not_matter(seed: int, n: int) -> None:
+    pairs = pairs_of(seed, n)
+    order = np.random.default_rng(seed + 1).permutation(n)
+    queries = pairs_of(seed + 2, 5)[:, 0]
+    np.testing.assert_array_equal(
+        UNIVERSAL.prepare(pairs).apply(queries), UNIVERSAL.prepare(pairs[order]).apply(queries)
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 12))
+def test_vectors_stay_of_length_one_and_rows_independent(seed: int, n: int, count: int) -> None:
+    prepared = UNIVERSAL.prepare(pairs_of(seed, n))
+    queries = pairs_of(seed + 1, count)[:, 0]
+    moved = prepared.apply(queries)
+    assert moved.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(moved[:1], prepared.apply(queries[:1]), atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(8, 60))
+def test_corrections_lie_in_the_span_of_the_pairs(seed: int, n: int) -> None:
+    """A dimension in which no demonstration has anything is left alone."""
+    pairs = np.zeros((n, 2, 40), dtype=np.float32)
+    pairs[..., :32] = pairs_of(seed, n)
+    prepared = UNIVERSAL.prepare(pairs)
+    assert not prepared.offset[32:].any()
+    assert prepared.linear is None or not np.abs(prepared.linear[:, 32:]).max() > 1e-7
+
+
+def test_one_demonstration_moves_towards_its_difference() -> None:
+    pairs = pairs_of(3, 1)
+    prepared = UNIVERSAL.prepare(pairs)
+    assert prepared.linear is None
+    difference = pairs[0, 1] - pairs[0, 0]
+    gain = float(UNIVERSAL.gains_for(1)[0])
+    np.testing.assert_allclose(prepared.offset, gain * difference, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(20, 80))
+def test_wrong_pairs_lose_weight(seed: int, n: int) -> None:
+    pairs = pairs_of(seed, n)
+    wrong = np.arange(n // 4)
+    pairs[wrong, 1] = np.roll(pairs[wrong, 1], 1, axis=0)
+    weights = Evidence.of(pairs[:, 0], pairs[:, 1]).weights
+    assert weights[wrong].mean() < 0.6 * weights[n // 4 :].mean()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 60))
+def test_pairs_that_do_not_belong_together_change_nothing(seed: int, n: int) -> None:
+    chance = np.random.default_rng(seed)
+    pairs = chance.standard_normal((n, 2, 32)).astype(np.float32)
+    pairs[:, 0] = unit_rows(pairs[:, 0])
+    pairs[:, 1] = unit_rows(pairs[:, 1])
+    evidence = Evidence.of(pairs[:, 0], pairs[:, 1])
+    if evidence.confidence == 0.0:
+        queries = pairs_of(seed, 3)[:, 0]
+        np.testing.assert_allclose(UNIVERSAL.prepare(pairs).apply(queries), queries, atol=1e-6)
+
+
+def test_random_pairs_are_recognised_nearly_always() -> None:
+    found = []
+    for seed in range(100):
+        pairs = np.random.default_rng(seed).standard_normal((16, 2, 32)).astype(np.float32)
+        found.append(Evidence.of(unit_rows(pairs[:, 0]), unit_rows(pairs[:, 1])).confidence)
+    assert np.mean(np.array(found) == 0.0) > 0.9
+
+
+def test_labels_that_repeat_are_no_wrong_passages() -> None:
+    pairs = pairs_of(4, 12)
+    pairs[:, 1] = pairs[0, 1]
+    evidence = Evidence.of(pairs[:, 0], pairs[:, 1])
+    assert evidence.confidence == 1.0
+    np.testing.assert_allclose(evidence.weights, 1.0)
+
+
+def test_ten_thousand_demonstrations_are_one_matrix() -> None:
+    prepared = UNIVERSAL.prepare(pairs_of(5, 10_000))
+    assert prepared.linear is not None
+    assert prepared.linear.shape == (32, 32)
+
+
+def test_gains_are_interpolated_in_the_logarithm() -> None:
+    table = np.zeros((len(FEATURES), len(KNOTS)))
+    table[0] = np.arange(len(KNOTS))
+    reader = DemonstrationReader(table)
+    assert [float(reader.gains_for(n)[0]) for n in (1, 2, 4, 1024, 5000)] == pytest.approx([0, 0.5, 1, 5, 5])
+
+
+@pytest.mark.parametrize("gains", [np.zeros((2, 2)), np.full((len(FEATURES), len(KNOTS)), np.nan)])
+def test_gains_that_cannot_be(gains: Vectors) -> None:
+    with pytest.raises(ValueError, match="gains have shape"):
+        DemonstrationReader(gains)
+
+
+def test_a_folder_brings_its_own_reader(tmp_path: Path) -> None:
+    assert DemonstrationReader.load(tmp_path).kind == "universal"
+    own = with_gains(mean=0.25)
+    own.save(tmp_path)
+    read = DemonstrationReader.load(tmp_path)
+    assert (read.kind, read.fingerprint) == ("trained", own.fingerprint)
+    assert read.fingerprint != UNIVERSAL.fingerprint
+    (tmp_path / READER_FILE).write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        DemonstrationReader.load(tmp_path)
+
+
+def test_an_encoder_moves_its_queries_only(tmp_path: Path) -> None:
+    encoder = make_encoder()
+    bank = BANK.copy()
+    zero = encoder.encode_query(["the fox", "cats"], instruction="Find it")
+    encoder.reader = with_gains(mean=1.0)
+    moved = encoder.encode_query(["the fox", "cats"], bank=bank, strategy="reader")
+    bank.embed(encoder)
+    assert bank.embeddings is not None
+    np.testing.assert_allclose(moved, encoder.reader.prepare(bank.embeddings).apply(zero), atol=1e-6)
+    assert not np.allclose(moved, zero)
+    one = encoder.encode_query("cats", bank=bank, num_demonstrations=1, strategy="reader")
+    np.testing.assert_allclose(one, encoder.reader.prepare(bank.embeddings[:1]).apply(zero[1:])[0], atol=1e-6)
+    nearest = encoder.encode_query(["cats"], bank=bank, num_demonstrations=1, strategy="reader", selection="nearest")
+    chosen = encoder.select_demonstrations(["cats"], bank, 1)[0]
+    assert chosen.embeddings is not None
+    np.testing.assert_allclose(nearest, encoder.reader.prepare(chosen.embeddings).apply(zero[1:]), atol=1e-6)
+
+
+def test_another_reader_is_another_query_fingerprint_only(tmp_path: Path) -> None:
+    encoder = make_encoder()
+    before = encoder.fingerprint, encoder.query_fingerprint
+    bank = BANK.copy()
+    universal = encoder.encode_query("cats", bank=bank, strategy="reader")
+    encoder.reader = with_gains(mean=2.0)
+    assert encoder.fingerprint == before[0]
+    assert encoder.query_fingerprint != before[1]
+    # Prepared demonstrations of the former reader are not used.
+    assert not np.allclose(universal, encoder.encode_query("cats", bank=bank, strategy="reader"))
+    encoder.save_pretrained(tmp_path)
+    loaded = EpicEncoder.from_pretrained(tmp_path)
+    assert (loaded.reader.kind, loaded.query_fingerprint) == ("trained", encoder.query_fingerprint)
+    assert loaded.fingerprint == encoder.fingerprint
+    encoder.reader = UNIVERSAL
+    encoder.save_pretrained(tmp_path)
+    assert not (tmp_path / READER_FILE).exists()
+
+
+def test_it_needs_neither_torch_nor_transformers() -> None:
+    code = "import sys, epic_rag.reader; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
