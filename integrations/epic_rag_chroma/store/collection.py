@@ -37,10 +37,9 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Collection as AbstractCollection
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +47,6 @@ import numpy.typing as npt
 from epic_rag.errors import EpicError
 from epic_rag.files import write_atomically
 from epic_rag_chroma.errors import ChromaServerError, IndexStateError
-from epic_rag_chroma.store.database import Record
 from epic_rag_chroma.store.paths import CHROMA_FOLDER
 from epic_rag_chroma.store.server import Place, ServerPlace
 
@@ -57,9 +55,9 @@ if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection
 
     from epic_rag_chroma.store.client import ServerClient
-    from epic_rag_chroma.store.state import MirrorState
+    from epic_rag_chroma.store.database import IndexDatabase, Record
 
-__all__ = ["COLLECTION", "Mirror", "MirroredDatabase", "delete_collections", "open_collection", "sync_collection"]
+__all__ = ["COLLECTION", "Mirror", "delete_collections", "open_collection", "sync_collection"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,36 +90,9 @@ _TRIAL = (
     "from epic_rag_chroma.store.collection import _try_graph; _try_graph(sys.argv[2], sys.argv[3])"
 )
 
-Vectors = npt.NDArray[np.float32]
-
-
-class MirroredDatabase(Protocol):
-    """The database of an index, as far as the mirror needs it."""
-
-    def count(self) -> int:
-        """Return the number of rows."""
-
-    def pages(self) -> Iterator[list[Record]]:
-        """Yield all rows."""
-
-    def get(self, ids: AbstractCollection[str]) -> dict[str, Record]:
-        """Return rows by id, without those that do not exist."""
-
-    def unmirrored(self) -> list[str]:
-        """Return ids of rows that were added, changed or deleted since the last sync."""
-
-    def mirror(self) -> MirrorState:
-        """Return the state of the mirror."""
-
-    def begin_mirror(self, collection: str | None) -> None:
-        """Commit that a collection may differ from the rows."""
-
-    def end_mirror(self, collection: str | None) -> None:
-        """Commit that a collection equals the rows."""
-
 
 def sync_collection(
-    database: MirroredDatabase,
+    database: IndexDatabase,
     place: Place,
     *,
     model: str,
@@ -236,30 +207,15 @@ class Mirror:
         self._place = place
         self._resources = resources
 
-    def nearest(
-        self, vector: Vectors, k: int, allowed: AbstractCollection[str] | None = None
-    ) -> list[tuple[str, float]]:
-        """Return the k rows nearest to a vector.
-
-        Args:
-            vector: Unit vector (dim,).
-            k: Maximum number of rows.
-            allowed: Ids to search among; None for all.
-
-        Returns:
-            (id, cosine), best first; equal cosines in the order of their ids.
-        """
-        wanted = k if allowed is None else min(k, len(allowed))
+    def nearest(self, vector: npt.NDArray[np.float32], k: int) -> list[tuple[str, float]]:
+        """Return id and cosine of the k rows nearest to a unit vector (dim,), best first; equal ones in id order."""
         with _errors(self._place):
-            if wanted > _PAGE:  # Chroma allocates room for as many; counting reads all rows
-                wanted = min(wanted, int(self._collection.count()))
-            if wanted < 1:
+            if k > _PAGE:  # Chroma allocates room for as many; counting reads all rows
+                k = min(k, int(self._collection.count()))
+            if k < 1:
                 return []
             rows = self._collection.query(
-                query_embeddings=cast(Any, vector[None, :]),
-                n_results=wanted,
-                ids=None if allowed is None else sorted(allowed),
-                include=["distances"],
+                query_embeddings=cast(Any, vector[None, :]), n_results=k, include=["distances"]
             )
         distances = (rows["distances"] or [[]])[0]
         found = [(row_id, 1.0 - float(distance)) for row_id, distance in zip(rows["ids"][0], distances, strict=True)]
@@ -275,7 +231,7 @@ class _Sync:
 
     def __init__(
         self,
-        database: MirroredDatabase,
+        database: IndexDatabase,
         place: Place,
         client: ClientAPI | ServerClient,
         progress: Callable[[int, int], None],
@@ -386,25 +342,14 @@ class _Sync:
             start = end
 
     def _has_all_rows(self, collection: Collection) -> bool:
-        """Return whether a collection has our rows and, besides, only others'."""
-        stored, wanted = int(collection.count()), self._database.count()
-        if stored <= wanted:
-            return stored == wanted
-        ours = foreign = 0
-        for offset in range(0, stored, self._max_rows):
-            rows = collection.get(limit=self._max_rows, offset=offset, include=["metadatas"])
-            known = self._database.get(rows["ids"])
-            ours += len(known)
-            for row, metadata in zip(rows["ids"], rows["metadatas"] or [], strict=True):
-                if row not in known:
-                    if _is_ours(metadata or {}):
-                        return False
-                    foreign += 1
-        logger.warning(
-            "the collection has %d rows that epic-rag did not write; they are left alone, and no query finds them",
-            foreign,
-        )
-        return ours == wanted
+        """Return whether a collection has as many rows as the database, and perhaps others'."""
+        foreign = int(collection.count()) - self._database.count()
+        if foreign > 0:
+            logger.warning(
+                "the collection has %d rows that epic-rag did not write; they are left alone, and no query finds them",
+                foreign,
+            )
+        return foreign >= 0
 
     def _publish(self, collection: Collection) -> None:
         """Set the collection's public name and delete the index's other collections. Idempotent."""
@@ -501,7 +446,7 @@ def _finds_its_rows(collection: Collection) -> bool:
     return all(bool(found) and found[0] < _SAME for found in distances)
 
 
-def _is_in_place(place: Place, collection_id: str, database: MirroredDatabase) -> bool:
+def _is_in_place(place: Place, collection_id: str, database: IndexDatabase) -> bool:
     """Return whether a clean mirror is unchanged, as far as that is cheap to find out."""
     if isinstance(place, Path):
         return _has_stamps(place, collection_id)
@@ -590,12 +535,6 @@ def _set_aside(index_dir: Path) -> bool:
 def _fact(error: EpicError) -> str:
     """Return the fact of an error message without the remedy."""
     return re.split(r"; |\. ", str(error))[0]
-
-
-def _is_ours(metadata: Mapping[str, Any]) -> bool:
-    """Return whether a row was written by a sync, and is not a copy of one made by LlamaIndex."""
-    names = ("root", "path", "doc_id", "content_hash", "embedded_hash")
-    return all(name in metadata for name in names) and "_node_content" not in metadata
 
 
 def _storable(metadata: Mapping[str, Any]) -> dict[str, str | int | float | bool]:

@@ -24,7 +24,7 @@ import os
 import re
 import shlex
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -45,9 +45,6 @@ __all__ = [
     "ChromaServer",
     "Place",
     "ServerPlace",
-    "has_credentials",
-    "is_named_by_environment",
-    "known_file",
     "new_place",
     "parse_server",
     "request_headers",
@@ -98,12 +95,9 @@ class ChromaServer:
                 raise ConfigError(f"The {name} of a Chroma server cannot be {value!r}. Use the name on the server.")
 
     def __str__(self) -> str:
-        parts = []
-        if self.tenant != _DEFAULT_TENANT:
-            parts.append(f"tenant {self.tenant}")
-        if self.database != _DEFAULT_DATABASE:
-            parts.append(f"database {self.database}")
-        return self.url + (f" ({', '.join(parts)})" if parts else "")
+        named = {"tenant": (self.tenant, _DEFAULT_TENANT), "database": (self.database, _DEFAULT_DATABASE)}
+        parts = ", ".join(f"{name} {value}" for name, (value, default) in named.items() if value != default)
+        return f"{self.url} ({parts})" if parts else self.url
 
     @property
     def is_local(self) -> bool:
@@ -126,15 +120,14 @@ class ServerPlace:
         return str(self.server)
 
     def to_json(self) -> dict[str, str]:
-        """Return the form that `index.json` stores."""
-        server = self.server
-        return {"url": server.url, "tenant": server.tenant, "database": server.database, "index_id": self.index_id}
+        """Return the form that the index stores."""
+        return {**asdict(self.server), "index_id": self.index_id}
 
     @classmethod
     def from_json(cls, content: dict[str, str]) -> ServerPlace:
         """Parse the result of `to_json`."""
-        server = ChromaServer(str(content["url"]), str(content["tenant"]), str(content["database"]))
-        return cls(server, str(content["index_id"]))
+        fields = {name: str(value) for name, value in content.items()}
+        return cls(index_id=fields.pop("index_id"), server=ChromaServer(**fields))
 
 
 Place = Path | ServerPlace
@@ -143,9 +136,7 @@ Place = Path | ServerPlace
 
 def parse_server(given: str | ChromaServer | None) -> ChromaServer | str | None:
     """Return the requested place of the mirror: a server, `LOCAL`, `NO_CHROMA`, or the place it has (None)."""
-    if given is None or isinstance(given, ChromaServer):
-        return given
-    if given in (LOCAL, NO_CHROMA):
+    if given is None or isinstance(given, ChromaServer) or given in (LOCAL, NO_CHROMA):
         return given
     return ChromaServer(
         given,
@@ -171,17 +162,6 @@ def new_place(requested: ChromaServer | str | None, current: ServerPlace | str |
     if isinstance(current, ServerPlace):  # an index keeps its id: the collection is found there if the server moved
         return ServerPlace(requested, current.index_id)
     return ServerPlace(requested, uuid.uuid4().hex[:16])
-
-
-def is_named_by_environment(server: ChromaServer) -> bool:
-    """Return whether the environment names the server."""
-    given = os.environ.get(ADDRESS_VARIABLE, "")
-    return given not in ("", LOCAL, NO_CHROMA) and ChromaServer(given).url == server.url
-
-
-def has_credentials() -> bool:
-    """Return whether the environment has credentials."""
-    return bool(os.environ.get(TOKEN_VARIABLE, "").strip() or os.environ.get(HEADERS_VARIABLE, "").strip())
 
 
 def request_headers() -> dict[str, str]:
@@ -245,11 +225,6 @@ def _normal(url: str) -> str:
     return f"{scheme}://{shown}:{port}{path}"
 
 
-def known_file() -> Path:
-    """Return the file of named servers in the user's state folder."""
-    return platformdirs.user_state_path("epic-rag", appauthor=False) / "chroma_servers.json"
-
-
 def require_known(index_dir: Path, server: ChromaServer, *, is_named: bool) -> None:
     """Refuse an address that only an index folder has named.
 
@@ -261,31 +236,24 @@ def require_known(index_dir: Path, server: ChromaServer, *, is_named: bool) -> N
     Raises:
         IndexStateError: If the user has never named it.
     """
-    if server.is_local and not has_credentials():
+    if server.is_local and not any(os.environ.get(name, "").strip() for name in (TOKEN_VARIABLE, HEADERS_VARIABLE)):
         return
-    known = _read_known()
+    file = platformdirs.user_state_path("epic-rag", appauthor=False) / "chroma_servers.json"
+    try:
+        known = set(map(str, json.loads(file.read_text(encoding="utf-8"))["servers"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        known = set()  # the user has to name it again
     if server.url in known:
         return
-    if is_named or is_named_by_environment(server):
-        _write_known(known | {server.url})
-        return
-    raise IndexStateError(
-        f"The index in {index_dir} has its vectors on {server}, which you have not named on this machine. If you trust "
-        f"that server with texts and queries, pass --chroma {shlex.quote(server.url)} once, or set {ADDRESS_VARIABLE}."
-    )
-
-
-def _read_known() -> frozenset[str]:
+    named = os.environ.get(ADDRESS_VARIABLE, "")
+    if not is_named and (named in ("", LOCAL, NO_CHROMA) or ChromaServer(named).url != server.url):
+        raise IndexStateError(
+            f"The index in {index_dir} has its Chroma mirror on {server}, which you have not named on this machine. If "
+            f"you trust that server with your texts, pass --chroma {shlex.quote(server.url)} once, or set "
+            f"{ADDRESS_VARIABLE}."
+        )
     try:
-        return frozenset(map(str, json.loads(known_file().read_text(encoding="utf-8"))["servers"]))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: no home folder
-        return frozenset()  # the user has to name it again
-
-
-def _write_known(servers: frozenset[str]) -> None:
-    try:
-        path = known_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps({"servers": sorted(servers)}, indent=2) + "\n")
-    except (OSError, RuntimeError) as error:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps({"servers": sorted(known | {server.url})}, indent=2) + "\n")
+    except OSError as error:
         logger.warning("The Chroma server cannot be recorded (%s). Pass --chroma each time.", error)
