@@ -24,7 +24,7 @@ import chromadb
 from chromadb.api import ClientAPI
 
 HOST = "127.0.0.1"
-_START_SECONDS = 60.0
+_START_SECONDS = 240.0
 _LARGEST_FILE = 2**30
 
 

@@ -236,20 +236,14 @@ def test_a_dirty_collection_is_not_loaded(tmp_path: Path, damage: str) -> None:
     assert not graph.exists()
 
 
-def test_lost_and_stale_rows(tmp_path: Path) -> None:
+def test_lost_rows(tmp_path: Path) -> None:
     database = filled()
-    ours = {"root": ".", "path": "a", "doc_id": "a", "content_hash": "x", "embedded_hash": "x"}
-    for number, change in enumerate(("delete", "add")):
-        collection = sync(database, tmp_path)
-        with chromadb.PersistentClient(str(tmp_path / "chroma")) as client:  # type: ignore[attr-defined]
-            stored = client.get_collection(COLLECTION, embedding_function=None)
-            if change == "add":
-                stored.add(ids=["old"], embeddings=[unit_vector(1).tolist()], metadatas=[ours])
-            else:
-                stored.delete(ids=["a-1"])
-        database.put(f"b-{number}")
-        assert sync(database, tmp_path) != collection
-        assert_mirrored(database, tmp_path)
+    collection = sync(database, tmp_path)
+    with chromadb.PersistentClient(str(tmp_path / "chroma")) as client:  # type: ignore[attr-defined]
+        client.get_collection(COLLECTION, embedding_function=None).delete(ids=["a-1"])
+    database.put("b")
+    assert sync(database, tmp_path) != collection
+    assert_mirrored(database, tmp_path)
 
 
 def test_failed_attempts_leave_nothing(tmp_path: Path, client: Any) -> None:
@@ -356,11 +350,8 @@ def test_nearest_is_that_of_brute_force(tmp_path: Path, client: Any) -> None:
         for row, score in found:
             assert score == pytest.approx(float(exact[int(row)]), abs=1e-5)
         assert found == sorted(found, key=lambda hit: (-hit[1], hit[0]))
-    allowed = {f"{number:05}" for number in range(0, n, 100)}
-    best = max(allowed, key=lambda row: float(scores[0][int(row)]))
-    assert mirror.nearest(queries[0], 1, allowed)[0][0] == best
-    assert len(mirror.nearest(queries[0], n, allowed)) == len(allowed)
-    assert mirror.nearest(queries[0], 5, set()) == []
+    assert mirror.nearest(queries[0], 0) == []
+    assert len(mirror.nearest(queries[0], 2 * n)) == n
     mirror.close()
     plain = client.create_collection("plain", configuration={"hnsw": {"space": "cosine"}}, embedding_function=None)
     plain.upsert(ids=[f"{number:05}" for number in range(n)], embeddings=vectors)
