@@ -104,7 +104,7 @@ class Session(httpx.Client):
         is_over = tenacity.stop_before_delay(self.patience)
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: _is_retried(error, is_write)),
-            stop=lambda state: is_over(state) or (_status(state) == 500 and state.attempt_number >= _TRIES_AT_500),
+            stop=lambda state: is_over(state) or (state.attempt_number >= _TRIES_AT_500 and _status(state) == 500),
             wait=tenacity.wait_random_exponential(self._first_pause, min=self._first_pause / 2, max=_LONGEST_PAUSE),
             before_sleep=self._log_retry,
             reraise=True,
@@ -228,21 +228,16 @@ def _status(state: tenacity.RetryCallState) -> int | None:
     return error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _reason(error: BaseException | None) -> str:
     """Return a short reason, from the operating system if possible."""
-    if error is None:
-        return ""
-    for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror.lower()
-    return _plain(str(error)) or type(error).__name__
+    reasons = [cause.strerror for cause in _causes(error) if isinstance(cause, OSError) and cause.strerror]
+    return reasons[0].lower() if reasons else _plain(str(error)) or type(error).__name__
 
 
 def _plain(text: str) -> str:

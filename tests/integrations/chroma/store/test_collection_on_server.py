@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -229,14 +230,14 @@ def test_a_refusal_is_not_repeated(chroma: ChromaProcess, answer: Answer, messag
 
 
 def test_lost_answers(chroma: ChromaProcess) -> None:
-    """Each change is made, and then answered with an error."""
+    """A collection is created, renamed and deleted, each of them once answered with an error."""
     lost: set[str] = set()
 
     def lose(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer | None:
-        kind = f"{method} {path.rpartition('/')[2]}" if path.endswith("s") or method in ("PUT", "DELETE") else ""
-        if not kind or method == "GET" or (kind := method) in lost:
+        changes = method in ("PUT", "DELETE") or (method == "POST" and path.endswith("/collections"))
+        if not changes or method in lost:
             return None
-        lost.add(kind)
+        lost.add(method)
         status, _, _ = front._forward(method, path, body)
         assert status < 300
         return 500, {}, b"the answer is lost"
@@ -323,10 +324,8 @@ def test_a_server_killed_while_rows_are_written(tmp_path: Path) -> None:
             with Front(count, server.url) as front:
                 # The proxy is there when the server is not: it closes the connection.
                 front.server.handle_error = lambda *_: None  # type: ignore[method-assign]
-                try:
+                with suppress(ChromaServerError):
                     sync(database, place_on(front.url))
-                except ChromaServerError as error:
-                    assert "complete and searchable" in str(error)
             reached.set()
             killer.join()
             sync(database, place)
