@@ -48,6 +48,10 @@ def concurrent(facts: Facts) -> str:
     )
 
 
+def server(facts: Facts) -> str:
+    return f"{times(facts['server_kills'], 'kills')}: {facts['lost_rows']} rows lost, {facts['wrong_hits']} wrong hits"
+
+
 # File in runs/soak, what was done, its count, the test.
 ROWS: Sequence[tuple[str, str, Callable[[Facts], str], str]] = (
     ("crash", "the indexer killed (`kill -9`) while files change", killed, "test_crash.py -k killed"),
@@ -63,7 +67,7 @@ ROWS: Sequence[tuple[str, str, Callable[[Facts], str], str]] = (
     (
         "server",
         "the Chroma server killed and started again during a run",
-        lambda facts: times(facts["server_kills"], "kills"),
+        server,
         "test_server.py",
     ),
     (
