@@ -208,7 +208,7 @@ def _normal(url: str) -> str:
         shown = repr(url.rpartition("@")[2])  # a password would be before the @
         raise ConfigError(f"{shown} is not the address of a Chroma server. {example}") from None
     if parts.username is not None or parts.password is not None:
-        # Not repeated, since messages and index.json must not contain passwords.
+        # Not repeated, since messages and indexes must not contain passwords.
         raise ConfigError(
             f"The address of the Chroma server on {parts.hostname} contains a name or password. "
             f"Set {TOKEN_VARIABLE} or {HEADERS_VARIABLE} instead."

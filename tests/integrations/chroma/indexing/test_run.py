@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +16,8 @@ from epic_rag import EpicEncoder, PromptError
 from epic_rag.query_prompt import QUERY_STRATEGIES
 from epic_rag_chroma import ChromaIndexer, IndexReport
 from epic_rag_chroma.indexing import sync
-from epic_rag_chroma.store import state as manifest
-from epic_rag_chroma.store.paths import FileStamp
+from epic_rag_chroma.store.database import IndexDatabase
+from epic_rag_chroma.store.paths import DATABASE_FILE, FileStamp
 from epic_rag_chroma.walk.files import FoundFile
 
 Rows = Callable[[Path], dict[str, tuple[str, dict[str, Any], list[float]]]]
@@ -112,7 +114,9 @@ def test_edit_with_same_size_and_time(indexer: ChromaIndexer, docs: Path) -> Non
 
 def test_unchanged_file_is_not_read(indexer: ChromaIndexer, docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     indexer.index([docs])
-    monkeypatch.setattr(manifest, "_RACY_NS", -(10**18))  # as if the files had been old when they were read
+    with closing(IndexDatabase.open(docs / ".epic-rag" / DATABASE_FILE)) as database, database.transaction():
+        for key, entry in database.files().items():  # as if the files had been old when they were read
+            database.put_file(key, replace(entry, checked_ns=entry.checked_ns + 10**10))
     monkeypatch.setattr(sync, "read_file", lambda _: pytest.fail("read"))
     assert counts(indexer.index([docs])) == (0, 0, 0, 3)
 
@@ -130,8 +134,8 @@ def test_moved_folder(indexer: ChromaIndexer, docs: Path, tiny_encoder: EpicEnco
     before = rows(docs / ".epic-rag")
     indexer.close()
     moved = Path(shutil.move(docs, docs.parent / "elsewhere"))
-    for file in (moved / ".epic-rag").glob("*.json"):
-        assert str(docs) not in file.read_text()
+    for file in (moved / ".epic-rag").rglob("*"):
+        assert file.is_dir() or str(docs).encode() not in file.read_bytes(), file
     with ChromaIndexer(moved / ".epic-rag", encoder=tiny_encoder) as again:
         assert Path(again.query("cats")[0].root) == moved
         assert again.status().roots == (str(moved),)
