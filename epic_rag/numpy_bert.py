@@ -58,6 +58,9 @@ class NumpyBert:
         pooling: "mean", "cls" or "last".
         projector_kind: Kind of the projector, which is part of the fingerprint alone: slots need torch.
         weights_hash: Hash of the weights that `hash_weights` would compute; None if it is unknown.
+
+    Attributes:
+        dimension: Width of the vectors.
     """
 
     def __init__(
@@ -73,14 +76,8 @@ class NumpyBert:
         self._weights = weights
         self.pooling = pooling
         self.projector_kind = projector_kind
+        self.dimension = int(weights["head.weight"].shape[0] if "head.weight" in weights else config["hidden_size"])
         self._weights_hash = weights_hash
-
-    @property
-    def dimension(self) -> int:
-        """Width of the vectors."""
-        return int(
-            self._weights["head.weight"].shape[0] if "head.weight" in self._weights else self._config["hidden_size"]
-        )
 
     def takes(self, rows: Sequence[EncoderInput]) -> bool:
         """Return whether the rows are so few that this is faster than loading torch."""
@@ -251,7 +248,7 @@ def open_numpy_bert(
             config, weights, pooling=epic["pooling"], projector_kind=epic["projector"], weights_hash=known
         )
         return model, prompt
-    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return None
 
 
@@ -291,6 +288,7 @@ def _is_supported(config: Mapping[str, Any], epic: Mapping[str, Any]) -> bool:
         and not config.get("add_cross_attention", False)
         and epic["pooling"] in ("mean", "cls", "last")
         and epic["projector"] in ("linear", "scale", "mlp")
+        and {"append_eos", "max_query_tokens", "max_document_tokens"} <= epic.keys()
         and isinstance(epic.get("truncate_dim"), (int, type(None)))
     )
 
@@ -342,37 +340,37 @@ def _expected_shapes(
     """Return names and shapes of all tensors that the model must have, given which of the optional ones there are."""
     width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
     dim = weights["head.weight"].shape[0] if "head.weight" in weights else width
-    shapes: dict[str, tuple[int, ...]] = {
-        "transformer.embeddings.word_embeddings.weight": (int(config["vocab_size"]), width),
-        "transformer.embeddings.position_embeddings.weight": (int(config["max_position_embeddings"]), width),
-        "transformer.embeddings.token_type_embeddings.weight": (int(config["type_vocab_size"]), width),
+    attention = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+    layer: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(attention, (width, width)),
+        "intermediate.dense": (inner, width),
+        "output.dense": (width, inner),
+        **dict.fromkeys(("attention.output.LayerNorm", "output.LayerNorm"), (width,)),
     }
-    linear: dict[str, tuple[int, int]] = {}
-    norms = ["transformer.embeddings.LayerNorm"]
-    for number in range(int(config["num_hidden_layers"])):
-        layer = f"transformer.encoder.layer.{number}."
-        for part in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"):
-            linear[layer + part] = (width, width)
-        linear[f"{layer}intermediate.dense"], linear[f"{layer}output.dense"] = (inner, width), (width, inner)
-        norms += [f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"]
+    # Shapes of the weights; a bias has the length of a weight's first side.
+    modules = {
+        f"transformer.encoder.layer.{number}.{part}": shape
+        for number in range(int(config["num_hidden_layers"]))
+        for part, shape in layer.items()
+    }
+    modules["transformer.embeddings.LayerNorm"] = (width,)
     if any(name.startswith("transformer.pooler.") for name in weights):
-        linear["transformer.pooler.dense"] = (width, width)
-    if epic["projector"] == "linear":
-        linear["projector.linear"] = (width, dim)
-    else:
-        shapes["projector.scale"] = ()
-    if epic["projector"] == "mlp":
-        linear["projector.mlp.0"], linear["projector.mlp.2"] = (dim, dim), (width, dim)
+        modules["transformer.pooler.dense"] = (width, width)
+    modules |= {
+        "linear": {"projector.linear": (width, dim)},
+        "mlp": {"projector.mlp.0": (dim, dim), "projector.mlp.2": (width, dim)},
+    }.get(epic["projector"], {})
     if "head.weight" in weights:
-        shapes["head.weight"] = (dim, width)
-        shapes.update({"head.bias": (dim,)} if "head.bias" in weights else {})
-    for name, shape in linear.items():
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
-    for name in norms:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
-    return shapes | {
-        name + _SCALE: shape[:1] for name, shape in shapes.items() if len(shape) > 1 and weights[name].dtype == np.int8
-    }
+        modules["head"] = (dim, width)
+    shapes = {f"{name}.weight": shape for name, shape in modules.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in modules.items() if name != "head" or "head.bias" in weights}
+    embeddings = {"word": "vocab_size", "position": "max_position_embeddings", "token_type": "type_vocab_size"}
+    for name, size in embeddings.items():
+        shapes[f"transformer.embeddings.{name}_embeddings.weight"] = (int(config[size]), width)
+    if epic["projector"] != "linear":
+        shapes["projector.scale"] = ()
+    is_int8 = {name for name, shape in shapes.items() if len(shape) > 1 and weights[name].dtype == np.int8}
+    return shapes | {name + _SCALE: shapes[name][:1] for name in is_int8}
 
 
 class LightTokenizer:
@@ -428,7 +426,6 @@ def _open_tokenizer(folder: Path) -> LightTokenizer | None:
             return None
     elif kind not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         return None
-
     eos, pad = (
         token["content"] if isinstance(token, dict) else token
         for token in (settings.get("eos_token"), settings.get("pad_token"))

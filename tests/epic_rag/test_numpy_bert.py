@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from epic_rag import ConfigError, EpicEncoder, QueryPrompt
+from epic_rag import ConfigError, EpicEncoder, QueryPrompt, numpy_bert
 from epic_rag import encoder as encoder_module
 from epic_rag.backbone import PROJECTORS, Pooling, ProjectorKind
 from epic_rag.checkpoints import EncoderConfig, read_epic_file, resolve
@@ -94,6 +95,12 @@ def test_every_length(shipped: tuple[EpicEncoder, EpicEncoder], tokens: int) -> 
     np.testing.assert_allclose(light, full, atol=1e-5)
 
 
+def test_gelu_is_exact_to_rounding() -> None:
+    x = np.concatenate([np.linspace(-12, 12, 20001), [0.0, -0.0, 1e-30, 1e4, -1e4]]).astype(np.float32)
+    exact = [value * 0.5 * (1 + math.erf(value / 2**0.5)) for value in x.astype(float)]
+    np.testing.assert_allclose(numpy_bert._gelu(x.copy()), exact, atol=1e-6, rtol=1e-6)
+
+
 def variant(
     folder: Path,
     *,
@@ -142,7 +149,8 @@ def test_the_shipped_fingerprint(shipped: tuple[EpicEncoder, EpicEncoder]) -> No
 def _edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
-        (folder / name).write_text(json.dumps({**content, **changes}), encoding="utf-8")
+        kept = {key: value for key, value in {**content, **changes}.items() if value is not ...}
+        (folder / name).write_text(json.dumps(kept), encoding="utf-8")
 
     return edit
 
@@ -172,6 +180,7 @@ REFUSED: dict[str, Callable[[Path], None]] = {
     "no settings": lambda folder: (folder / "epic.json").unlink(),
     "an unknown setting": _edit_json("epic.json", template={"unknown": "x"}),
     "a truncate_dim that is no number": _edit_json("epic.json", truncate_dim="x"),
+    "a missing setting": _edit_json("epic.json", max_query_tokens=...),
     "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
     "a broken tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{"),
     "another tokenizer": _edit_json("tokenizer_config.json", tokenizer_class="XLNetTokenizer"),
