@@ -32,7 +32,7 @@ from epic_rag_chroma import ChromaIndexer
 IMPORTS = "import torch, transformers, chromadb"
 QUESTION = "how do I read a file line by line?"
 # Characters of docstrings that make one chunk, nearly enough.
-CHARACTERS = 420
+CHARACTERS = 305
 SHORTEST = 80
 # A small process between: the peak memory of a process begins with that of the one that starts it.
 RUNNER = """
