@@ -78,7 +78,7 @@ _HNSW: dict[str, Any] = {
 _ATTEMPTS = 6
 _PAGE = 1000
 _SAMPLES = 8
-# Size of a request. Chroma accepts 40 MiB, proxies often less; see `_Batches`.
+# Size of a request. Chroma accepts 40 MiB, proxies often less; see `_Sync._send`.
 _REQUEST_BYTES = 8 * 2**20
 _METADATA_BYTES = 1000
 # Cosine distance of a stored vector to itself, at most.
@@ -196,7 +196,10 @@ def open_collection(place: Place, collection_id: str) -> Mirror | None:
     with ExitStack() as stack:
         client = stack.enter_context(_open_client(place))
         collection = _find(client, place, collection_id)
-        return None if collection is None else Mirror(collection, place, stack.pop_all())
+        if collection is None:
+            return None
+        collection.get(limit=1, include=["embeddings"])  # loads the graph now, while no run writes to it
+        return Mirror(collection, place, stack.pop_all())
 
 
 class Mirror:

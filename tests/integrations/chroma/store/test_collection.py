@@ -372,6 +372,15 @@ def test_equal_cosines_are_in_the_order_of_their_ids(tmp_path: Path) -> None:
     mirror.close()
 
 
+def test_an_open_mirror_has_read_its_files(tmp_path: Path) -> None:
+    database = filled(230)
+    mirror = opened(tmp_path, sync(database, tmp_path))
+    shutil.rmtree(graphs(tmp_path)[0])
+    vector = database.rows["a-7"].vector
+    assert mirror.nearest(vector, 1) == [("a-7", pytest.approx(1.0, abs=1e-5))]
+    mirror.close()
+
+
 def test_rows_stay_reachable_through_edits(tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     database = filled(400)
