@@ -159,7 +159,9 @@ def compare_search(page_run: PageRun) -> None:
     assert re.fullmatch(r"guide/(old/)?undo\.md also in guide/(old/)?undo\.md:\d", lines[6])
     assert lines[7].startswith("2 ")
     assert re.fullmatch(r"src/users\.py -[\d.]+ True", lines[8])
-    assert len(lines) == 11
+    assert [line.split()[0] for line in lines[9:12]] == ["1", "2", "3"]
+    assert {line.split()[1] for line in lines[9:12]} == {"project", "notes"}
+    assert len(lines) == 14
 
 
 def prepare_query(page_run: PageRun, text: str, stack: ExitStack) -> None:
@@ -176,7 +178,8 @@ def compare_query(page_run: PageRun) -> None:
     out = page_run.output("shell")
     assert out.startswith("5 added, ")
     assert re.search(r"^    also in (old/)?undo\.txt:1$", out, flags=re.M)
-    assert re.search(r"^1  bm25 \d+\.\d\d  history\.py:1-2  parent_of$", out, flags=re.M)
+    assert re.search(r"^1  bm25 <0\.01  history\.py:1-2  parent_of$", out, flags=re.M)
+    assert re.search(r"^1  bm25 \d\.\d\d  \S+/notes/commits\.md:1-3  Commits$", out, flags=re.M)
     assert re.search(rf"^opened {re.escape(str(page_run.folder))}/manual/", out, flags=re.M)
     hits = [json.loads(line) for line in out.splitlines() if line.startswith('{"')]
     assert [(hit["query"], hit["query_id"]) for hit in hits] == [("undo a commit", 1), ("parent of a commit", 2)]

@@ -78,6 +78,20 @@ def test_metadata_locates_the_text(retriever: EpicRetriever, index_dir: Path, ro
         assert all(isinstance(value, (str, int)) and value != "" for value in node.metadata.values())
 
 
+def test_several_indexes_are_one(index_dir: Path, tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
+    (tmp_path / "more.md").write_text("# More\n\nA zebra sleeps.\n")
+    with ChromaIndexer(tmp_path / "idx", encoder=tiny_encoder) as indexer:
+        indexer.index([tmp_path / "more.md"])
+    with EpicRetriever([index_dir, tmp_path / "idx"], similarity_top_k=100, mode="dense") as retriever:
+        found = {hit.node.metadata["file_path"] for hit in retriever.retrieve("zebra")}
+        assert str(tmp_path / "more.md") in found
+        assert len(found) > 1
+        with pickle.loads(pickle.dumps(retriever)) as again:
+            assert {hit.node.metadata["file_path"] for hit in again.retrieve("zebra")} == found
+        words = retriever.with_settings(mode="keyword", similarity_top_k=1).retrieve("zebra")
+        assert [hit.node.metadata["file_name"] for hit in words] == ["more.md"]
+
+
 def test_content_for_models(dense: EpicRetriever) -> None:
     [found] = dense.with_settings(similarity_top_k=1, filters=SearchFilters(paths=("guide.md",))).retrieve("Delete it")
     first, last = found.node.metadata["first_line"], found.node.metadata["last_line"]

@@ -42,6 +42,7 @@ from epic_rag_chroma import (
     ChromaIndexer,
     Combination,
     Comparison,
+    FederatedIndex,
     Hit,
     SearchFilters,
     SearchMode,
@@ -87,7 +88,8 @@ class EpicRetriever(BaseRetriever):
     the retriever.
 
     Args:
-        index_dir: The index folder; see `epic-rag index` and `ChromaIndexer.index`.
+        index_dir: The index folder; see `epic-rag index` and `ChromaIndexer.index`. Several folders of one model are
+            searched as one; see `FederatedIndex`.
         encoder: An encoder, or a function that loads one; None for the model that the index was built with.
         chroma: Address of the Chroma server that holds the vectors, if it is not the one that the index names.
         callback_manager: As in every LlamaIndex retriever, and so the next three.
@@ -113,7 +115,7 @@ class EpicRetriever(BaseRetriever):
 
     def __init__(
         self,
-        index_dir: str | os.PathLike[str],
+        index_dir: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         encoder: EpicEncoder | Callable[[], EpicEncoder] | None = None,
         chroma: str | ChromaServer | None = None,
@@ -129,21 +131,26 @@ class EpicRetriever(BaseRetriever):
             objects=objects,
             verbose=verbose,
         )
-        self._index_dir = Path(index_dir).resolve()
+        folders = [index_dir] if isinstance(index_dir, (str, os.PathLike)) else index_dir
+        self._index_dirs = [Path(folder).resolve() for folder in folders]
         self._encoder = encoder
         self._chroma = chroma
         self._request = SearchRequest().with_settings(**_search_settings(settings))
         self._open()
 
     def _open(self) -> None:
-        self._indexer = ChromaIndexer(self._index_dir, encoder=self._encoder, chroma=self._chroma)
+        self._indexer: ChromaIndexer | FederatedIndex
+        if len(self._index_dirs) == 1:
+            self._indexer = ChromaIndexer(self._index_dirs[0], encoder=self._encoder, chroma=self._chroma)
+        else:
+            self._indexer = FederatedIndex(self._index_dirs, encoder=self._encoder, chroma=self._chroma)
         # One thread for async callers, as in EpicEmbedding: the encoder takes one call at a time, and calls that wait
         # for it would fill the event loop's shared pool.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="epic-retriever")
 
     @property
-    def indexer(self) -> ChromaIndexer:
-        """The index."""
+    def indexer(self) -> ChromaIndexer | FederatedIndex:
+        """The index, or all of them."""
         return self._indexer
 
     @property
