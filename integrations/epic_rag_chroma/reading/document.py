@@ -169,7 +169,7 @@ def substituted(line: str, substitutions: Sequence[Substitution], start: int = 0
     A substitution that begins before `start` belongs to the part before, as a whole.
     """
     end = len(line) if end is None else end
-    parts = []
+    parts: list[str] = []
     position = start
     for first, last, text in substitutions:
         if first >= start and first < end:

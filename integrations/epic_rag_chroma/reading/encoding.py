@@ -133,7 +133,7 @@ def decode_labelled(data: bytes, label: str | None) -> str:
 
 def _codec_of(label: str) -> str | None:
     """Return Python's codec for a charset label as the WHATWG's Encoding Standard defines it; None if unknown."""
-    from webencodings import lookup
+    from webencodings import lookup  # type: ignore[import-untyped]
 
     encoding = lookup(label)
     if (
@@ -147,7 +147,7 @@ def _codec_of(label: str) -> str | None:
         return name if known else None
     if encoding.name in ("replacement", "x-user-defined"):
         return None
-    codec = encoding.codec_info.name.replace("-", "_")
+    codec = str(encoding.codec_info.name).replace("-", "_")
     return {"gbk": "gb18030"}.get(codec, codec)
 
 

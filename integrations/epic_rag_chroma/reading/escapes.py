@@ -79,11 +79,11 @@ def unescaped(escape: str) -> str:
     letter, digits = escape[1:2], escape[2:].strip("{}")
     if letter in ("u", "U", "x") and digits:
         if "\\" in digits:  # a surrogate pair
-            high, low = int(digits[:4], 16), int(digits[6:], 16)
-            return chr(0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00))
-        number = int(digits, 16)
+            number = 0x10000 + ((int(digits[:4], 16) - 0xD800) << 10) + (int(digits[6:], 16) - 0xDC00)
+        else:
+            number = int(digits, 16)
         character = chr(number) if number <= 0x10FFFF and not 0xD800 <= number <= 0xDFFF else ""
-        return character if character.isprintable() else " "
+        return character if character.isprintable() or INVISIBLE.match(character) else " "
     return _WHITE.get(letter, letter)
 
 

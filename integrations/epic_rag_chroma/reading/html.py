@@ -82,6 +82,11 @@ class _Lines:
             self._span = (first, last) if self._span is None else (min(first, self._span[0]), max(last, self._span[1]))
         self._words.append(text)
 
+    def add_line(self, text: str, span: _Span) -> None:
+        """Add a line of its own."""
+        self._words, self._span = [text], span
+        self.end()
+
     def add_marker(self, text: str, *, inside: bool = False) -> None:
         """Add a bullet or separator, which alone is not a line; `inside`: only after other text."""
         if not inside or self._span is not None:
@@ -123,13 +128,15 @@ class _Lines:
         self._next = SplitCost.ITEM
         return len(self.lines) - 1
 
-    def preformatted(self, text: str, source: int) -> None:
+    def preformatted(self, lines: list[tuple[str, _Span]]) -> None:
         """Add the lines of a <pre> with their indentation."""
         self.end()
+        while lines and not lines[-1][0].strip():
+            lines.pop()
         following = SplitCost.BLOCK
-        for offset, line in enumerate(text.rstrip().split("\n")):
+        for line, span in lines:
             if line.strip() or following is not SplitCost.BLOCK:
-                self._append(line.rstrip(), (source + offset, source + offset), following)
+                self._append(line.rstrip(), span, following)
                 following = SplitCost.INSIDE
         self._next = SplitCost.BLOCK
 
@@ -204,10 +211,8 @@ def _is_dropped(node: Element) -> bool:
         return node.name != "template" or "shadowrootmode" not in attrs
     if (attrs.get("role") or "").strip().lower() in _DROPPED_ROLES:
         return True
-    if "hidden" in attrs and (attrs["hidden"] or "").lower() != "until-found":
-        return True
-    if "display:none" in (attrs.get("style") or "").replace(" ", "").lower():
-        return True
+    if "hidden" in attrs and (attrs["hidden"] or "").lower() != "until-found" and attrs.get("role") != "tabpanel":
+        return True  # what scripts show on a click is usually hidden by its style
     if node.name == "a" and (attrs.get("href") or "").startswith("#"):
         # The sign beside a heading that links to it: a pilcrow, a number sign, a picture.
         return not any(map(str.isalnum, _text_of(node, whole=True)))
@@ -345,13 +350,18 @@ class _Reader:
         title, span = plain_title(text), self._span_of(node)
         if title and span is not None:
             self.headings.append(Heading(len(self.out.lines) + bool(self.out.lines), _HEADINGS[node.name], title))
-            self.out.add(text, span[0])
-            self.out.end()
+            self.out.add_line(text, span)
 
     def _preformatted(self, node: Element) -> None:
-        texts = list(self._texts(node))
-        if texts:
-            self.out.preformatted("".join(text.data or "" for text in texts), self._line(texts[0]))
+        lines: list[tuple[str, _Span]] = []
+        for text in self._texts(node):
+            for number, part in enumerate((text.data or "").split("\n"), start=self._line(text)):
+                if lines and number == self._line(text):
+                    before, span = lines[-1]
+                    lines[-1] = (before + part, (span[0], max(span[1], number)))
+                else:
+                    lines.append((part, (number, number)))
+        self.out.preformatted(lines)
 
     def _ruby(self, node: Element) -> None:
         """Add the base text as one word, then its reading in brackets."""

@@ -91,8 +91,8 @@ def read_bibtex(lines: list[str]) -> Document:
     for first, end in zip(starts, [*starts[1:], len(lines)], strict=True):
         blocks.costs[first] = SplitCost.BLOCK
         blocks.keep(first, end)
-        for line in range(first + 1, end):
-            blocks.costs[line] = SplitCost.LINE if lines[line].strip() else SplitCost.INSIDE
+        for number in range(first + 1, end):
+            blocks.costs[number] = SplitCost.LINE if lines[number].strip() else SplitCost.INSIDE
     for number, line in enumerate(lines):
         some = _substitutions(line, bibtex=True)
         if some:
@@ -144,8 +144,8 @@ def read_latex(lines: list[str]) -> Document:
         for match in _ENVIRONMENT.finditer(code):
             _add_environment(blocks, around, match, number)
         number += 1
-    for number, line in enumerate(lines):
-        some = () if number in blocks.verbatim else _substitutions(line)
+    for number, text in enumerate(lines):
+        some = () if number in blocks.verbatim else _substitutions(text)
         if some:
             blocks.substitutions[number] = some
     return blocks.document()

@@ -48,6 +48,7 @@ _MARKUP = re.compile(
     r"|(?P<escape>\\[!-/:-@\[-`{-~])",
     re.DOTALL | re.IGNORECASE,
 )
+_CLOSING_TAG = re.compile(r"</([A-Z][\w.]*)\s*>")
 _JSX_NAME = re.compile(r"</?[A-Z]")
 # Attributes that are read: what a picture shows, and the titles of components.
 _SHOWN_ATTRIBUTE = re.compile(
@@ -218,12 +219,13 @@ def _substitutions(
         for part in parts
     )
     starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line) + 1)
+    for content in lines:
+        starts.append(starts[-1] + len(content) + 1)
+    closed = set(_CLOSING_TAG.findall(text))
     found: dict[int, list[Substitution]] = {}
     line = 0
     for match in _MARKUP.finditer(text):
-        shown = _replacement(match, mdx=mdx)
+        shown = _replacement(match, closed, mdx=mdx)
         if shown is None:
             continue
         while starts[line + 1] <= match.start():
@@ -242,7 +244,7 @@ def _substitutions(
     return {number: tuple(some) for number, some in found.items()}
 
 
-def _replacement(match: re.Match[str], *, mdx: bool) -> str | None:
+def _replacement(match: re.Match[str], closed: set[str], *, mdx: bool) -> str | None:
     """Return the text that stands for a piece of markup; None to leave it."""
     text = match.group()
     if match.lastgroup == "entity":
@@ -251,7 +253,8 @@ def _replacement(match: re.Match[str], *, mdx: bool) -> str | None:
         return text[1]
     if match.group("jsx") is not None:
         # Without other signs of a component, `<T>` is a type or a placeholder.
-        component = mdx or text.startswith("</") or text.endswith("/>") or "=" in text
+        name = text[1:-1].split(maxsplit=1)[0]
+        component = mdx or text.startswith("</") or text.endswith("/>") or "=" in text or name in closed
         return _shown(text) if component and _JSX_NAME.match(text) else None
     if match.group("html") is not None:
         shown = _shown(text)

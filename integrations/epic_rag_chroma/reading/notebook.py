@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from epic_rag_chroma.reading.containers import DocumentBuilder, parsing, printable
 from epic_rag_chroma.reading.document import BrokenFileError, Document, SplitCost, split_lines
+from epic_rag_chroma.reading.encoded_data import without_encoded_data
+from epic_rag_chroma.reading.escapes import code_escapes
 from epic_rag_chroma.reading.markdown import read_markdown
 from epic_rag_chroma.reading.text import read_text
 
@@ -41,6 +43,7 @@ def read_notebook(data: bytes) -> Document:
             raise BrokenFileError(f"not a {_FORMAT}")
         for cell in _cells(text):
             lines, spans = _lines(cell)
+            lines = without_encoded_data(lines)
             if lines:
                 if cell.kind in ("markdown", "heading"):
                     document = read_markdown(lines)
@@ -48,8 +51,8 @@ def read_notebook(data: bytes) -> Document:
                     document = read_text(lines)
                 else:
                     inside = [SplitCost.INSIDE if before.strip() else SplitCost.LINE for before in lines[:-1]]
-                    document = Document(lines, [SplitCost.BLOCK, *inside])
-                out.add_document(Document(lines, document.split_costs, document.headings, spans=spans))
+                    document = Document(lines, [SplitCost.BLOCK, *inside], substitutions=code_escapes(lines))
+                out.add_document(replace(document, spans=spans))
     return out.document(paged=False)
 
 

@@ -164,7 +164,7 @@ _VERBATIM_DIRECTIVE = re.compile(r"^\s*\.\. (?:[\w:-]*code[\w:-]*|literalinclude
 _RST_HIDDEN = re.compile(
     r"(?:[\w+-]+:)?(?:currentmodule|default-domain|toctree|index|contents|sectionauthor|moduleauthor|codeauthor|meta"
     r"|include|literalinclude|tabularcolumns|role|default-role|sectnum|target-notes|raw|testsetup|testcleanup|autoapi\w*"
-    r"|highlight(?:lang)?|image|unicode|title|footer|header|graphviz|plot|auto\w+)"
+    r"|highlight(?:lang)?|image|unicode|auto\w+)"
 )
 _RST_WRAPPER = re.compile(
     r"only|ifconfig|class|rst-class|container|cssclass|code(?:-block)?|sourcecode|figure|tabs?|sidebar"

@@ -1,0 +1,306 @@
+"""Words that an independent extractor finds in real files and our readers do not, by format.
+
+    python benchmarks/readers.py FOLDER... [--limit 300] [--worst 5] [--json FILE]
+
+A word is lacking if the other extractor has it more often than the text that is embedded and searched, with its
+headings. Navigation, scripts and front matter, which are left out on purpose, are left out of the other extractor's
+words too. Extractors that are not installed are named, and their formats are not measured:
+
+    pip install selectolax docutils pylatexenc Markdown
+"""
+
+from __future__ import annotations
+
+import argparse
+import email
+import json
+import random
+import re
+import sys
+import time
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from email.policy import default as default_policy
+from pathlib import Path
+from typing import Any
+
+from epic_rag_chroma.chunking import chunk_document
+from epic_rag_chroma.reading.document import INVISIBLE, BrokenFileError, Document, NotTextError
+from epic_rag_chroma.reading.encoding import decode
+from epic_rag_chroma.reading.file_types import kind_of
+from epic_rag_chroma.reading.front_matter import read_front_matter
+from epic_rag_chroma.reading.reader import read_document
+
+WORD = re.compile(r"[^\W_]+")
+
+
+def words_of(text: str) -> Counter[str]:
+    return Counter(WORD.findall(unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).casefold()))
+
+
+def rough_tokens(texts: Sequence[str]) -> list[int]:
+    return [len(text) // 4 for text in texts]
+
+
+def embedded_text(document: Document) -> str:
+    """The text of a document that is embedded and searched, and the headings that are not lines of it."""
+    chunks = chunk_document(document, max_tokens=200, overlap=0, count_tokens=rough_tokens)
+    return "\n".join([*(heading.title for heading in document.headings), *(chunk.words for chunk in chunks)])
+
+
+def text_of(name: str, data: bytes) -> str:
+    """The text of a file, without front matter."""
+    lines = decode(data).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    front = read_front_matter(lines)
+    return "\n".join(lines if front is None else lines[front.end :])
+
+
+def of_html(name: str, data: bytes | str) -> str:
+    from selectolax.lexbor import LexborHTMLParser
+
+    tree = LexborHTMLParser(data if isinstance(data, str) else text_of(name, data))
+    hidden = (
+        "script style noscript template nav iframe object select title head [hidden] [role=navigation] [role=search]"
+    )
+    for selector in hidden.split():
+        for node in tree.css(selector):
+            node.decompose()
+    inline = {
+        "a",
+        "abbr",
+        "b",
+        "bdi",
+        "bdo",
+        "big",
+        "cite",
+        "code",
+        "del",
+        "dfn",
+        "em",
+        "font",
+        "i",
+        "ins",
+        "kbd",
+        "mark",
+    }
+    inline |= {"q", "s", "samp", "small", "span", "strike", "strong", "sub", "sup", "tt", "u", "var", "wbr", "-text"}
+    parts: list[str] = []
+    for node in tree.root.traverse(include_text=True) if tree.root is not None else ():
+        if node.tag == "-text":
+            if parts and node.parent is not None and node.prev is None and node.parent.tag not in inline:
+                parts.append(" ")
+            parts.append(node.text_content or "")
+        elif node.tag not in inline:
+            parts.append(" ")
+        if node.tag == "-text" and node.next is None and node.parent is not None and node.parent.tag not in inline:
+            parts.append(" ")
+    return "".join(parts)
+
+
+def of_markdown(name: str, data: bytes) -> str:
+    from markdown import markdown
+
+    return of_html(name, markdown(text_of(name, data), extensions=["extra", "sane_lists"]))
+
+
+def of_rst(name: str, data: bytes) -> str:
+    from docutils import nodes
+    from docutils.core import publish_doctree
+    from docutils.parsers.rst import Directive, directives, roles
+
+    class Unknown(Directive):
+        optional_arguments, final_argument_whitespace, has_content, option_spec = 99, True, True, None
+
+        def run(self) -> list[Any]:
+            node = nodes.container()
+            self.state.nested_parse(self.content, self.content_offset, node)
+            return [nodes.paragraph(text=" ".join(self.arguments)), node]
+
+    known = directives.directive
+    directives.directive = lambda *arguments: (known(*arguments)[0] or Unknown, [])
+    as_text = lambda *arguments: ([nodes.Text(arguments[2])], [])  # noqa: E731
+    known_role = roles.role
+    roles.role = lambda *arguments: (known_role(*arguments)[0] or as_text, [])
+    try:
+        settings = {"report_level": 5, "halt_level": 6, "file_insertion_enabled": False, "raw_enabled": False}
+        tree = publish_doctree(text_of(name, data), settings_overrides=settings)
+    finally:
+        directives.directive, roles.role = known, known_role
+    for kind in (
+        nodes.comment,
+        nodes.system_message,
+        nodes.target,
+        nodes.substitution_definition,
+        nodes.meta,
+        nodes.raw,
+    ):
+        for node in list(tree.findall(kind)):
+            node.parent.remove(node)
+    return " ".join(node.astext() for node in tree.findall(nodes.Text))
+
+
+def of_mail(name: str, data: bytes) -> str:
+    message = email.message_from_bytes(data, policy=default_policy)
+    body = message.get_body(("plain", "html"))
+    text = "" if body is None else str(body.get_content())
+    text = of_html(name, text) if body is not None and body.get_content_type() == "text/html" else text
+    return f"{message.get('Subject', '')}\n{message.get('From', '')}\n{text}"
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from strings_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings_in(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+def of_json(name: str, data: bytes) -> str:
+    return "\n".join(strings_in(json.loads(decode(data))))
+
+
+def of_jsonl(name: str, data: bytes) -> str:
+    return "\n".join(
+        text for line in decode(data).splitlines() if line.strip() for text in strings_in(json.loads(line))
+    )
+
+
+def of_yaml(name: str, data: bytes) -> str:
+    import yaml
+
+    return "\n".join(text for part in yaml.load_all(decode(data), Loader=yaml.BaseLoader) for text in strings_in(part))
+
+
+def of_xml(name: str, data: bytes) -> str:
+    from lxml import etree
+
+    root = etree.fromstring(data, etree.XMLParser(resolve_entities=False, recover=True, remove_comments=True))
+    return "\n".join(root.itertext())
+
+
+def of_svg(name: str, data: bytes) -> str:
+    from lxml import etree
+
+    root = etree.fromstring(data, etree.XMLParser(resolve_entities=False, recover=True, remove_comments=True))
+    shown = ("title", "desc", "text")
+    return "\n".join("".join(e.itertext()) for e in root.iter() if str(e.tag).rpartition("}")[2] in shown)
+
+
+def of_latex(name: str, data: bytes) -> str:
+    from pylatexenc.latex2text import LatexNodes2Text
+
+    return str(LatexNodes2Text(keep_comments=False).latex_to_text(text_of(name, data)))
+
+
+def of_notebook(name: str, data: bytes) -> str:
+    cells = json.loads(data)["cells"]
+    text = ""
+    for cell in cells:
+        source = "".join(cell["source"])
+        text += "\n" + (of_markdown("a.md", source.encode()) if cell["cell_type"] == "markdown" else source)
+    return text
+
+
+def of_text(name: str, data: bytes) -> str:
+    return text_of(name, data)
+
+
+EXTRACTORS: dict[str, Callable[[str, bytes], str]] = {
+    "html": of_html, "markdown": of_markdown, "rst": of_rst, "email": of_mail, "json": of_json, "jsonl": of_jsonl,
+    "yaml": of_yaml, "xml": of_xml, "svg": of_svg, "latex": of_latex, "notebook": of_notebook, "text": of_text,
+    "csv": of_text,
+}  # fmt: skip
+
+
+@dataclass
+class Result:
+    """Counts of one format: files, words of the other extractor, those that we lack, and the files that lack most."""
+
+    files: int = 0
+    words: int = 0
+    lacking: int = 0
+    skipped: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    worst: list[tuple[float, str, str]] = field(default_factory=list)
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.lacking / self.words if self.words else 0.0
+
+
+def measure(paths: list[Path]) -> tuple[dict[str, Result], set[str]]:
+    """Measure files; also return the names of packages that are not installed."""
+    results: defaultdict[str, Result] = defaultdict(Result)
+    missing: set[str] = set()
+    for path in paths:
+        kind = kind_of(path.name)
+        if kind not in EXTRACTORS:
+            continue
+        data = path.read_bytes()
+        name = "a.rst" if kind == "rst" else path.name
+        result = results[kind]
+        started = time.process_time()
+        document = None
+        try:
+            document = read_document(path.name, data)
+        except (NotTextError, BrokenFileError):
+            result.skipped += 1
+        result.seconds += time.process_time() - started
+        result.bytes += len(data)
+        try:
+            other = words_of(EXTRACTORS[kind](name, data))
+        except ImportError as error:
+            missing.add(str(error.name))
+            continue
+        except Exception as error:  # what the other extractor cannot read is no measure
+            print(f"{path}: {type(error).__name__}: {error}"[:200], file=sys.stderr)
+            continue
+        lacking = other - words_of("" if document is None else embedded_text(document))
+        result.files += 1
+        result.words += other.total()
+        result.lacking += lacking.total()
+        share = 100 * lacking.total() / max(1, other.total())
+        examples = " ".join(word for word, _ in lacking.most_common(12))
+        result.worst.append((round(share, 1), str(path), examples))
+    return dict(results), missing
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--limit", type=int, default=300, help="files of each format, drawn by chance")
+    parser.add_argument("--worst", type=int, default=0, help="files to list for each format")
+    parser.add_argument("--kind", action="append", help="only this format")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    given = parser.parse_args(arguments)
+    by_kind: defaultdict[str, list[Path]] = defaultdict(list)
+    for folder in given.folders:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.is_symlink() and (not given.kind or kind_of(path.name) in given.kind):
+                by_kind[kind_of(path.name)].append(path)
+    chosen = [
+        path for paths in by_kind.values() for path in random.Random(0).sample(paths, min(given.limit, len(paths)))
+    ]
+    results, missing = measure(sorted(chosen))
+    print("| format | files | skipped | words | lacking, % | MB/s |\n|---|--:|--:|--:|--:|--:|")
+    for kind, result in sorted(results.items()):
+        speed = result.bytes / 1e6 / max(result.seconds, 1e-9)
+        print(f"| {kind} | {result.files} | {result.skipped} | {result.words} | {result.percent:.2f} | {speed:.1f} |")
+        for share, path, examples in sorted(result.worst, reverse=True)[: given.worst]:
+            print(f"    {share:5.1f} % {path}: {examples}", file=sys.stderr)
+    if missing:
+        print(f"not installed: {', '.join(sorted(missing))}", file=sys.stderr)
+    if given.json is not None:
+        given.json.write_text(json.dumps({kind: asdict(result) for kind, result in results.items()}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
