@@ -1,0 +1,215 @@
+"""The server under load: throughput, latency and memory against the same encoder in this process.
+
+    python benchmarks/server.py --model epic-minilm --texts docs_sections.jsonl.gz --minutes 10 --output DIR
+
+`epic-rag serve` runs in a process of its own. 32 clients send the texts in requests of 1 to 64; side by side with it,
+this process encodes the same texts in one call. Meanwhile single queries are timed, and single queries on an idle
+server against this process. Then the clients send requests of all kinds for --minutes, and the server's memory and
+errors are counted. Writes server.json and server.md to DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import psutil
+import torch
+from bench_common import Bar, bars_table, encoding_options, ratio, run_main, say, write
+from throughput import read_texts
+
+from epic_rag import EpicEncoder
+from epic_rag.evaluation.report import markdown_table
+
+CLIENTS = 32
+SIZES = (1, 1, 1, 2, 4, 8, 16, 32, 64)
+PROBE_SECONDS = 0.25
+SINGLE_QUERIES = 60
+ROUTES = ("/v1/embeddings", "/embed", "/v1/rerank", "/v2/embed")
+
+
+def parser() -> argparse.ArgumentParser:
+    options = encoding_options((__doc__ or "").split("\n\n")[0], 2000)
+    options.add_argument("--minutes", type=float, default=10.0, help="duration of the load whose memory is measured")
+    return options
+
+
+@contextmanager
+def served(model: str | None) -> Iterator[tuple[str, psutil.Process]]:
+    """Run `epic-rag serve` on a free port; yield its address and process."""
+    command = [sys.executable, "-m", "epic_rag_cli", "serve", "--port", "0", "--dtype", "float32"]
+    command += ["--model", model] if model else []
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=os.path.sep)
+    assert process.stderr is not None
+    try:
+        line = process.stderr.readline()
+        found = re.search(r"served at (http://\S+?)(?: and|\. )", line)
+        if found is None:
+            raise SystemExit(line + process.stderr.read())
+        yield found[1], psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def requests_of(texts: list[str], seed: int) -> list[list[str]]:
+    """Split the texts into requests of mixed sizes."""
+    draw, found, rest = random.Random(seed), [], list(texts)
+    draw.shuffle(rest)
+    while rest:
+        size = draw.choice(SIZES)
+        found.append(rest[:size])
+        rest = rest[size:]
+    return found
+
+
+async def run_clients(client: httpx.AsyncClient, requests: list[list[str]], probes: list[float]) -> float:
+    """Send requests by 32 clients, and single queries beside them; return the seconds of the requests."""
+    waiting = iter(requests)
+
+    async def send() -> None:
+        for texts in waiting:
+            response = await client.post("/v1/embeddings", json={"input": texts, "encoding_format": "base64"})
+            response.raise_for_status()
+
+    async def probe() -> None:
+        start = time.perf_counter()
+        response = await client.post("/v1/embeddings", json={"input": f"query {start}", "input_type": "query"})
+        response.raise_for_status()
+        probes.append(time.perf_counter() - start)
+
+    start = time.perf_counter()
+    clients = asyncio.gather(*(send() for _ in range(CLIENTS)))
+    probing = []
+    while not clients.done():
+        # At fixed times, whether or not the last one has been answered: a slow answer does not hide the next one.
+        await asyncio.wait([clients], timeout=PROBE_SECONDS)
+        probing.append(asyncio.create_task(probe()))
+    seconds = time.perf_counter() - start
+    await clients
+    await asyncio.gather(*probing)
+    return seconds
+
+
+async def run_mixed(client: httpx.AsyncClient, texts: list[str], seconds: float, memory: Callable[[], int]) -> Any:
+    """Send requests of all kinds for some time; return the statuses, and memory during it."""
+    statuses: Counter[str] = Counter()
+    end = time.monotonic() + seconds
+    sizes: list[int] = []
+
+    async def send(seed: int) -> None:
+        draw = random.Random(seed)
+        while time.monotonic() < end:
+            path, chosen = draw.choice(ROUTES), draw.sample(texts, draw.choice(SIZES))
+            body: dict[str, Any] = {
+                "/v1/embeddings": {"input": chosen},
+                "/embed": {"inputs": chosen},
+                "/v1/rerank": {"query": chosen[0][:50] or "a", "documents": chosen},
+                "/v2/embed": {"texts": chosen, "input_type": "search_document"},
+            }[path]
+            if draw.random() < 0.05:
+                body["unknown"] = True
+            try:
+                response = await client.post(path, json=body, timeout=0.05 if draw.random() < 0.05 else 300)
+                statuses[str(response.status_code)] += 1
+            except httpx.TimeoutException:
+                statuses["left"] += 1
+
+    async def watch() -> None:
+        while time.monotonic() < end:
+            await asyncio.sleep(min(2.0, seconds / 40))
+            sizes.append(memory())
+
+    await asyncio.gather(watch(), *(send(seed) for seed in range(CLIENTS)))
+    return statuses, sizes
+
+
+def metric(url: str, name: str) -> float:
+    """Return a metric of the server."""
+    found = re.search(rf"^{name} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def measure(options: argparse.Namespace) -> int:
+    texts = read_texts(options.texts, options.count)
+    encoder = EpicEncoder.from_pretrained(options.model, dtype="float32")
+    encoder.encode_document(texts[:64])
+    http, local, probes, batches = [], [], [], []
+    with served(options.model) as (url, process):
+
+        def using(work: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
+            async def run() -> Any:
+                limits = httpx.Limits(max_connections=None)
+                async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+                    return await work(client)
+
+            return asyncio.run(run())
+
+        using(lambda client: run_clients(client, requests_of(texts[:200], 0), []))
+        for run in range(options.runs):
+            say(f"run {run + 1} of {options.runs}")
+            start = time.perf_counter()
+            encoder.encode_document(texts)
+            local.append(time.perf_counter() - start)
+            before = metric(url, "epic_rag_batch_tokens_count"), len(probes)
+            requests = requests_of(texts, run)
+            http.append(using(lambda client, requests=requests: run_clients(client, requests, probes)))
+            # The probes' batches are small: what is left are the batches of texts.
+            count = metric(url, "epic_rag_batch_tokens_count") - before[0] - (len(probes) - before[1])
+            batches.append(http[-1] / max(1.0, count))
+        single_http, single_local = [], []
+        with httpx.Client(base_url=url, timeout=60) as client:
+            for number in range(SINGLE_QUERIES):
+                start = time.perf_counter()
+                encoder.encode_query(f"how do I undo commit {number}")
+                single_local.append(time.perf_counter() - start)
+                start = time.perf_counter()
+                body = {"input": f"how do I undo commit {number}", "input_type": "query", "encoding_format": "base64"}
+                client.post("/v1/embeddings", json=body).raise_for_status()
+                single_http.append(time.perf_counter() - start)
+        say(f"load of {options.minutes:g} minutes")
+        statuses, sizes = using(
+            lambda client: run_mixed(client, texts, 60 * options.minutes, lambda: process.memory_info().rss)
+        )
+    # The first tenth fills pools and caches.
+    settled, last = (statistics.median(part) for part in (sizes[len(sizes) // 10 :][:5], sizes[-5:]))
+    p95 = statistics.quantiles(probes, n=20)[-1] if len(probes) > 1 else probes[0]
+    batch = statistics.median(batches)
+    extra = 1e3 * (statistics.median(single_http) - statistics.median(single_local))
+    failed = sum(count for status, count in statuses.items() if status not in ("200", "400", "left"))
+    bars = [
+        ratio("throughput of 32 clients / one call in this process", local, http, 0.9, at_most=False),
+        Bar("p95 of a single query under load / time of a batch", p95 / batch, 2.0, at_most=True),
+        Bar("single warm query over HTTP, ms above this process", extra, 5.0, at_most=True),
+        Bar("memory at the end / memory after a tenth of the load", last / settled, 1.05, at_most=True),
+        Bar("answered requests / requests", 1 - failed / max(1, sum(statuses.values())), 1, at_most=False),
+    ]
+    rows = [
+        ["texts a second, one call", f"{len(texts) / statistics.median(local):.1f}"],
+        ["texts a second, 32 clients", f"{len(texts) / statistics.median(http):.1f}"],
+        ["time of a batch, s", f"{batch:.3f}"],
+        ["single query under load, median / p95, s", f"{statistics.median(probes):.3f} / {p95:.3f}"],
+        ["single query, this process / HTTP, ms", " / ".join(
+            f"{1e3 * statistics.median(values):.1f}" for values in (single_local, single_http))],
+        ["memory of the server, MiB", f"{settled / 2**20:.0f} / {last / 2**20:.0f}"],
+        [f"requests in {options.minutes:g} minutes", ", ".join(f"{count} {name}" for name, count in statuses.items())],
+    ]  # fmt: skip
+    markdown = "\n\n".join((markdown_table(["", "measured"], rows, text_columns=1), bars_table(bars)))
+    write(options.output, "server", markdown, bars, torch.device("cpu"), texts=len(texts), statuses=dict(statuses))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(parser(), measure))
