@@ -127,6 +127,8 @@ class _Walk:
         self._elsewhere = [other for other in elsewhere if other != root]
         self._follow_links = settings.follow_links
         self._include = IgnorePatterns(settings.include, "include") if settings.include else None
+        # A folder that nobody reads is entered if a pattern names it.
+        self._included_folders = {part for pattern in settings.include for part in pattern.split("/")}
         self._exclude = IgnorePatterns(settings.exclude, "exclude") if settings.exclude else None
         self._result = result
         # Links to follow after the walk: path, location, and the rules of the folder.
@@ -170,7 +172,8 @@ class _Walk:
             marks = (DATABASE_FILE, _OLD_INDEX_FILE, "chroma.sqlite3")
             if prefix and not names.isdisjoint(marks) and _is_index_folder(folder):
                 continue
-            reason = is_left_out_folder(os.path.basename(folder), names) if prefix and self._include is None else ""
+            name = os.path.basename(folder)
+            reason = is_left_out_folder(name, names) if prefix and name not in self._included_folders else ""
             if reason:
                 self._skip(prefix.rstrip("/"), f"{reason}; --include reads it")
                 continue
@@ -232,7 +235,8 @@ class _Walk:
             return True
         if self._include is not None and not is_folder:
             return not self._include.selects(path)
-        reason = left_out(path, is_folder)
+        name = path.rpartition("/")[2]
+        reason = "" if name in self._included_folders else left_out(path, is_folder)
         if reason and reason != "compiled code":
             self._skip(path, f"{reason}; --include reads it")
         return bool(reason)
