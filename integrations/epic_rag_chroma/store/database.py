@@ -573,7 +573,9 @@ def delete_database(path: Path) -> None:
 
 
 def _connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
-    return sqlite3.connect(name, uri=uri, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(name, uri=uri, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA trusted_schema = OFF")  # an index from elsewhere may have triggers
+    return connection
 
 
 def _size(path: Path) -> int:

@@ -127,7 +127,7 @@ def old_place(index_dir: Path) -> ServerPlace | None:
     """Return the place on a server of an index of format 2; None if it has none or cannot be read."""
     try:
         return ServerPlace.from_json(json.loads((index_dir / OLD_INDEX_FILE).read_text(encoding="utf-8"))["chroma"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, EpicError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, EpicError):
         return None
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epic_rag.files import default_mode
+from epic_rag_chroma.errors import IndexDamagedError
 from epic_rag_chroma.store.database import IndexDatabase
 from epic_rag_chroma.store.paths import VECTORS_FILE
 
@@ -142,8 +143,11 @@ class VectorSearch:
 
         Returns:
             (id, cosine), best first; equal cosines in the order of their ids.
+
+        Raises:
+            IndexDamagedError: If the stored vectors have another dimension.
         """
-        self._refresh()
+        self._refresh(len(vector))
         numbers, scores = self._scores(vector)
         if allowed is not None:
             scores = np.where(np.isin(numbers, np.fromiter(allowed, dtype=np.int64)), scores, -np.inf)
@@ -167,13 +171,15 @@ class VectorSearch:
             mapped[~self._alive] = -np.inf
         return np.concatenate([self._block.numbers, numbers]), np.concatenate([mapped, scores])
 
-    def _refresh(self) -> None:
+    def _refresh(self, dim: int) -> None:
         version = self._database.version()
         if version == self._version:
             return
         block, token = self._block, self._database.vectors_token()
         if block is None or block.token != token:
             block = _load(self._database.path.with_name(VECTORS_FILE), token)
+        if block is not None and block.matrix.shape[1] != dim:
+            block = None
         last = -1 if block is None else int(block.numbers[-1])
         numbers, matrix = self._later
         known = max(last, int(numbers[-1]) if len(numbers) else -1)
@@ -189,8 +195,13 @@ class VectorSearch:
         else:  # the file has everything
             numbers, matrix = numbers[:0], _NO_MATRIX
         if len(later_numbers):
+            if later.shape[1] != dim:
+                raise IndexDamagedError(
+                    f"{self._database.path} has vectors with {later.shape[1]} numbers, the model's have {dim}. "
+                    "Run `epic-rag index --rebuild` with the indexed folder."
+                )
             numbers = np.concatenate([numbers, later_numbers])
-            matrix = np.concatenate([matrix.reshape(-1, later.shape[1]), later])
+            matrix = np.concatenate([matrix.reshape(-1, dim), later])
         self._block, self._last, self._later, self._version = block, last, (numbers, matrix), version
 
 
