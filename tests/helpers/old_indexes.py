@@ -49,7 +49,8 @@ def make_old(index_dir: Path, **settings: Any) -> None:
     assert state is not None
     delete_database(path)
     (index_dir / VECTORS_FILE).unlink()
-    collection = mirror.collection or "none"
+    collection = mirror.collection
+    assert collection is not None
     content = {"format": "epic-rag-index", "format_version": 2, **asdict(state), "collection": collection}
     (index_dir / "index.json").write_text(json.dumps({**content, "chroma": None, **settings}, indent=2) + "\n")
     entries = [

@@ -29,11 +29,13 @@ __all__ = ["OLD_INDEX_FILE", "OLD_PATTERNS", "check_migrated", "is_old_index", "
 logger = logging.getLogger(__name__)
 
 OLD_INDEX_FILE = "index.json"
+# Rows and words were in files named after the collection's UUID.
+_UUID = "-".join("?" * length for length in (8, 4, 4, 4, 12))
 OLD_PATTERNS = (
-    "records-*.sqlite",
-    "records-*.sqlite-*",
-    "keywords-*.sqlite",
-    "keywords-*.sqlite-*",
+    f"records-{_UUID}.sqlite",
+    f"records-{_UUID}.sqlite-*",
+    f"keywords-{_UUID}.sqlite",
+    f"keywords-{_UUID}.sqlite-*",
     ".*.json-*",
     "running.json",
     "running.next",
@@ -57,7 +59,7 @@ def is_old_index(index_dir: Path) -> bool:
         pass
     except OSError:
         return False
-    return any(index_dir.glob("records-*.sqlite"))
+    return any(index_dir.glob(OLD_PATTERNS[0]))
 
 
 def check_migrated(index_dir: Path) -> None:

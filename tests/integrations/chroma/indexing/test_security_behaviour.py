@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import stat
+import uuid
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -197,7 +198,7 @@ def test_clear_does_not_follow_links(indexer: ChromaIndexer, docs: Path, tmp_pat
     index_dir = docs / ".epic-rag"
     (index_dir / "chroma").rename(tmp_path / "moved")
     (index_dir / "chroma").symlink_to(precious)
-    (index_dir / "records-x.sqlite").symlink_to(precious / "file")
+    (index_dir / f"records-{uuid.uuid4()}.sqlite").symlink_to(precious / "file")
     indexer.clear()
     assert (precious / "file").read_text() == "mine"
     assert not index_dir.exists()

@@ -223,6 +223,16 @@ def test_place_on_a_server(old: Old, tmp_path: Path) -> None:
         assert not database.mirror().is_complete
 
 
+def test_rows_of_another_program(docs: Path, tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/records-2024.sqlite").write_bytes(b"mine")
+    with ChromaIndexer(tmp_path / "mine", encoder=tiny_encoder) as indexer:
+        for call in (lambda: indexer.index([docs]), indexer.clear, lambda: indexer.index([docs], rebuild=True)):
+            with pytest.raises(IndexStateError, match=r"contains records-2024\.sqlite and no index|No index in"):
+                call()
+    assert (tmp_path / "mine/records-2024.sqlite").read_bytes() == b"mine"
+
+
 def test_index_json_of_another_program(docs: Path, tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site/index.json").write_text('{"pages": []}')
