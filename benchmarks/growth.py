@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,13 @@ def make_files(folder: Path, chunks: int) -> None:
     """Write files of `CHUNKS_PER_FILE` sections, each of which makes one chunk."""
     draw = random.Random(0)
     words = vocabulary(draw)
-    weights = [1 / rank for rank in range(1, len(words) + 1)]
+    weights = list(accumulate(1 / rank for rank in range(1, len(words) + 1)))
     for number in range(-(-chunks // CHUNKS_PER_FILE)):
         sections = min(CHUNKS_PER_FILE, chunks - number * CHUNKS_PER_FILE)
         text = "".join(
-            f"# Section {number} {section}\n\n{' '.join(draw.choices(words, weights, k=WORDS_PER_CHUNK))}.\n\n"
+            f"# Section {number} {section}\n\n{' '.join(body)}.\n\n"
             for section in range(sections)
+            for body in [draw.choices(words, cum_weights=weights, k=WORDS_PER_CHUNK)]
         )
         place = folder / f"{number // 1000:03d}"
         place.mkdir(exist_ok=True)

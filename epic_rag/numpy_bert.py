@@ -35,7 +35,9 @@ Array = npt.NDArray[Any]
 Vectors = npt.NDArray[np.float32]
 
 _MOST_TOKENS = 4096
-"""Tokens of a call from which loading torch pays."""
+"""Tokens for which loading torch pays."""
+_QUERY_TOKENS = 128
+"""Tokens of a call that torch embeds no faster."""
 _DTYPES = {"I8": np.int8, "F16": np.float16, "F32": np.float32}
 _SCALE = ".scale"
 # Coefficients of x², highest power first, of a rational approximation of erf(x) / x on [-4, 4]; error below 3e-7.
@@ -61,6 +63,7 @@ class NumpyBert:
 
     Attributes:
         dimension: Width of the vectors.
+        tokens_left: Tokens of calls with more than a query that are still embedded here.
     """
 
     def __init__(
@@ -78,10 +81,19 @@ class NumpyBert:
         self.projector_kind = projector_kind
         self.dimension = int(weights["head.weight"].shape[0] if "head.weight" in weights else config["hidden_size"])
         self._weights_hash = weights_hash
+        self.tokens_left = _MOST_TOKENS
 
     def takes(self, rows: Sequence[EncoderInput]) -> bool:
-        """Return whether the rows are so few that this is faster than loading torch."""
-        return sum(len(row.ids) for row in rows) <= _MOST_TOKENS
+        """Return whether to embed the rows here; if False, torch should be loaded for them.
+
+        A single query is always embedded here. Larger calls share `tokens_left`, so that where torch is needed after
+        all, no more time is lost than loading it takes.
+        """
+        tokens = sum(len(row.ids) for row in rows)
+        if tokens <= _QUERY_TOKENS:
+            return True
+        self.tokens_left -= tokens
+        return self.tokens_left >= 0
 
     def embed(self, rows: Sequence[EncoderInput]) -> Vectors:
         """Embed rows without slots.
@@ -195,7 +207,7 @@ def _gelu(x: Vectors) -> Vectors:
 
 
 def _polynomial(coefficients: Sequence[float], x: Vectors) -> Vectors:
-    result = x * np.float32(coefficients[0])
+    result: Vectors = x * np.float32(coefficients[0])
     for coefficient in coefficients[1:-1]:
         result += np.float32(coefficient)
         result *= x

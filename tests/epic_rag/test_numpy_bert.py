@@ -60,6 +60,7 @@ def open_both(folder: Path) -> tuple[EpicEncoder, EpicEncoder]:
     epic = read_epic_file(folder)
     opened = open_numpy_bert(folder, epic, max_query_tokens=None, max_document_tokens=None)
     assert opened is not None
+    opened[0].tokens_left = sys.maxsize
     light = EpicEncoder(*opened, name=folder.name, config=EncoderConfig.from_dict(epic))
     light.truncate_dim = epic.get("truncate_dim")
     return light, EpicEncoder.from_pretrained(folder, device="cpu", dtype="float32")
@@ -252,6 +253,18 @@ def test_everything_else_loads_torch(
     assert encoder.fingerprint == fingerprint
     assert encoder.tokenizer is encoder.prompt.tokenizer
     assert encoder.max_document_tokens == 256
+
+
+def test_many_small_calls_load_torch_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = open_deferred(monkeypatch, name_or_path=variant(tmp_path))
+    for _ in range(100):
+        encoder.encode_query("one query at a time")
+    assert "backbone" not in encoder.__dict__
+    calls = 0
+    while "backbone" not in encoder.__dict__:
+        encoder.encode_document(["word " * 100] * 5)
+        calls += 1
+    assert calls == 4096 // (5 * encoder.max_document_tokens) + 1
 
 
 def test_saving_over_the_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
