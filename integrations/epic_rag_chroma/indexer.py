@@ -28,7 +28,14 @@ from epic_rag_chroma.store.layout import (
 from epic_rag_chroma.store.lock import chroma_lock, is_locked, write_lock
 from epic_rag_chroma.store.migration import check_migrated, old_place
 from epic_rag_chroma.store.paths import DATABASE_FILE, existing_path, relative_root, root_path
-from epic_rag_chroma.store.server import NO_CHROMA, ChromaServer, ServerPlace, parse_server, require_known
+from epic_rag_chroma.store.server import (
+    NO_CHROMA,
+    ChromaServer,
+    ServerPlace,
+    collection_name,
+    parse_server,
+    require_known,
+)
 from epic_rag_chroma.store.state import stale_state
 from epic_rag_chroma.types import (
     Hit,
@@ -292,6 +299,7 @@ class ChromaIndexer:
             last_run=state.last_run,
             state=run_state,
             kinds=dict(sorted(Counter(kind_of(path) for _, path in files).items())),
+            collection="" if state.chroma == NO_CHROMA else collection_name(state.chroma),
         )
 
     def stale_files(self, *, max_files: int | None = None) -> dict[str, StaleState] | None:

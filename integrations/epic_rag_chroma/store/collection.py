@@ -48,7 +48,7 @@ from epic_rag.errors import EpicError
 from epic_rag.files import write_atomically
 from epic_rag_chroma.errors import ChromaServerError, IndexStateError
 from epic_rag_chroma.store.paths import CHROMA_FOLDER
-from epic_rag_chroma.store.server import Place, ServerPlace
+from epic_rag_chroma.store.server import Place, ServerPlace, collection_name
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -57,11 +57,10 @@ if TYPE_CHECKING:
     from epic_rag_chroma.store.client import ServerClient
     from epic_rag_chroma.store.database import IndexDatabase, Record
 
-__all__ = ["COLLECTION", "Mirror", "delete_collections", "open_collection", "sync_collection"]
+__all__ = ["Mirror", "delete_collections", "open_collection", "sync_collection"]
 
 logger = logging.getLogger(__name__)
 
-COLLECTION = "epic_rag"
 _OWNER = "epic-rag"
 _BROKEN_FOLDER = "chroma.broken"
 # In Chroma's folder: the graph's files as the last sync has left them.
@@ -272,11 +271,11 @@ class _Sync:
     def fill(self, metadata: dict[str, Any], function: Any) -> str:
         """Create a collection of all rows, put it in the place of the index's others, and return its id."""
         for other in list(_owned(self._client, self._place)):
-            if other.name != _public_name(self._place):  # of an attempt that failed
+            if other.name != collection_name(self._place):  # of an attempt that failed
                 self._client.delete_collection(other.name)
         self._delete_orphaned_graphs()
         collection = self._client.create_collection(
-            f"{_public_name(self._place)}_{uuid.uuid4().hex[:12]}",
+            f"{collection_name(self._place)}_{uuid.uuid4().hex[:12]}",
             metadata=metadata,
             configuration={"hnsw": cast(Any, dict(_HNSW))},
             embedding_function=function,
@@ -359,8 +358,8 @@ class _Sync:
         for other in list(_owned(self._client, self._place)):
             if other.id != collection.id:
                 self._client.delete_collection(other.name)
-        if collection.name != _public_name(self._place):
-            collection.modify(name=_public_name(self._place))
+        if collection.name != collection_name(self._place):
+            collection.modify(name=collection_name(self._place))
 
     def _delete_orphaned_graphs(self) -> None:
         """Delete graph files of deleted collections, which Chroma 1.5 leaves behind in a folder."""
@@ -412,11 +411,6 @@ def _errors(place: Place) -> Iterator[None]:
             f"Chroma cannot use {place / CHROMA_FOLDER} ({why}). Stored data is intact. Free disk space and memory or "
             "fix permissions, then run `epic-rag index` again."
         ) from error
-
-
-def _public_name(place: Place) -> str:
-    """Return the name of the current collection."""
-    return COLLECTION if isinstance(place, Path) else f"{COLLECTION}_{place.index_id}"
 
 
 def _index_mark(place: Place) -> dict[str, str]:

@@ -36,6 +36,7 @@ from epic_rag_chroma.errors import IndexStateError
 
 __all__ = [
     "ADDRESS_VARIABLE",
+    "COLLECTION",
     "DATABASE_VARIABLE",
     "HEADERS_VARIABLE",
     "LOCAL",
@@ -45,6 +46,7 @@ __all__ = [
     "ChromaServer",
     "Place",
     "ServerPlace",
+    "collection_name",
     "new_place",
     "parse_server",
     "request_headers",
@@ -59,6 +61,8 @@ TENANT_VARIABLE = "EPIC_RAG_CHROMA_TENANT"
 DATABASE_VARIABLE = "EPIC_RAG_CHROMA_DATABASE"
 TOKEN_VARIABLE = "EPIC_RAG_CHROMA_TOKEN"
 HEADERS_VARIABLE = "EPIC_RAG_CHROMA_HEADERS"
+COLLECTION = "epic_rag"
+"""Name of the collection in an index folder."""
 LOCAL = "folder"
 """Stands for the index folder in place of a server's address."""
 NO_CHROMA = "none"
@@ -132,6 +136,11 @@ class ServerPlace:
 
 Place = Path | ServerPlace
 """The place of a mirror: the index folder, or a place on a server."""
+
+
+def collection_name(place: Place | str) -> str:
+    """Return the name of the collection of a mirror in the index folder (a path, or `LOCAL`) or on a server."""
+    return f"{COLLECTION}_{place.index_id}" if isinstance(place, ServerPlace) else COLLECTION
 
 
 def parse_server(given: str | ChromaServer | None) -> ChromaServer | str | None:

@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 
 from epic_rag_chroma.errors import IndexStateError
 from epic_rag_chroma.store import client as clients
-from epic_rag_chroma.store.collection import COLLECTION, Mirror, delete_collections, open_collection
+from epic_rag_chroma.store.collection import Mirror, delete_collections, open_collection
 from epic_rag_chroma.store.database import Record
+from epic_rag_chroma.store.server import COLLECTION
 from tests.helpers.mirrors import DIMENSION, MemoryDatabase, assert_mirrored, mirrored_rows, sync, unit_vector
 
 OWNED = {"owner": "epic-rag", "model": "tiny", "fingerprint": "abc"}

@@ -137,6 +137,7 @@ def test_an_index_remembers_its_server(docs: Path, on_server: ChromaIndexer, chr
     assert place.server == ChromaServer(chroma.url)
     with ChromaIndexer(docs / ".epic-rag") as indexer:
         assert indexer.status().chroma == chroma.url
+        assert indexer.status().collection == f"epic_rag_{place.index_id}"
         assert indexer.status().chunks == 4
         assert len(indexer.query("cats", mode="keyword")) == 1
     assert collections(chroma.url)[f"epic_rag_{place.index_id}"]["owner"] == "epic-rag"
