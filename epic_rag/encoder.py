@@ -461,14 +461,15 @@ class EpicEncoder:
         show_progress: bool = False,
     ) -> Vectors:
         """Embed rows: a handful with numpy, if that is possible without loading torch; all others with torch."""
+        light = self._numpy
         if (
-            self._numpy is not None
+            light is not None
             and slots is None
-            and self._numpy.takes(rows)
             and (batch_size is None or batch_size > 0)
             and self.padding_side == "right"
+            and light.takes(rows)
         ):
-            return self._numpy.embed(rows)
+            return light.embed(rows)
         from epic_rag.batching import BatchOptions, embed
 
         backbone = self.backbone

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import re
 import shutil
 import subprocess
@@ -253,6 +255,16 @@ def test_everything_else_loads_torch(
     assert encoder.fingerprint == fingerprint
     assert encoder.tokenizer is encoder.prompt.tokenizer
     assert encoder.max_document_tokens == 256
+
+
+def test_copies_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = open_deferred(monkeypatch, name_or_path=variant(tmp_path, dtype="int8"))
+    vector = encoder.encode_query("undo a commit")
+    for other in (copy.copy(encoder), copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        np.testing.assert_array_equal(other.encode_query("undo a commit"), vector)
+        assert "backbone" not in other.__dict__
+        np.testing.assert_allclose(other.encode_query(["undo a commit"] * 800)[0], vector, atol=1e-5)
+        assert "backbone" in other.__dict__
 
 
 def test_many_small_calls_load_torch_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
