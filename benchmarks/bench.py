@@ -30,6 +30,7 @@ STAGES = (
     "devices",
     "profiling",
     "cold_start",
+    "vector_search",
     "growth",
     "report",
 )
@@ -67,6 +68,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
             *("--output", str(options.output)),
         ],
         "cold_start": ["cold_start.py", "--output", str(options.output)],
+        "vector_search": ["vector_search.py", "--output", str(options.output)],
         "growth": ["growth.py", "--output", str(options.output)],
     }
 
@@ -115,6 +117,7 @@ def quick_commands(folder: Path) -> dict[str, list[str]]:
         "cold_start": [
             *("cold_start.py", "--model", model, "--chunks", "20", "--sizes", "20,40", "--runs", "2", "--output", out),
         ],
+        "vector_search": ["vector_search.py", "--sizes", "200", "--dim", "16", "--queries", "3", "--output", out],
         "growth": ["growth.py", "--model", model, "--sizes", "20", "--output", out],
     }
 

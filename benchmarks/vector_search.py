@@ -61,6 +61,10 @@ def fill(database: IndexDatabase, count: int, dim: int, draw: np.random.Generato
     return centres
 
 
+def names(ranking: list[tuple[str, float]]) -> set[str]:
+    return {name for name, _ in ranking}
+
+
 def milliseconds(call: Callable[[int], object], count: int) -> float:
     """Return the median time of a call."""
     seconds = []
