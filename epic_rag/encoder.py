@@ -119,6 +119,10 @@ class EpicEncoder:
     ) -> EpicEncoder:
         """Load an encoder.
 
+        In a process that has not imported torch, a BERT checkpoint of epic-rag is opened without it, unless an argument
+        asks for more than the CPU in float32. It embeds a handful of texts with numpy, and loads what the other
+        arguments say when there are more.
+
         Args:
             name_or_path: A shipped checkpoint ("epic-minilm"), a local folder (an epic-rag checkpoint, a plain
                 Hugging Face or sentence-transformers folder), or a hub name. None loads the shipped default.
