@@ -284,8 +284,8 @@ Chroma = Annotated[
         "--chroma",
         metavar="URL",
         help=(
-            "Keep a copy of the index on a Chroma server, http://host:port; `folder` for the index folder, `none` for no "
-            "copy. An index remembers the place; a new index uses EPIC_RAG_CHROMA."
+            "Keep a copy of the index on a Chroma server, http://host:port; `folder` for the index folder, `none` for "
+            "no copy. An index remembers the place; a new index uses EPIC_RAG_CHROMA."
         ),
     ),
 ]

@@ -79,11 +79,9 @@ def select(index_dir: Path, statement: str) -> list[tuple[Any, ...]]:
     if not (index_dir / "index.sqlite").exists():
         return []
     with closing(sqlite3.connect(index_dir / "index.sqlite")) as connection:
-        try:
-            return connection.execute(statement).fetchall()
-        except sqlite3.OperationalError as error:  # killed before it had tables
-            assert "no such table" in str(error)
+        if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():  # killed before it had tables
             return []
+        return connection.execute(statement).fetchall()
 
 
 def has_index(index_dir: Path) -> bool:
