@@ -10,7 +10,7 @@ import typer
 
 from epic_rag.errors import ConfigError
 from epic_rag_cli.options import DEFAULT_DTYPE, Device, Dtype, Model, Quiet, Verbose
-from epic_rag_cli.results import find_index
+from epic_rag_cli.results import find_indexes
 from epic_rag_cli.terminal import message
 
 if TYPE_CHECKING:
@@ -118,10 +118,8 @@ def serve(
 def _folders(given: list[Path] | None) -> list[Path]:
     from epic_rag_chroma import IndexNotFoundError
 
-    if given:
-        return [find_index(folder) for folder in given]
     try:
-        return [find_index(None)]
+        return find_indexes(given)
     except IndexNotFoundError:
         return []
 
