@@ -251,17 +251,19 @@ class _Chunker:
         budget = max(1, self._max - prefix_tokens)
         units = self._trimmed(self._units(section, budget))
         groups = [self._trimmed(group) for group in self._packed(units, budget)]
-        placed = list(self._fitting([group for group in groups if group], section, prefix))
+        placed = [
+            ((first.line, first.start), (last.line, last.end), chunk)
+            for first, last, chunk in self._fitting([group for group in groups if group], section, prefix)
+        ]
         # Chunks inside another one are dropped: before lines that need a chunk of their own, one may be nothing but the
         # overlap; and half of a group that was too long may be inside its neighbour.
-        extents = [((first.line, first.start), (last.line, last.end)) for first, last, _ in placed]
-        kept: set[int] = set()
+        kept: list[Chunk] = []
         reached = (-1, 0)
-        for number in sorted(range(len(placed)), key=lambda n: (extents[n][0], [-place for place in extents[n][1]])):
-            if extents[number][1] > reached:
-                kept.add(number)
-                reached = extents[number][1]
-        return [chunk for number, (_, _, chunk) in enumerate(placed) if number in kept]
+        for _, end, chunk in sorted(placed, key=lambda each: (each[0], -each[1][0], -each[1][1])):
+            if end > reached:
+                kept.append(chunk)
+                reached = end
+        return kept
 
     def _prefix(self, path: tuple[str, ...]) -> tuple[str, int]:
         """Return the embedded headings and their tokens; only the innermost ones if all exceed a quarter of a chunk."""
