@@ -287,7 +287,8 @@ def scan_roots(
             continue
         else:
             result.roots.append(root)
-            result.missing.add(root)
+            # The chunks of a file are stored under its folder.
+            result.missing.add(folder if (folder, location.name) in indexed_files else root)
             result.skipped.append(SkippedFile(str(location), "the folder is missing. Its chunks stay in the index."))
             continue
         result.roots.append(root)

@@ -75,7 +75,7 @@ def test_prompt_of_a_query(indexer: ChromaIndexer, docs: Path) -> None:
         for strategy in QUERY_STRATEGIES
     }
     assert by_strategy["epic"] == [scores[2], scores[2]]  # a checkpoint's own unless it says otherwise
-    assert len({tuple(one) for one, _ in by_strategy.values()}) == 3
+    assert len({tuple(one) for one, _ in by_strategy.values()}) == len(QUERY_STRATEGIES)
     assert all(one == many for one, many in by_strategy.values())
     with pytest.raises(PromptError, match="Unknown strategy 'best'"):
         indexer.query("cats", bank=bank, strategy=cast("Any", "best"))
@@ -180,6 +180,20 @@ def test_missing_root(tmp_path: Path, docs: Path, tree: Tree, tiny_encoder: Epic
         assert counts(report) == (0, 0, 0, 3)
         assert [(file.path, "missing" in file.reason) for file in report.skipped] == [(str(away), True)]
         assert any(hit.path == "a.md" for hit in indexer.query("x", k=20))
+
+
+def test_missing_folder_of_a_file(tmp_path: Path, docs: Path, tree: Tree, tiny_encoder: EpicEncoder) -> None:
+    away = tree(tmp_path / "away", {"a.md": "# A\n\nText of a file on a drive.\n"})
+    with ChromaIndexer(docs / ".epic-rag", encoder=tiny_encoder) as indexer:
+        total = indexer.index([docs, away / "a.md"]).chunks_total
+        away.rename(tmp_path / "unmounted")
+        report = indexer.index([])
+        assert (report.deleted, report.chunks_total) == (0, total)
+        assert [(file.path, "missing" in file.reason) for file in report.skipped] == [(str(away / "a.md"), True)]
+        (tmp_path / "unmounted").rename(away)
+        (away / "a.md").unlink()
+        report = indexer.index([])
+        assert (report.deleted, report.chunks_total) == (1, total - 1)
 
 
 def test_unreadable_files_keep_their_chunks(
