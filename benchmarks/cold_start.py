@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from bench_common import Bar, bars_table, milliseconds, ratio, run_main, say, write
@@ -39,7 +41,8 @@ RUNNER = """
 import os, sys, time
 started = time.perf_counter()
 _, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0)
-sys.stderr.write(f"\\n{time.perf_counter() - started} {usage.ru_maxrss}\\n")
+used = usage.ru_utime + usage.ru_stime
+sys.stderr.write(f"\\n{time.perf_counter() - started} {used} {usage.ru_maxrss}\\n")
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 WARM = """
@@ -108,8 +111,17 @@ def make_synthetic(folder: Path, chunks: int, encoder: EpicEncoder) -> Path:
     return index
 
 
-def run(command: Sequence[str]) -> tuple[float, int, str]:
-    """Run a command; return its seconds, its peak memory in bytes and its output.
+class Run(NamedTuple):
+    """A process that has ended: wall time and processor time in seconds, peak memory in bytes, standard output."""
+
+    seconds: float
+    cpu: float
+    peak: int
+    out: str
+
+
+def run(command: Sequence[str]) -> Run:
+    """Run a command in a new process.
 
     Raises:
         EpicError: If it fails.
@@ -123,9 +135,9 @@ def run(command: Sequence[str]) -> tuple[float, int, str]:
         message = f"ended with status {done.returncode}: {done.stderr.strip()[-300:]}"
         raise EpicError(f"`{' '.join(command)[:200]}` {message}")
     *_, last = done.stderr.splitlines()
-    seconds, peak = last.split()
+    seconds, cpu, peak = last.split()
     # macOS counts bytes, Linux kilobytes.
-    return float(seconds), int(peak) * (1 if sys.platform == "darwin" else 1024), done.stdout
+    return Run(float(seconds), float(cpu), int(peak) * (1 if sys.platform == "darwin" else 1024), done.stdout)
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -147,6 +159,7 @@ def measure(options: argparse.Namespace) -> int:
             "imports": [sys.executable, "-c", IMPORTS],
             "query": [*ask, folder],
             "query with demonstrations": [*ask, folder, "--bank", "docs"],
+            "threads": [str(shutil.which("env")), f"OPENBLAS_NUM_THREADS={os.cpu_count()}", *ask, folder],
             "keyword query": [*ask, folder, "--mode", "keyword"],
             "index": index,
             "status": [*epic, "status", "--index-dir", folder],
@@ -155,21 +168,23 @@ def measure(options: argparse.Namespace) -> int:
             "small": [*ask, sizes[small]],
             "large": [*ask, sizes[large]],
         }
-        seconds: dict[str, list[float]] = {name: [] for name in commands}
-        peaks: dict[str, list[int]] = {name: [] for name in commands}
+        found: dict[str, list[Run]] = {name: [] for name in commands}
         for number in range(options.runs + 1):
             say(f"run {number} of {options.runs}" if number else "warm-up")
             for name, command in commands.items():
-                took, peak, out = run(command)
+                done = run(command)
                 if number:
-                    seconds[name].append(float(out) if name == "warm" else took)
-                    peaks[name].append(peak)
+                    found[name].append(done)
         with ChromaIndexer(folder) as indexer:
             chunks = indexer.status().chunks
+    seconds = {name: [each.seconds for each in runs] for name, runs in found.items()}
+    seconds["warm"] = [float(each.out) for each in found["warm"]]
+    peaks = {name: max(each.peak for each in runs) for name, runs in found.items()}
     labels = {
         "imports": f'python -c "{IMPORTS}"',
         "query": f"epic-rag query, {chunks:,} chunks",
         "query with demonstrations": "the same with --bank docs",
+        "threads": "the same with a thread of OpenBLAS for each core",
         "keyword query": "the same with --mode keyword",
         "index": "epic-rag index, nothing has changed",
         "status": "epic-rag status",
@@ -181,19 +196,19 @@ def measure(options: argparse.Namespace) -> int:
     rows = []
     for name, label in labels.items():
         part = spread_of([a / b for a, b in zip(seconds[name], seconds["imports"], strict=True)]).median
-        rows.append([label, milliseconds(seconds[name]), f"{part:.3f}", f"{max(peaks[name]) / 1e6:.0f}"])
-    table = markdown_table(
-        ["process", "ms: median (quartiles)", "part of the imports", "peak memory, MB"], rows, text_columns=1
-    )
+        cpu = "" if name == "warm" else f"{1e3 * spread_of([each.cpu for each in found[name]]).median:.0f}"
+        rows.append([label, milliseconds(seconds[name]), f"{part:.3f}", cpu, f"{peaks[name] / 1e6:.0f}"])
+    header = ["process", "ms: median (quartiles)", "part of the imports", "processor time, ms", "peak memory, MB"]
+    table = markdown_table(header, rows, text_columns=1)
     bars = [
         ratio("epic-rag query / the imports", seconds["query"], seconds["imports"], 0.30, at_most=True),
         ratio("unchanged epic-rag index / the imports", seconds["index"], seconds["imports"], 0.25, at_most=True),
-        Bar("peak memory of epic-rag query, MB", max(peaks["query"]) / 1e6, 260, True),
+        Bar("peak memory of epic-rag query, MB", peaks["query"] / 1e6, 260, True),
         Bar("a further query in one process, ms", 1e3 * spread_of(seconds["warm"]).median, 10, True),
         ratio(
             f"epic-rag query at {large:,} chunks / at {small:,}", seconds["large"], seconds["small"], 1.5, at_most=True
         ),
-        Bar(f"peak memory at {large:,} chunks, MB", max(peaks["large"]) / 1e6, 400, True),
+        Bar(f"peak memory at {large:,} chunks, MB", peaks["large"] / 1e6, 400, True),
     ]
     write(
         options.output,

@@ -33,8 +33,8 @@ def test_it_measures_every_process(
     options = ["--model", str(tmp_path / "model"), "--chunks", "5", "--sizes", "10,20", "--runs", "2"]
     cold_start.measure(cold_start.parser().parse_args([*options, "--output", str(tmp_path / "out")]))
     record = json.loads((tmp_path / "out" / "cold_start.json").read_text())
-    assert {len(values) for values in (*record["seconds"].values(), *record["peak_bytes"].values())} == {2}
-    assert len(record["seconds"]) == 10
+    assert {len(values) for values in record["seconds"].values()} == {2}
+    assert len(record["seconds"]) == len(record["peak_bytes"]) == 11
     assert len(record["bars"]) == 6
     assert record["chunks"] > 0
     assert all(seconds > 0 for values in record["seconds"].values() for seconds in values)
@@ -46,8 +46,8 @@ def test_it_measures_every_process(
 def test_a_process_that_fails_is_an_error() -> None:
     with pytest.raises(EpicError, match=r"ended with status 3: no"):
         cold_start.run([sys.executable, "-c", "import sys; sys.stderr.write('no'); sys.exit(3)"])
-    _, least, _ = cold_start.run([sys.executable, "-c", "pass"])
-    seconds, peak, out = cold_start.run([sys.executable, "-c", "data = b'x' * 50_000_000; print('done')"])
-    assert out == "done\n"
-    assert 50_000_000 < peak - least < 60_000_000
-    assert seconds > 0
+    least = cold_start.run([sys.executable, "-c", "pass"])
+    more = cold_start.run([sys.executable, "-c", "data = b'x' * 50_000_000; print('done')"])
+    assert (least.out, more.out) == ("", "done\n")
+    assert 45_000_000 < more.peak - least.peak < 60_000_000
+    assert more.seconds > more.cpu / 2 > 0
