@@ -20,7 +20,7 @@ import typer
 
 from epic_rag.errors import EpicError
 from epic_rag.files import describe_os_error
-from epic_rag_cli.commands import bank, config, eval, index, models, query, serve, status, train
+from epic_rag_cli.commands import bank, config, eval, index, mcp, models, query, serve, status, train
 from epic_rag_cli.config import load, option_keys
 from epic_rag_cli.options import (
     CONFIG_HELP,
@@ -102,6 +102,7 @@ for _name, _function, _class in (
     ("index", index.index, Command),
     ("query", query.query, query.QueryCommand),
     ("serve", serve.serve, Command),
+    ("mcp", mcp.mcp, Command),
     ("status", status.status, Command),
     ("clear", status.clear, Command),
     ("config", config.config, Command),

@@ -348,6 +348,16 @@ class ChromaIndexer:
         """
         return self._state().fingerprint
 
+    def paths(self) -> list[str]:
+        """Return the paths of the indexed files, relative to their roots as in `Hit.path`, sorted.
+
+        Raises:
+            IndexNotFoundError: If there is no index.
+            IndexStateError: If it cannot be read.
+        """
+        files = self._reader.read(lambda index: index.database.file_times(), needs_vectors=False)
+        return sorted({path for _, path, *_ in files})
+
     def read_lines(self, path: str) -> list[str]:
         """Return the current lines of an indexed file, which the line numbers of hits refer to.
 

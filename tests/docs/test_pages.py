@@ -277,7 +277,8 @@ def prepare_cli(page_run: PageRun, text: str, stack: ExitStack) -> None:
         page_run.monkeypatch.chdir(page_run.folder)
 
     page_run.before_command = fresh
-    page_run.skipped = ("epic-rag serve",)  # runs until Ctrl-C; tests/cli/test_serve.py runs it
+    # They run until Ctrl-C; tests/cli/test_serve.py and test_mcp.py run them.
+    page_run.skipped = ("epic-rag serve", "epic-rag mcp")
 
 
 def prepare_http_server(page_run: PageRun, text: str, stack: ExitStack) -> str:

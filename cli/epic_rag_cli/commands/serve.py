@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from epic_rag.errors import ConfigError
-from epic_rag_cli.options import DEFAULT_DTYPE, Device, Dtype, Model, Quiet, Verbose
+from epic_rag_cli.options import DEFAULT_DTYPE, Device, Dtype, IndexDirs, Model, Quiet, Verbose
 from epic_rag_cli.results import find_indexes
 from epic_rag_cli.terminal import message
 
@@ -17,19 +18,21 @@ if TYPE_CHECKING:
     from epic_rag import EpicEncoder
     from epic_rag_chroma import ChromaIndexer
 
-__all__ = ["serve"]
+__all__ = ["BankDir", "bank_folder", "index_names", "serve"]
+
+BankDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--bank-dir",
+        metavar="DIR",
+        help="Folder of the banks that can be created and changed.",
+        show_default="epic-rag/banks in the user's data folder",
+    ),
+]
 
 
 def serve(
-    index_dir: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--index-dir",
-            metavar="DIR",
-            help="An index to search, or a folder whose .epic-rag it is; can be repeated. Without it: the nearest "
-            ".epic-rag in the working directory and its parents, or none.",
-        ),
-    ] = None,
+    index_dir: IndexDirs = None,
     model: Model = None,
     dtype: Dtype = DEFAULT_DTYPE,
     device: Device = None,
@@ -53,15 +56,7 @@ def serve(
             help="A further host name that requests may address, such as host.docker.internal; can be repeated.",
         ),
     ] = None,
-    bank_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--bank-dir",
-            metavar="DIR",
-            help="Folder of the banks that requests may create and change.",
-            show_default="epic-rag/banks in the user's data folder",
-        ),
-    ] = None,
+    bank_dir: BankDir = None,
     role_prefixes: Annotated[
         str | None,
         typer.Option(
@@ -100,11 +95,7 @@ def serve(
 
     policy = AccessPolicy(bind=host, hosts=allow_host or (), api_key=api_key)
     encoder, indexes = _open(_folders(index_dir), model, dtype, device)
-    if bank_dir is None:
-        from platformdirs import user_data_path
-
-        bank_dir = user_data_path("epic-rag", appauthor=False) / "banks"
-    service = Service(encoder, indexes, BankStore(bank_dir))
+    service = Service(encoder, indexes, BankStore(bank_folder(bank_dir)))
     try:
         server = Server(create_app(service, policy, role_prefixes=prefixes), host, port)
     except ConfigError:
@@ -115,12 +106,32 @@ def serve(
     server.run()
 
 
+def bank_folder(given: Path | None) -> Path:
+    """Return the folder of banks that can be changed."""
+    if given is not None:
+        return given
+    from platformdirs import user_data_path
+
+    return user_data_path("epic-rag", appauthor=False) / "banks"
+
+
+def index_names(indexers: Sequence[ChromaIndexer]) -> list[str]:
+    """Return a name for each index: that of its first folder, which is what a person recognises."""
+    names: list[str] = []
+    for indexer in indexers:
+        status = indexer.status()
+        name = Path(status.roots[0] if status.roots else status.index_dir).name or "index"
+        number = sum(known.partition("~")[0] == name for known in names)
+        names.append(f"{name}~{number + 1}" if number else name)
+    return names
+
+
 def _folders(given: list[Path] | None) -> list[Path]:
     from epic_rag_chroma import IndexNotFoundError
 
     try:
         return find_indexes(given)
-    except IndexNotFoundError:
+    except IndexNotFoundError:  # embeddings need none
         return []
 
 
@@ -139,17 +150,12 @@ def _open(
         encoder = ChromaIndexer(folders[0], dtype=dtype, device=device).encoder
     else:
         encoder = EpicEncoder.from_pretrained(model, dtype=dtype, device=device)
-    indexes: dict[str, ChromaIndexer] = {}
-    for folder in folders:
-        indexer = ChromaIndexer(folder, encoder=encoder)
+    indexers = [ChromaIndexer(folder, encoder=encoder) for folder in folders]
+    for folder, indexer in zip(folders, indexers, strict=True):
         status = indexer.status()
         if status.fingerprint != encoder.fingerprint:
             raise IndexMismatchError(
                 f"{folder} was built with {status.model} ({status.fingerprint}), not with {encoder.name} "
                 f"({encoder.fingerprint}). Serve it separately, or index it again."
             )
-        # The name of the indexed folder is what a person recognises.
-        name = Path(status.roots[0]).name if status.roots else folder.name
-        number = sum(known.partition("~")[0] == name for known in indexes)
-        indexes[f"{name}~{number + 1}" if number else name] = indexer
-    return encoder, indexes
+    return encoder, dict(zip(index_names(indexers), indexers, strict=True))
