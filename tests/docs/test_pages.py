@@ -303,9 +303,11 @@ def prepare_http_server(page_run: PageRun, text: str, stack: ExitStack) -> str:
 
 
 def compare_http_server(page_run: PageRun) -> None:
-    embedded, found, document = (json.loads(text) for text in page_run.printed["shell"][-3:])
+    *_, embedded, found, document, settings = page_run.printed["shell"]
+    embedded, found, document = map(json.loads, (embedded, found, document))
+    assert "claude mcp add" in settings
     assert [len(row["embedding"]) for row in embedded["data"]] == [32, 32]
-    assert [hit["index"] if "index" in hit else hit["path"] for hit in found["data"]] == ["undo.md"]
+    assert [hit["path"] for hit in found["data"]] == ["undo.md"]
     assert document["lines"][0] == "# Undo"
     assert page_run.output("python").splitlines()[:4] == ["32", "32 32", "32", "32"]
     assert page_run.output("python").splitlines()[-1] == "0"

@@ -39,7 +39,7 @@ def mcp(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Give assistants tools to search and read indexed documents (Model Context Protocol).
+    """Offer assistants tools to search and read indexed documents (Model Context Protocol).
 
     Runs as long as standard input is open; an assistant's host starts it. Tools: search, get, status, and add_example
     with --allow-examples. Only files of the indexes can be read.
