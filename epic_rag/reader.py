@@ -242,10 +242,9 @@ def prepare_features(pairs: Vectors) -> tuple[DemonstrationFeatures, Evidence]:
     middle = (weights * queries).mean(axis=0)
     if n == 1 or evidence.confidence == 0.0:
         return DemonstrationFeatures(mean, middle, ()), evidence
-    centred = queries - middle  # (n, dim)
-    weighted = weights * centred
-    scale = max(float((weighted * centred).sum()) / n, 1e-6)
-    gram = weighted.T @ centred  # (dim, dim)
+    root = np.sqrt(weights)
+    centred = root * (queries - middle)  # (n, dim)
+    scale = max(float((centred * centred).sum()) / n, 1e-6)
 
     # Passages of a strided sample are each query's candidates, beside its own; near-duplicates are not wrong.
     candidates = passages[np.linspace(0, n - 1, min(n, _NEGATIVES)).astype(int)]
@@ -258,26 +257,30 @@ def prepare_features(pairs: Vectors) -> tuple[DemonstrationFeatures, Evidence]:
     found /= found.sum(axis=1, keepdims=True) + np.exp(own - highest)
     errors = passages * found.sum(axis=1, keepdims=True) - found @ candidates  # (n, dim): v_i times its error
 
-    residuals = weighted.T @ (differences - mean)
-    contrasts = weighted.T @ errors
-    maps = []
-    for penalty in dict.fromkeys((*RIDGES, *CONTRASTS)):
-        factor = gram + np.float32(penalty * scale) * np.eye(dim, dtype=np.float32)
-        both = np.linalg.solve(factor, np.concatenate([residuals, contrasts], axis=1))
-        maps.append((penalty, both[:, :dim], both[:, dim:]))
-    ridges = [ridge for penalty, ridge, _ in maps if penalty in RIDGES]
-    contrastive = [contrast for penalty, _, contrast in maps if penalty in CONTRASTS]
+    # One decomposition serves all penalties: of the smaller one of the kernel (n, n) and the covariance (dim, dim).
+    targets = np.concatenate([root * (differences - mean), root * errors], axis=1)  # (n, 2 dim)
+    dual = n < dim
+    values, basis = np.linalg.eigh(centred @ centred.T if dual else centred.T @ centred)
+    left = centred.T @ basis if dual else basis  # (dim, r)
+    right = basis.T @ targets if dual else basis.T @ (centred.T @ targets)  # (r, 2 dim)
+
+    def fitted(penalty: float, columns: slice) -> Vectors:
+        shrunk = right[:, columns] / (np.maximum(values, 0.0) + penalty * scale)[:, None]
+        return np.asarray(left @ shrunk, dtype=np.float32)
+
+    ridges = [fitted(penalty, slice(None, dim)) for penalty in RIDGES]
+    contrastive = [fitted(penalty, slice(dim, None)) for penalty in CONTRASTS]
     return DemonstrationFeatures(mean, middle, tuple(ridges + contrastive)), evidence
 
 
 # Fitted by `epic_rag.training.reader_training`; one row a feature, one column a knot.
 _UNIVERSAL = (
-    (0.03, 0.21, 0.41, 0.47, 0.44, 0.65),  # mean
-    (0.15, 0.23, 0.0, -0.25, -0.5, -0.92),  # ridge-1
-    (0.51, 0.6, 0.6, 0.63, 0.53, 0.25),  # ridge-4
-    (0.52, 0.58, 0.65, 0.75, 0.77, 0.66),  # ridge-16
-    (0.19, 0.21, 0.25, 0.29, 0.31, 0.28),  # ridge-64
-    (0.94, 1.03, 1.14, 1.27, 1.5, 1.39),  # contrast-4
-    (0.15, 0.16, 0.17, 0.16, 0.17, 0.09),  # contrast-16
-    (-0.02, -0.02, -0.03, -0.06, -0.09, -0.12),  # contrast-64
+    (0.07, 0.2, 0.41, 0.47, 0.44, 0.61),  # mean
+    (0.0, 0.03, -0.19, -0.43, -0.69, -1.07),  # ridge-1
+    (0.83, 0.88, 0.84, 0.8, 0.66, 0.43),  # ridge-4
+    (0.86, 0.89, 0.91, 0.94, 0.91, 0.82),  # ridge-16
+    (0.27, 0.27, 0.28, 0.3, 0.28, 0.26),  # ridge-64
+    (1.54, 1.58, 1.63, 1.69, 1.86, 1.81),  # contrast-4
+    (-0.19, -0.2, -0.22, -0.25, -0.28, -0.32),  # contrast-16
+    (-0.31, -0.32, -0.34, -0.37, -0.42, -0.44),  # contrast-64
 )

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.demonstrations import Demonstration, DemonstrationBank
@@ -54,6 +54,10 @@ from epic_rag.evaluation.heldout import (
 from epic_rag.evaluation.report import EvaluationReport, ModelRecord, SetScore
 from epic_rag.query_prompt import QueryPrompt, QueryStrategy
 
+if TYPE_CHECKING:
+    from epic_rag.evaluation.few_shot import FewShotReport
+    from epic_rag.reader import DemonstrationReader
+
 __all__ = [
     "COLLECTIONS",
     "INSTRUCTION_SOURCES",
@@ -70,6 +74,7 @@ __all__ = [
     "plan_prompts",
     "plan_sets",
     "run_evaluation",
+    "run_few_shot",
     "split_names",
     "training_demonstrations",
 ]
@@ -454,11 +459,13 @@ class LoadedModel:
         record: Description for the report.
         store: The encoder and its vectors; None for BM25.
         default_instruction: The checkpoint's.
+        reader: The checkpoint's reader of demonstrations; None for BM25.
     """
 
     record: ModelRecord
     store: EmbeddingStore | None = None
     default_instruction: str | None = None
+    reader: DemonstrationReader | None = None
 
     def values_of_k(self, item: PlannedSet, request: EvaluationRequest) -> list[int]:
         """Return the numbers of demonstrations to score a set with; none for a set that the model cannot do."""
@@ -562,7 +569,54 @@ def load_model(spec: ModelSpec, request: EvaluationRequest) -> LoadedModel:
         batch_size=request.batch_size,
         show_progress=sys.stderr.isatty(),
     )
-    return LoadedModel(record, store, encoder.default_instruction)
+    return LoadedModel(record, store, encoder.default_instruction, encoder.reader)
+
+
+def run_few_shot(
+    request: EvaluationRequest,
+    *,
+    methods: Sequence[str] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> FewShotReport:
+    """Score ways of using demonstrations, by their number; see `few_shot`.
+
+    Args:
+        request: The settings, of one model; k = 0 is left out, and collections and the instruction's origin are those
+            of held-out files.
+        methods: Names of `few_shot.METHODS`; None for all.
+        progress: Called with one line of text for each step.
+
+    Raises:
+        EpicError: Data, models or settings that cannot work, or bm25s is not installed.
+    """
+    from epic_rag.evaluation.few_shot import CONTROLS, METHODS, FewShotRequest, evaluate_few_shot, load_few_shot_tasks
+
+    require_bm25()
+    if len(request.models) > 1:
+        raise ConfigError(f"--few-shot takes one model, not {len(request.models)}. Run it once for each.")
+    settings = FewShotRequest(
+        sizes=tuple(k for k in request.num_demonstrations if k),
+        draws=request.draws,
+        collections=request.heldout_collections,
+        methods=METHODS if methods is None else tuple(methods),
+        controls=CONTROLS if request.controls else (),
+        seed=request.seed,
+    )
+    model = load_model(request.models[0], request)
+    if model.store is None:
+        raise ConfigError("BM25 takes no demonstrations. Pass an encoder to --model.")
+    tasks = load_few_shot_tasks(
+        [str(path) for path in request.heldout],
+        request.data,
+        request.tasks,
+        queries=request.heldout_queries,
+        documents=request.heldout_documents,
+        sizes=settings.sizes,
+        instruction="none" if model.record.plain else request.heldout_instructions[0],
+        default_instruction=model.default_instruction,
+        seed=request.seed,
+    )
+    return evaluate_few_shot(model.store, tasks, settings, reader=model.reader, progress=progress)
 
 
 def run_evaluation(

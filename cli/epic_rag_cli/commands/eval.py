@@ -48,8 +48,15 @@ def eval_command(
         ),
     ] = None,
     num_demonstrations: Annotated[
-        str, typer.Option("--num-demonstrations", "-n", metavar="K,...", help="Numbers of demonstrations.")
-    ] = "0,8",
+        str | None,
+        typer.Option(
+            "--num-demonstrations",
+            "-n",
+            metavar="K,...",
+            help="Numbers of demonstrations.",
+            show_default="0,8; 1,2,4,8,16,32,64,128,512,1500 with --few-shot",
+        ),
+    ] = None,
     strategy: Strategy = None,
     bank: Annotated[
         list[str] | None,
@@ -72,12 +79,38 @@ def eval_command(
             help="A file of training pairs (JSON lines) that the models have not seen; repeat it for several.",
         ),
     ] = None,
+    few_shot: Annotated[
+        bool,
+        typer.Option(
+            "--few-shot",
+            help="Score the gain by 1 to 1,500 demonstrations against baselines, on files (FILE, or FILE#SOURCE for "
+            "the rows of one source) and sets.",
+        ),
+    ] = False,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", metavar="NAME,...", help="Methods of --few-shot.", show_default="all"),
+    ] = None,
     heldout_queries: Annotated[
-        int, typer.Option("--heldout-queries", metavar="N", min=1, help="Test queries from each.")
-    ] = 1000,
+        int | None,
+        typer.Option(
+            "--heldout-queries",
+            metavar="N",
+            min=1,
+            help="Test queries from each.",
+            show_default="1000; 200 with --few-shot",
+        ),
+    ] = None,
     heldout_documents: Annotated[
-        int, typer.Option("--heldout-documents", metavar="N", min=1, help="Documents from each.")
-    ] = 5000,
+        int | None,
+        typer.Option(
+            "--heldout-documents",
+            metavar="N",
+            min=1,
+            help="Documents from each.",
+            show_default="5000; 2000 with --few-shot",
+        ),
+    ] = None,
     heldout_collection: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,8 +131,15 @@ def eval_command(
         ),
     ] = None,
     draws: Annotated[
-        int, typer.Option("--draws", metavar="N", min=1, help="Random draws of demonstrations for each number.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            "--draws",
+            metavar="N",
+            min=1,
+            help="Random draws of demonstrations for each number.",
+            show_default="3; 5 with --few-shot",
+        ),
+    ] = None,
     controls: Annotated[
         bool, typer.Option("--controls", help="Also score shuffled demonstrations and another file's.")
     ] = False,
@@ -153,12 +193,14 @@ def eval_command(
     --data takes sets for retrieval (BEIR's layout), reranking, STS, classification and clustering, which MTEB
     scores. --heldout takes files of pairs: some rows become test queries, scored by nDCG@10, others
     demonstrations. A demonstration is never a test query. Every combination of the values of --heldout-collection
-    and --heldout-instruction is scored. docs/evaluation.md explains each number.
+    and --heldout-instruction is scored. --few-shot compares ways of using demonstrations, by their number.
+    docs/evaluation.md explains each number.
 
     Examples:
         epic-rag eval --heldout pairs.jsonl --num-demonstrations 0,1
         epic-rag eval --heldout pairs.jsonl -n 0,1 --controls --output scores.json
         epic-rag eval --heldout pairs.jsonl -n 0,1 --heldout-collection own,pooled-with-queries --model bm25
+        epic-rag eval --few-shot --heldout pairs.jsonl -n 1,2 --draws 2 --output gains.json
     """
     from epic_rag.evaluation.datasets import KINDS, read_mapping
     from epic_rag.evaluation.report import write_json
@@ -171,6 +213,7 @@ def eval_command(
         parse_ks,
         parse_models,
         run_evaluation,
+        run_few_shot,
         split_names,
     )
 
@@ -180,18 +223,18 @@ def eval_command(
         data=data,
         tasks=None if tasks is None else split_names(tasks),
         kinds=None if kinds is None else parse_choices(kinds, KINDS, "--kinds"),
-        num_demonstrations=parse_ks(num_demonstrations),
+        num_demonstrations=parse_ks(num_demonstrations or ("1,2,4,8,16,32,64,128,512,1500" if few_shot else "0,8")),
         strategy=strategy,
         instructions={} if instructions is None else read_mapping(instructions),
         banks=parse_banks(bank or []),
         heldout=tuple(heldout or ()),
-        heldout_queries=heldout_queries,
-        heldout_documents=heldout_documents,
+        heldout_queries=heldout_queries or (200 if few_shot else 1000),
+        heldout_documents=heldout_documents or (2000 if few_shot else 5000),
         heldout_collections=parse_choices(heldout_collection or ["own"], COLLECTIONS, "--heldout-collection"),
         heldout_instructions=parse_choices(
             heldout_instruction or ["own"], INSTRUCTION_SOURCES, "--heldout-instruction"
         ),
-        draws=draws,
+        draws=draws or (5 if few_shot else 3),
         controls=controls,
         seed=seed,
         mteb_output=mteb_output,
@@ -202,6 +245,19 @@ def eval_command(
         max_document_tokens=max_document_tokens,
         command=tuple(sys.argv),
     )
+    if few_shot:
+        gains = run_few_shot(
+            request,
+            methods=None if methods is None else split_names(methods),
+            progress=lambda line: message("note", line),
+        )
+        if output is not None:
+            gains.write(output)
+        if as_json:
+            emit_json(gains.to_json())
+        else:
+            emit([gains.to_markdown()])
+        return
     report = run_evaluation(
         request,
         progress=lambda line: message("note", line),

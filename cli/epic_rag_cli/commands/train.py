@@ -25,7 +25,10 @@ __all__ = ["mine", "train"]
 def train(
     config: Annotated[
         str,
-        typer.Argument(metavar="CONFIG", help="A YAML or JSON file, or the name of a shipped recipe."),
+        typer.Argument(
+            metavar="CONFIG",
+            help="A YAML or JSON file, the name of a shipped recipe, or `reader` to fit a reader of demonstrations.",
+        ),
     ],
     settings: Annotated[
         list[str] | None,
@@ -45,6 +48,27 @@ def train(
         bool,
         typer.Option("--no-resume", help="Start over and delete the checkpoints of an earlier run in the folder."),
     ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="With `reader`: a name from `epic-rag models`, a checkpoint folder or a Hugging Face name.",
+            show_default="EPIC_RAG_MODEL, or the default model",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="PATH", help="With `reader`: a file of pairs, or a folder of them."),
+    ] = None,
+    exclude: Annotated[
+        str | None,
+        typer.Option("--exclude", metavar="NAME,...", help="With `reader`: files and sources to leave out."),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option("--cache-dir", metavar="DIR", help="With `reader`: keep vectors here; a later run continues."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -59,6 +83,15 @@ def train(
         epic-rag train own-data --set data=. --set 'tasks=[pairs]'
         epic-rag train own-data --set data=. --set 'tasks=[pairs]' --set steps=20 -o runs/quick --json
     """
+    if config == "reader":
+        if settings or no_resume:
+            raise usage_error("`train reader` takes neither --set nor --no-resume. Leave them out.")
+        _train_reader(model or os.environ.get("EPIC_RAG_MODEL") or None, data, exclude, cache_dir, output, as_json)
+        return
+    given = {"--model": model, "--data": data, "--exclude": exclude, "--cache-dir": cache_dir}
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong:
+        raise usage_error(f"{wrong[0]} belongs to `epic-rag train reader`. Use --set for a recipe.")
     from epic_rag.checkpoints import DEFAULT_CHECKPOINT
     from epic_rag.training import Trainer, load_recipe
 
@@ -82,6 +115,52 @@ def train(
         emit_json({"checkpoint": str(final), "steps": trainer.step, "loss": losses[-1] if losses else None})
     else:
         emit([printable(str(final))])
+
+
+def _train_reader(
+    model: str | None, data: Path | None, exclude: str | None, cache: Path | None, output: Path | None, as_json: bool
+) -> None:
+    """Fit a reader and write it into `output`, or into the model's folder if that is the user's own."""
+    from tqdm.auto import tqdm
+
+    from epic_rag import EpicEncoder
+    from epic_rag.checkpoints import is_shipped, resolve
+    from epic_rag.training.reader_training import ReaderTrainingOptions, train_reader
+
+    if data is None:
+        raise usage_error("`train reader` needs pairs. Pass --data FILE or FOLDER.")
+    folder = resolve(model)
+    if output is None and is_shipped(folder):
+        raise usage_error("A shipped model stays as it is. Pass --output DIR for the reader.")
+    encoder = EpicEncoder.from_pretrained(model, dtype="auto")
+    with tqdm(disable=not sys.stderr.isatty()) as bar:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if done <= 1:
+                bar.reset(total)
+                bar.set_description(stage)
+            bar.update(done - bar.n)
+
+        try:
+            reader, record = train_reader(
+                encoder,
+                data,
+                ReaderTrainingOptions(),
+                excluded=[] if exclude is None else [name.strip() for name in exclude.split(",")],
+                cache=cache,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "Interrupted. Run the same command again; with --cache-dir, embedded tasks are kept."
+            ) from None
+    target = folder if output is None else output
+    target.mkdir(parents=True, exist_ok=True)
+    file = reader.save(target)
+    if as_json:
+        emit_json({"reader": str(file), **record})
+    else:
+        emit([printable(str(file))])
 
 
 class _Notes(logging.Handler):

@@ -94,7 +94,7 @@ def test_options_with_several_values() -> None:
         ({"models": ()}, "No model to evaluate"),
         ({"num_demonstrations": ()}, "numbers of demonstrations"),
         ({"num_demonstrations": (-1,)}, "numbers of demonstrations"),
-        ({"strategy": "magic"}, "Unknown strategy 'magic'. Choose one of task-vector"),
+        ({"strategy": "magic"}, "Unknown strategy 'magic'. Choose one of reader, task-vector"),
         ({"draws": 0}, "draws is 0"),
         ({"data": None}, "Nothing to evaluate on"),
         ({"kinds": ("retrieval", "poems")}, '--kinds names "poems". Use one or more of retrieval, reranking'),
