@@ -105,7 +105,7 @@ def test_other_chunker_version(indexer: ChromaIndexer, docs: Path) -> None:
         state = database.state()
         assert state is not None
         database.finish_run(replace(state, chunker_version=0))
-    with pytest.raises(IndexMismatchError, match=r"version 0 of the chunker; this is version 2\. .*--rebuild"):
+    with pytest.raises(IndexMismatchError, match=r"version 0 of the chunker; this is version 3\. .*--rebuild"):
         indexer.index([docs])
     indexer.index([docs], rebuild=True)
     assert counts(indexer.index([docs])) == (0, 0, 0, 3)
