@@ -103,10 +103,17 @@ class NumpyBert:
         """
         if not rows:
             return np.zeros((0, self.dimension), dtype=np.float32)
-        ends = np.cumsum([len(row.ids) for row in rows])
-        spans = [slice(end - len(row.ids), end) for row, end in zip(rows, ends, strict=True)]
-        hidden = self._forward(rows, spans)  # (tokens of all rows, width)
-        pooled = np.stack([self._pool(hidden[span], row) for row, span in zip(rows, spans, strict=True)])
+        spans = _consecutive([len(row.ids) for row in rows])
+        if self.pooling == "mean":
+            pooled_spans = [
+                slice(span.start + row.pool_start, span.stop) for row, span in zip(rows, spans, strict=True)
+            ]
+        elif self.pooling == "cls":
+            pooled_spans = [slice(span.start, span.start + 1) for span in spans]
+        else:
+            pooled_spans = [slice(span.stop - 1, span.stop) for span in spans]
+        states = self._forward(np.concatenate([row.ids for row in rows]), spans, pooled_spans)
+        pooled = np.stack([each.mean(axis=0) for each in states])
         if "head.weight" in self._weights:
             pooled = self._linear(pooled, "head")
         # torch's normalize has the same lower bound.
@@ -121,43 +128,55 @@ class NumpyBert:
         names = [name for name in self._weights if name not in scales]
         return hash_weights({name: partial(self._rows, name, slice(None)) for name in names})
 
-    def _forward(self, rows: Sequence[EncoderInput], spans: Sequence[slice]) -> Vectors:
+    def _forward(self, ids: Array, spans: Sequence[slice], pooled_spans: Sequence[slice]) -> list[Vectors]:
+        """Run the transformer.
+
+        Args:
+            ids: (tokens,) token ids of all rows.
+            spans: The tokens of each row.
+            pooled_spans: Those of them that are pooled; the last layer computes no others.
+
+        Returns:
+            For each row (pooled tokens, width) states.
+        """
         config, eps = self._config, float(self._config.get("layer_norm_eps", 1e-12))
-        heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
+        heads, width, layers = (
+            int(config[name]) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+        )
         scratch = np.empty(width * int(config["intermediate_size"]), dtype=np.float32)
         linear, norm = partial(self._linear, scratch=scratch), partial(self._norm, eps=eps)
+
+        def split(x: Vectors) -> Vectors:
+            parts: Vectors = x.reshape(len(x), heads, -1).transpose(1, 0, 2)  # (heads, tokens, width / heads)
+            return parts
+
         embeddings = "transformer.embeddings."
-        x = self._rows(f"{embeddings}word_embeddings.weight", np.concatenate([row.ids for row in rows]))
+        x = self._rows(f"{embeddings}word_embeddings.weight", ids)
         x += self._rows(f"{embeddings}token_type_embeddings.weight", slice(0, 1))
-        positions = self._rows(f"{embeddings}position_embeddings.weight", slice(0, max(len(row.ids) for row in rows)))
+        longest = max(span.stop - span.start for span in spans)
+        positions = self._rows(f"{embeddings}position_embeddings.weight", slice(0, longest))
         for span in spans:
             x[span] += positions[: span.stop - span.start]
         x = norm(x, f"{embeddings}LayerNorm")
-        for number in range(int(config["num_hidden_layers"])):
+        parts = spans
+        for number in range(layers):
             layer = f"transformer.encoder.layer.{number}."
-            q, k, v = (
-                linear(x, f"{layer}attention.self.{part}").reshape(len(x), heads, -1).transpose(1, 0, 2)
-                for part in ("query", "key", "value")
-            )  # (heads, tokens, width / heads)
-            q *= np.float32(q.shape[2] ** -0.5)
+            k, v = split(linear(x, f"{layer}attention.self.key")), split(linear(x, f"{layer}attention.self.value"))
+            if number == layers - 1:
+                x = np.concatenate([x[span] for span in pooled_spans])
+                parts = _consecutive([span.stop - span.start for span in pooled_spans])
+            q = split(linear(x, f"{layer}attention.self.query")) * np.float32((width // heads) ** -0.5)
             mixed = np.empty_like(x)
-            for span in spans:
-                scores = q[:, span] @ k[:, span].transpose(0, 2, 1)
+            for part, span in zip(parts, spans, strict=True):
+                scores = q[:, part] @ k[:, span].transpose(0, 2, 1)
                 scores -= scores.max(axis=2, keepdims=True)
                 np.exp(scores, out=scores)
                 scores /= scores.sum(axis=2, keepdims=True)
-                mixed[span] = (scores @ v[:, span]).transpose(1, 0, 2).reshape(-1, width)
+                mixed[part] = (scores @ v[:, span]).transpose(1, 0, 2).reshape(-1, width)
             x = norm(x + linear(mixed, f"{layer}attention.output.dense"), f"{layer}attention.output.LayerNorm")
             inner = _gelu(linear(x, f"{layer}intermediate.dense"))
             x = norm(x + linear(inner, f"{layer}output.dense"), f"{layer}output.LayerNorm")
-        return x
-
-    def _pool(self, hidden: Vectors, row: EncoderInput) -> Vectors:
-        if self.pooling == "mean":
-            pooled: Vectors = hidden[row.pool_start :].mean(axis=0)
-            return pooled
-        chosen: Vectors = hidden[0 if self.pooling == "cls" else -1]
-        return chosen
+        return [x[part] for part in parts]
 
     def _linear(self, x: Vectors, name: str, *, scratch: Vectors | None = None) -> Vectors:
         """Map (tokens, in) to (tokens, out); a stored weight that is not float32 is converted into `scratch`."""
@@ -191,6 +210,12 @@ class NumpyBert:
         if scale is not None:
             rows *= scale[which].reshape(-1, *[1] * (rows.ndim - 1))
         return rows
+
+
+def _consecutive(lengths: Sequence[int]) -> list[slice]:
+    """Return slices of these lengths, one behind the other."""
+    ends = np.cumsum(lengths).tolist()
+    return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
 def _gelu(x: Vectors) -> Vectors:
@@ -298,6 +323,7 @@ def _is_supported(config: Mapping[str, Any], epic: Mapping[str, Any]) -> bool:
         and config.get("position_embedding_type", "absolute") == "absolute"
         and not config.get("is_decoder", False)
         and not config.get("add_cross_attention", False)
+        and config["num_hidden_layers"] > 0
         and epic["pooling"] in ("mean", "cls", "last")
         and epic["projector"] in ("linear", "scale", "mlp")
         and {"append_eos", "max_query_tokens", "max_document_tokens"} <= epic.keys()
