@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-__all__ = ["without_encoded_data"]
+__all__ = ["is_cut_data", "without_encoded_data"]
 
 ELLIPSIS = "\u2026"
 _MEDIA_TYPE = r"data:[\w.+-]+/[\w.+-]+(?:;[\w.-]+(?:=[^;,\s\"']{0,100})?){0,5}"
@@ -29,6 +29,11 @@ _ESCAPED_RUN = re.compile(r"(?:[A-Za-z0-9+/=]{48,80}(?:\\r)?\\n){3,}[A-Za-z0-9+/
 _ENCODED_LINE = re.compile(r"[\s>|#*\"']*([A-Za-z0-9+/_-]{40,}={0,2})[\s\"',+\\]*")
 _LAST_ENCODED_LINE = re.compile(r"[\s>|#*\"']*([A-Za-z0-9+/_-]{1,}={0,2})[\s\"',;+\\)]*")
 _LINES_IN_A_ROW = 3
+# What `without_encoded_data` leaves of data.
+_REMAINS = re.compile(
+    rf"{_MEDIA_TYPE},{ELLIPSIS}|-----(?:BEGIN|END) [A-Z0-9 ]+-----|begin [0-7]{{3,4}} .* {ELLIPSIS}|{ELLIPSIS}",
+    re.IGNORECASE,
+)
 _UUENCODE = re.compile(r"begin [0-7]{3,4} \S.*")
 _UUENCODED_LINE = re.compile(r"[ -`]{1,61}[ -`]?")
 # Random letters change between capitals, small letters and digits at every second step; words and paths seldom do.
@@ -55,6 +60,12 @@ def without_encoded_data(lines: list[str]) -> list[str]:
                 result[number] = cut
         number += 1
     return lines if result is None else result
+
+
+def is_cut_data(line: str) -> bool:
+    """Return whether nothing is left of a line but what names the data that was cut out."""
+    rest = _REMAINS.sub("", line)
+    return rest != line and not any(map(str.isalnum, rest))
 
 
 def _cut(line: str) -> str:

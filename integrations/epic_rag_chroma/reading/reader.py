@@ -11,7 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 
 from epic_rag_chroma.reading.document import Document, Heading, NotTextError, plain_title, split_lines, substituted
-from epic_rag_chroma.reading.encoded_data import without_encoded_data
+from epic_rag_chroma.reading.encoded_data import is_cut_data, without_encoded_data
 from epic_rag_chroma.reading.encoding import decode, is_utf16
 from epic_rag_chroma.reading.escapes import without_invisible
 from epic_rag_chroma.reading.file_types import kind_of, language_of
@@ -60,8 +60,15 @@ def read_document(name: str, data: bytes, *, named: bool = False) -> Document:
         raise NotTextError("empty")
     try:
         document = _read(name, kind, data, read)
-        if not any(map(str.strip, _embedded_lines(document))):
-            raise NotTextError("front matter without a text" if document.metadata else "no text")
+        read = [line for line in _embedded_lines(document) if line.strip()]
+        if all(map(is_cut_data, read)):
+            raise NotTextError(
+                "nothing but encoded data"
+                if read
+                else "front matter without a text"
+                if document.metadata
+                else "no text"
+            )
     except NotTextError as error:
         if not named or module in _FROM_BYTES:
             raise

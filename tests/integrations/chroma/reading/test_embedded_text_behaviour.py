@@ -130,6 +130,13 @@ def test_the_shown_text_stays_the_files() -> None:
         ("a.txt", " \n\t\n", "empty"),
         ("a.py", b"", "empty"),
         ("a.html", "<script>x()</script>", "no text"),
+        (
+            "a.pem",
+            f"-----BEGIN RSA PRIVATE KEY-----\n{PICTURE[:64]}\n{PICTURE[64:90]}\n-----END RSA PRIVATE KEY-----\n",
+            "encoded data",
+        ),
+        ("a.txt", f"{PICTURE[:76]}\n{PICTURE[76:152]}\n{PICTURE[152:228]}\n{PICTURE[228:240]}\n", "encoded data"),
+        ("a.txt", f"data:image/png;base64,{PICTURE}\n", "encoded data"),
     ],
 )
 def test_nothing_to_read(name: str, data: str | bytes, reason: str) -> None:
@@ -141,6 +148,8 @@ def test_named_files_are_read_as_text() -> None:
     picture = b"<svg><path d='M0 0h9'/></svg>"
     assert read_document("a.svg", picture, named=True).lines == [picture.decode()]
     assert read_document("a.md", b"---\ntitle: x\n---\n", named=True).lines[1] == "title: x"
+    key = f"-----BEGIN PUBLIC KEY-----\n{PICTURE[:64]}\n-----END PUBLIC KEY-----".split("\n")
+    assert read_document("a.pem", "\n".join(key).encode(), named=True).lines == key
     with pytest.raises(NotTextError, match="empty"):
         read_document("a.svg", b" ", named=True)
 

@@ -9,7 +9,7 @@ import pytest
 
 from epic_rag import EpicEncoder
 from epic_rag.errors import ConfigError
-from epic_rag_chroma import ChromaIndexer, SearchFilters
+from epic_rag_chroma import ChromaIndexer, Comparison, SearchFilters
 
 FILES = {
     "a.md": '---\ntitle: "Pumps"\nstatus: published\ntags: [water, "old, new"]\nversion: 1.10\nweight: 9\n---\nClean the filter.\n',
@@ -63,3 +63,12 @@ def test_changed_front_matter(index: ChromaIndexer, tmp_path: Path) -> None:
     report = index.index([tmp_path])
     assert (report.changed, report.chunks_embedded) == (1, 0)
     assert [hit.path for hit in index.query("filter", filters=SearchFilters(("status=archived",)))] == ["a.md"]
+
+
+@pytest.mark.parametrize("operator", ["==", "in", "text_match"])
+def test_unicode_forms_of_paths(operator: str) -> None:
+    value: str | tuple[str, ...] = ("Übersicht.md",) if operator == "in" else "Übersicht.md"
+    for form in ("NFC", "NFD"):
+        row = {"path": unicodedata.normalize(form, "Übersicht.md")}
+        assert Comparison("path", operator, value).matches(row)  # type: ignore[arg-type]
+        assert not Comparison("path", operator, value).matches({"path": "Ubersicht.md"})  # type: ignore[arg-type]
