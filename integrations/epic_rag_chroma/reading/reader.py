@@ -56,7 +56,7 @@ def read_document(name: str, data: bytes, *, named: bool = False) -> Document:
     kind = kind_of(name)
     module = _MODULE_OF[kind]
     read: Callable[..., Document] = getattr(import_module(f"epic_rag_chroma.reading.{module}"), f"read_{kind}")
-    if module not in ("pdf", "office") and not data.strip():
+    if (module not in _FROM_BYTES or kind == "html") and not data.strip():
         raise NotTextError("empty")
     try:
         document = _read(name, kind, data, read)
