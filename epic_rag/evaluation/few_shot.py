@@ -338,7 +338,10 @@ def load_few_shot_tasks(
         DataError: A file or set is missing, malformed or too small.
     """
     limits = {"queries": queries, "documents": documents, "pool": max(sizes) + _SPARE, "seed": seed}
-    tasks = [few_shot_task_of_pairs(*parse_pairs_source(str(each)), **limits) for each in pairs]
+    tasks = []
+    for each in pairs:
+        path, source = parse_pairs_source(str(each))
+        tasks.append(few_shot_task_of_pairs(path, source, **limits))
     if data is not None:
         known = [name for name in find_local_sets(data) if set_kind(data / name) != "sts"]
         tasks += [few_shot_task_of_set(data / name, **limits) for name in (known if names is None else names)]

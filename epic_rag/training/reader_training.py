@@ -244,9 +244,9 @@ def fit_gains(episodes: Sequence[Episode], options: ReaderTrainingOptions) -> tu
 
     generator = torch.Generator().manual_seed(options.seed)
     gains = torch.zeros(len(FEATURES), len(KNOTS))
-    everything = torch.arange(len(episodes))
+    parts = [torch.arange(start, min(start + 64, len(episodes))) for start in range(0, len(episodes), 64)]
     with torch.no_grad():
-        before = torch.cat([loss_of(gains, part) for part in everything.split(64)])
+        before = torch.cat([loss_of(gains, part) for part in parts])
         gains[0] = 0.5
     gains.requires_grad_(True)
     optimizer = torch.optim.Adam([gains], lr=options.learning_rate)
@@ -263,7 +263,7 @@ def fit_gains(episodes: Sequence[Episode], options: ReaderTrainingOptions) -> tu
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        after = torch.cat([loss_of(gains, part) for part in everything.split(64)])
+        after = torch.cat([loss_of(gains, part) for part in parts])
     return DemonstrationReader(gains.detach().numpy()), float(before.mean()), float(after.mean())
 
 

@@ -15,7 +15,7 @@ from epic_rag_cli.terminal import columns, emit, emit_json, message, plural, pri
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from epic_rag import DemonstrationBank
+    from epic_rag import DemonstrationBank, EpicEncoder
 
 __all__ = ["app"]
 
@@ -121,7 +121,8 @@ def build(
 
     A file of pairs becomes the bank folder --out; a bank folder is embedded with the given model, in place or into
     --out. Pass the folder to `epic-rag query --bank`. With several models, the bank stores embeddings of each of
-    them; embeddings of other models are deleted.
+    them; embeddings of other models are deleted. With ten pairs or more, the expected gain is printed: each pair is
+    ranked with the help of the others. Pairs that do not fit are listed.
 
     Examples:
         epic-rag bank build pairs.jsonl --out mybank --instruction 'Given a question, retrieve the answer'
@@ -148,7 +149,26 @@ def build(
         built.embed(*encoders)
         built.save(target)
         message("note", f"{plural(len(built), 'demonstration')} embedded with {used}.")
+        _note_expected_gain(built, encoders[0])
         emit([printable(str(target))])
+
+
+def _note_expected_gain(bank: DemonstrationBank, encoder: EpicEncoder) -> None:
+    """Print what a bank can be expected to bring, and the pairs that do not fit."""
+    from epic_rag.bank_report import LEAST_PAIRS, evaluate_bank
+
+    if len(bank) < LEAST_PAIRS or encoder.strategy not in ("reader", "task-vector"):
+        return
+    report = evaluate_bank(bank, encoder.fingerprint, reader=encoder.reader if encoder.strategy == "reader" else None)
+    message(
+        "warning" if report.high < 0 else "note",
+        f"Expected gain in nDCG@10 among the bank's passages: {report.gain:+.2f} (95% interval {report.low:+.2f} to "
+        f"{report.high:+.2f}; {report.base:.2f} without demonstrations). {report.verdict}",
+    )
+    if report.misfits:
+        shown = ", ".join(str(row + 1) for row in sorted(report.misfits[:10]))
+        more = f" and {len(report.misfits) - 10} more" if len(report.misfits) > 10 else ""
+        message("note", f"Passages that fit other queries better: demonstrations {shown}{more}. Check these pairs.")
 
 
 def _read(source: Path, instruction: str | None, task: str | None) -> DemonstrationBank:

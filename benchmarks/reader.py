@@ -1,0 +1,84 @@
+"""Cost of the reader of demonstrations: `reader.py --output DIR`.
+
+Seconds to prepare 1 to 10,000 demonstrations, and the share of a single query's latency that the reader adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_common import Bar, bars_table, interleaved, ratio, run_main, write
+
+from epic_rag import DemonstrationBank, EpicEncoder
+from epic_rag.demonstrations import Vectors, unit_rows
+from epic_rag.evaluation.report import markdown_table
+
+SIZES = (1, 8, 100, 1_000, 10_000)
+LARGEST_SHARE = 1.05
+
+
+class RandomVectors:
+    """An encoder's fingerprint with random vectors, because only their number and width decide the cost."""
+
+    def __init__(self, encoder: EpicEncoder) -> None:
+        self.fingerprint = encoder.fingerprint
+        self._width = encoder.dimension
+
+    def embed_demonstrations(self, bank: DemonstrationBank) -> Vectors:
+        chance = np.random.default_rng(0)
+        queries = chance.standard_normal((len(bank), self._width))
+        passages = queries + 0.5 * chance.standard_normal((len(bank), self._width))
+        rows = [unit_rows(side.astype(np.float32)) for side in (queries, passages)]
+        return np.stack(rows, axis=1)
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", default="epic-minilm")
+    options.add_argument("--runs", type=int, default=15, metavar="N")
+    options.add_argument("--output", required=True, type=Path, metavar="DIR")
+    return options
+
+
+def measure(options: argparse.Namespace) -> int:
+    encoder = EpicEncoder.from_pretrained(options.model, device="cpu", dtype="auto")
+    query = "how do I rotate the log files of the server every night?"
+    rows, bars = [], list[Bar]()
+    for n in SIZES:
+        bank = DemonstrationBank([(f"query {row}", f"passage {row}") for row in range(n)], instruction="")
+        bank.embed(RandomVectors(encoder))
+        pairs = bank.embeddings_for(encoder.fingerprint)
+        started = time.perf_counter()
+        encoder.reader.prepare(pairs)
+        seconds = time.perf_counter() - started
+        encoder.encode_query(query, bank=bank, strategy="reader")
+        timings = interleaved(
+            {
+                "zero-shot": lambda: encoder.encode_query(query, instruction=""),
+                "reader": lambda bank=bank: encoder.encode_query(query, bank=bank, strategy="reader"),
+            },
+            options.runs,
+            encoder.device,
+        )
+        bar = ratio(
+            f"seconds of a query with {n:,} demonstrations / without",
+            timings["reader"],
+            timings["zero-shot"],
+            LARGEST_SHARE,
+            at_most=True,
+        )
+        bars.append(bar)
+        rows.append([f"{n:,}", f"{seconds:.3f}"])
+    table = markdown_table(["demonstrations", "seconds to prepare"], rows, text_columns=0)
+    markdown = f"{encoder.name}, one query.\n\n{table}\n\n{bars_table(bars)}"
+    write(options.output, "reader", markdown, bars, torch.device("cpu"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(parser(), measure))
