@@ -163,12 +163,12 @@ def measure(options: argparse.Namespace) -> int:
             start = time.perf_counter()
             encoder.encode_document(texts)
             local.append(time.perf_counter() - start)
-            before = metric(url, "epic_rag_batch_tokens_count"), len(probes)
+            before = metric(url, "epic_rag_tokens_total")
             requests = requests_of(texts, run)
             http.append(using(lambda client, requests=requests: run_clients(client, requests, probes)))
-            # The probes' batches are small: what is left are the batches of texts.
-            count = metric(url, "epic_rag_batch_tokens_count") - before[0] - (len(probes) - before[1])
-            batches.append(http[-1] / max(1.0, count))
+            # The model is busy all the time, so this is the time of a full batch.
+            full = httpx.get(f"{url}/info").json()["max_batch_tokens"]
+            batches.append(full * http[-1] / (metric(url, "epic_rag_tokens_total") - before))
         single_http, single_local = [], []
         with httpx.Client(base_url=url, timeout=60) as client:
             for number in range(SINGLE_QUERIES):

@@ -3,8 +3,8 @@
     requests -> tokenizer thread: lengths -> queue, sorted by length -> model thread: batches by tokens -> vectors
 
 The model takes what is there as soon as it is idle; there is no fixed wait. A batch holds texts of similar length with
-one prompt. It always contains a text of the oldest request. Requests of a few texts and large ones take turns, so that
-a single query waits for one batch and not for the whole queue.
+one prompt. Full batches, which contain a text of the oldest request, alternate with small ones for the request with the
+fewest tokens, so that a single query waits for the batch in progress and at most one more, and no request for ever.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Result = TypeVar("Result")
 
 # Texts that are tokenised at a time; a short request need not wait for a long one.
 _SLICE = 64
-# A request with less than this share of a batch's tokens is a small one.
-_SMALL_SHARE = 8
+# Share of a batch's tokens that the batch of the smallest request has at most.
+_EXPRESS_SHARE = 8
 _LONGEST_WAIT = 60
 
 
@@ -81,7 +81,8 @@ class EncodingQueue:
 
     Args:
         encoder: The encoder; nothing else may use it.
-        batch_tokens: Tokens of a batch; None for two batches of the encoder, as many as two of its workers take.
+        batch_tokens: Tokens of a batch; None for three batches of the encoder. It uses its second worker from two on,
+            and a batch of whole texts is always a little short of its limit.
         max_texts: Most texts of requests that are not answered; a single request is always accepted.
         on_batch: Called with the number of tokens of each batch and the seconds that its oldest text waited.
     """
@@ -94,7 +95,7 @@ class EncodingQueue:
         max_texts: int = 16_384,
         on_batch: Callable[[int, float], None] = lambda tokens, waited: None,
     ) -> None:
-        self.batch_tokens = 2 * encoder.max_batch_tokens if batch_tokens is None else batch_tokens
+        self.batch_tokens = 3 * encoder.max_batch_tokens if batch_tokens is None else batch_tokens
         self.texts = 0
         self._encoder = encoder
         self._max_texts = max_texts
@@ -107,7 +108,7 @@ class EncodingQueue:
         self._jobs: dict[_Job, None] = {}
         self._calls: deque[Callable[[], None]] = deque()
         self._order = 0
-        self._small_turn = True
+        self._express_turn = False
         self._seconds_per_token = 1e-4
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="epic-rag-model", daemon=True)
@@ -217,23 +218,27 @@ class EncodingQueue:
             del self._rows[prompt]
 
     def _take(self) -> list[_Row]:
-        """Take the next batch: the longest text of the oldest request, and texts of similar length."""
-        small = self.batch_tokens // _SMALL_SHARE
-        oldest = next((job for job in self._jobs if (job.tokens <= small) == self._small_turn), None)
-        oldest = oldest or next(iter(self._jobs))
-        self._small_turn = oldest.tokens > small
-        rows = self._rows[oldest.prompt]
-        end = 1 + max(number for number, row in enumerate(rows) if row.job is oldest)
+        """Take the next batch: the longest text of a request, and texts of similar length with its prompt.
+
+        The request is the oldest one, or, in every second batch, the one with the fewest tokens; that batch is small.
+        """
+        limit = self.batch_tokens // _EXPRESS_SHARE
+        chosen = min(self._jobs, key=lambda job: job.tokens) if self._express_turn else None
+        self._express_turn = chosen is None
+        if chosen is None or chosen.tokens > limit:
+            chosen, limit = next(iter(self._jobs)), self.batch_tokens
+        rows = self._rows[chosen.prompt]
+        end = 1 + max(number for number, row in enumerate(rows) if row.job is chosen)
         start, tokens = end - 1, rows[end - 1].length
-        while start > 0 and tokens + rows[start - 1].length <= self.batch_tokens:
+        while start > 0 and tokens + rows[start - 1].length <= limit:
             start -= 1
             tokens += rows[start].length
-        while start == 0 and end < len(rows) and tokens + rows[end].length <= self.batch_tokens:
+        while start == 0 and end < len(rows) and tokens + rows[end].length <= limit:
             tokens += rows[end].length
             end += 1
         batch = rows[start:end]
         del rows[start:end]
-        self._tidy(oldest.prompt)
+        self._tidy(chosen.prompt)
         for job, count in Counter(row.job for row in batch).items():
             job.rows -= count
             if job.rows == 0:

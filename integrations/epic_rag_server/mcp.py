@@ -130,7 +130,8 @@ class Tools:
             hits = indexer.query(query, request)
         except (EpicError, ApiError) as error:
             raise ToolError(str(error)) from None
-        left, shown = _BUDGET, []
+        shown: list[Found] = []
+        left = _BUDGET
         for hit in hits:
             text = _cut(hit.text, max(200, left // max(1, len(hits) - len(shown))))
             left -= len(text)
@@ -261,8 +262,9 @@ async def run_stdio(server: MCPServer) -> None:
     async with stdio_server() as (read, write):
         pending = _Pending()
         lowlevel = server._lowlevel_server
-        streams: Any = (_Requests(read, pending), _Answers(write, pending))
-        await lowlevel.run(*streams, lowlevel.create_initialization_options())
+        requests: Any = _Requests(read, pending)
+        answers: Any = _Answers(write, pending)
+        await lowlevel.run(requests, answers, lowlevel.create_initialization_options())
 
 
 class _Pending:
