@@ -32,9 +32,12 @@ def killed(facts: Facts) -> str:
     return f"{times(kills['kills'], 'kills')} (by {moments}; {kills['while_chroma_wrote']} while Chroma wrote)"
 
 
+OUTCOMES = ("refused", "died", "hung", "fitted")
+
+
 def limited(name: str) -> Callable[[Facts], str]:
     def row(facts: Facts) -> str:
-        outcomes = ", ".join(f"{facts[name][key]} {key}" for key in ("refused", "died", "fitted") if key in facts[name])
+        outcomes = ", ".join(f"{facts[name][key]} {key}" for key in OUTCOMES if facts[name].get(key))
         return f"{times(facts[name]['runs'], 'runs')} ({outcomes})"
 
     return row
