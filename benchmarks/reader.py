@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +60,8 @@ def measure(options: argparse.Namespace) -> int:
         encoder.encode_query(query, bank=bank, strategy="reader")
         timings = interleaved(
             {
-                "zero-shot": lambda: encoder.encode_query(query, instruction=""),
-                "reader": lambda bank=bank: encoder.encode_query(query, bank=bank, strategy="reader"),
+                "zero-shot": partial(encoder.encode_query, query, instruction=""),
+                "reader": partial(encoder.encode_query, query, bank=bank, strategy="reader"),
             },
             options.runs,
             encoder.device,
