@@ -122,6 +122,12 @@ def _inside(data: bytes, rng: random.Random) -> bytes:
     return zipped(members)
 
 
+def is_part(text: str, whole: str) -> bool:
+    """Return whether a text is the whole with some characters left out, such as front matter and, as "…", encoded data."""
+    characters = iter(whole)
+    return text in whole or all(character in characters for character in text.replace("…", ""))
+
+
 def check(name: str, data: bytes, document: Document) -> None:
     """Check what must hold for every document."""
     lines = document.lines
@@ -146,7 +152,8 @@ def check(name: str, data: bytes, document: Document) -> None:
         assert min(document.pages, default=0) >= 0
     else:
         decoded = split_lines(decode(data))
-        assert lines == decoded
+        assert len(lines) == len(decoded)
+        assert all(map(is_part, lines, decoded))
     for chunk in chunk_document(
         document,
         max_tokens=40,
@@ -163,7 +170,7 @@ def check(name: str, data: bytes, document: Document) -> None:
         assert chunk.last_line is not None
         assert 1 <= chunk.first_line <= chunk.last_line
         if decoded is not None:
-            assert chunk.text in "\n".join(decoded[chunk.first_line - 1 : chunk.last_line])
+            assert is_part(chunk.text, "\n".join(decoded[chunk.first_line - 1 : chunk.last_line]))
 
 
 @pytest.fixture(scope="module")

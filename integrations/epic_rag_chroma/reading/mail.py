@@ -115,6 +115,7 @@ class _Reader:
         self._message: Message = Parser(policy=compat32).parsestr(self._raw)
         self._position = 0
         self._line = before + 1
+        self._last = self._line + self._raw.count("\n")
         self._out = out
 
     def read(self) -> None:
@@ -183,7 +184,15 @@ class _Reader:
             if part.get_content_disposition() == "attachment" and kind == "text/html":
                 return
             self._advance(payload)
-            self._text(self._decoded(part, payload), kind, level)
+            # In a damaged message the parser's text may not be where it seems to be.
+            self._text(
+                [
+                    (line, (min(first, self._last), min(last, self._last)))
+                    for line, (first, last) in self._decoded(part, payload)
+                ],
+                kind,
+                level,
+            )
             self._skip(len(payload))
 
     def _text(self, located: _LinesWithSpans, kind: str, level: int) -> None:

@@ -60,11 +60,11 @@ def read_document(name: str, data: bytes, *, named: bool = False) -> Document:
         raise NotTextError("empty")
     try:
         document = _read(name, kind, data, read)
-        read = [line for line in _embedded_lines(document) if line.strip()]
-        if all(map(is_cut_data, read)):
+        embedded = [line for line in _embedded_lines(document) if line.strip()]
+        if all(map(is_cut_data, embedded)):
             raise NotTextError(
                 "nothing but encoded data"
-                if read
+                if embedded
                 else "front matter without a text"
                 if document.metadata
                 else "no text"
