@@ -43,7 +43,9 @@ def check(result: Any, status: int, *facts: str) -> None:
         ),
         (
             ["query", "x", "--strategy", "best"],
-            ["'--strategy': 'best' is not one of 'task-vector', 'epic', 'text'. See `epic-rag query --help`."],
+            [
+                "'--strategy': 'best' is not one of 'reader', 'task-vector', 'epic', 'text'. See `epic-rag query --help`."
+            ],
         ),
         (["query", ""], ["TEXT", "empty", "epic-rag query --help"]),
         (["query", " \n"], ["TEXT", "empty", "epic-rag query --help"]),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from epic_rag import EpicEncoder
 from epic_rag_chroma.chunking import chunk_document
+from epic_rag_chroma.reading.document import NotTextError
 from epic_rag_chroma.reading.reader import read_document
 from epic_rag_chroma.reading.worker import IsolatedReader
 from tests.helpers.soak import SOAK
@@ -68,6 +69,7 @@ SYNTAX = {
     ".sql": ["CREATE TABLE a (", ");", "SELECT 1;", "-- c", "$$"],
     ".vue": ["<script>", "function f() {", "}", "</script>"],
 }
+PLAIN = frozenset(["text. And more. " * 9, "end.", "word", "    four", "\tone tab"])
 EVERYWHERE = ["", "", "", "text. And more. " * 9, "\f", "\x85 odd \u2028 ends", "end.", "word", "    four", "\tone tab"]
 ANYTHING = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n\x1b"), max_size=60)
 ALL_SYNTAX = sorted({line for lines in SYNTAX.values() for line in lines})
@@ -101,7 +103,11 @@ def test_line_numbers(tiny_encoder: EpicEncoder, suffix: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "file" + suffix)
             path.write_bytes(end.join(lines).encode(encoding))
-            document = read_document(path.name, path.read_bytes())
+            try:
+                document = read_document(path.name, path.read_bytes())
+            except NotTextError:  # markup alone
+                assert not PLAIN.intersection(lines)
+                return
             chunks = chunk_document(document, max_tokens=size, overlap=overlap, count_tokens=tiny_encoder.count_tokens)
             with open(path, encoding="utf-8-sig" if encoding == "utf-8" else encoding) as file:
                 shown = file.read().split("\n")
@@ -116,8 +122,11 @@ def test_line_numbers(tiny_encoder: EpicEncoder, suffix: str) -> None:
                 assert chunk.text in "\n".join(there)
                 assert max(tiny_encoder.count_tokens([line + "\n" for line in there])) > size // 3
             covered.update(range(chunk.first_line, chunk.last_line + 1))
-        assert {number for number, line in enumerate(shown, start=1) if line.strip()} <= covered
-        if not overlap:  # the chunks are the file, in its order
+        # Front matter is metadata, not text.
+        assert {number for number, line in enumerate(document.lines, start=1) if line.strip()} <= covered
+        has_all = not document.metadata
+        assert not has_all or [bool(line.strip()) for line in document.lines] == [bool(line.strip()) for line in shown]
+        if not overlap and has_all and not document.display_only:  # the chunks are the file, in its order
             assert "".join("".join(chunk.text for chunk in chunks).split()) == "".join("".join(shown).split())
         counts = tiny_encoder.count_tokens([chunk.embedded for chunk in chunks])
         assert all(count <= size or len(chunk.text) == 1 for count, chunk in zip(counts, chunks, strict=True))

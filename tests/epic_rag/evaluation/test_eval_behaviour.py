@@ -62,7 +62,7 @@ def test_collections_instructions_and_bm25(tiny_checkpoint: Path, capsys: pytest
         (["--data", "nowhere"], 1, "No folder nowhere"),
         (["--heldout", "none.jsonl"], 1, "none.jsonl cannot be read"),
         (["--heldout", "pairs.jsonl", "-n", "many"], 1, '"many" is not a list of numbers'),
-        (["--heldout", "pairs.jsonl", "--strategy", "magic"], 2, "'magic' is not one of 'task-vector'"),
+        (["--heldout", "pairs.jsonl", "--strategy", "magic"], 2, "'magic' is not one of 'reader'"),
         (["--heldout", "pairs.jsonl", "--model", "a=b", "--model", "a=c"], 1, "Two models are called"),
         (["--heldout", "pairs.jsonl", "--draws", "0"], 2, "--draws"),
         (["--heldout", "pairs.jsonl", "--heldout-collection", "both"], 1, '--heldout-collection names "both"'),

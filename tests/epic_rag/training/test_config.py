@@ -71,7 +71,7 @@ def test_tasks_can_be_a_list() -> None:
         ({"num_layers": 0}, "num_layers is 0. It must be greater than or equal to 1."),
         ({"detach_demonstrations": "no"}, "detach_demonstrations is 'no'. It must be a valid boolean."),
         ({"strategy": "magic"}, "strategy is 'magic'. It must be 'epic', 'text' or 'none'."),
-        ({"query_strategy": "none"}, "query_strategy is 'none'. It must be 'task-vector', 'epic' or 'text'."),
+        ({"query_strategy": "none"}, "query_strategy is 'none'. It must be 'reader', 'task-vector', 'epic' or 'text'."),
         ({"pooling": "max"}, "pooling is 'max'. It must be 'last', 'mean' or 'cls'."),
         ({"warmup_ratio": 2}, "warmup_ratio is 2. It must be less than or equal to 1."),
         ({"interpolate_with_start": 1.5}, "interpolate_with_start is 1.5. It must be less than or equal to 1."),
