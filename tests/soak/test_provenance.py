@@ -106,7 +106,7 @@ def test_line_numbers(tiny_encoder: EpicEncoder, suffix: str) -> None:
             try:
                 document = read_document(path.name, path.read_bytes())
             except NotTextError:  # markup alone
-                assert not PLAIN.intersection(lines)
+                assert suffix == ".vtt" or not PLAIN.intersection(lines)  # a header has no text
                 return
             chunks = chunk_document(document, max_tokens=size, overlap=overlap, count_tokens=tiny_encoder.count_tokens)
             with open(path, encoding="utf-8-sig" if encoding == "utf-8" else encoding) as file:
