@@ -1,8 +1,9 @@
 """Index reader: the database of an index, opened when it is first used and searched in snapshots.
 
 Chunks and keywords are read from the database, nearest neighbours from an exact scan of its vectors. From
-`CHROMA_FROM_CHUNKS` chunks on, Chroma's graph is faster than the scan and answers queries without filters, as long as
-the mirror is complete and no run is writing to it; benchmarks/README.md has the figures.
+`CHROMA_FROM_CHUNKS` chunks on, queries without filters use Chroma's graph, as long as the mirror is complete and no run
+is writing to it. A scan of 100,000 vectors takes 12 ms and Chroma 6 ms, but opening Chroma takes a new process a second
+(benchmarks/README.md).
 """
 
 from __future__ import annotations
