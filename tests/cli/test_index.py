@@ -333,6 +333,21 @@ HOLDER = """
 """
 
 
+def test_without_chroma(cli: Any, docs: Path, tiny_checkpoint: Path) -> None:
+    assert cli("index", "docs", "--model", tiny_checkpoint, "--no-chroma").status == 0
+    assert not (docs / ".epic-rag/chroma").exists()
+    assert json.loads(cli("status", "--index-dir", "docs", "--json").out)["chroma"] == "none"
+    assert cli("index", "docs").status == 0  # the index remembers it
+    assert not (docs / ".epic-rag/chroma").exists()
+    assert cli("query", "cats", "--index-dir", "docs", "--mode", "dense").status == 0
+    assert cli("index", "docs", "--chroma", "folder").status == 0
+    assert (docs / ".epic-rag/chroma/chroma.sqlite3").is_file()
+    assert cli("index", "docs", "--no-chroma").status == 0
+    assert not (docs / ".epic-rag/chroma").exists()
+    both = cli("index", "docs", "--no-chroma", "--chroma", "folder")
+    assert (both.status, "exclude each other" in both.err) == (2, True)
+
+
 def test_waiting_for_another_process(cli: Any, indexed: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(HOLDER), str(indexed / ".epic-rag")],
