@@ -165,6 +165,7 @@ def measure(options: argparse.Namespace) -> int:
             "status": [*epic, "status", "--index-dir", folder],
             "help": [*epic, "--help"],
             "warm": [sys.executable, "-c", WARM, folder, *questions(), QUESTION],
+            "warm_torch": [sys.executable, "-c", f"import torch\n{WARM}", folder, *questions(), QUESTION],
             "small": [*ask, sizes[small]],
             "large": [*ask, sizes[large]],
         }
@@ -178,7 +179,8 @@ def measure(options: argparse.Namespace) -> int:
         with ChromaIndexer(folder) as indexer:
             chunks = indexer.status().chunks
     seconds = {name: [each.seconds for each in runs] for name, runs in found.items()}
-    seconds["warm"] = [float(each.out) for each in found["warm"]]
+    for name in ("warm", "warm_torch"):
+        seconds[name] = [float(each.out) for each in found[name]]
     peaks = {name: max(each.peak for each in runs) for name, runs in found.items()}
     labels = {
         "imports": f'python -c "{IMPORTS}"',
@@ -190,13 +192,14 @@ def measure(options: argparse.Namespace) -> int:
         "status": "epic-rag status",
         "help": "epic-rag --help",
         "warm": "a further query in one process",
+        "warm_torch": "the same in a process that has imported torch",
         "small": f"epic-rag query, {small:,} synthetic chunks",
         "large": f"epic-rag query, {large:,} synthetic chunks",
     }
     rows = []
     for name, label in labels.items():
         part = spread_of([a / b for a, b in zip(seconds[name], seconds["imports"], strict=True)]).median
-        cpu = "" if name == "warm" else f"{1e3 * spread_of([each.cpu for each in found[name]]).median:.0f}"
+        cpu = "" if name.startswith("warm") else f"{1e3 * spread_of([each.cpu for each in found[name]]).median:.0f}"
         rows.append([label, milliseconds(seconds[name]), f"{part:.3f}", cpu, f"{peaks[name] / 1e6:.0f}"])
     header = ["process", "ms: median (quartiles)", "part of the imports", "processor time, ms", "peak memory, MB"]
     table = markdown_table(header, rows, text_columns=1)

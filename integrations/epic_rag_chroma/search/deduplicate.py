@@ -10,6 +10,7 @@ means little by itself.
 from __future__ import annotations
 
 from collections import Counter
+from functools import cached_property
 
 from epic_rag_chroma.store.tokenizer import words
 
@@ -32,17 +33,26 @@ class ComparedText:
     def __init__(self, text: str, heading: str = "") -> None:
         self._text = text
         own = tuple(words(text))
-        everything = (*words(heading), *own)
-        self._words = own if len(own) >= _SENTENCE else everything
-        self._counts = Counter(everything)
-        ends = range(len(everything) - _SHINGLE + 1)
-        self._shingles = frozenset(hash(everything[start : start + _SHINGLE]) for start in ends)
+        self._everything = (*words(heading), *own)
+        self._words = own if len(own) >= _SENTENCE else self._everything
+        self._distinct = frozenset(self._everything)
+
+    @cached_property
+    def _counts(self) -> Counter[str]:
+        return Counter(self._everything)
+
+    @cached_property
+    def _shingles(self) -> frozenset[int]:
+        ends = range(len(self._everything) - _SHINGLE + 1)
+        return frozenset(hash(self._everything[start : start + _SHINGLE]) for start in ends)
 
     def is_near_duplicate(self, other: ComparedText) -> bool:
         """Return whether a reader of one learns next to nothing from the other."""
         if self._words == other._words:
             # Texts without words, such as tables of symbols, are compared by character.
             return bool(self._words) or "".join(self._text.split()) == "".join(other._text.split())
+        if not (self._distinct <= other._distinct or self._distinct >= other._distinct):
+            return False  # neither has every word of the other; this decides most pairs
         shared = len(self._shingles & other._shingles)
         if not shared or shared < _OVERLAP * (len(self._shingles) + len(other._shingles) - shared):
             return False
