@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from epic_rag.errors import ConfigError
 from epic_rag_chroma.errors import IndexMismatchError
 from epic_rag_chroma.store.paths import root_path
-from epic_rag_chroma.store.state import CHUNKER_VERSION, IndexState
+from epic_rag_chroma.store.state import IndexState
 from epic_rag_chroma.types import INDEX_FOLDER, IndexSettings
 
 if TYPE_CHECKING:
@@ -45,23 +45,21 @@ def check_model(index_dir: Path, state: IndexState, encoder: EpicEncoder, paths:
 
 
 def check_settings(index_dir: Path, state: IndexState, settings: IndexSettings | None, paths: Sequence[Path]) -> None:
-    """Check that the index has the requested chunk sizes, and chunks of this version.
+    """Check that the index has the requested chunk sizes.
 
     Raises:
-        IndexMismatchError: If sizes or version differ.
+        IndexMismatchError: If they differ.
     """
-    remedy = f"Run `epic-rag index --rebuild {_arguments(index_dir, state, paths)}`."
-    if state.chunker_version != CHUNKER_VERSION:
+    if settings is None:
+        return
+    old, new = (
+        f"{each.chunk_tokens} tokens with an overlap of {each.chunk_overlap}" for each in (state.settings, settings)
+    )
+    if old != new:
         raise IndexMismatchError(
-            f"The index was built with version {state.chunker_version} of the chunker; this is version "
-            f"{CHUNKER_VERSION}. {remedy}"
+            f"The index was built with chunks of {old}, not of {new}. "
+            f"Run `epic-rag index --rebuild {_arguments(index_dir, state, paths)}`."
         )
-    if settings is not None:
-        old, new = (
-            f"{each.chunk_tokens} tokens with an overlap of {each.chunk_overlap}" for each in (state.settings, settings)
-        )
-        if old != new:
-            raise IndexMismatchError(f"The index was built with chunks of {old}, not of {new}. {remedy}")
 
 
 def _arguments(index_dir: Path, state: IndexState, paths: Sequence[Path]) -> str:

@@ -35,7 +35,7 @@ from epic_rag_chroma.store.lock import chroma_lock, write_lock
 from epic_rag_chroma.store.migration import check_migrated, delete_old, is_old_index, migrate, old_place
 from epic_rag_chroma.store.paths import DATABASE_FILE, REBUILD_FILE, absolute_source, merge_roots
 from epic_rag_chroma.store.server import NO_CHROMA, ChromaServer, ServerPlace, new_place, require_known
-from epic_rag_chroma.store.state import IndexState
+from epic_rag_chroma.store.state import CHUNKER_VERSION, IndexState
 from epic_rag_chroma.store.vectors import write_vectors
 from epic_rag_chroma.types import IndexPlan, IndexProgress, IndexReport, IndexSettings
 from epic_rag_chroma.walk.files import scan_roots
@@ -124,6 +124,8 @@ class IndexRunner:
                 if rebuild or state != old:  # queries during the run find the roots of the chunks that it stores
                     with database.transaction():
                         database.save_state(state)
+                        if old is not None and old.chunker_version != state.chunker_version:
+                            database.forget_digests()  # every file is read and split again; known text keeps its vector
                 entries = database.files()
                 sync = Sync(
                     database,
@@ -244,6 +246,8 @@ class IndexRunner:
                 try:
                     with database.snapshot():
                         old, entries = database.state(), database.files()
+                    if old is not None and old.chunker_version != CHUNKER_VERSION:
+                        entries = {key: replace(entry, digest="") for key, entry in entries.items()}
                 finally:
                     database.close()
         settings = settings or (old.settings if old is not None else IndexSettings())

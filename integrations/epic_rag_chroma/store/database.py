@@ -309,6 +309,10 @@ class IndexDatabase:
             (*key, entry.digest, entry.chunks, *stamp, entry.checked_ns),
         )
 
+    def forget_digests(self) -> None:
+        """Have the next change detection read every file again."""
+        self._connection.execute("UPDATE files SET digest = ''")
+
     def delete_files(self, keys: Iterable[DocumentKey]) -> None:
         """Delete the entries of files."""
         self._connection.executemany("DELETE FROM files WHERE root = ? AND path = ?", keys)

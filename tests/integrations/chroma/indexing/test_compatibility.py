@@ -105,9 +105,9 @@ def test_other_chunker_version(indexer: ChromaIndexer, docs: Path) -> None:
         state = database.state()
         assert state is not None
         database.finish_run(replace(state, chunker_version=0))
-    with pytest.raises(IndexMismatchError, match=r"version 0 of the chunker; this is version 3\. .*--rebuild"):
-        indexer.index([docs])
-    indexer.index([docs], rebuild=True)
+    assert sorted(indexer.plan([docs]).changed) == ["guide.md", "notes.txt", "src/tool.py"]
+    report = indexer.index([docs])  # reads every file again, and embeds nothing
+    assert (counts(report), report.chunks_embedded) == ((0, 3, 0, 0), 0)
     assert counts(indexer.index([docs])) == (0, 0, 0, 3)
 
 
