@@ -71,7 +71,7 @@ def check_migrated(index_dir: Path) -> None:
     if is_old_index(index_dir):
         raise IndexMismatchError(
             f"The index in {index_dir} has the format of an older version. Run `epic-rag index --index-dir "
-            f"{shlex.quote(str(index_dir))}` to convert it, which embeds nothing again."
+            f"{shlex.quote(str(index_dir))}` to convert it; stored text is not embedded again."
         )
 
 

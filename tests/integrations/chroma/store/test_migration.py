@@ -70,7 +70,7 @@ def test_conversion(
     assert len(old_files(folder)) == 4
     for call in (lambda: indexer.query("cats"), indexer.status, lambda: indexer.plan([docs])):
         with pytest.raises(
-            IndexMismatchError, match=r"older version\. Run `epic-rag index --index-dir .*embeds nothing"
+            IndexMismatchError, match=r"older version\. Run `epic-rag index --index-dir .*not embedded again"
         ):
             call()
     unchanged(indexer.index([]))
