@@ -47,7 +47,7 @@ import numpy.typing as npt
 from epic_rag.errors import EpicError
 from epic_rag.files import write_atomically
 from epic_rag_chroma.errors import ChromaServerError, IndexStateError
-from epic_rag_chroma.store.paths import CHROMA_FOLDER
+from epic_rag_chroma.store.paths import BROKEN_FOLDER, CHROMA_FOLDER
 from epic_rag_chroma.store.server import Place, ServerPlace, collection_name
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ __all__ = ["Mirror", "delete_collections", "open_collection", "sync_collection"]
 logger = logging.getLogger(__name__)
 
 _OWNER = "epic-rag"
-_BROKEN_FOLDER = "chroma.broken"
 # In Chroma's folder: the graph's files as the last sync has left them.
 _STAMPS_FILE = "epic-rag.json"
 _HNSW: dict[str, Any] = {
@@ -98,7 +97,6 @@ def sync_collection(
     source: str,
     fingerprint: str,
     truncate_dim: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Make the mirror equal to the rows of the database.
 
@@ -113,7 +111,6 @@ def sync_collection(
         source: Name or folder of the checkpoint, for the collection's embedding function.
         fingerprint: Fingerprint of the model. A collection with another one is replaced.
         truncate_dim: Dimension of the vectors, if they are truncated.
-        progress: Called with the number of rows that were sent and the number of rows to send.
 
     Raises:
         ChromaServerError: If the server cannot be reached, refuses, or fails again and again. The index is complete.
@@ -134,7 +131,7 @@ def sync_collection(
         try:
             with _open_client(place, RUN_PATIENCE, RUN_PATIENCE if attempt else PATIENCE) as client:
                 is_open = True
-                sync = _Sync(database, place, client, progress or (lambda done, total: None))
+                sync = _Sync(database, place, client)
                 if trusted is None or not sync.update(trusted, fingerprint):
                     trusted = sync.fill(metadata, function)
             if isinstance(place, Path):
@@ -236,12 +233,10 @@ class _Sync:
         database: IndexDatabase,
         place: Place,
         client: ClientAPI | ServerClient,
-        progress: Callable[[int, int], None],
     ) -> None:
         self._database = database
         self._place = place
         self._client = client
-        self._progress = progress
         self._max_rows = min(_PAGE, int(client.get_max_batch_size()))
         self._max_bytes = _REQUEST_BYTES
 
@@ -262,7 +257,6 @@ class _Sync:
         for start in range(0, len(ids), self._max_rows):
             part = ids[start : start + self._max_rows]
             self._apply(collection, part, self._database.get(part))
-            self._progress(start + len(part), len(ids))
         if not self._has_all_rows(collection):
             return False
         self._publish(collection)
@@ -281,12 +275,9 @@ class _Sync:
             embedding_function=function,
         )
         self._database.begin_mirror(str(collection.id))
-        done, total = 0, self._database.count()
         for records in self._database.pages():
             self._upsert(collection, records)
-            done += len(records)
-            self._progress(done, total)
-        if int(collection.count()) != total or not _finds_its_rows(collection):
+        if int(collection.count()) != self._database.count() or not _finds_its_rows(collection):
             message = f"Chroma has lost rows of the new collection in {self._place}. Run `epic-rag index` again."
             raise IndexStateError(message) if isinstance(self._place, Path) else ChromaServerError(message, 500)
         self._publish(collection)
@@ -523,9 +514,9 @@ def _set_aside(index_dir: Path) -> bool:
             return False
     except sqlite3.DatabaseError:
         pass
-    shutil.rmtree(index_dir / _BROKEN_FOLDER, ignore_errors=True)
-    os.replace(index_dir / CHROMA_FOLDER, index_dir / _BROKEN_FOLDER)
-    logger.warning("%s is not a database; it was moved to %s", database, _BROKEN_FOLDER)
+    shutil.rmtree(index_dir / BROKEN_FOLDER, ignore_errors=True)
+    os.replace(index_dir / CHROMA_FOLDER, index_dir / BROKEN_FOLDER)
+    logger.warning("%s is not a database; it was moved to %s", database, BROKEN_FOLDER)
     return True
 
 

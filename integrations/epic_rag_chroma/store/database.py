@@ -34,7 +34,7 @@ from epic_rag_chroma.store.keyword_index import (
     KeywordIndex,
     KeywordsUnavailableError,
 )
-from epic_rag_chroma.store.paths import DocumentKey, FileStamp
+from epic_rag_chroma.store.paths import APPLICATION_ID, APPLICATION_ID_AT, DocumentKey, FileStamp
 from epic_rag_chroma.store.state import FileEntry, IndexState, MirrorState
 
 __all__ = ["IndexDatabase", "Record", "delete_database", "is_foreign", "is_readable"]
@@ -46,9 +46,8 @@ Numbers = npt.NDArray[np.int64]
 Metadata = Mapping[str, Any]
 
 FORMAT_VERSION = 3
-_APPLICATION_ID = 0x45504943  # "EPIC"
+_APPLICATION_NUMBER = int.from_bytes(APPLICATION_ID, "big")
 _SQLITE_MARK = b"SQLite format 3\0"
-_APPLICATION_ID_AT = 68  # in the header of the file
 _PAGE = 1000
 _BUSY_SECONDS = 30.0
 # Suffixes of the files of an open database.
@@ -133,7 +132,7 @@ class IndexDatabase:
             with database._errors(writing=True):
                 connection = database._connection
                 if not _size(path):  # the file's header shows from the beginning that it is an index
-                    connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                    connection.execute(f"PRAGMA application_id = {_APPLICATION_NUMBER}")
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
                 if not connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
@@ -348,10 +347,16 @@ class IndexDatabase:
         self._record_changes(record.id for record in records)
 
     def update_metadata(self, ids: Sequence[str], metadatas: Sequence[Metadata]) -> None:
-        """Change the metadata of chunks; text, vector, headings and numbers stay."""
-        changed = [
-            (_dumped(metadata), *_columns(metadata), row_id) for row_id, metadata in zip(ids, metadatas, strict=True)
-        ]
+        """Change the metadata of chunks, and their keywords if these follow from it; text, vector and number stay."""
+        given = dict(zip(ids, metadatas, strict=True))
+        for number, row_id, text, old in list(
+            self._selected("SELECT number, id, text, metadata FROM chunks WHERE id IN", ids)
+        ):
+            searched = _searched(text, given[row_id])
+            if searched != _searched(text, json.loads(old)):
+                self._keywords.delete(number)
+                self._keywords.add(number, searched)
+        changed = [(_dumped(metadata), *_columns(metadata), row_id) for row_id, metadata in given.items()]
         self._connection.executemany(
             "UPDATE chunks SET metadata = ?, doc_id = ?, embedded_hash = ? WHERE id = ?", changed
         )
@@ -534,7 +539,7 @@ class IndexDatabase:
         application = int(self._connection.execute("PRAGMA application_id").fetchone()[0])
         if not found:  # a process died, or has not finished, before the tables were created
             raise IndexNotFoundError(f"No index in {self.path.parent}. Run `epic-rag index PATH` to create one.")
-        if application != _APPLICATION_ID:
+        if application != _APPLICATION_NUMBER:
             raise sqlite3.DatabaseError("it is not an index")
         if found != FORMAT_VERSION:
             raise IndexMismatchError(
@@ -630,8 +635,7 @@ def is_foreign(path: Path) -> bool:
             head = file.read(100)
     except OSError:
         return False
-    mark = _APPLICATION_ID.to_bytes(4, "big")
-    return head.startswith(_SQLITE_MARK) and head[_APPLICATION_ID_AT : _APPLICATION_ID_AT + 4] != mark
+    return head.startswith(_SQLITE_MARK) and head[APPLICATION_ID_AT] != APPLICATION_ID
 
 
 def _is_damage(error: sqlite3.Error) -> bool:

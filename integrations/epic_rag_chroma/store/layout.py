@@ -14,11 +14,17 @@ from pathlib import Path
 from epic_rag_chroma.errors import IndexStateError
 from epic_rag_chroma.store.database import is_foreign
 from epic_rag_chroma.store.lock import CHROMA_LOCK_FILE, HOLDER_FILE, LOCK_FILE
-from epic_rag_chroma.store.migration import OLD_INDEX_FILE, OLD_PATTERNS, is_old_index
-from epic_rag_chroma.store.paths import CHROMA_FOLDER, DATABASE_FILE, REBUILD_FILE, VECTORS_FILE
+from epic_rag_chroma.store.migration import OLD_PATTERNS, is_old_index
+from epic_rag_chroma.store.paths import (
+    BROKEN_FOLDER,
+    CHROMA_FOLDER,
+    DATABASE_FILE,
+    OLD_INDEX_FILE,
+    REBUILD_FILE,
+    VECTORS_FILE,
+)
 
 __all__ = [
-    "BROKEN_FOLDER",
     "TRUSTED_VARIABLE",
     "check_owner",
     "delete_index",
@@ -30,7 +36,6 @@ __all__ = [
 ]
 
 
-BROKEN_FOLDER = "chroma.broken"
 TRUSTED_VARIABLE = "EPIC_RAG_TRUSTED_INDEX"
 """Environment variable with trusted index folders of other users, separated as in PATH."""
 

@@ -20,15 +20,14 @@ import numpy as np
 from epic_rag.errors import EpicError
 from epic_rag_chroma.errors import IndexMismatchError, IndexStateError
 from epic_rag_chroma.store.database import IndexDatabase, Record, is_readable
-from epic_rag_chroma.store.paths import DocumentKey, FileStamp
+from epic_rag_chroma.store.paths import OLD_INDEX_FILE, OLD_INDEX_MARK, DocumentKey, FileStamp
 from epic_rag_chroma.store.server import LOCAL, ServerPlace
 from epic_rag_chroma.store.state import FileEntry, IndexState
 
-__all__ = ["OLD_INDEX_FILE", "OLD_PATTERNS", "check_migrated", "is_old_index", "migrate", "old_place"]
+__all__ = ["OLD_PATTERNS", "check_migrated", "is_old_index", "migrate", "old_place"]
 
 logger = logging.getLogger(__name__)
 
-OLD_INDEX_FILE = "index.json"
 # Rows and words were in files named after the collection's UUID.
 _UUID = "-".join("?" * length for length in (8, 4, 4, 4, 12))
 OLD_PATTERNS = (
@@ -44,8 +43,6 @@ OLD_PATTERNS = (
 _PAGE = 1000
 
 
-# At the beginning of index.json, a name that other programs use as well.
-_OLD_MARK = b"epic-rag-index"
 _MARK_WITHIN = 400
 
 
@@ -53,7 +50,7 @@ def is_old_index(index_dir: Path) -> bool:
     """Return whether a folder has an index of format 2 or older; also one whose `index.json` is damaged or lost."""
     try:
         with open(index_dir / OLD_INDEX_FILE, "rb") as file:
-            if _OLD_MARK in file.read(_MARK_WITHIN):
+            if OLD_INDEX_MARK in file.read(_MARK_WITHIN):
                 return True
     except FileNotFoundError:
         pass

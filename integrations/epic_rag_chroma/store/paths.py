@@ -14,8 +14,13 @@ from pathlib import Path
 from epic_rag.errors import DataError
 
 __all__ = [
+    "APPLICATION_ID",
+    "APPLICATION_ID_AT",
+    "BROKEN_FOLDER",
     "CHROMA_FOLDER",
     "DATABASE_FILE",
+    "OLD_INDEX_FILE",
+    "OLD_INDEX_MARK",
     "REBUILD_FILE",
     "VECTORS_FILE",
     "DocumentKey",
@@ -29,12 +34,18 @@ __all__ = [
 
 DATABASE_FILE = "index.sqlite"
 """The index."""
+APPLICATION_ID, APPLICATION_ID_AT = b"EPIC", slice(68, 72)
+"""What SQLite's header says of the program that made a database, and where."""
+OLD_INDEX_FILE, OLD_INDEX_MARK = "index.json", b"epic-rag-index"
+"""File of an index of format 2, and what its first 400 bytes contain; other programs use the name as well."""
 REBUILD_FILE = "rebuild.sqlite"
 """An index that is being rebuilt beside the current one."""
 VECTORS_FILE = "vectors.bin"
 """Copy of the index's vectors that readers map into memory."""
 CHROMA_FOLDER = "chroma"
 """The Chroma mirror."""
+BROKEN_FOLDER = "chroma.broken"
+"""A Chroma folder that could not be opened."""
 
 DocumentKey = tuple[str, str]
 """The root's path relative to the index folder, and the file's path relative to the root, both with slashes."""

@@ -20,7 +20,17 @@ from pathlib import Path, PurePosixPath
 
 from epic_rag_chroma.reading.document import NotTextError
 from epic_rag_chroma.reading.file_types import byte_limit, unread_format
-from epic_rag_chroma.store.paths import DATABASE_FILE, DocumentKey, FileStamp, relative_root, root_path
+from epic_rag_chroma.store.paths import (
+    APPLICATION_ID,
+    APPLICATION_ID_AT,
+    DATABASE_FILE,
+    OLD_INDEX_FILE,
+    OLD_INDEX_MARK,
+    DocumentKey,
+    FileStamp,
+    relative_root,
+    root_path,
+)
 from epic_rag_chroma.types import IndexSettings, SkippedFile
 from epic_rag_chroma.walk.generated import generated_format, is_left_out_folder, left_out
 from epic_rag_chroma.walk.ignore import IgnorePatterns, IgnoreRules
@@ -28,10 +38,6 @@ from epic_rag_chroma.walk.safe_read import NotRegularError, TooLargeError, read_
 
 __all__ = ["FoundFile", "Scan", "ScannedRoots", "display_name", "read_file", "scan", "scan_roots"]
 
-# The application id of an index's database, at its place in SQLite's header; before that, part of index.json.
-_DATABASE_MARK = slice(68, 72), b"EPIC"
-_OLD_INDEX_FILE = "index.json"
-_OLD_INDEX_MARK = b"epic-rag-index"
 _INDEX_MARK_WITHIN = 400
 _VERSION_CONTROL = frozenset({".git", ".hg", ".svn", ".bzr", ".jj", "_darcs", "CVS"})
 
@@ -108,12 +114,12 @@ def _is_index_folder(folder: str) -> bool:
     """Return whether a folder is an index (under any name) or a Chroma folder, neither of which holds documents."""
     if os.path.lexists(os.path.join(folder, "chroma.sqlite3")):
         return True
-    for name in (DATABASE_FILE, _OLD_INDEX_FILE):
+    for name in (DATABASE_FILE, OLD_INDEX_FILE):
         try:
             head = read_regular(os.path.join(folder, name), _INDEX_MARK_WITHIN, whole=False)[0]
         except OSError:
             continue
-        if head[_DATABASE_MARK[0]] == _DATABASE_MARK[1] or _OLD_INDEX_MARK in head:
+        if head[APPLICATION_ID_AT] == APPLICATION_ID or OLD_INDEX_MARK in head:
             return True
     return False
 
@@ -169,7 +175,7 @@ class _Walk:
                 continue
             self._visited.add((info.st_dev, info.st_ino))
             names = {entry.name for entry in listed}
-            marks = (DATABASE_FILE, _OLD_INDEX_FILE, "chroma.sqlite3")
+            marks = (DATABASE_FILE, OLD_INDEX_FILE, "chroma.sqlite3")
             if prefix and not names.isdisjoint(marks) and _is_index_folder(folder):
                 continue
             name = os.path.basename(folder)

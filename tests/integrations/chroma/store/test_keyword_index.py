@@ -160,6 +160,16 @@ def test_any_text_and_any_query(tmp_path_factory: pytest.TempPathFactory, texts:
         assert found(database, query) == []
 
 
+def test_words_change_with_the_metadata(database: IndexDatabase) -> None:
+    metadata = {"doc_id": "doc", "embedded_hash": "e", "heading_path": ""}
+    with database.transaction():
+        database.update_metadata(["e"], [{**metadata, "words": "Dogs bark."}])
+    assert (found(database, "dogs"), found(database, "cats")) == (["e"], [])
+    with database.transaction():
+        database.update_metadata(["e"], [{**metadata, "page": 2}])
+    assert (found(database, "dogs"), found(database, "cats")) == ([], ["e"])
+
+
 def test_words_of_another_version(database: IndexDatabase) -> None:
     """A reader reports words of another version; the writer makes them again from the chunks."""
     expected = database.match("undo a commit guide", 9)
