@@ -2,7 +2,7 @@
 
 Chunks and keywords are read from the database, nearest neighbours from an exact scan of its vectors. From
 `CHROMA_FROM_CHUNKS` chunks on, queries without filters use Chroma's graph, as long as the mirror is complete and no run
-is writing to it. A scan of 100,000 vectors takes 12 ms and Chroma 6 ms, but opening Chroma takes a new process a second
+is writing to it. A scan of 100,000 vectors takes 7 ms and Chroma 6 ms, but opening Chroma takes a new process a second
 (benchmarks/README.md).
 """
 
