@@ -208,8 +208,8 @@ class VectorSearch:
 def _cosines(matrix: Vector, vector: Vector) -> Vector:
     """Return cosines (n,) of unit vectors (n, dim) and (dim,).
 
-    With one thread `vecdot` is about as fast as BLAS with all (benchmarks/vector_search.py), so searches do not wait for
-    each other's threads. Rounded, since equal rows may differ in the last bit of their products.
+    With one thread `vecdot` is about as fast as BLAS with all of them (benchmarks/vector_search.py), so searches do not
+    wait for each other. Rounded, since equal rows may differ in the last bit of their products.
     """
     cosines: Vector = np.asarray(np.vecdot(matrix, vector), dtype=np.float32)
     return np.round(cosines, 6, out=cosines)
