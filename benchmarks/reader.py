@@ -16,8 +16,9 @@ import torch
 from bench_common import Bar, bars_table, interleaved, ratio, run_main, write
 
 from epic_rag import DemonstrationBank, EpicEncoder
-from epic_rag.demonstrations import Vectors, unit_rows
+from epic_rag.demonstrations import Vectors
 from epic_rag.evaluation.report import markdown_table
+from epic_rag.metrics import unit_rows
 
 SIZES = (1, 8, 100, 1_000, 10_000)
 LARGEST_SHARE = 1.05

@@ -20,7 +20,6 @@ import torch
 from bench_common import Bar, bars_table, interleaved, ratio, run_main, say, write
 
 from epic_rag import DemonstrationBank, EpicEncoder
-from epic_rag.demonstrations import unit_rows
 from epic_rag.evaluation.embedding_store import EmbeddingStore, Vectors, make_prompt
 from epic_rag.evaluation.heldout import (
     Collection,
@@ -33,6 +32,7 @@ from epic_rag.evaluation.heldout import (
 )
 from epic_rag.evaluation.report import markdown_table
 from epic_rag.evaluation.runner import COLLECTIONS, parse_choices
+from epic_rag.metrics import unit_rows
 from epic_rag.query_prompt import QueryPrompt
 from epic_rag.task_vector import task_vector
 

@@ -7,6 +7,8 @@ demonstrations and their embeddings *under the fingerprint of an encoder*, or of
     embeddings.safetensors    (k, 2, dim) float32: query, passage; one tensor per encoder
 
 Vectors of another encoder are never used: a bank that has none of the encoder's is embedded again from its texts.
+A bank never changes but by `embed`: `add`, `remove`, `subset` and `merge` return new ones, with the vectors that are
+known.
 """
 
 from __future__ import annotations
@@ -25,19 +27,21 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
+from epic_rag.bank_report import BankReport, evaluate_pairs
 from epic_rag.errors import BankError, DataError, FingerprintError, PromptError, TaskError
 from epic_rag.files import describe_os_error, read_jsonl, write_atomically
+from epic_rag.reader import DemonstrationReader
 from epic_rag.tasks import get_task
 
 __all__ = [
     "SELECTIONS",
     "BankEncoder",
+    "BankEvaluator",
     "Demonstration",
     "DemonstrationBank",
     "Selection",
     "built_in_banks",
     "check_selection",
-    "unit_rows",
 ]
 
 logger = logging.getLogger(__name__)
@@ -73,6 +77,21 @@ class BankEncoder(Protocol):
         """Return (k, 2, dim) float32 vectors of a bank's demonstrations."""
 
 
+class BankEvaluator(BankEncoder, Protocol):
+    """The part of an encoder that evaluates a bank."""
+
+    @property
+    def strategy(self) -> str:
+        """Strategy of demonstrations for queries that name none."""
+
+    @property
+    def reader(self) -> DemonstrationReader:
+        """Reader of demonstrations for strategy "reader"."""
+
+    def encode_document(self, texts: Sequence[str]) -> Vectors:
+        """Return (n, dim) float32 vectors of documents."""
+
+
 class DemonstrationBank:
     """An instruction and demonstrations of one task.
 
@@ -83,6 +102,7 @@ class DemonstrationBank:
         symmetric: Whether passages are encoded like queries (paraphrases, messages with the same intent). None
             takes the task's setting, or False.
         origin: Where the demonstrations come from, for the record.
+        enabled: Whether queries use the demonstrations if they name no number of them; the instruction always holds.
 
     Attributes:
         embeddings: (k, 2, dim) float32 vectors (query, passage) of the encoder `encoder_fingerprint`; None before
@@ -105,6 +125,7 @@ class DemonstrationBank:
         task: str | None = None,
         symmetric: bool | None = None,
         origin: str = "",
+        enabled: bool = True,
     ) -> None:
         self.demonstrations = tuple(_demonstration(item, index) for index, item in enumerate(demonstrations))
         task_instruction, task_symmetric = _task_defaults(task)
@@ -112,6 +133,7 @@ class DemonstrationBank:
         self.instruction = task_instruction if instruction is None else instruction
         self.symmetric = task_symmetric if symmetric is None else symmetric
         self.origin = origin
+        self.enabled = enabled
         self.embeddings: Vectors | None = None
         self.encoder_fingerprint: str | None = None
         self._others: dict[str, Vectors] = {}
@@ -196,6 +218,7 @@ class DemonstrationBank:
                 task=data.get("task"),
                 symmetric=data.get("symmetric"),
                 origin=str(data.get("origin", "")),
+                enabled=data.get("enabled") is not False,
             )
         except PermissionError as error:
             raise BankError(f"{describe_os_error(error)}. Make it readable or pass another bank.") from error
@@ -212,8 +235,12 @@ class DemonstrationBank:
             bank.embed(encoder)
         return bank
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], *, precision: Literal["float32", "float16"] = "float32") -> None:
         """Write the bank to a folder, which is made if it is missing.
+
+        Args:
+            folder: The folder.
+            precision: Precision of the vectors on disk; float16 halves their size and changes cosines by about 0.0001.
 
         Raises:
             BankError: If the folder cannot be made.
@@ -230,6 +257,7 @@ class DemonstrationBank:
             "instruction": self.instruction,
             "symmetric": self.symmetric,
             "origin": self.origin,
+            **({} if self.enabled else {"enabled": False}),
             "encoder_fingerprint": self.encoder_fingerprint,
             "dimension": None if self.embeddings is None else int(self.embeddings.shape[-1]),
             **({"other_encoders": others} if others else {}),
@@ -238,7 +266,7 @@ class DemonstrationBank:
         # Vectors first, under the fingerprint of the texts: a crash between the two writes leaves a pair that
         # disagrees, which load() treats as "not embedded".
         if self.embeddings is not None:
-            _write_vectors(target / EMBEDDINGS_FILE, self._vectors_by_encoder(), self.fingerprint)
+            _write_vectors(target / EMBEDDINGS_FILE, self._vectors_by_encoder(), self.fingerprint, precision)
         else:
             (target / EMBEDDINGS_FILE).unlink(missing_ok=True)
         text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
@@ -339,21 +367,140 @@ class DemonstrationBank:
             )
         return np.ascontiguousarray(self.embeddings, dtype=np.float32)
 
+    def number_used(self, requested: int | None) -> int:
+        """Return how many demonstrations a query uses, given the number that it names or None."""
+        return (len(self) if self.enabled else 0) if requested is None else requested
+
+    def evaluate(
+        self,
+        encoder: BankEvaluator,
+        corpus: Vectors | Sequence[str] | None = None,
+        *,
+        strategy: Literal["reader", "task-vector"] | None = None,
+    ) -> BankReport:
+        """Compute the gain in nDCG@10 that the bank can be expected to bring, by cross-validation on its pairs.
+
+        Args:
+            encoder: The bank's vectors are its own, or computed with it.
+            corpus: Passages of an index beside those of the bank: (m, dim) vectors of this encoder, or texts.
+            strategy: None takes the encoder's, or "reader" for an encoder whose strategy needs a prompt.
+
+        Returns:
+            Gain with its 95% interval, base recall, and the pairs that do not fit.
+
+        Raises:
+            BankError: If the bank has fewer than ten pairs, or `corpus` has more dimensions than the bank.
+
+        Example:
+            >>> report = bank.evaluate(encoder, ["The filter is behind the cover."])  # doctest: +SKIP
+            >>> print(report.gain, report.low, report.high, report.verdict)  # doctest: +SKIP
+        """
+        known = self._vectors_by_encoder().get(encoder.fingerprint)
+        pairs = encoder.embed_demonstrations(self) if known is None else known
+        chosen = strategy or ("task-vector" if encoder.strategy == "task-vector" else "reader")
+        texts = None if corpus is None or isinstance(corpus, np.ndarray) else list(corpus)
+        return evaluate_pairs(
+            np.ascontiguousarray(pairs, dtype=np.float32),
+            [item.query for item in self.demonstrations],
+            [item.passage for item in self.demonstrations],
+            reader=encoder.reader if chosen == "reader" else None,
+            corpus=encoder.encode_document(texts) if texts else corpus if isinstance(corpus, np.ndarray) else None,
+        )
+
+    def add(
+        self, demonstrations: Iterable[Demonstration | tuple[str, str]], *encoders: BankEncoder
+    ) -> DemonstrationBank:
+        """Return a new bank with further demonstrations behind those it has; repeated ones are left out.
+
+        Args:
+            demonstrations: `Demonstration`s or (query, passage) pairs.
+            encoders: Encoders that embed the new ones. Vectors that the bank has of them are kept; those of other
+                encoders are dropped, as they lack the new demonstrations.
+
+        Raises:
+            BankError: If a demonstration is not a pair of non-empty strings.
+        """
+        checked = [_demonstration(item, index) for index, item in enumerate(demonstrations)]
+        known_pairs = set(self.demonstrations)
+        new = [item for item in dict.fromkeys(checked) if item not in known_pairs]
+        if not new:
+            return self.copy()
+        result = self._with(self.demonstrations + tuple(new))
+        fresh = self._with(new)
+        known = self._vectors_by_encoder()
+        result._set_vectors(
+            {
+                each.fingerprint: np.concatenate([known[each.fingerprint], each.embed_demonstrations(fresh)])
+                if each.fingerprint in known
+                else each.embed_demonstrations(result)
+                for each in encoders
+            }
+        )
+        return result
+
+    def remove(self, rows: Iterable[int]) -> DemonstrationBank:
+        """Return a new bank without the demonstrations with these indices.
+
+        Raises:
+            BankError: If there is no such demonstration.
+        """
+        gone = set(rows)
+        if wrong := sorted(row for row in gone if not 0 <= row < len(self)):
+            raise BankError(f"There is no demonstration {wrong[0] + 1}. The bank has {len(self)}.")
+        return self.subset([row for row in range(len(self)) if row not in gone])
+
+    @classmethod
+    def merge(cls, banks: Sequence[DemonstrationBank]) -> DemonstrationBank:
+        """Return one bank of the demonstrations of several, in their order; repeated ones are left out.
+
+        The instruction is that of the first bank. Vectors are kept where all have them and the instruction is the
+        same, as a query's vector depends on it. Banks that are not enabled are left out, unless none is.
+
+        Raises:
+            BankError: If there is no bank, or only some are symmetric.
+        """
+        if not banks:
+            raise BankError("There is no bank to merge. Pass one or more.")
+        if len({bank.symmetric for bank in banks}) > 1:
+            raise BankError("Banks of symmetric tasks and others cannot be used together. Pass banks of one kind.")
+        first = banks[0]
+        used = [bank for bank in banks if bank.enabled] or list(banks)
+        if len(used) == 1 and used[0] is first:
+            return first
+        rows: dict[Demonstration, int] = {}
+        for number, item in enumerate(item for bank in used for item in bank.demonstrations):
+            rows.setdefault(item, number)
+        result = first._with(list(rows))
+        result.enabled = any(bank.enabled for bank in banks)
+        result.origin = "; ".join(dict.fromkeys(bank.origin for bank in used if bank.origin))
+        if all(bank.instruction == first.instruction for bank in used):
+            stored = [bank._vectors_by_encoder() for bank in used]
+            shared = [key for key in stored[0] if all(key in vectors for vectors in stored)]
+            kept = list(rows.values())
+            result._set_vectors({key: np.concatenate([each[key] for each in stored])[kept] for key in shared})
+        return result
+
     def subset(self, rows: Sequence[int]) -> DemonstrationBank:
         """Return a new bank of the demonstrations with these indices, in this order, with their vectors."""
-        chosen = DemonstrationBank(
-            [self.demonstrations[row] for row in rows],
-            instruction=self.instruction,
-            symmetric=self.symmetric,
-            origin=self.origin,
-        )
-        chosen.task = self.task
+        chosen = self._with([self.demonstrations[row] for row in rows])
         chosen._set_vectors({key: array[list(rows)] for key, array in self._vectors_by_encoder().items()})
         return chosen
 
     def copy(self) -> DemonstrationBank:
         """Return a copy with the same vectors."""
         return self.subset(range(len(self)))
+
+    def _with(self, demonstrations: Sequence[Demonstration]) -> DemonstrationBank:
+        """Return a bank of other demonstrations with the same settings, without vectors."""
+        result = DemonstrationBank(
+            demonstrations,
+            instruction=self.instruction,
+            symmetric=self.symmetric,
+            origin=self.origin,
+            enabled=self.enabled,
+        )
+        result.task = self.task  # passed on above it would fill in an instruction that is None
+        return result
 
     def _vectors_by_encoder(self) -> dict[str, Vectors]:
         return {} if self.embeddings is None else {self.encoder_fingerprint or "": self.embeddings, **self._others}
@@ -375,13 +522,6 @@ def check_selection(name: str) -> None:
     """Raise PromptError unless a selection has this name."""
     if name not in SELECTIONS:
         raise PromptError(f"Unknown selection {name!r}. Choose one of {', '.join(SELECTIONS)}.")
-
-
-def unit_rows(vectors: Vectors) -> Vectors:
-    """Scale each row of (rows, dim) to length one; a zero row stays zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    result: Vectors = vectors / np.maximum(norms, 1e-12)
-    return result
 
 
 def _farthest_rows(vectors: Vectors, k: int) -> list[int]:
@@ -424,13 +564,13 @@ def _demonstration(item: Demonstration | tuple[str, str], index: int) -> Demonst
     return Demonstration(*pair)
 
 
-def _write_vectors(file: Path, vectors: Mapping[str, Vectors], bank: str) -> None:
+def _write_vectors(file: Path, vectors: Mapping[str, Vectors], bank: str, precision: str) -> None:
     """Write (k, 2, dim) vectors by encoder; the first encoder's tensor is `embeddings`."""
     from safetensors.numpy import save
 
     first = next(iter(vectors))
     tensors = {
-        _FIRST_TENSOR if name == first else f"{_FIRST_TENSOR}.{name}": np.ascontiguousarray(array)
+        _FIRST_TENSOR if name == first else f"{_FIRST_TENSOR}.{name}": np.ascontiguousarray(array, dtype=precision)
         for name, array in vectors.items()
     }
     write_atomically(file, save(tensors, metadata={"encoder": first, "bank": bank}))

@@ -25,7 +25,8 @@ import numpy.typing as npt
 from typing_extensions import Unpack
 
 from epic_rag.checkpoints import EncoderConfig, check_width, fingerprint_of, identify, read_epic_file, resolve
-from epic_rag.demonstrations import DemonstrationBank, Selection, unit_rows
+from epic_rag.demonstrations import DemonstrationBank, Selection
+from epic_rag.metrics import unit_rows
 from epic_rag.numpy_bert import NumpyBert, open_numpy_bert
 from epic_rag.prompt import EncoderInput, Prefix, PromptBuilder, prefetch
 from epic_rag.query_prompt import PromptSettings, QueryPrompt, QueryStrategy
@@ -490,6 +491,9 @@ class EpicEncoder:
 
     def _num_demonstrations(self, bank: DemonstrationBank, requested: int | None, strategy: QueryStrategy) -> int:
         """Return the requested number of demonstrations, or the most that the strategy can use."""
+        if requested is None and not bank.enabled:
+            logger.info("the demonstrations of the bank are off; name their number to use them")
+            return 0
         if strategy in ("reader", "task-vector"):  # they have no trained length
             return len(bank) if requested is None else requested
         trained = self.config.max_demonstrations or len(bank)

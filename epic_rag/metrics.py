@@ -1,4 +1,4 @@
-"""nDCG of exact rankings, and means with standard errors."""
+"""Unit vectors, nDCG of exact rankings, and means with standard errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["mean_and_error", "ndcg_at_k", "ndcg_of_scores"]
+__all__ = ["mean_and_error", "ndcg_at_k", "ndcg_of_scores", "unit_rows"]
+
+
+def unit_rows(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Scale each row of (rows, dim) to length one; a zero row stays zero."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    result: npt.NDArray[np.float32] = vectors / np.maximum(norms, 1e-12)
+    return result
 
 
 def ndcg_at_k(

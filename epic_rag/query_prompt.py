@@ -7,6 +7,7 @@ Importing this module loads neither torch nor transformers.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
@@ -15,6 +16,8 @@ from epic_rag.tasks import get_task
 
 if TYPE_CHECKING:
     from epic_rag.demonstrations import DemonstrationBank, Selection
+
+    OneBank = DemonstrationBank | str | os.PathLike[str]
 
 __all__ = ["QUERY_STRATEGIES", "PromptSettings", "QueryPrompt", "QueryStrategy"]
 
@@ -27,7 +30,7 @@ class PromptSettings(TypedDict, total=False):
     """The fields of `QueryPrompt` as keyword arguments."""
 
     task: str | None
-    bank: DemonstrationBank | str | os.PathLike[str] | None
+    bank: OneBank | Sequence[OneBank] | None
     instruction: str | None
     num_demonstrations: int | None
     strategy: QueryStrategy | None
@@ -43,10 +46,11 @@ class QueryPrompt:
 
     Args:
         task: Name of a known task, for its instruction.
-        bank: Demonstrations: a bank, a bank folder, or the name of a built-in bank.
+        bank: Demonstrations: a bank, a bank folder, the name of a built-in bank, or several of them, whose
+            demonstrations are used together with the first one's instruction.
         instruction: An instruction in words; "" for none at all.
-        num_demonstrations: How many demonstrations of `bank` to use. None uses all; before a query in the prompt, at
-            most as many as the checkpoint was trained with. 0 uses none.
+        num_demonstrations: How many demonstrations of `bank` to use. None uses all, or none of a bank that is off;
+            before a query in the prompt, at most as many as the checkpoint was trained with. 0 uses none.
         strategy: "reader" moves the query's vector by what the demonstrations show about queries like it,
             "task-vector" by the mean difference of passages and queries, "epic" puts the demonstrations' embeddings
             before the query, "text" their texts. None takes the checkpoint's default.
@@ -58,7 +62,7 @@ class QueryPrompt:
     """
 
     task: str | None = None
-    bank: DemonstrationBank | str | os.PathLike[str] | None = None
+    bank: OneBank | Sequence[OneBank] | None = None
     instruction: str | None = None
     num_demonstrations: int | None = None
     strategy: QueryStrategy | None = None
@@ -100,16 +104,19 @@ class QueryPrompt:
         return replace(self, num_demonstrations=0)
 
     def resolve_bank(self) -> DemonstrationBank | None:
-        """Load the bank, if demonstrations or its instruction are needed.
+        """Load the bank, if demonstrations or its instruction are needed; several become one.
 
         Raises:
-            BankError: If the bank is missing or malformed.
+            BankError: If the bank is missing or malformed, or banks do not fit together.
         """
         from epic_rag.demonstrations import DemonstrationBank
 
         if self.bank is None or isinstance(self.bank, DemonstrationBank):
             return self.bank
-        return DemonstrationBank.load(self.bank)
+        if isinstance(self.bank, (str, os.PathLike)):
+            return DemonstrationBank.load(self.bank)
+        loaded = [bank if isinstance(bank, DemonstrationBank) else DemonstrationBank.load(bank) for bank in self.bank]
+        return DemonstrationBank.merge(loaded)
 
     def resolve_instruction(self, bank: DemonstrationBank | None, default: str | None) -> str | None:
         """Return the instruction that holds.

@@ -34,9 +34,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from epic_rag.demonstrations import unit_rows
 from epic_rag.errors import CheckpointError, reason_of
 from epic_rag.files import write_atomically
+from epic_rag.metrics import unit_rows
 
 __all__ = ["FEATURES", "KNOTS", "READER_FILE", "DemonstrationReader", "Evidence", "PreparedDemonstrations"]
 

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from epic_rag.demonstrations import unit_rows
+from epic_rag.metrics import unit_rows
 
 __all__ = ["apply_task_vector", "task_vector"]
 

@@ -23,7 +23,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from epic_rag.demonstrations import unit_rows
 from epic_rag.errors import ConfigError, DataError
 from epic_rag.evaluation.bm25 import Bm25Index
 from epic_rag.evaluation.datasets import find_local_sets, set_kind
@@ -39,6 +38,7 @@ from epic_rag.evaluation.heldout import (
 )
 from epic_rag.evaluation.report import markdown_table, versions
 from epic_rag.files import write_atomically
+from epic_rag.metrics import unit_rows
 from epic_rag.reader import DemonstrationReader
 from epic_rag.task_vector import apply_task_vector
 

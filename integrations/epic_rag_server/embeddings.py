@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from epic_rag import __version__
-from epic_rag.demonstrations import unit_rows
+from epic_rag.metrics import unit_rows
 from epic_rag_server.errors import ApiError
 from epic_rag_server.messages import json_response, read, unless_disconnected
 from epic_rag_server.schemas import (

@@ -137,6 +137,97 @@ def test_a_symmetric_bank_encodes_both_sides_as_queries(tiny_encoder: EpicEncode
     assert np.abs(bank.embeddings[:, 1] - plain.embeddings[:, 1]).max() > 1e-2
 
 
+# Adding, removing, merging
+
+
+def test_added_demonstrations_alone_are_embedded(
+    built: DemonstrationBank, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    embed = EpicEncoder.embed_demonstrations
+
+    def counted(encoder: EpicEncoder, bank: DemonstrationBank) -> Any:
+        asked.append(len(bank))
+        return embed(encoder, bank)
+
+    monkeypatch.setattr(EpicEncoder, "embed_demonstrations", counted)
+    more = built.add([("where is the log", "Logs are in /var/log."), PAIRS[1]], tiny_encoder)
+    assert asked == [1]
+    assert (len(built), len(more), more.instruction) == (4, 5, built.instruction)
+    whole = embedded(DemonstrationBank(more.demonstrations, instruction=more.instruction), tiny_encoder)
+    np.testing.assert_allclose(
+        more.embeddings_for(tiny_encoder.fingerprint), whole.embeddings_for(tiny_encoder.fingerprint), atol=1e-6
+    )
+    assert built.add([PAIRS[0]], tiny_encoder).demonstrations == built.demonstrations
+    assert built.add([("a", "b")]).embeddings is None
+    with pytest.raises(BankError, match="Demonstration 1 is"):
+        built.add([("a", "")])
+
+
+def test_removed_demonstrations_take_their_vectors_along(built: DemonstrationBank, tiny_encoder: EpicEncoder) -> None:
+    fewer = built.remove([2, 0])
+    assert [item.query for item in fewer.demonstrations] == [PAIRS[1][0], PAIRS[3][0]]
+    kept = built.embeddings_for(tiny_encoder.fingerprint)[[1, 3]]
+    np.testing.assert_array_equal(fewer.embeddings_for(tiny_encoder.fingerprint), kept)
+    for row in (-1, 4):
+        with pytest.raises(BankError, match=f"no demonstration {row + 1}. The bank has 4"):
+            built.remove([row])
+
+
+@given(st.lists(pairs, min_size=1, max_size=4), st.data())
+@PROPERTY
+def test_a_merged_bank_has_each_demonstration_once(lists: list[list[tuple[str, str]]], data: st.DataObject) -> None:
+    banks = [
+        DemonstrationBank(each, instruction=data.draw(st.sampled_from("ab")), enabled=data.draw(st.booleans()))
+        for each in lists
+    ]
+    merged = DemonstrationBank.merge(banks)
+    used = [bank for bank in banks if bank.enabled] or banks
+    assert set(merged.demonstrations) == {item for bank in used for item in bank.demonstrations}
+    assert merged.instruction == banks[0].instruction
+    assert merged.enabled is any(bank.enabled for bank in banks)
+
+
+def test_a_merged_bank_keeps_vectors_of_one_instruction(tiny_encoder: EpicEncoder) -> None:
+    parts = [
+        embedded(DemonstrationBank(half, instruction="find the section"), tiny_encoder)
+        for half in (PAIRS[:3], PAIRS[2:])
+    ]
+    merged = DemonstrationBank.merge(parts)
+    whole = embedded(DemonstrationBank(PAIRS, instruction="find the section"), tiny_encoder)
+    assert merged.demonstrations == whole.demonstrations
+    np.testing.assert_allclose(
+        merged.embeddings_for(tiny_encoder.fingerprint), whole.embeddings_for(tiny_encoder.fingerprint), atol=1e-6
+    )
+    other = embedded(DemonstrationBank([("a", "b")], instruction="another"), tiny_encoder)
+    assert DemonstrationBank.merge([merged, other]).embeddings is None
+    query = "change the theme"
+    np.testing.assert_allclose(
+        tiny_encoder.encode_query(query, bank=parts, strategy="task-vector"),
+        tiny_encoder.encode_query(query, bank=whole, strategy="task-vector"),
+        atol=1e-6,
+    )
+
+
+def test_banks_that_cannot_be_merged() -> None:
+    with pytest.raises(BankError, match="no bank to merge"):
+        DemonstrationBank.merge([])
+    with pytest.raises(BankError, match="symmetric"):
+        DemonstrationBank.merge([DemonstrationBank(PAIRS), DemonstrationBank(PAIRS, symmetric=True)])
+
+
+def test_a_bank_that_is_off_gives_its_instruction_alone(tiny_encoder: EpicEncoder, tmp_path: Path) -> None:
+    DemonstrationBank(PAIRS, instruction="find the section", enabled=False).save(tmp_path / "off")
+    off = DemonstrationBank.load(tmp_path / "off")
+    assert off.enabled is off.copy().enabled is False
+    assert (off.number_used(None), off.number_used(3)) == (0, 3)
+    zero_shot = tiny_encoder.encode_query("undo", instruction="find the section")
+    for strategy in ("task-vector", "epic"):
+        np.testing.assert_array_equal(tiny_encoder.encode_query("undo", bank=off, strategy=strategy), zero_shot)
+        forced = tiny_encoder.encode_query("undo", bank=off, num_demonstrations=1, strategy=strategy)
+        assert np.abs(forced - zero_shot).max() > 1e-4
+
+
 # Picking k
 
 
@@ -628,6 +719,16 @@ def test_a_folder_that_cannot_be_made(saved_bank: DemonstrationBank, tmp_path: P
     (tmp_path / "file").write_text("")
     with pytest.raises(BankError, match=r"No folder can be made at .*file .*Save the bank elsewhere"):
         saved_bank.save(tmp_path / "file")
+
+
+def test_vectors_in_half_precision(built_bank: DemonstrationBank, tiny_encoder: EpicEncoder, tmp_path: Path) -> None:
+    built_bank.save(tmp_path / "half", precision="float16")
+    built_bank.save(tmp_path / "whole")
+    sizes = [(tmp_path / name / "embeddings.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < sizes[1]
+    read = DemonstrationBank.load(tmp_path / "half").embeddings_for(tiny_encoder.fingerprint)
+    assert read.dtype == np.float32
+    np.testing.assert_allclose(read, built_bank.embeddings_for(tiny_encoder.fingerprint), atol=1e-3)
 
 
 def test_a_bank_folder_can_be_copied(built_bank: DemonstrationBank, tiny_encoder: EpicEncoder, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epic_rag import CheckpointError, DemonstrationBank, EpicEncoder
-from epic_rag.demonstrations import unit_rows
+from epic_rag.metrics import unit_rows
 from epic_rag.reader import FEATURES, KNOTS, READER_FILE, DemonstrationReader, Evidence, prepare_features
 from tests.conftest import make_encoder
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epic_rag import CheckpointError, DemonstrationBank, EpicEncoder
-from epic_rag.demonstrations import unit_rows
 from epic_rag.errors import PromptError
+from epic_rag.metrics import unit_rows
 from epic_rag.task_vector import apply_task_vector, task_vector
 from tests.conftest import make_encoder
 from tests.helpers.banks import embedded

@@ -155,11 +155,11 @@ def build(
 
 def _note_expected_gain(bank: DemonstrationBank, encoder: EpicEncoder) -> None:
     """Print what a bank can be expected to bring, and the pairs that do not fit."""
-    from epic_rag.bank_report import LEAST_PAIRS, evaluate_bank
+    from epic_rag.bank_report import LEAST_PAIRS
 
     if len(bank) < LEAST_PAIRS or encoder.strategy not in ("reader", "task-vector"):
         return
-    report = evaluate_bank(bank, encoder.fingerprint, reader=encoder.reader if encoder.strategy == "reader" else None)
+    report = bank.evaluate(encoder)
     message(
         "warning" if report.high < 0 else "note",
         f"Expected gain in nDCG@10 among the bank's passages: {report.gain:+.2f} (95% interval {report.low:+.2f} to "

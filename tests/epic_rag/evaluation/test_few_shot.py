@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from epic_rag.demonstrations import unit_rows
 from epic_rag.errors import ConfigError, DataError
 from epic_rag.evaluation.datasets import normalize_text
 from epic_rag.evaluation.embedding_store import EmbeddingStore
@@ -20,6 +19,7 @@ from epic_rag.evaluation.few_shot import METHODS, FewShotRequest, evaluate_few_s
 from epic_rag.evaluation.few_shot_tasks import few_shot_task_of_pairs, few_shot_task_of_set, parse_pairs_source
 from epic_rag.evaluation.heldout import HeldoutSplit, passage_key
 from epic_rag.evaluation.runner import EvaluationRequest, ModelSpec, run_few_shot
+from epic_rag.metrics import unit_rows
 from epic_rag.query_prompt import QueryPrompt
 
 DIM = 24

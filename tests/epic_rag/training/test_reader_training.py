@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from epic_rag import DemonstrationBank, EpicEncoder
-from epic_rag.demonstrations import unit_rows
 from epic_rag.errors import DataError
+from epic_rag.metrics import unit_rows
 from epic_rag.reader import FEATURES, KNOTS, DemonstrationReader
 from epic_rag.training.reader_training import (
     ReaderTask,

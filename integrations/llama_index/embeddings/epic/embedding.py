@@ -518,7 +518,7 @@ def _query_fingerprint(prompt: QueryPrompt) -> str:
         "selection": prompt.selection,
     }
     if isinstance(bank, DemonstrationBank):
-        used = len(bank) if prompt.num_demonstrations is None else prompt.num_demonstrations
+        used = bank.number_used(prompt.num_demonstrations)
         if used > len(bank):
             raise PromptError(f"num_demonstrations is {used}, but the bank has {len(bank)}. Use at most {len(bank)}.")
         facts.update(bank=bank.fingerprint, num_demonstrations=used)
