@@ -28,6 +28,7 @@ from epic_rag.errors import TrainingError, reason_of
 from epic_rag.files import save_tensors, write_atomically
 from epic_rag.training.config import TaskConfig, TrainingConfig, current_names
 from epic_rag.training.data import PairDataset
+from epic_rag.training.optimizer import WeightAverage
 
 __all__ = [
     "METRICS_FILE",
@@ -75,6 +76,7 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    average: WeightAverage | None = None,
     *,
     keep: int,
 ) -> Path:
@@ -86,6 +88,7 @@ def save(
         model: Its trained weights are saved.
         optimizer: Its moments are saved.
         scaler: The loss scale.
+        average: The moving average of the weights.
         keep: Number of checkpoints to keep.
     """
     final = folder / f"{_PREFIX}{facts['step']}"
@@ -94,6 +97,8 @@ def save(
     temporary.mkdir(parents=True)
     names = {id(value): name for name, value in model.named_parameters()}
     tensors = {f"model.{key}": value for key, value in trained_state(model).items()}
+    if average is not None:
+        tensors.update({f"average.{key}": value for key, value in average.values.items()})
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"optimizer.{names[id(parameter)]}.{key}"] = torch.as_tensor(value)
@@ -114,6 +119,7 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    average: WeightAverage | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint into a model, an optimizer and a loss scaler.
 
@@ -123,6 +129,7 @@ def restore(
         model: As it was built for the run.
         optimizer: Over the same parameters.
         scaler: The loss scaler.
+        average: The moving average of the weights.
 
     Returns:
         The facts that were saved with it.
@@ -141,6 +148,10 @@ def restore(
         # With LoRA the frozen weights are not in the checkpoint.
         model.load_state_dict(weights, strict=False)
         scaler.load_state_dict(saved.get("scaler") or {})
+        if average is not None:
+            average.steps = saved["step"]
+            for name, value in average.values.items():
+                value.copy_(tensors[f"average.{name}"])
         saved["step"], saved["tokens"], saved["seconds"]
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise TrainingError(

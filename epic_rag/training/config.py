@@ -78,6 +78,8 @@ class TaskConfig:
     symmetric: _Flag = False
     # Split the task's part of a step into this many sources, each with demonstrations of its source; 0 ignores them.
     sources_per_batch: _CountOrZero = 0
+    # Sources that are never trained on; the held-out rows of an evaluation task are drawn from them.
+    held_out_sources: tuple[str, ...] = ()
     # False leaves a row only its own hard negatives: for tasks where most of a batch would be false negatives.
     in_batch_negatives: _Flag = True
 
@@ -123,6 +125,8 @@ class TrainingConfig:
     tasks_per_batch: _Count = 1
     # A task is drawn in proportion to weight * rows ** alpha.
     sampling_alpha: _NotNegative = 0.5
+    # Rows of a task come in groups of this many lexical neighbours: harder in-batch negatives. 0 draws single rows.
+    neighbours: _CountOrZero = 0
     # First steps without demonstrations, at half the cost.
     zero_shot_steps: _CountOrZero = 0
     # Demonstrations as vectors, as texts, or no demonstrations (plain contrastive training).
@@ -154,12 +158,16 @@ class TrainingConfig:
     contrastive_weight: _NotNegative = 1.0
     temperature: _Positive = 0.03
     zero_shot_weight: _NotNegative = 1.0
+    # Weight of InfoNCE from documents to queries, beside that from queries to documents.
+    reverse_weight: _NotNegative = 0.0
     # Stop gradients at the slots.
     detach_demonstrations: _Flag = False
     # Most hard negatives of a row in a step, drawn again in each; None for all.
     hard_negatives: _CountOrZero | None = None
     # In-batch documents whose zero-shot score exceeds the positive's minus this are not negatives; None counts all.
     false_negative_margin: float | None = None
+    # Documents with at least this cosine to the positive are not negatives; None counts all.
+    near_duplicate_cosine: float | None = None
     matryoshka_dims: tuple[_Count, ...] = ()
     # Encoder whose cosines or vectors are imitated.
     teacher: str | None = None
@@ -167,6 +175,9 @@ class TrainingConfig:
     teacher_loss: Literal["cosines", "vectors"] = "cosines"
     # After the last step, map the vectors linearly to the teacher's covariance.
     teacher_covariance: _Flag = False
+    # Keep the vectors of the start on this many other texts in each step.
+    retention_texts: _CountOrZero = 0
+    retention_weight: _NotNegative = 1.0
     # After the last step, interpolate the weights linearly towards those of the start by this share.
     interpolate_with_start: _Probability = 0.0
 
@@ -174,7 +185,15 @@ class TrainingConfig:
     learning_rate: _Positive = 3e-5
     projector_learning_rate: _NotNegative = 3e-4
     token_learning_rate: _NotNegative | None = None
+    # Each layer's rate is that of the layer behind it times this; the token embeddings are before the first.
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # Freeze the token embeddings and the first layers: their number, or null to train all.
+    frozen_layers: _CountOrZero | None = None
     warmup_ratio: _Probability = 0.1
+    # Share of the steps at the end in which the rate falls to 0; 1 decays from the end of the warm-up on.
+    decay_ratio: _Probability = 1.0
+    # Exponential moving average of the weights, which is the result; 0 takes the last weights.
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: _NotNegative = 0.01
     max_grad_norm: _Positive = 1.0
 
@@ -207,6 +226,8 @@ class TrainingConfig:
     evaluation_tasks: tuple[str, ...] = ()
     evaluation_rows: _CountOrZero = 200
     evaluation_demonstrations: tuple[_CountOrZero, ...] = (0, 8)
+    # Each task's own instruction, or none.
+    evaluation_instructions: Literal["own", "none"] = "own"
 
     # Written into the checkpoint
     inference_tokens: _Count | None = None
@@ -305,6 +326,12 @@ class TrainingConfig:
                 return (
                     f"interpolate_with_start is {self.interpolate_with_start} and {name} is {getattr(self, name)}, "
                     "so that start and result have different weights. Set one of the two to its default."
+                )
+        for name in ("retention_texts", "frozen_layers", "ema_decay"):
+            if self.lora_rank is not None and getattr(self, name):
+                return (
+                    f"lora_rank is {self.lora_rank} and {name} is {getattr(self, name)}, which is for runs that train "
+                    "the model's own weights. Set one of the two to its default."
                 )
         return None
 

@@ -61,6 +61,8 @@ class PairDataset:
         sha256: Hash of the file, for the training record.
         sources_per_batch: Number of sources that share a task's part of a step; 0 draws its rows together.
         by_source: Rows of each source with at least 32 of them; filled by `load_datasets`.
+        distractors: Rows whose positives are ranked with the held-out ones; None for training rows.
+        groups: Groups of neighbouring rows, by source (None for the whole file); filled by `neighbours.group_rows`.
     """
 
     name: str
@@ -72,6 +74,8 @@ class PairDataset:
     sha256: str = ""
     sources_per_batch: int = 0
     by_source: dict[str, list[Pair]] = field(default_factory=dict)
+    distractors: list[Pair] | None = None
+    groups: dict[str | None, list[list[Pair]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         targets = {row.positive if row.group is None else row.group for row in [*self.rows, *self.held_out]}
@@ -149,7 +153,8 @@ def load_datasets(config: TrainingConfig) -> tuple[list[PairDataset], list[PairD
     """Load the mix and the evaluation tasks.
 
     Held-out rows are the first `evaluation_rows` queries of a shuffle by task name. Every row that shares a positive
-    or a group with one of them leaves training too, except in label-like tasks, where all rows do.
+    or a group with one of them leaves training too, except in label-like tasks, where all rows do. In a task with
+    `held_out_sources`, all rows of these sources leave training, and the held-out rows are drawn from them.
 
     Returns:
         Training datasets; evaluation datasets (those with held-out rows). A task in both is the same object.
@@ -173,6 +178,10 @@ def load_datasets(config: TrainingConfig) -> tuple[list[PairDataset], list[PairD
             sha256=digest,
             sources_per_batch=task.sources_per_batch if task else 0,
         )
+        new = task.held_out_sources if task else ()
+        if new:
+            dataset.distractors = [row for row in rows if row.source in new]
+            dataset.rows = [row for row in rows if row.source not in new]
         if name in config.evaluation_tasks and config.evaluation_rows:
             _hold_out(dataset, config.evaluation_rows)
         if task and len(dataset.rows) < 2:
@@ -222,6 +231,10 @@ def _find(folder: Path, name: str) -> Path:
 
 
 def _hold_out(dataset: PairDataset, count: int) -> None:
+    if dataset.distractors is not None:
+        rows = random.Random(f"held-out-{dataset.name}").sample(dataset.distractors, len(dataset.distractors))
+        dataset.held_out, dataset.distractors = rows[:count], rows[count:]
+        return
     order = list(range(len(dataset.rows)))
     random.Random(f"held-out-{dataset.name}").shuffle(order)
     held = order[: min(count, len(order) // 2)]

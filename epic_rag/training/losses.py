@@ -2,7 +2,8 @@
 
     loss = c * (InfoNCE(q1, d) + w * InfoNCE(q0, d)) + teacher_weight * distillation([q0; d])
 
-c is `contrastive_weight`, w is `zero_shot_weight`; EPIC (arXiv 2605.01372) is c = 1 without a teacher.
+c is `contrastive_weight`, w is `zero_shot_weight`. With `reverse_weight` r, each InfoNCE(q, d) is that of queries among
+documents plus r times that of positives among queries. EPIC (arXiv 2605.01372) is c = 1 without a teacher.
 """
 
 from __future__ import annotations
@@ -182,12 +183,14 @@ class Terms:
         with_demonstrations: InfoNCE(q1, d); 0 for strategy "none".
         zero_shot: InfoNCE(q0, d).
         teacher: Distillation; None without a teacher.
+        retention: Distance to the start's vectors on other texts; None without `retention_texts`.
     """
 
     loss: torch.Tensor
     with_demonstrations: torch.Tensor
     zero_shot: torch.Tensor
     teacher: torch.Tensor | None = None
+    retention: torch.Tensor | None = None
 
 
 class Objective:
@@ -232,6 +235,8 @@ class Objective:
         if config.false_negative_margin is not None:
             hard = inputs.hard.to(d.device, non_blocking=True)
             mask = mask | margin_mask(q0.detach() @ d.detach().T, hard, config.false_negative_margin)
+        if config.near_duplicate_cosine is not None:
+            mask = mask | (d[: inputs.pairs] @ d.T).detach().ge(config.near_duplicate_cosine)
         zero_shot = self._contrast(q0, d, mask)
         if q1 is None:
             with_demonstrations = torch.zeros((), device=d.device)
@@ -248,6 +253,12 @@ class Objective:
         return Terms(loss, with_demonstrations.detach(), zero_shot.detach(), distilled)
 
     def _contrast(self, queries: torch.Tensor, documents: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return matryoshka_info_nce(
-            queries, documents, widths=self.config.matryoshka_dims, temperature=self.config.temperature, mask=mask
-        )
+        config = self.config
+        widths, temperature = config.matryoshka_dims, config.temperature
+        loss = matryoshka_info_nce(queries, documents, widths=widths, temperature=temperature, mask=mask)
+        if config.reverse_weight:
+            # Positives among the batch's queries; hard negatives belong to no query.
+            positives, mask = documents[: len(queries)], mask[:, : len(queries)].T
+            reverse = matryoshka_info_nce(positives, queries, widths=widths, temperature=temperature, mask=mask)
+            loss = loss + config.reverse_weight * reverse
+        return loss

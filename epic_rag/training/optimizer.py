@@ -1,9 +1,10 @@
-"""AdamW, the learning rate schedule, and the compute dtype with its loss scaling."""
+"""AdamW, rates of layers, the schedule, the average of weights, and the compute dtype with its loss scaling."""
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,19 @@ import torch
 from epic_rag.backbone import Backbone
 from epic_rag.checkpoint_io import parse_dtype
 from epic_rag.cpu_kernels import has_bfloat16_instructions
+from epic_rag.errors import ConfigError
 from epic_rag.training.config import TrainingConfig
 
-__all__ = ["DTYPES", "allow_tf32", "build_optimizer", "build_scaler", "resolve_dtype", "warmup_and_decay"]
+__all__ = [
+    "DTYPES",
+    "WeightAverage",
+    "allow_tf32",
+    "build_optimizer",
+    "build_scaler",
+    "freeze_layers",
+    "resolve_dtype",
+    "warmup_and_decay",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,8 +52,11 @@ def resolve_dtype(config: TrainingConfig, device: torch.device) -> TrainingConfi
 def build_optimizer(backbone: Backbone, config: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW over the weights that are trained.
 
-    Projector, head and token embeddings have their own learning rates; norms, biases and the projector no decay.
+    Projector, head and token embeddings have their own learning rates, layers those of `layer_decay`; norms, biases and
+    the projector no decay.
     """
+    depths = _depths(backbone)
+    last = max(depths.values())
     tokens = {id(value) for value in backbone.transformer.get_input_embeddings().parameters()}
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, value in backbone.named_parameters():
@@ -53,6 +67,8 @@ def build_optimizer(backbone: Backbone, config: TrainingConfig) -> torch.optim.A
             peak = config.projector_learning_rate
         elif id(value) in tokens and config.token_learning_rate is not None:
             peak = config.token_learning_rate
+        else:
+            peak *= config.layer_decay ** (last - depths[name])
         # The projector starts at a scaled identity, which decay would pull to zero.
         decay = config.weight_decay if value.ndim > 1 and not name.startswith("projector.") else 0.0
         groups.setdefault((peak, decay), []).append(value)
@@ -64,6 +80,65 @@ def build_optimizer(backbone: Backbone, config: TrainingConfig) -> torch.optim.A
         # One kernel for all weights on a GPU.
         fused=True if backbone.device.type == "cuda" else None,
     )
+
+
+def freeze_layers(backbone: Backbone, count: int) -> None:
+    """Freeze the token embeddings and the first layers: texts of a few tasks teach them little of words in general.
+
+    Raises:
+        ConfigError: If there are not more layers than that.
+    """
+    depths = _depths(backbone)
+    layers = max(depths.values())
+    if count >= layers:
+        raise ConfigError(f"frozen_layers is {count}, and the model has {layers} layers. Give a smaller number.")
+    for name, value in backbone.named_parameters():
+        if depths[name] <= count:
+            value.requires_grad_(False)
+
+
+def _depths(backbone: Backbone) -> dict[str, int]:
+    """Return each parameter's depth: 0 for embeddings, 1 for the first layer; behind the layers that of the last."""
+    total = int(backbone.transformer.config.get_text_config().num_hidden_layers)
+    depths = {}
+    for name, _ in backbone.named_parameters():
+        layer = re.search(r"\.(?:layers?|h)\.(\d+)\.", name)
+        before = re.search(r"embed|\.wte\.|\.wpe\.", name) is not None
+        depths[name] = int(layer[1]) + 1 if layer else 0 if before else total
+    return depths
+
+
+class WeightAverage:
+    """Exponential moving average of the trained weights, over at most 1 / (1 - decay) steps.
+
+    Attributes:
+        values: The average, by name of the parameter.
+    """
+
+    def __init__(self, backbone: Backbone, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self.values = {name: value.detach().clone() for name, value in _trained(backbone)}
+
+    @torch.no_grad()
+    def update(self, backbone: Backbone) -> None:
+        """Add the weights after a step; early steps count more, so that the start does not stay in the average."""
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 9))
+        for name, value in _trained(backbone):
+            self.values[name].lerp_(value, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, backbone: Backbone) -> None:
+        """Exchange the average and the weights of the model."""
+        for name, value in _trained(backbone):
+            current = value.detach().clone()
+            value.copy_(self.values[name])
+            self.values[name] = current
+
+
+def _trained(backbone: Backbone) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, value) for name, value in backbone.named_parameters() if value.requires_grad]
 
 
 def build_scaler(config: TrainingConfig, device: torch.device) -> torch.amp.GradScaler:
@@ -78,8 +153,9 @@ def allow_tf32(device: torch.device) -> None:
 
 
 def warmup_and_decay(step: int, config: TrainingConfig) -> float:
-    """Return the learning rate's factor at a step: linear warm-up to 1, linear decay to 0."""
+    """Return the learning rate's factor at a step: linear warm-up to 1, then 1, linear decay to 0."""
     warmup = max(1, math.ceil(config.steps * config.warmup_ratio))
     if step < warmup:
         return (step + 1) / warmup
-    return max(0.0, (config.steps - step) / max(1, config.steps - warmup))
+    decay = min(config.steps - warmup, math.ceil(config.steps * config.decay_ratio))
+    return min(1.0, max(0.0, (config.steps - step) / max(1, decay)))

@@ -5,7 +5,8 @@ A batch is a function of the configuration and the step's number, so a resumed r
 Where instruction and query already determine the answer, training teaches the model to ignore demonstrations. Four
 settings leave something to them: `generic_instruction_p` and `drop_instruction_p` (the instruction does not name the
 task), `tasks_per_batch` (other tasks' documents are among the negatives) and `sources_per_batch` (each manual is a
-task under one instruction).
+task under one instruction). With `neighbours`, rows come in groups that share words, so that a batch has hard negatives
+without mining.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ def sample_batch(datasets: Sequence[PairDataset], config: TrainingConfig, step: 
     per_task = config.batch_size // count
     tasks: list[TaskRows] = []
     for dataset in chosen:
-        pools = _source_pools(dataset, config, rng) if dataset.sources_per_batch else [dataset.rows]
-        tasks.extend(_task_rows(dataset, pool, per_task // len(pools), config, rng) for pool in pools)
+        sources = _draw_sources(dataset, config, rng) if dataset.sources_per_batch else [None]
+        for source in sources:
+            rows = _draw_rows(dataset, source, per_task // len(sources), rng)
+            tasks.append(_task_rows(dataset, rows, config, rng))
     return TrainingBatch(tuple(tasks))
 
 
@@ -59,22 +62,33 @@ def allowed_demonstrations(rows: Sequence[Pair], index: int, label_like: bool) -
     ]
 
 
-def _source_pools(dataset: PairDataset, config: TrainingConfig, rng: random.Random) -> list[list[Pair]]:
+def _draw_sources(dataset: PairDataset, config: TrainingConfig, rng: random.Random) -> list[str | None]:
     """Draw a few sources, each to be a task: demonstrations come from it, the other sources give negatives."""
     names = list(dataset.by_source)
     shares = [len(dataset.by_source[name]) ** config.sampling_alpha for name in names]
-    picked: list[str] = []
+    picked: list[str | None] = []
     while len(picked) < min(dataset.sources_per_batch, len(names)):
         name = rng.choices(names, shares)[0]
         if name not in picked:
             picked.append(name)
-    return [dataset.by_source[name] for name in picked]
+    return picked
 
 
-def _task_rows(
-    dataset: PairDataset, pool: Sequence[Pair], size: int, config: TrainingConfig, rng: random.Random
-) -> TaskRows:
-    rows = tuple(rng.sample(pool, min(size, len(pool))))
+def _draw_rows(dataset: PairDataset, source: str | None, size: int, rng: random.Random) -> list[Pair]:
+    """Draw rows of a source, or of the whole file: single ones, or groups of neighbours if there are any."""
+    pool = dataset.rows if source is None else dataset.by_source[source]
+    groups = dataset.groups.get(source)
+    if groups is None:
+        return rng.sample(pool, min(size, len(pool)))
+    rows: list[Pair] = []
+    for group in rng.sample(groups, len(groups)):
+        rows.extend(group)
+        if len(rows) >= size:
+            break
+    return rows[:size]
+
+
+def _task_rows(dataset: PairDataset, rows: Sequence[Pair], config: TrainingConfig, rng: random.Random) -> TaskRows:
     draw = rng.random()
     instruction = dataset.instruction
     if draw < config.generic_instruction_p:
@@ -87,4 +101,4 @@ def _task_rows(
         # EPIC: k ~ Uniform{0..K}
         k = min(rng.randint(0, config.max_demonstrations), len(others)) if config.strategy != "none" else 0
         demonstrations.append(tuple(rng.sample(others, k)))
-    return TaskRows(dataset.name, instruction, dataset.symmetric, rows, tuple(demonstrations))
+    return TaskRows(dataset.name, instruction, dataset.symmetric, tuple(rows), tuple(demonstrations))

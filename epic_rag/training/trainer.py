@@ -16,7 +16,7 @@ Demonstration embeddings are free: the batch has them already. Gradients flow th
     gradcache         backpropagation in bounded memory or in several processes
     optimizer         learning rates, schedule, loss scaling
     checkpointing     save, resume, the training record
-    distillation, lora, distributed, validation, model_card
+    neighbours, retention, distillation, lora, distributed, validation, model_card
 """
 
 from __future__ import annotations
@@ -58,14 +58,18 @@ from epic_rag.training.gradcache import cached_backward
 from epic_rag.training.inputs import Forward, SlotTable, StepInputs, build_inputs, draw_hard_negatives
 from epic_rag.training.lora import Adapter, require_peft
 from epic_rag.training.losses import Objective, Terms
+from epic_rag.training.neighbours import group_rows
 from epic_rag.training.optimizer import (
     DTYPES,
+    WeightAverage,
     allow_tf32,
     build_optimizer,
     build_scaler,
+    freeze_layers,
     resolve_dtype,
     warmup_and_decay,
 )
+from epic_rag.training.retention import Retention
 from epic_rag.training.sampling import sample_batch
 from epic_rag.training.validation import evaluate_held_out
 
@@ -89,9 +93,10 @@ class StepResult:
         with_demonstrations: InfoNCE(q1, d).
         zero_shot: InfoNCE(q0, d).
         pairs: Pairs in the step.
-        tokens: Tokens that went through the model, without padding.
+        tokens: Tokens of the pairs that went through the model, without padding.
         gradient_norm: Of all weights, before clipping; None if it overflowed.
         teacher: Distillation term; None without a teacher.
+        retention: Distance to the start's vectors on other texts; None without such texts.
         loss_scale: That of float16; None for other dtypes.
     """
 
@@ -102,6 +107,7 @@ class StepResult:
     tokens: int
     gradient_norm: float | None = None
     teacher: float | None = None
+    retention: float | None = None
     loss_scale: float | None = None
 
 
@@ -124,9 +130,13 @@ class Trainer:
             require_peft()
         if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise MissingExtraError("tensorboard", "train", "the setting tensorboard")
+        if config.neighbours and importlib.util.find_spec("sklearn") is None:
+            raise MissingExtraError("scikit-learn", "train", "the setting neighbours")
         # Before the backbone, whose download may take long.
         self.datasets, self.evaluation = load_datasets(config)
         self.banks = split_off_banks(self.datasets, config) if config.demonstration_source == "bank" else None
+        if config.neighbours:
+            group_rows(self.datasets, config.neighbours, config.seed)
 
         self.world, device = init_distributed(config.device)
         config = resolve_dtype(config, parse_devices(device)[0] if encoder is None else encoder.device)
@@ -160,10 +170,16 @@ class Trainer:
         self.forward = Forward(
             backbone, pad_id=self.prompt.pad_id, max_tokens=config.micro_batch_tokens, dtype=DTYPES[config.dtype]
         )
+        self.retention: Retention | None = None
+        if config.retention_texts:
+            self.retention = Retention(backbone, self.forward, self.prompt, self.datasets, config)
+        if config.frozen_layers is not None:
+            freeze_layers(backbone, config.frozen_layers)
         self.objective = Objective(config, backbone.dimension)
         self.optimizer = build_optimizer(backbone, config)
         self.scaler = build_scaler(config, backbone.device)
         self._broadcast_weights()
+        self.average = WeightAverage(backbone, config.ema_decay) if config.ema_decay else None
 
         self.folder = Path(config.output)
         self.step = 0
@@ -220,6 +236,9 @@ class Trainer:
                     self.evaluate()
                 if self._due(self.config.save_every) and self.world.is_main:
                     self._save()
+        if self.average is not None:
+            self.average.swap(self.encoder.backbone)
+            self.average = None
         if self._change_result() and self.config.evaluate_every:
             self.evaluate()
         return self.finish()
@@ -257,6 +276,8 @@ class Trainer:
             self._require_finite("gradient's norm", size)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update(backbone)
         self.encoder.invalidate_caches()
         return StepResult(
             **numbers,
@@ -289,6 +310,15 @@ class Trainer:
 
     def backward(self, batch: TrainingBatch, inputs: StepInputs) -> Terms:
         """Add the gradients of a prepared batch's loss, times the loss scale, to the weights."""
+        if self.retention is None:
+            return self._backward_pairs(batch, inputs)
+        kept = self.config.retention_weight * self.retention(self.step)
+        # Every process computes it, and the processes' gradients are summed.
+        torch.autograd.backward(self.scaler.scale(kept / self.world.size))
+        terms = self._backward_pairs(batch, inputs)
+        return replace(terms, loss=terms.loss.detach() + kept.detach(), retention=kept.detach())
+
+    def _backward_pairs(self, batch: TrainingBatch, inputs: StepInputs) -> Terms:
         if not self.config.grad_cache and self.world.size == 1:
             terms = self.loss(batch, inputs)
             torch.autograd.backward(self.scaler.scale(terms.loss))
@@ -322,6 +352,8 @@ class Trainer:
             Task -> {"k=0": ..., "k=8": ...}.
         """
         backbone = self.encoder.backbone.eval()
+        if self.average is not None:
+            self.average.swap(backbone)
         encoder = EpicEncoder(backbone, self.prompt, config=self.encoder.config)
         mine = {
             dataset.name: evaluate_held_out(
@@ -330,9 +362,12 @@ class Trainer:
                 self.config.evaluation_demonstrations,
                 strategy=self.config.strategy,
                 demonstrations=None if self.banks is None else self.banks.get(dataset.name),
+                instructed=self.config.evaluation_instructions == "own",
             )
             for dataset in self.evaluation[self.world.rank :: self.world.size]
         }
+        if self.average is not None:
+            self.average.swap(backbone)
         found = {name: row for part in self.world.all_gather_object(mine) for name, row in part.items()}
         scores = {dataset.name: found[dataset.name] for dataset in self.evaluation}
         self._log({"step": self.step, "evaluation": scores})
@@ -376,7 +411,9 @@ class Trainer:
     def _save(self) -> None:
         facts = {**self._counts(), **checkpointing.run_facts(self.config, self.datasets)}
         keep = self.config.keep_checkpoints
-        checkpointing.save(self.folder, facts, self.encoder.backbone, self.optimizer, self.scaler, keep=keep)
+        checkpointing.save(
+            self.folder, facts, self.encoder.backbone, self.optimizer, self.scaler, self.average, keep=keep
+        )
 
     def _restore(self) -> bool:
         # Rank 0 decides: another process may look while a checkpoint is written or deleted.
@@ -384,7 +421,7 @@ class Trainer:
         if newest is None:
             return False
         facts = checkpointing.run_facts(self.config, self.datasets)
-        saved = checkpointing.restore(newest, facts, self.encoder.backbone, self.optimizer, self.scaler)
+        saved = checkpointing.restore(newest, facts, self.encoder.backbone, self.optimizer, self.scaler, self.average)
         self.step, self.tokens, self.seconds = int(saved["step"]), int(saved["tokens"]), float(saved["seconds"])
         # Checkpoints of early releases have no count of pairs.
         self.pairs = int(saved.get("pairs", self.step * self.config.batch_size))

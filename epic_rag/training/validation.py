@@ -23,11 +23,12 @@ def evaluate_held_out(
     *,
     strategy: Literal["epic", "text", "none"] = "epic",
     demonstrations: Sequence[Pair] | None = None,
+    instructed: bool = True,
     distractors: int = 300,
 ) -> dict[str, float]:
     """Rank a task's held-out queries' positives among those of some training rows.
 
-    Demonstrations are training rows, never held-out ones.
+    Demonstrations are training rows, or rows of the held-out sources; never held-out rows.
 
     Args:
         encoder: In evaluation mode.
@@ -35,6 +36,7 @@ def evaluate_held_out(
         ks: Numbers of demonstrations.
         strategy: The one of the training run; "none" shows nothing.
         demonstrations: A bank, used from the first on; None for a draw of training rows.
+        instructed: True to give queries the task's instruction, False for none.
         distractors: Number of training rows whose positives are ranked, too.
 
     Returns:
@@ -42,11 +44,12 @@ def evaluate_held_out(
     """
     rng = random.Random(f"evaluation-{dataset.name}")
     rows = dataset.held_out
-    others = rng.sample(dataset.rows, min(len(dataset.rows), distractors + 3 * max([*ks, 1])))
+    pool = dataset.rows if dataset.distractors is None else dataset.distractors
+    others = rng.sample(pool, min(len(pool), distractors + 3 * max([*ks, 1])))
     positives = {row.positive for row in rows}
     source = others if demonstrations is None else demonstrations
     shown = [(row.query, row.positive) for row in source if row.positive not in positives or dataset.label_like]
-    instruction = dataset.instruction or ""
+    instruction = (dataset.instruction or "") if instructed else ""
     bank = DemonstrationBank(shown[: max(ks, default=0)], instruction=instruction, symmetric=dataset.symmetric)
     texts = list(dict.fromkeys(row.positive for row in [*rows, *others]))
     column = {text: number for number, text in enumerate(texts)}

@@ -232,3 +232,25 @@ def test_a_task_without_in_batch_negatives_needs_hard_ones(config: Callable[...,
     load_datasets(config(tasks={"up": {}, "down": {"in_batch_negatives": False}}))
     with pytest.raises(DataError, match=r"up has 16 rows, 16 of them without hard negatives.*\. Give each row"):
         load_datasets(config(tasks={"up": {"in_batch_negatives": False}, "down": {}}))
+
+
+def test_whole_sources_are_held_out(
+    config: Callable[..., TrainingConfig], data: Path, write_task: Callable[..., Path]
+) -> None:
+    rows = [{"query": f"{s} q{n}", "positive": f"{s} p{n}", "source": s} for s in ("old", "new") for n in range(20)]
+    write_task(data, "manuals", rows)
+    task = {"manuals": {"held_out_sources": ["new"]}}
+    [training], [evaluated] = load_datasets(config(tasks=task, evaluation_tasks=["manuals"], evaluation_rows=5))
+    assert training is evaluated
+    assert {row.source for row in training.rows} == {"old"}
+    assert len(training.rows) == 20
+    assert training.distractors is not None
+    assert (len(training.held_out), len(training.distractors)) == (5, 15)
+    assert {row.query for row in [*training.held_out, *training.distractors]} == {f"new q{n}" for n in range(20)}
+    # Without an evaluation they are not trained on either.
+    [training], evaluated_tasks = load_datasets(config(tasks=task))
+    assert {row.source for row in training.rows} == {"old"}
+    assert evaluated_tasks == []
+    # The rows that are ranked with the held-out ones are of the new source, and so are the demonstrations.
+    trainer = Trainer(config(tasks=task, tasks_per_batch=1, evaluation_tasks=["manuals"], evaluation_rows=5))
+    assert set(trainer.evaluate()["manuals"]) == {"k=0", "k=8"}

@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "text": {"strategy": "text", "max_grad_norm": 0.1},
     "lora": {"lora_rank": 4},
     "bank": {"demonstration_source": "bank", "bank_size": 4},
+    "kept": {"retention_texts": 8, "ema_decay": 0.9, "frozen_layers": 1, "reverse_weight": 0.5},
 }
 # Few steps at a small rate: Adam divides rounding by rounding where a gradient is next to nothing.
 SMALL = {"steps": 3, "learning_rate": 1e-4, "projector_learning_rate": 1e-4}

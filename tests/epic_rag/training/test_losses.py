@@ -126,3 +126,29 @@ def test_matryoshka_widths_of_a_run(config: Config) -> None:
     # The widths are in the checkpoint.
     assert json.loads((final / "epic.json").read_text())["matryoshka_dims"] == [8, 16]
     assert EpicEncoder.from_pretrained(final, truncate_dim=8).encode_document("cat").shape == (8,)
+
+
+def test_positives_among_queries(config: Config) -> None:
+    losses = []
+    for weight in (0.0, 0.5):
+        trainer = Trainer(config(strategy="none", reverse_weight=weight))
+        _, inputs = trainer.prepare(sample_batch(trainer.datasets, trainer.config, 0))
+        q, d = trainer.forward(inputs.queries), trainer.forward(inputs.documents)
+        losses.append(trainer.objective(inputs, q, d, None).zero_shot)
+    # The hard negatives of `down` belong to no query.
+    mask = inputs.mask[:, : inputs.pairs].T
+    reverse = info_nce(d[: inputs.pairs], q, temperature=0.1, mask=mask)
+    torch.testing.assert_close(losses[1] - losses[0], 0.5 * reverse.detach())
+
+
+def test_near_duplicates_of_the_positive_do_not_count(config: Config) -> None:
+    trainer = Trainer(config(strategy="none", near_duplicate_cosine=0.99, temperature=0.5))
+    _, inputs = trainer.prepare(sample_batch(trainer.datasets, trainer.config, 0))
+    angles = torch.linspace(0.0, 3.0, inputs.counted)
+    angles[1] = 0.01
+    d = torch.stack([angles.cos(), angles.sin()], dim=1)
+    q = d[: inputs.pairs].flip(0)
+    mask = inputs.mask.clone()
+    mask[0, 1] = mask[1, 0] = True
+    expected = info_nce(q, d, temperature=0.5, mask=mask)
+    torch.testing.assert_close(trainer.objective(inputs, q, d, None).zero_shot, expected)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from epic_rag import checkpoint_io
-from epic_rag.errors import TrainingError
+from epic_rag import EpicEncoder, checkpoint_io
+from epic_rag.errors import ConfigError, TrainingError
 from epic_rag.training import Trainer, TrainingConfig, optimizer
-from epic_rag.training.optimizer import resolve_dtype
+from epic_rag.training.optimizer import WeightAverage, build_optimizer, resolve_dtype, warmup_and_decay
 from epic_rag.training.sampling import sample_batch
 
 Config = Callable[..., TrainingConfig]
@@ -144,3 +144,76 @@ def test_a_warning_for_bfloat16_without_instructions(
 
 def test_auto_on_other_devices(config: Config) -> None:
     assert resolve_dtype(config(dtype="auto"), torch.device("cuda")).dtype == "bfloat16"
+
+
+def test_rates_of_layers(config: Config, tiny_bidirectional_encoder: EpicEncoder) -> None:
+    run = config(layer_decay=0.5, learning_rate=0.1, projector_learning_rate=0.3)
+    backbone = tiny_bidirectional_encoder.backbone
+    groups = build_optimizer(backbone, run).param_groups
+    rates = {id(value): group["peak"] for group in groups for value in group["params"]}
+    found = {name: rates[id(value)] for name, value in backbone.named_parameters()}
+    assert found["transformer.encoder.layer.1.output.dense.weight"] == pytest.approx(0.1)
+    assert found["transformer.encoder.layer.0.attention.self.query.bias"] == pytest.approx(0.05)
+    assert found["transformer.embeddings.word_embeddings.weight"] == pytest.approx(0.025)
+    assert found["projector.linear.weight"] == 0.3
+
+
+@pytest.mark.parametrize("kind", ["tiny_encoder", "tiny_bidirectional_encoder"])
+def test_frozen_layers_stay(config: Config, kind: str, request: pytest.FixtureRequest) -> None:
+    encoder: EpicEncoder = request.getfixturevalue(kind)
+    before = {name: value.clone() for name, value in encoder.backbone.state_dict().items()}
+    trainer = Trainer(config(frozen_layers=1), encoder)
+    trainer.train_step(sample_batch(trainer.datasets, trainer.config, 0))
+    moved = {name for name, value in encoder.backbone.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert not any("embed" in name or "layer.0." in name or "layers.0." in name for name in moved)
+    assert any("layer.1." in name or "layers.1." in name for name in moved)
+
+
+def test_too_many_frozen_layers(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"frozen_layers is 9, and the model has 2 layers\."):
+        Trainer(config(frozen_layers=9))
+
+
+def test_decay_at_the_end(config: Config) -> None:
+    run = config(steps=100, warmup_ratio=0.1, decay_ratio=0.4)
+    factors = [warmup_and_decay(step, run) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert set(factors[9:61]) == {1.0}
+    assert factors[80] == pytest.approx(0.5)
+    assert factors[100] == 0.0
+    # A warm-up and a decay that overlap meet at 1.
+    assert max(warmup_and_decay(step, config(steps=10, warmup_ratio=0.5)) for step in range(10)) == 1.0
+
+
+def test_average_of_weights(config: Config, tiny_encoder: EpicEncoder) -> None:
+    backbone = tiny_encoder.backbone
+    average = WeightAverage(backbone, 0.9)
+    weight = backbone.projector.linear.weight
+    expected = weight.detach().clone()
+    for step in range(1, 200):
+        with torch.no_grad():
+            weight.fill_(step)
+        average.update(backbone)
+        expected.lerp_(weight.detach(), 1 - min(0.9, step / (step + 9)))
+    average.swap(backbone)
+    torch.testing.assert_close(weight.detach(), expected)
+    # 1 / (1 - decay) steps behind the last.
+    assert weight[0, 0].item() == pytest.approx(199 - 9, abs=0.1)
+    average.swap(backbone)
+    assert weight[0, 0].item() == 199
+
+
+def test_the_result_of_a_run_is_the_average(config: Config, tmp_path: Path) -> None:
+    ends = {}
+    for decay in (0.0, 0.9):
+        run = config(ema_decay=decay, learning_rate=0.01, output=str(tmp_path / str(decay)))
+        trainer = Trainer(run)
+        final = trainer.train(show_progress=False)
+        ends[decay] = load_file(final / "model.safetensors")
+        state = load_file(tmp_path / str(decay) / "checkpoint-6" / "state.safetensors")
+        kept = {key.removeprefix("average.transformer."): value for key, value in state.items() if "average.t" in key}
+        assert bool(kept) == bool(decay)
+        for key, value in kept.items():
+            torch.testing.assert_close(ends[decay][key].float(), value, rtol=0, atol=1e-3)
+    assert any((ends[0.0][key] - ends[0.9][key]).abs().max() > 1e-3 for key in ends[0.0])
