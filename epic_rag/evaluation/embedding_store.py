@@ -100,6 +100,7 @@ class EmbeddingStore:
 
     Attributes:
         revision: The model's fingerprint, and the precision where it is not float32.
+        folder: The model's folder; None if nothing is kept.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class EmbeddingStore:
     ) -> None:
         self.encoder = encoder
         self.revision = encoder.fingerprint if precision == "float32" else f"{encoder.fingerprint}-{precision}"
-        self._folder = folder / self.revision if folder else None
+        self.folder = folder / self.revision if folder else None
         self._batch_size = batch_size
         self._show_progress = show_progress
         self._vectors: dict[str, Vectors] = {}
@@ -154,9 +155,9 @@ class EmbeddingStore:
         return self.encoder.encode_query(texts, prompt, batch_size=self._batch_size, show_progress=self._show_progress)
 
     def _load(self, key: str, rows: int) -> Vectors | None:
-        if self._folder is None:
+        if self.folder is None:
             return None
-        path = self._folder / f"{key}.npy"
+        path = self.folder / f"{key}.npy"
         try:
             vectors: Vectors = np.load(path, allow_pickle=False)
         except FileNotFoundError:
@@ -170,11 +171,11 @@ class EmbeddingStore:
         return vectors
 
     def _save(self, key: str, vectors: Vectors) -> None:
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             stream = io.BytesIO()
             np.save(stream, vectors, allow_pickle=False)
-            write_atomically(self._folder / f"{key}.npy", stream.getvalue())
+            write_atomically(self.folder / f"{key}.npy", stream.getvalue())
 
 
 def _texts_key(texts: Sequence[str]) -> str:

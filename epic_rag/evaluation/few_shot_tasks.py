@@ -5,6 +5,7 @@ A task is a `HeldoutSplit` with a large pool. It is made of
     a file of pairs, or the rows of one `source` of it       `nl2bash.jsonl.gz`, `docs_sections.jsonl.gz#sqlite3-doc`
     an evaluation set with labels                            message to message of the same label
     an evaluation set with documents or candidates           its judged queries, some of them for demonstrations
+    the documents of a set whose ids begin with a prefix     `manuals#git`: one manual of several
 
 Rows that share a query, a passage or a group are kept on one side, so that a demonstration shares nothing with a test
 query. In a set of labels both sides have the same labels, and no message in common. A demonstration's passage is one of
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from epic_rag.errors import DataError
@@ -131,17 +133,34 @@ def few_shot_task_of_pairs(
 
 
 def few_shot_task_of_set(
-    folder: Path, *, queries: int = 300, pool: int = 1900, documents: int = 2000, seed: int = 0
+    folder: Path,
+    prefix: str | None = None,
+    *,
+    queries: int = 300,
+    pool: int = 1900,
+    documents: int = 2000,
+    seed: int = 0,
 ) -> HeldoutSplit:
-    """Make a task of an evaluation set; the arguments are those of `few_shot_task_of_pairs`.
+    """Make a task of an evaluation set.
+
+    Args:
+        folder: The set.
+        prefix: Only documents whose ids begin with it, and queries that they answer; None for all.
+        queries: As in `few_shot_task_of_pairs`.
+        pool: As there.
+        documents: As there.
+        seed: As there.
 
     Test queries are those of the set's test split. In a set of labels demonstrations are drawn from its training split;
     in one of judged queries, half of the queries are set apart for them.
 
     Raises:
-        DataError: The set is malformed or of a kind without queries and documents.
+        DataError: The set is malformed, of a kind without queries and documents, or has no document with the prefix.
     """
     found = load_local_set(folder)
+    instruction = entry_for(found.name, found.kind).instruction
+    if prefix is not None:
+        found = _with_prefix(found, prefix)
     build: dict[type, Callable[..., HeldoutSplit]] = {
         ClassificationData: _of_labels,
         ClusteringData: _of_labels,
@@ -150,7 +169,21 @@ def few_shot_task_of_set(
     }
     if type(found.data) not in build:
         raise DataError(f"{found.name} is a set of sentence pairs. Use sets of documents or labels.")
-    return build[type(found.data)](found, queries=queries, pool=pool, documents=documents, rng=random.Random(seed))
+    make = build[type(found.data)]
+    split = make(found, queries=queries, pool=pool, documents=documents, rng=random.Random(seed))
+    return replace(split, instruction=instruction)
+
+
+def _with_prefix(found: LocalSet, prefix: str) -> LocalSet:
+    """Return a set with the documents whose ids begin with a prefix, and the queries that they answer."""
+    if not isinstance(found.data, RetrievalData):
+        raise DataError(f"{found.name} has no ids of documents. Name the whole set.")
+    corpus = tuple(item for item in found.data.corpus if item.id.startswith(prefix))
+    if not corpus:
+        raise DataError(f'No document of {found.name} has an id that begins with "{prefix}". Correct the prefix.')
+    known = {item.id for item in corpus}
+    relevant = {query: grades for query, grades in found.data.relevant.items() if known.issuperset(grades)}
+    return replace(found, name=f"{found.name}-{prefix}", data=replace(found.data, corpus=corpus, relevant=relevant))
 
 
 def _of_labels(found: LocalSet, *, queries: int, pool: int, documents: int, rng: random.Random) -> HeldoutSplit:
@@ -183,7 +216,7 @@ def _of_labels(found: LocalSet, *, queries: int, pool: int, documents: int, rng:
     kept = [(text, label) for text, label in tests if label in by_label]
     return HeldoutSplit(
         name=found.name,
-        instruction=entry_for(found.name, found.kind).instruction,
+        instruction="",
         revision=found.revision,
         queries=tuple(text for text, _ in kept),
         documents=tuple(text for text, _ in corpus),
@@ -227,7 +260,7 @@ def _of_judgements(found: LocalSet, *, queries: int, pool: int, documents: int, 
             corpus.append(text)
     return HeldoutSplit(
         name=found.name,
-        instruction=entry_for(found.name, found.kind).instruction,
+        instruction="",
         revision=found.revision,
         queries=tuple(query for query, _ in tests),
         documents=tuple(corpus),
@@ -241,8 +274,6 @@ def _of_judgements(found: LocalSet, *, queries: int, pool: int, documents: int, 
 
 
 def _with_other_queries(split: HeldoutSplit, texts: Sequence[str]) -> HeldoutSplit:
-    from dataclasses import replace
-
     tested = {normalize_text(query) for query in split.queries}
     unique = {normalize_text(text): text for text in texts if normalize_text(text) not in tested}
     return replace(split, other_queries=tuple(unique.values()))

@@ -55,7 +55,7 @@ from epic_rag.evaluation.report import EvaluationReport, ModelRecord, SetScore
 from epic_rag.query_prompt import QueryPrompt, QueryStrategy
 
 if TYPE_CHECKING:
-    from epic_rag.evaluation.few_shot import FewShotReport
+    from epic_rag.evaluation.few_shot_report import FewShotReport
     from epic_rag.reader import DemonstrationReader
 
 __all__ = [
@@ -576,6 +576,7 @@ def run_few_shot(
     request: EvaluationRequest,
     *,
     methods: Sequence[str] | None = None,
+    wordings: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> FewShotReport:
     """Score ways of using demonstrations, by their number; see `few_shot`.
@@ -583,13 +584,16 @@ def run_few_shot(
     Args:
         request: The settings, of one model; k = 0 is left out, and collections and the instruction's origin are those
             of held-out files.
-        methods: Names of `few_shot.METHODS`; None for all.
+        methods: Names of `few_shot_methods.METHODS`; None for all.
+        wordings: Also score other wordings of the instruction.
         progress: Called with one line of text for each step.
 
     Raises:
         EpicError: Data, models or settings that cannot work, or bm25s is not installed.
     """
-    from epic_rag.evaluation.few_shot import CONTROLS, METHODS, FewShotRequest, evaluate_few_shot, load_few_shot_tasks
+    from epic_rag.evaluation.few_shot import evaluate_few_shot, load_few_shot_tasks
+    from epic_rag.evaluation.few_shot_methods import METHODS
+    from epic_rag.evaluation.few_shot_report import CONTROLS, FewShotRequest
 
     require_bm25()
     if len(request.models) > 1:
@@ -601,6 +605,7 @@ def run_few_shot(
         methods=METHODS if methods is None else tuple(methods),
         controls=CONTROLS if request.controls else (),
         seed=request.seed,
+        wordings=wordings,
     )
     model = load_model(request.models[0], request)
     if model.store is None:

@@ -84,13 +84,17 @@ def eval_command(
         typer.Option(
             "--few-shot",
             help="Score the gain by 1 to 1,500 demonstrations against baselines, on files (FILE, or FILE#SOURCE for "
-            "the rows of one source) and sets.",
+            "the rows of one source) and sets (NAME, or NAME#PREFIX for documents with such ids).",
         ),
     ] = False,
     methods: Annotated[
         str | None,
         typer.Option("--methods", metavar="NAME,...", help="Methods of --few-shot.", show_default="all"),
     ] = None,
+    wordings: Annotated[
+        bool,
+        typer.Option("--wordings", help="With --few-shot, also score other wordings of the instruction, and none."),
+    ] = False,
     heldout_queries: Annotated[
         int | None,
         typer.Option(
@@ -249,6 +253,7 @@ def eval_command(
         gains = run_few_shot(
             request,
             methods=None if methods is None else split_names(methods),
+            wordings=wordings,
             progress=lambda line: message("note", line),
         )
         if output is not None:

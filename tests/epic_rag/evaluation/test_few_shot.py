@@ -13,14 +13,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from epic_rag.errors import ConfigError, DataError
+from epic_rag.evaluation import few_shot
+from epic_rag.evaluation.bm25 import Bm25Index
 from epic_rag.evaluation.datasets import normalize_text
 from epic_rag.evaluation.embedding_store import EmbeddingStore
-from epic_rag.evaluation.few_shot import METHODS, FewShotRequest, evaluate_few_shot, load_few_shot_tasks
+from epic_rag.evaluation.few_shot import _Family, _Ranking, evaluate_few_shot, load_few_shot_tasks
+from epic_rag.evaluation.few_shot_methods import METHODS, Centred, moved_queries
+from epic_rag.evaluation.few_shot_report import WORDINGS, FewShotRequest
 from epic_rag.evaluation.few_shot_tasks import few_shot_task_of_pairs, few_shot_task_of_set, parse_pairs_source
 from epic_rag.evaluation.heldout import HeldoutSplit, passage_key
 from epic_rag.evaluation.runner import EvaluationRequest, ModelSpec, run_few_shot
-from epic_rag.metrics import unit_rows
+from epic_rag.metrics import ndcg_of_scores, unit_rows
 from epic_rag.query_prompt import QueryPrompt
+from epic_rag.reader import DemonstrationReader
+from epic_rag_chroma.search.fusion import fuse
 
 DIM = 24
 
@@ -144,6 +150,23 @@ def test_judged_queries_are_parted(tmp_path: Path) -> None:
         assert [task.documents[row] for row in rows] == [query.replace("q", "p")]
 
 
+def test_documents_with_a_prefix_are_a_task(tmp_path: Path) -> None:
+    folder = tmp_path / "Manuals"
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [{"_id": f"{'git' if n % 2 else 'httpd'}-{n}", "title": "", "text": f"p {n}"} for n in range(40)]
+    queries = [{"_id": f"q{n}", "text": f"q {n}"} for n in range(20)]
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    judged = "".join(f"q{n}\t{corpus[n]['_id']}\t1\n" for n in range(20))
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged, encoding="utf-8")
+    task = few_shot_task_of_set(folder, "git", queries=50, pool=50, documents=30)
+    share_nothing(task)
+    assert (task.name, len(task.queries), len(task.documents)) == ("Manuals-git", 5, 20)
+    assert {int(text.split()[1]) % 2 for text in (*task.queries, *task.documents)} == {1}
+    with pytest.raises(DataError, match='begins with "svn"'):
+        few_shot_task_of_set(folder, "svn")
+
+
 def test_sentence_pairs_are_no_task(tmp_path: Path) -> None:
     folder = tmp_path / "Pairs"
     folder.mkdir()
@@ -205,6 +228,90 @@ def test_the_report(tasks: list[HeldoutSplit], tmp_path: Path) -> None:
     tables = (tmp_path / "out" / "gains.md").read_text()
     assert f"| reader | {report.select(method='reader', n=4)[0].gain:+.2f}"[:9] in tables
     assert "n = 16" in tables
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), documents=st.integers(2, 150), queries=st.integers(1, 5))
+def test_rankings_are_those_of_the_product(seed: int, documents: int, queries: int) -> None:
+    """nDCG@10 by cosine and after fusion equals the plain computation with `fuse`, which `epic-rag query` uses."""
+    chance = np.random.default_rng(seed)
+    names = [f"q {number}" for number in range(queries)]
+    texts = [f"p {number} {chance.integers(3)}" for number in range(documents)]
+    relevant = tuple(tuple(sorted({int(row) for row in chance.integers(documents, size=3)})) for _ in names)
+    skipped = tuple(tuple({int(chance.integers(documents))} - set(rows)) for rows in relevant)
+    split = HeldoutSplit("t", "", "", tuple(names), tuple(texts), relevant, skipped, pool=())
+    keywords = Bm25Index(texts)
+    scores = chance.standard_normal((queries, documents)).astype(np.float32)
+    family = _Family(Centred(scores), {"own": _Ranking(split, np.arange(documents), keywords)})
+    lexical = np.stack(list(keywords.scores(names)))
+    [(_, found)] = family.ndcg(scores.copy())
+    for query, skip in enumerate(skipped):
+        rankings = []
+        for row in (scores[query].copy(), lexical[query]):
+            row[list(skip)] = -np.inf
+            best = [int(place) for place in np.argsort(-row, kind="stable") if np.isfinite(row[place])]
+            rankings.append([f"{place:05}" for place in best[:100]])
+        fused = [int(name) for name, _ in fuse(*rankings)]
+        for kind, ranking in (("dense", [int(name) for name in rankings[0]]), ("hybrid", fused)):
+            plain = np.full((1, documents), -np.inf, dtype=np.float32)
+            plain[0, ranking] = -np.arange(len(ranking))
+            assert found[kind][query] == pytest.approx(ndcg_of_scores(plain, [relevant[query]])[0])
+
+
+def test_a_stopped_run_continues_and_keeps_baselines(
+    tasks: list[HeldoutSplit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = FewShotRequest(sizes=(4, 16), draws=2, methods=("reader", "llama-index-tuned"), bm25=False)
+    store = EmbeddingStore(NumberedEncoder(), folder=tmp_path)
+    first = evaluate_few_shot(store, tasks, request)
+    asked: list[str] = []
+    moved_queries = few_shot.moved_queries
+
+    def counted(method: str, *arguments: Any) -> Any:
+        asked.append(method)
+        return moved_queries(method, *arguments)
+
+    monkeypatch.setattr(few_shot, "moved_queries", counted)
+    assert evaluate_few_shot(store, tasks, request).cells == first.cells
+    assert asked == []
+    trained = DemonstrationReader(0.5 * DemonstrationReader.universal().gains)
+    other = evaluate_few_shot(store, tasks, request, reader=trained)
+    assert set(asked) == {"reader"}
+    assert other.select(method="llama-index-tuned") == first.select(method="llama-index-tuned")
+    for file in tmp_path.rglob("few-shot-*/*.json"):
+        file.write_text("[{]")
+    assert evaluate_few_shot(store, tasks, request).cells == first.cells
+
+
+def test_the_adapter_of_llama_index() -> None:
+    """One epoch at a rate of 2e-5 leaves queries where they are; tuned, it learns a map, and never from ten pairs."""
+    chance = np.random.default_rng(0)
+    queries = unit_rows(chance.standard_normal((200, 16)).astype(np.float32))
+    turned = unit_rows(queries @ np.linalg.qr(np.eye(16) + 0.3 * chance.standard_normal((16, 16)))[0])
+    pairs = np.stack([queries, turned], axis=1).astype(np.float32)
+    shipped, tuned = (moved_queries(name, {}, queries, pairs) for name in ("llama-index", "llama-index-tuned"))
+    assert shipped is not None
+    assert tuned is not None
+    assert 0 < np.abs(shipped - queries).max() < 1e-2
+    own = [float((moved * turned).sum(axis=1).mean()) for moved in (queries, tuned)]
+    assert own[1] > own[0] + 0.05
+    few = moved_queries("llama-index-tuned", {}, queries, pairs[:9])
+    np.testing.assert_allclose(few, queries, atol=1e-6)
+
+
+def test_wordings_of_the_instruction(tasks: list[HeldoutSplit]) -> None:
+    request = FewShotRequest(sizes=(8,), draws=1, collections=("own",), methods=("reader",), bm25=False, wordings=True)
+    report = evaluate_few_shot(EmbeddingStore(NumberedEncoder()), tasks, request)
+    # This encoder ignores instructions, so each wording gives the same.
+    gains = [cell.gain for cell in report.select(method="reader", n=8)]
+    for number in range(1, len(WORDINGS) + 1):
+        cells = report.select(method=f"wording-{number}")
+        assert {cell.n for cell in cells} == {0, 8}
+        assert [cell.gain for cell in cells if cell.n == 0] == [0.0, 0.0]
+        assert [cell.gain for cell in cells if cell.n == 8] == pytest.approx(gains)
+    tables = report.to_markdown()
+    assert f"| {WORDINGS[0]} " in tables
+    assert "| (none)" in tables
 
 
 @pytest.mark.parametrize(
