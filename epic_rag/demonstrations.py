@@ -42,6 +42,7 @@ __all__ = [
     "Selection",
     "built_in_banks",
     "check_selection",
+    "is_enabled",
 ]
 
 logger = logging.getLogger(__name__)
@@ -516,6 +517,19 @@ def built_in_banks() -> dict[str, Path]:
     spec = importlib.util.find_spec("epic_rag_demos")
     roots = list(spec.submodule_search_locations or []) if spec is not None else []
     return {file.parent.name: file.parent for root in roots for file in sorted(Path(root).glob(f"*/{BANK_FILE}"))}
+
+
+def is_enabled(folder_or_name: str | os.PathLike[str]) -> bool:
+    """Return whether queries use a bank's demonstrations by default; reads no vectors.
+
+    Raises:
+        BankError: If there is no such bank.
+    """
+    try:
+        data = json.loads((_locate(folder_or_name) / BANK_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True  # loading it reports what is wrong
+    return not isinstance(data, dict) or data.get("enabled") is not False
 
 
 def check_selection(name: str) -> None:

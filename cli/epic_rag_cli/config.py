@@ -169,10 +169,16 @@ def _add(config: Config, path: Path, options: dict[str, dict[str, Any]], *, trus
 
 def _default(path: Path, key: str, value: object, multiple: bool, trusted: bool) -> Any:
     """Return a value of a file as its option takes it: words as on the command line, paths relative to the file."""
-    if multiple and key != "index-dir":  # a file names one index
-        return [_word(path, key, one) for one in (value if isinstance(value, list) else [value])]
-    word = _word(path, key, value)
     folder = path.absolute().parent
+    if multiple and key != "index-dir":  # a file names one index
+        words = [_word(path, key, one) for one in (value if isinstance(value, list) else [value])]
+        places = [Path(os.path.normpath(folder / word)) for word in words]
+        is_name = key not in _NAMES_OR_FOLDERS
+        found = [
+            word if is_name or not place.exists() else str(place) for word, place in zip(words, places, strict=True)
+        ]
+        return found[0] if key == "bank" and not isinstance(value, list) else found
+    word = _word(path, key, value)
     place = Path(os.path.normpath(folder / word))
     if key in _RESTRICTED and not trusted:
         raise ConfigError(

@@ -59,6 +59,7 @@ __all__ = [
     "open_indexes",
     "quiet",
     "require_command",
+    "split_banks",
     "verbose",
 ]
 
@@ -184,8 +185,9 @@ def configure(context: typer.Context, value: Path | None) -> Path | None:
     name = context.info_name or ""
     if name in config.COMMANDS:
         context.default_map = dict(config.load(context, value).values[name])
-        if "index_dir" in context.default_map:  # the only repeatable option that has a single value in a file
-            context.default_map["index_dir"] = [context.default_map["index_dir"]]
+        for repeatable in ("index_dir", "bank"):  # they may have a single value in a file
+            if isinstance(context.default_map.get(repeatable), str):
+                context.default_map[repeatable] = [context.default_map[repeatable]]
     return value
 
 
@@ -247,6 +249,14 @@ def complete_strategies(incomplete: str) -> list[str]:
     return _starting(list(QUERY_STRATEGIES), incomplete)
 
 
+def split_banks(context: typer.Context, value: list[str] | None) -> list[str] | None:
+    """Split the variable at the character that separates folders in PATH; Typer would split it at blanks."""
+    source = context.get_parameter_source("bank")
+    if source is not None and source.name == "ENVIRONMENT":
+        value = [name for name in os.environ["EPIC_RAG_BANK"].split(os.pathsep) if name]
+    return value or None
+
+
 def _starting(names: list[str], incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
@@ -269,13 +279,15 @@ def _folders(incomplete: str, file: str) -> list[str]:
 
 
 Bank = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--bank",
         metavar="BANK",
         envvar="EPIC_RAG_BANK",
         autocompletion=complete_banks,
-        help="Demonstrations: a name from `epic-rag bank list` or a bank folder.",
+        callback=split_banks,
+        help="Demonstrations: a name from `epic-rag bank list` or a bank folder; can be repeated. The first one's "
+        "instruction holds.",
     ),
 ]
 Chroma = Annotated[

@@ -61,6 +61,7 @@ _SPARE = 200
 _CUT = 10
 _DISCOUNTS = 1.0 / np.log2(np.arange(2, _CUT + 2))
 _WORDING_SIZES = (8, 128)
+_LEAST_FOR_WRONG = 8
 
 
 class _TaskVectors:
@@ -251,7 +252,8 @@ def evaluate_few_shot(
     merged = {name: in_collection(list(tasks), name) for name in mixed}
     shared = Centred(_collect(vectors, merged[mixed[-1]], mixed[-1])) if mixed else None
     keywords = {name: Bm25Index(splits[0].documents) if request.bm25 else None for name, splits in merged.items()}
-    facts = [dataclasses.replace(request, methods=(), controls=(), wordings=False), store.revision, report.tasks]
+    same = dataclasses.replace(request, sizes=(1,), methods=(), controls=(), wordings=False)
+    facts = [same, store.revision, report.tasks]
     baselines = _Results(store.folder, "baselines", facts)
     read = _Results(store.folder, "readers", [*facts, *(each.fingerprint for each in readers.values())])
     arms = list(_arms(request, trained=readers["reader"].kind == "trained"))
@@ -275,10 +277,11 @@ def evaluate_few_shot(
         foreign = vectors[(number + 1) % len(vectors)]
         for method, control in arms:
             results = read if method in readers else baselines
-            report.cells += results.get(
-                f"{known.split.name}-{method}-{control}",
-                partial(_score_arm, method, control, known, foreign, families, readers, request),
-            )
+            for n in request.sizes:
+                report.cells += results.get(
+                    f"{known.split.name}-{method}-{control}-{n}",
+                    partial(_score_arm, method, control, n, known, foreign, families, readers, request),
+                )
         if request.wordings:
             report.cells += read.get(
                 f"{known.split.name}-wordings",
@@ -329,39 +332,37 @@ _VERSION = 1
 def _score_arm(
     method: str,
     control: Control,
+    n: int,
     known: _TaskVectors,
     foreign: _TaskVectors,
     families: Sequence[_Family],
     readers: Mapping[str, DemonstrationReader],
     request: FewShotRequest,
 ) -> list[FewShotCell]:
-    """Score a method on one task, with every number of demonstrations."""
-    cells: list[FewShotCell] = []
-    for n in request.sizes:
-        if n > len(known.pairs) or (control == "foreign" and (foreign is known or n > len(foreign.pairs))):
-            continue
-        if control.startswith("wrong") and n < 8:
-            continue
-        gains: dict[tuple[Collection, str], list[npt.NDArray[np.float64]]] = {}
-        for draw in range(request.draws):
-            pairs, rows = _demonstrations(known, foreign, control, n, request.seed + draw)
-            moved = moved_queries(method, readers, known.queries, pairs)
-            for family in families:
-                if moved is not None:
-                    scores = moved.astype(np.float32) @ family.documents.documents.T
-                else:
-                    place = next(iter(family.rankings.values())).place
-                    placed = np.where(rows < 0, -1, place[rows])
-                    scores = scores_in_collection(method, known.queries, pairs, placed, family.documents)
-                for collection, found in family.ndcg(scores):
-                    for kind, values in found.items():
-                        zero = family.rankings[collection].zero[kind]
-                        gains.setdefault((collection, kind), []).append(100 * (values - zero))
-        cells += [
-            _cell(known.split.name, collection, kind, method, control, n, each)
-            for (collection, kind), each in gains.items()
-        ]
-    return cells
+    """Score a method by n demonstrations of one task; no cells where there are too few of them."""
+    if n > len(known.pairs) or (control == "foreign" and (foreign is known or n > len(foreign.pairs))):
+        return []
+    if control.startswith("wrong") and n < _LEAST_FOR_WRONG:
+        return []
+    gains: dict[tuple[Collection, str], list[npt.NDArray[np.float64]]] = {}
+    for draw in range(request.draws):
+        pairs, rows = _demonstrations(known, foreign, control, n, request.seed + draw)
+        moved = moved_queries(method, readers, known.queries, pairs)
+        for family in families:
+            if moved is not None:
+                scores = moved.astype(np.float32) @ family.documents.documents.T
+            else:
+                place = next(iter(family.rankings.values())).place
+                placed = np.where(rows < 0, -1, place[rows])
+                scores = scores_in_collection(method, known.queries, pairs, placed, family.documents)
+            for collection, found in family.ndcg(scores):
+                for kind, values in found.items():
+                    zero = family.rankings[collection].zero[kind]
+                    gains.setdefault((collection, kind), []).append(100 * (values - zero))
+    return [
+        _cell(known.split.name, collection, kind, method, control, n, each)
+        for (collection, kind), each in gains.items()
+    ]
 
 
 def _score_wordings(

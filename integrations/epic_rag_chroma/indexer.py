@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from epic_rag.errors import ConfigError, DataError
 from epic_rag_chroma.errors import ChromaServerError, IndexNotFoundError, IndexStateError
 from epic_rag_chroma.indexing.compatibility import check_model
+from epic_rag_chroma.reading.document import HEADING_SEPARATOR
 from epic_rag_chroma.reading.file_types import byte_limit, kind_of
 from epic_rag_chroma.search.index_reader import IndexReader
 from epic_rag_chroma.search.request import SearchRequest
@@ -39,6 +40,7 @@ from epic_rag_chroma.store.server import (
 from epic_rag_chroma.store.state import stale_state
 from epic_rag_chroma.types import (
     Hit,
+    IndexedPassage,
     IndexPlan,
     IndexProgress,
     IndexReport,
@@ -357,6 +359,35 @@ class ChromaIndexer:
         """
         files = self._reader.read(lambda index: index.database.file_times(), needs_vectors=False)
         return sorted({path for _, path, *_ in files})
+
+    def passages(self) -> list[IndexedPassage]:
+        """Return all chunks with their vectors, in the order in which they were added.
+
+        Raises:
+            IndexNotFoundError: If there is no index.
+            IndexStateError: If it cannot be read.
+        """
+        records = self._reader.read(
+            lambda index: [record for page in index.database.pages() for record in page], needs_vectors=False
+        )
+        found = []
+        for record in records:
+            headings = str(record.metadata.get("heading_path", ""))
+            lines = [record.metadata.get(key) for key in ("first_line", "last_line")]
+            first, last = (int(line) if isinstance(line, (int, float)) else None for line in lines)
+            found.append(
+                IndexedPassage(
+                    id=record.id,
+                    path=str(record.metadata.get("path", "")),
+                    first_line=first,
+                    last_line=last,
+                    heading_path=tuple(headings.split(HEADING_SEPARATOR)) if headings else (),
+                    text=record.text,
+                    kind=str(record.metadata.get("kind", "")),
+                    vector=record.vector,
+                )
+            )
+        return found
 
     def read_lines(self, path: str) -> list[str]:
         """Return the current lines of an indexed file, which the line numbers of hits refer to.

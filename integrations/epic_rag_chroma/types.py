@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from epic_rag.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from epic_rag_chroma.search.conditions import Condition
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "IndexReport",
     "IndexSettings",
     "IndexStatus",
+    "IndexedPassage",
     "RunState",
     "SearchFilters",
     "SearchMode",
@@ -232,3 +236,21 @@ class IndexStatus:
     state: RunState = "complete"
     kinds: dict[str, int] = field(default_factory=dict)
     collection: str = ""
+
+
+@dataclass(frozen=True)
+class IndexedPassage:
+    """A chunk of an index with its vector; fields as in `Hit`.
+
+    Args:
+        vector: (dim,) float32 unit vector of the text with the headings above it.
+    """
+
+    id: str
+    path: str
+    first_line: int | None
+    last_line: int | None
+    heading_path: tuple[str, ...]
+    text: str
+    kind: str
+    vector: npt.NDArray[np.float32]

@@ -174,7 +174,7 @@ def test_paths_are_relative_to_the_file(cli: Any, tiny_checkpoint: Path, docs: P
         ("[query]\ntopk = 3", ["unknown key 'topk'", r"\[query\]", "top-k"]),
         ("query = 3", ["query is 3", "table"]),
         ('[query]\nbank = ""', ["bank is empty"]),
-        ("[query]\nbank = ['a']", ["bank is", "Use a string"]),
+        ("[query]\nmode = ['a']", ["mode is", "Use a string"]),
         ("[index]\nexclude = [[1]]", ["exclude is", "Use a string"]),
         ("[index]\nrebuild = true", ["unknown key 'rebuild'"]),
         ("[index]\nwatch = true", ["unknown key 'watch'"]),

@@ -48,7 +48,7 @@ def config(
             origin = settings.origins[name].get(option.name)
             named = {"ENVIRONMENT": str(option.envvar), "DEFAULT_MAP": str(origin)}.get(source, "default")
             value = parsed.params[option.name]
-            if key == "index-dir" and len(value or ()) < 2:  # several only in EPIC_RAG_INDEX
+            if key in ("index-dir", "bank") and len(value or ()) < 2:  # seldom several
                 value = value[0] if value else None
             rows.append({"command": name, "option": key, "value": _plain(value), "source": named})
     if as_json:

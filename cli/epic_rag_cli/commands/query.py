@@ -25,6 +25,7 @@ from epic_rag.errors import BankError, DataError, EpicError
 from epic_rag.files import read_jsonl, write_atomically
 from epic_rag.query_prompt import QueryPrompt
 from epic_rag_chroma import DEFAULT_MODE
+from epic_rag_cli.last_query import save_last_query
 from epic_rag_cli.options import (
     DEFAULT_DTYPE,
     DEFAULT_HITS,
@@ -182,18 +183,27 @@ def query(
     on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     if text is None and batch is None and (as_json or as_json_lines or open_number is not None or not on_terminal):
         raise usage_error("Missing argument 'TEXT'")
-    if num_demonstrations and bank is None:
+    if num_demonstrations and not bank:
         raise usage_error("-n needs demonstrations. Pass --bank, for instance --bank docs")
-    if bank is not None and os.path.isfile(bank):
-        raise BankError(
-            f"{bank} is a file, a bank is a folder. Run `epic-rag bank build {bank} --out FOLDER --task "
-            f"{task or DEFAULT_TASK}` and pass that folder to --bank."
-        )
+    for name in bank or ():
+        if os.path.isfile(name):
+            raise BankError(
+                f"{name} is a file, a bank is a folder. Run `epic-rag bank build {name} --out FOLDER --task "
+                f"{task or DEFAULT_TASK}` and pass that folder to --bank."
+            )
     from epic_rag_chroma import SearchRequest, parse_filters
 
     mode = mode or DEFAULT_MODE
-    if mode == "keyword" and bank is not None:
+    if mode == "keyword" and bank:
         message("note", "Keyword search uses no demonstrations, so --bank has no effect.")
+    elif bank and num_demonstrations is None:
+        from epic_rag.demonstrations import is_enabled
+
+        for name in (name for name in bank if not is_enabled(name)):
+            message(
+                "note",
+                f"The demonstrations of {name} are off: they did not help where they were measured. -n N uses them.",
+            )
     # All input is checked before a model is loaded.
     queries = [] if batch is None else _read_batch(batch)
     if text == "-":
@@ -203,8 +213,8 @@ def query(
     request = SearchRequest(
         # A bank has an instruction, so the default task is for queries without one.
         prompt=QueryPrompt(
-            task=DEFAULT_TASK if task is None and bank is None else task,
-            bank=bank,
+            task=DEFAULT_TASK if task is None and not bank else task,
+            bank=bank[0] if bank and len(bank) == 1 else tuple(bank) if bank else None,
             num_demonstrations=num_demonstrations,
             strategy=strategy,
         ),
@@ -259,6 +269,8 @@ class _Printer:
             hits: Its hits.
             more: Further keys of a line of --jsonl.
         """
+        if more is None and hits:
+            save_last_query(text, hits)
         if self._style == "json":
             emit_json(self._answer(text, hits))
         elif self._style == "jsonl":
