@@ -261,7 +261,7 @@ def add(
 def remove(
     name: Annotated[str, typer.Argument(metavar="BANK", help="A bank folder.")],
     numbers: Annotated[
-        list[int], typer.Argument(metavar="NUMBER...", help="Numbers of demonstrations, as `epic-rag bank show` has.")
+        list[int], typer.Argument(metavar="NUMBER", help="Numbers of demonstrations, as `epic-rag bank show` has.")
     ],
     quiet: Quiet = False,
     verbose: Verbose = False,

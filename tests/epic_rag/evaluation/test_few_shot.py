@@ -17,7 +17,8 @@ from epic_rag.evaluation import few_shot
 from epic_rag.evaluation.bm25 import Bm25Index
 from epic_rag.evaluation.datasets import normalize_text
 from epic_rag.evaluation.embedding_store import EmbeddingStore
-from epic_rag.evaluation.few_shot import _Family, _Ranking, evaluate_few_shot, load_few_shot_tasks
+from epic_rag.evaluation.few_shot import evaluate_few_shot, load_few_shot_tasks
+from epic_rag.evaluation.few_shot_collections import CollectionFamily, TaskRanking
 from epic_rag.evaluation.few_shot_methods import METHODS, Centred, moved_queries
 from epic_rag.evaluation.few_shot_report import WORDINGS, FewShotRequest
 from epic_rag.evaluation.few_shot_tasks import few_shot_task_of_pairs, few_shot_task_of_set, parse_pairs_source
@@ -242,7 +243,7 @@ def test_rankings_are_those_of_the_product(seed: int, documents: int, queries: i
     split = HeldoutSplit("t", "", "", tuple(names), tuple(texts), relevant, skipped, pool=())
     keywords = Bm25Index(texts)
     scores = chance.standard_normal((queries, documents)).astype(np.float32)
-    family = _Family(Centred(scores), {"own": _Ranking(split, np.arange(documents), keywords)})
+    family = CollectionFamily(Centred(scores), {"own": TaskRanking(split, np.arange(documents), keywords)})
     lexical = np.stack(list(keywords.scores(names)))
     [(_, found)] = family.ndcg(scores.copy())
     for query, skip in enumerate(skipped):

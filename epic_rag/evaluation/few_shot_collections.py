@@ -1,0 +1,202 @@
+"""Collections of the few-shot evaluation: vectors of tasks, exact rankings, nDCG@10 by cosine and fused with BM25."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from epic_rag.evaluation.bm25 import Bm25Index
+from epic_rag.evaluation.embedding_store import EmbeddingStore, make_prompt
+from epic_rag.evaluation.few_shot_methods import Centred
+from epic_rag.evaluation.heldout import Collection, HeldoutSplit, in_collection, passage_key
+
+__all__ = ["CollectionFamily", "TaskRanking", "TaskVectors", "families_of_tasks"]
+
+Vectors = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.intp]
+_DEPTH = 100
+_RANK_CONSTANT = 5
+_CUT = 10
+_DISCOUNTS = 1.0 / np.log2(np.arange(2, _CUT + 2))
+
+
+class TaskVectors:
+    """Vectors of one task, and the demonstrations of its draws."""
+
+    def __init__(self, store: EmbeddingStore, split: HeldoutSplit, pool: Sequence[int] | None = None) -> None:
+        self.split = split
+        self.rows = list(range(len(split.pool))) if pool is None else list(pool)
+        texts = [*split.queries, *(split.pool[row].query for row in self.rows)]
+        vectors = store.queries(texts, make_prompt(split.instruction))
+        self.queries = vectors[: len(split.queries)]
+        self.documents = store.documents(split.documents)
+        self.others = store.documents(split.other_queries)
+        places = {passage_key(text): row for row, text in enumerate(split.documents)}
+        self.passage_rows = np.array([places[passage_key(pair.passage)] for pair in split.pool])
+        self.pairs = np.zeros((len(split.pool), 2, vectors.shape[1]), dtype=np.float32)
+        self.pairs[self.rows, 0] = vectors[len(split.queries) :]
+        self.pairs[:, 1] = self.documents[self.passage_rows]
+
+    def draw(self, n: int, seed: int) -> Rows:
+        """Return n rows of the pool; the first ones of a permutation that depends on seed and task alone."""
+        return _drawn(self.split, n, seed)
+
+
+def _drawn(split: HeldoutSplit, n: int, seed: int) -> Rows:
+    order = list(range(len(split.pool)))
+    random.Random(f"few-shot-{split.name}-{seed}").shuffle(order)
+    return np.array(order[:n])
+
+
+class TaskRanking:
+    """A collection as the queries of one task see it: what is relevant, what keywords find, zero-shot scores.
+
+    Args:
+        split: The task with the collection's documents.
+        place: Rows of the task's own documents.
+        keywords: Index of the documents; None for rankings by cosine alone.
+    """
+
+    def __init__(self, split: HeldoutSplit, place: Rows, keywords: Bm25Index | None) -> None:
+        queries, documents = len(split.queries), len(split.documents)
+        self.place = place
+        self.documents = documents
+        # One more column stands for "no document", in rankings that are shorter than others.
+        self._relevant = np.zeros((queries, documents + 1), dtype=bool)
+        for query, rows in enumerate(split.relevant):
+            self._relevant[query, list(rows)] = True
+        self.excluded = tuple(
+            np.array(pairs, dtype=np.intp)
+            for pairs in zip(*((q, d) for q, rows in enumerate(split.excluded) for d in rows), strict=True)
+        )
+        counts = np.minimum(self._relevant.sum(axis=1), _CUT)
+        self._ideal = np.concatenate([[np.inf], np.cumsum(_DISCOUNTS)])[counts]
+        self._keywords: Rows | None = None
+        if keywords is not None:
+            scores = np.stack(list(keywords.scores(split.queries)))
+            if self.excluded:
+                scores[self.excluded] = -np.inf
+            self._keywords = _best(scores)
+            self._sums = np.zeros((queries, documents + 1), dtype=np.float32)
+        self.zero: dict[str, npt.NDArray[np.float64]] = {}
+
+    def ndcg(self, best: Rows) -> dict[str, npt.NDArray[np.float64]]:
+        """Return nDCG@10 of each query, by kind of ranking, of the best documents by cosine (queries, depth)."""
+        found = {"dense": self._score(best[:, :_CUT])}
+        if self._keywords is not None:
+            found["hybrid"] = self._score(self._fuse(best, self._keywords))
+        return found
+
+    def _fuse(self, dense: Rows, lexical: Rows) -> Rows:
+        """Return the first ten of two rankings by the sum of reciprocal ranks, equal sums in the order of rows."""
+        both = np.concatenate([dense, lexical], axis=1)
+        for ranking in (dense, lexical):
+            weights = (1.0 / (_RANK_CONSTANT + np.arange(1, ranking.shape[1] + 1))).astype(np.float32)
+            held = np.take_along_axis(self._sums, ranking, axis=1)
+            np.put_along_axis(self._sums, ranking, held + weights, axis=1)
+        self._sums[:, -1] = 0.0
+        both.sort(axis=1)
+        values = np.take_along_axis(self._sums, both, axis=1)
+        values[:, 1:][both[:, 1:] == both[:, :-1]] = -1.0
+        np.put_along_axis(self._sums, both, np.float32(0.0), axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")[:, :_CUT]
+        return np.take_along_axis(both, order, axis=1)
+
+    def _score(self, ranked: Rows) -> npt.NDArray[np.float64]:
+        hits = np.take_along_axis(self._relevant, ranked, axis=1)
+        result: npt.NDArray[np.float64] = hits @ _DISCOUNTS[: ranked.shape[1]] / self._ideal
+        return result
+
+
+@dataclass
+class CollectionFamily:
+    """Collections that share documents: those of a smaller one are the first of the largest one.
+
+    Args:
+        documents: Vectors of the largest collection.
+        rankings: By collection, the smallest first.
+    """
+
+    documents: Centred
+    rankings: dict[Collection, TaskRanking] = field(default_factory=dict)
+
+    def ndcg(self, scores: Vectors) -> Iterator[tuple[Collection, dict[str, npt.NDArray[np.float64]]]]:
+        """Yield each collection's nDCG@10; (queries, documents of the largest collection) scores are written to."""
+        last = list(self.rankings.values())[-1]
+        if last.excluded:
+            scores[last.excluded] = -np.inf
+        for collection, ranking in self.rankings.items():
+            yield collection, ranking.ndcg(_best(scores[:, : ranking.documents]))
+
+
+def families_of_tasks(
+    tasks: Sequence[TaskVectors], collections: Sequence[Collection], *, bm25: bool = True
+) -> Iterator[list[CollectionFamily]]:
+    """Yield the collections of each task in turn, with their zero-shot scores.
+
+    Args:
+        tasks: All tasks, whose documents make the mixed collections.
+        collections: Collections to rank in.
+        bm25: Also fuse rankings with BM25.
+    """
+    splits = [task.split for task in tasks]
+    both: tuple[Collection, ...] = ("pooled", "pooled-with-queries")
+    mixed = [name for name in both if name in collections]
+    merged = {name: in_collection(splits, name) for name in mixed}
+    shared = Centred(_collect(tasks, merged[mixed[-1]], mixed[-1])) if mixed else None
+    keywords = {name: Bm25Index(found[0].documents) if bm25 else None for name, found in merged.items()}
+    for number, task in enumerate(tasks):
+        families = []
+        if "own" in collections:
+            index = Bm25Index(task.split.documents) if bm25 else None
+            ranking = TaskRanking(task.split, np.arange(len(task.split.documents)), index)
+            families.append(CollectionFamily(Centred(task.documents), {"own": ranking}))
+        if shared is not None:
+            family = CollectionFamily(shared)
+            for name in mixed:
+                split = merged[name][number]
+                family.rankings[name] = TaskRanking(split, _own_rows(task.split, split), keywords[name])
+            families.append(family)
+        for family in families:
+            for collection, found in family.ndcg(task.queries @ family.documents.documents.T):
+                family.rankings[collection].zero = found
+        yield families
+
+
+def _collect(vectors: Sequence[TaskVectors], merged: Sequence[HeldoutSplit], collection: Collection) -> Vectors:
+    """Return the vectors of a collection of all tasks' documents, in its order."""
+    by_key: dict[str, npt.NDArray[np.float32]] = {}
+    others: dict[str, npt.NDArray[np.float32]] = {}
+    for known in vectors:
+        for text, vector in zip(known.split.documents, known.documents, strict=True):
+            by_key.setdefault(passage_key(text), vector)
+        if collection == "pooled-with-queries":
+            others.update(zip(known.split.other_queries, known.others, strict=True))
+    return np.stack(
+        [by_key[passage_key(text)] if passage_key(text) in by_key else others[text] for text in merged[0].documents]
+    )
+
+
+def _own_rows(own: HeldoutSplit, merged: HeldoutSplit) -> npt.NDArray[np.intp]:
+    rows = {passage_key(text): row for row, text in reversed(list(enumerate(merged.documents)))}
+    return np.array([rows[passage_key(text)] for text in own.documents])
+
+
+def _best(scores: npt.NDArray[np.float32]) -> Rows:
+    """Return the rows of each query's highest scores, best first, equal ones in the order of the rows.
+
+    The number of documents, which is no row, stands for those that are not found.
+    """
+    import torch
+
+    depth = min(_DEPTH, scores.shape[1])
+    kept = np.sort(torch.topk(torch.from_numpy(scores), depth, dim=1).indices.numpy(), axis=1)
+    values = np.take_along_axis(scores, kept, axis=1)
+    kept[~np.isfinite(values)] = scores.shape[1]
+    order = np.argsort(-values, axis=1, kind="stable")
+    ranked: Rows = np.take_along_axis(kept, order, axis=1)
+    return ranked
