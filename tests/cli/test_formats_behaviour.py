@@ -59,7 +59,7 @@ def test_ctrl_c_while_a_file_is_parsed(cli: Any, tiny_checkpoint: Path, monkeypa
     Path("files").mkdir()
     Path("files/a.pdf").write_bytes(SAMPLES["a.pdf"])
     Path("path").mkdir()
-    Path("path/pypdf.py").write_text(ENDLESS_PARSER)
+    Path("path/pypdfium2.py").write_text(ENDLESS_PARSER)
     started = Path.cwd() / "started"
     monkeypatch.setenv("STARTED", str(started))
     monkeypatch.setattr(sys, "path", [str(Path.cwd() / "path"), *sys.path])  # the worker process gets it

@@ -157,6 +157,10 @@ class Archive:
     def __contains__(self, name: str) -> bool:
         return name in self._members
 
+    def names(self) -> list[str]:
+        """Return the names of the members in the order of the archive."""
+        return list(self._members)
+
     def read(self, name: str) -> bytes:
         """Return the content of a member.
 
@@ -296,18 +300,17 @@ class DocumentBuilder:
         self._substitutions |= {line + start: some for line, some in part.substitutions.items() if line < end}
 
     def rows(self, rows: Iterable[Iterable[str]], *, page: int = 0) -> None:
-        """Add a table with a line for each row; the first row is its repeated header."""
-        header, start = "", 0
-        cost = SplitCost.BLOCK
-        for row in rows:
-            line = " | ".join(" ".join(printable(cell).split()) for cell in row).rstrip(" |")
-            if line:
-                self.text(line, cost=cost, page=page)
-                if cost is SplitCost.BLOCK:
-                    header, start = line, len(self._lines)
-                cost = SplitCost.ITEM
-        if len(self._lines) > start and header:
-            self._repeated_headers.append(RepeatedHeader(start, len(self._lines), header))
+        """Add a table with a line for each row; the first one, or the one below a title, is its repeated header."""
+        lines = [" | ".join(" ".join(printable(cell).split()) for cell in row).rstrip(" |") for row in rows]
+        lines = [line for line in lines if line]
+        # Above the header there may be a title.
+        header = 1 if len(lines) > 2 and "|" not in lines[0] and "|" in lines[1] else 0
+        start = 0
+        for number, line in enumerate(lines):
+            self.text(line, cost=SplitCost.ITEM if number else SplitCost.BLOCK, page=page)
+            start = len(self._lines) if number == header else start
+        if len(lines) > header + 1:
+            self._repeated_headers.append(RepeatedHeader(start, len(self._lines), lines[header]))
 
     def _block(self, lines: list[str], costs: list[SplitCost], page: int, spans: list[tuple[int, int]]) -> int:
         """Add lines; return the number of the first one."""

@@ -20,7 +20,6 @@ from epic_rag_chroma.reading.containers import DocumentBuilder, Parts, parsing, 
 from epic_rag_chroma.reading.document import (
     BrokenFileError,
     Document,
-    NotTextError,
     SplitCost,
     split_lines,
     text_split_costs,
@@ -28,7 +27,7 @@ from epic_rag_chroma.reading.document import (
 from epic_rag_chroma.reading.encoding import decode_labelled
 from epic_rag_chroma.reading.html import read_html
 
-__all__ = ["read_email", "read_mailbox", "read_outlook"]
+__all__ = ["is_stub", "read_email", "read_mailbox"]
 
 
 _FORMAT = "e-mail message"
@@ -43,7 +42,6 @@ _WORD = re.compile(r"\w+")
 # A plain text with less of the words of the HTML beside it is no alternative to it, unless it is much longer.
 _SHARED_WORDS = 0.5
 _MUCH_LONGER = 2.5
-_OLE = b"\xd0\xcf\x11\xe0"
 # Apple Mail's files begin with the length of the message.
 _LENGTH = re.compile(rb"\s*(\d{1,12})[ \t]*\n")
 
@@ -64,17 +62,6 @@ def read_email(data: bytes) -> Document:
     with parsing(_FORMAT):
         _Reader(data, before, out).read()
     return out.document(paged=False)
-
-
-def read_outlook(data: bytes) -> Document:
-    """Read a .msg file that is an e-mail message, as some programs write them.
-
-    Raises:
-        NotTextError: If it is in Outlook's own format.
-    """
-    if data.startswith(_OLE):
-        raise NotTextError("an Outlook message; save it as .eml")
-    return read_email(data)
 
 
 def read_mailbox(data: bytes) -> Document:
@@ -270,14 +257,15 @@ def _alternative(parts: list[Message]) -> list[Message]:
     rich = next(
         (leaf for part in reversed(parts) for leaf in part.walk() if leaf.get_content_type() == "text/html"), None
     )
-    if rich is not None:
-        words, plain_words = (
-            set(_WORD.findall(text.lower())) for text in (" ".join(read_html(_content(rich)).lines), _content(plain[0]))
-        )
-        stub = len(words & plain_words) < _SHARED_WORDS * len(words)
-        if stub and len(plain_words) < _MUCH_LONGER * len(words):
-            return parts[-1:]
+    if rich is not None and is_stub(_content(plain[0]), " ".join(read_html(_content(rich)).lines)):
+        return parts[-1:]
     return plain[:1]
+
+
+def is_stub(plain: str, rich: str) -> bool:
+    """Return whether a plain text lacks most words of the text of the HTML beside it, and is not much longer."""
+    words, plain_words = (set(_WORD.findall(text.lower())) for text in (rich, plain))
+    return len(words & plain_words) < _SHARED_WORDS * len(words) and len(plain_words) < _MUCH_LONGER * len(words)
 
 
 def _content(part: Message) -> str:

@@ -31,9 +31,15 @@ _FROM_LINES = {
 _FROM_BYTES = {
     "html": "html",
     "pdf": "pdf",
-    "office": "docx pptx xlsx opendocument rtf epub",
+    "word": "docx",
+    "presentation": "pptx",
+    "spreadsheet": "xlsx",
+    "opendocument": "opendocument",
+    "rtf": "rtf",
+    "epub": "epub",
     "notebook": "notebook",
-    "mail": "email mailbox outlook",
+    "mail": "email mailbox",
+    "outlook": "outlook",
 }
 _MODULE_OF = {kind: module for module, kinds in (_FROM_LINES | _FROM_BYTES).items() for kind in kinds.split()}
 # Formats that static site generators read with front matter; Markdown's reader reads its own.

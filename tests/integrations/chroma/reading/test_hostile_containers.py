@@ -80,9 +80,9 @@ def test_encrypted_office_files() -> None:
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("docx", "a.docx"),
-        ("pptx", "a.pptx"),
-        ("python_calamine", "a.xlsx"),
+        ("lxml", "a.docx"),
+        ("lxml", "a.pptx"),
+        ("lxml", "a.xlsx"),
         ("striprtf.striprtf", "a.rtf"),
         ("lxml", "a.epub"),
         ("lxml", "a.odt"),

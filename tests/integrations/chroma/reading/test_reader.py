@@ -157,7 +157,7 @@ def test_encrypted_pdf(pdf: Callable[[list[str]], bytes]) -> None:
         read_document("a.pdf", out.getvalue())
 
 
-@pytest.mark.parametrize(("module", "name"), [("pypdf", "a.pdf"), ("justhtml", "a.html")])
+@pytest.mark.parametrize(("module", "name"), [("pypdfium2", "a.pdf"), ("justhtml", "a.html")])
 def test_missing_package(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=r"epic-rag\[files\]"):

@@ -27,45 +27,43 @@ posix = pytest.mark.skipif(os.name != "posix", reason="the limit is one of POSIX
 PARSER = """
 import os, re, sys, time
 
-class PdfReader:
-    is_encrypted = False
-    outline = []
-
-    def __init__(self, stream):
-        self.pages = [self]
-        self.data = stream.read()
-
-    def extract_text(self):
-        command = self.data.decode()
-        if command == "hang":
-            time.sleep(600)
-        if command == "spin":
-            while True:
-                pass
-        if command == "backtrack":
-            re.match("(a+)+$", "a" * 60 + "b")  # nothing else runs meanwhile, no thread and no handler of a signal
-        if command == "grow":
-            return "x" * 2**40
-        if command == "die":
-            os.kill(os.getpid(), 11)
-        if command == "leave":
-            os._exit(3)
-        if command == "print":
-            print("noise", flush=True)
-            os.write(1, b"more noise")
-            sys.stderr.write("noise")
-        if command == "fail":
-            raise ZeroDivisionError("no")
-        return f"{command} {os.getpid()}"
+def rtf_to_text(text, **_):
+    command = text.removeprefix("{\\\\rtf ")
+    if command == "hang":
+        time.sleep(600)
+    if command == "spin":
+        while True:
+            pass
+    if command == "backtrack":
+        re.match("(a+)+$", "a" * 60 + "b")  # nothing else runs meanwhile, no thread and no handler of a signal
+    if command == "grow":
+        return "x" * 2**40
+    if command == "die":
+        os.kill(os.getpid(), 11)
+    if command == "leave":
+        os._exit(3)
+    if command == "print":
+        print("noise", flush=True)
+        os.write(1, b"more noise")
+        sys.stderr.write("noise")
+    if command == "fail":
+        raise ZeroDivisionError("no")
+    return f"{command} {os.getpid()}"
 """
+
+
+def rtf(command: str) -> bytes:
+    """A file that has PARSER run a command."""
+    return b"{\\rtf " + command.encode()
 
 
 @pytest.fixture
 def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has workers parse PDFs with PARSER."""
+    """Has workers parse RTF with PARSER."""
     folder = tmp_path / "path"
-    folder.mkdir()
-    (folder / "pypdf.py").write_text(PARSER)
+    (folder / "striprtf").mkdir(parents=True)
+    (folder / "striprtf" / "__init__.py").touch()
+    (folder / "striprtf" / "striprtf.py").write_text(PARSER)
     monkeypatch.syspath_prepend(str(folder))
 
 
@@ -99,8 +97,8 @@ def test_document_round_trip() -> None:
 def test_worker_is_reused_and_ended(hostile: None) -> None:
     with IsolatedReader() as reader:
         assert not reader.has_worker
-        first = text(reader.read("a.pdf", b"one"))
-        assert text(reader.read("b.pdf", b"one")) == first
+        first = text(reader.read("a.rtf", rtf("one")))
+        assert text(reader.read("b.rtf", rtf("one"))) == first
         worker = psutil.Process(int(first.split()[1]))
         assert worker.parent() == psutil.Process()
     assert not worker.is_running()
@@ -109,8 +107,8 @@ def test_worker_is_reused_and_ended(hostile: None) -> None:
 def test_memory_of_the_parent_does_not_count(hostile: None) -> None:
     held = bytearray(b"x") * (300 * 2**20)  # as a model would be
     with IsolatedReader(memory_mib=400) as reader:
-        first = text(reader.read("a.pdf", b"one"))
-        assert text(reader.read("b.pdf", b"one")) == first
+        first = text(reader.read("a.rtf", rtf("one")))
+        assert text(reader.read("b.rtf", rtf("one"))) == first
     assert len(held) == 300 * 2**20
 
 
@@ -129,48 +127,48 @@ def test_plain_text_without_worker(reader: IsolatedReader) -> None:
     assert not reader.has_worker
 
 
-@pytest.mark.parametrize("command", [b"hang", b"spin"])
-def test_time_limit(hostile: None, command: bytes) -> None:
+@pytest.mark.parametrize("command", ["hang", "spin"])
+def test_time_limit(hostile: None, command: str) -> None:
     with IsolatedReader(seconds=0.5) as reader:
         with pytest.raises(BrokenFileError, match=r"takes longer than 0\.5 s to read"):
-            reader.read("a.pdf", command)
-        assert text(reader.read("a.pdf", b"next")).startswith("next")
+            reader.read("a.rtf", rtf(command))
+        assert text(reader.read("a.rtf", rtf("next"))).startswith("next")
 
 
 @posix
 def test_memory_limit(hostile: None, reader: IsolatedReader) -> None:
     with pytest.raises(BrokenFileError, match="needs more than 2048 MiB"):
-        reader.read("a.pdf", b"grow")
+        reader.read("a.rtf", rtf("grow"))
     assert not reader.has_worker
-    assert text(reader.read("a.pdf", b"next")).startswith("next")
+    assert text(reader.read("a.rtf", rtf("next"))).startswith("next")
 
 
 @posix
-@pytest.mark.parametrize(("command", "reason"), [(b"die", "SIGSEGV"), (b"leave", "exit status 3")])
-def test_crash(hostile: None, reader: IsolatedReader, command: bytes, reason: str) -> None:
+@pytest.mark.parametrize(("command", "reason"), [("die", "SIGSEGV"), ("leave", "exit status 3")])
+def test_crash(hostile: None, reader: IsolatedReader, command: str, reason: str) -> None:
     with pytest.raises(BrokenFileError, match=rf"crashes its parser \({reason}\)"):
-        reader.read("a.pdf", command)
-    assert text(reader.read("a.pdf", b"next")).startswith("next")
+        reader.read("a.rtf", rtf(command))
+    assert text(reader.read("a.rtf", rtf("next"))).startswith("next")
 
 
 def test_output_of_a_parser(hostile: None, reader: IsolatedReader) -> None:
-    assert text(reader.read("a.pdf", b"print")).startswith("print")
-    assert text(reader.read("a.pdf", b"next")).startswith("next")
+    assert text(reader.read("a.rtf", rtf("print"))).startswith("print")
+    assert text(reader.read("a.rtf", rtf("next"))).startswith("next")
 
 
 def test_reasons(hostile: None, reader: IsolatedReader) -> None:
-    with pytest.raises(BrokenFileError, match=r"^a broken PDF: ZeroDivisionError: no$"):
-        reader.read("a.pdf", b"fail")
+    with pytest.raises(BrokenFileError, match=r"^a broken RTF document: ZeroDivisionError: no$"):
+        reader.read("a.rtf", rtf("fail"))
     with pytest.raises(NotTextError, match="not text"):
         reader.read("a.html", b"\0")
 
 
 def test_missing_package_in_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pypdf.py").write_text("raise ImportError")
+    (tmp_path / "pypdfium2.py").write_text("raise ImportError")
     monkeypatch.syspath_prepend(str(tmp_path))
     with IsolatedReader() as reader, pytest.raises(MissingExtraError, match=r"epic-rag\[files\]") as caught:
         reader.read("a.pdf", b"")
-    assert caught.value.package == "pypdf"
+    assert caught.value.package == "pypdfium2"
 
 
 @pytest.mark.parametrize("variable", ["EPIC_RAG_FILE_SECONDS", "EPIC_RAG_FILE_MEMORY_MIB"])
@@ -182,7 +180,7 @@ def test_limits_from_the_environment(variable: str, hostile: None, monkeypatch: 
     monkeypatch.setenv("EPIC_RAG_FILE_SECONDS", "0.5")
     monkeypatch.setenv("EPIC_RAG_FILE_MEMORY_MIB", "1024")
     with IsolatedReader() as reader, pytest.raises(BrokenFileError, match=r"longer than 0\.5 s"):
-        reader.read("a.pdf", b"hang")
+        reader.read("a.rtf", rtf("hang"))
 
 
 @posix
@@ -202,8 +200,8 @@ def test_no_worker_outlives_its_indexer(hostile: None, end: signal.Signals, comm
         from epic_rag_chroma.reading.worker import IsolatedReader
         sys.path[:] = eval(sys.argv[1])
         with IsolatedReader(seconds=int(sys.argv[2])) as reader:
-            print(reader.read("a.pdf", b"first").lines[0].split()[1], flush=True)
-            reader.read("a.pdf", sys.argv[3].encode())
+            print(reader.read("a.rtf", b"{\\\\rtf first").lines[0].split()[1], flush=True)
+            reader.read("a.rtf", b"{\\\\rtf " + sys.argv[3].encode())
         """
     )
     with subprocess.Popen(
