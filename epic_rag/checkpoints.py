@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,6 +153,7 @@ def resolve(
     revision: str | None = None,
     local_files_only: bool = False,
     gguf_file: str | None = None,
+    patterns: Sequence[str] = (),
 ) -> Path:
     """Find the folder of a checkpoint.
 
@@ -164,6 +165,7 @@ def resolve(
         revision: Commit or tag on the hub.
         local_files_only: Use only what was downloaded before, without network access.
         gguf_file: A GGUF file to fetch from the hub as well.
+        patterns: Names of further files to fetch from the hub.
 
     Returns:
         A local folder.
@@ -185,7 +187,7 @@ def resolve(
         raise CheckpointError(f"{name} is a file, a checkpoint is a folder. Pass its folder, or one of {known}.")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"There is no checkpoint {name}. Pass an existing folder or one of {known}.")
-    return _download(name, revision, local_files_only, gguf_file, known)
+    return _download(name, revision, local_files_only, [*([gguf_file] if gguf_file else []), *patterns], known)
 
 
 def identify(
@@ -265,14 +267,17 @@ def fingerprint_of(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _download(name: str, revision: str | None, local_only: bool, gguf_file: str | None, known: str) -> Path:
+def _download(name: str, revision: str | None, local_only: bool, patterns: Sequence[str], known: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*_HUB_PATTERNS, *([gguf_file] if gguf_file else [])]
     try:
         # The hub client checks every file against the hash that the hub names for the revision.
-        return Path(snapshot_download(name, revision=revision, local_files_only=local_only, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                name, revision=revision, local_files_only=local_only, allow_patterns=[*_HUB_PATTERNS, *patterns]
+            )
+        )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = reason_of(error)
         raise CheckpointError(

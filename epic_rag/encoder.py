@@ -6,19 +6,24 @@ the prompt (strategies "epic" and "text") or move its vector (`reader`, `task_ve
 
 In a process without torch, a handful of texts is embedded by `NumpyBert`, if it can run the checkpoint. The backbone is
 then loaded when it is needed: for more texts, for slots, or by `backbone`, `device`, `save_pretrained` and others.
+
+Models that are no checkpoint of epic-rag and need more than a backbone are run by an `EmbeddingModel`: folders of
+sentence-transformers with prompts or modules of their own, ONNX files, and remote models.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import logging
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +31,8 @@ from typing_extensions import Unpack
 
 from epic_rag.checkpoints import EncoderConfig, check_width, fingerprint_of, identify, read_epic_file, resolve
 from epic_rag.demonstrations import DemonstrationBank, Selection
+from epic_rag.embedding_model import EmbeddingModel, Fact, Role, is_remote, split_onnx
+from epic_rag.errors import ConfigError, PromptError
 from epic_rag.metrics import unit_rows
 from epic_rag.numpy_bert import NumpyBert, open_numpy_bert
 from epic_rag.prompt import EncoderInput, Prefix, PromptBuilder, prefetch
@@ -45,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["EpicEncoder"]
 
 Vectors = npt.NDArray[np.float32]
+Backend = Literal["native", "sentence-transformers"]
 logger = logging.getLogger(__name__)
 
 # Documents that are sorted by length together.
@@ -58,36 +66,44 @@ class EpicEncoder:
     Make one with `from_pretrained`. An encoder is not safe to share between threads without a lock.
 
     Args:
-        backbone: Transformer, projector and pooling.
-        prompt: Tokenizer, template and length limits.
+        backbone: Transformer, projector and pooling; or a model of another library or service.
+        prompt: Tokenizer, template and length limits; None for such a model.
         name: Name of the checkpoint in messages.
         source: Argument of `from_pretrained` that makes it again.
         config: The other settings of `epic.json` (default instruction, strategy, training record, ...).
 
     Attributes:
         config: These settings.
+        external: The model of another library or service that embeds texts; None for a checkpoint of epic-rag.
+        takes_instructions: Whether queries are put behind an instruction; a model that was not trained to follow one
+            ignores those of tasks and banks.
         truncate_dim: Number of dimensions to keep; None for all.
         padding_side: "right", or "left" for causal models. Vectors do not depend on it.
     """
 
     def __init__(
         self,
-        backbone: Backbone | NumpyBert,
-        prompt: PromptBuilder,
+        backbone: Backbone | NumpyBert | EmbeddingModel,
+        prompt: PromptBuilder | None,
         *,
         name: str = "unnamed",
         source: str = "",
         config: EncoderConfig | None = None,
     ) -> None:
         self._numpy: NumpyBert | None = None
+        self.external: EmbeddingModel | None = None
         if isinstance(backbone, NumpyBert):
             self._numpy = backbone
+        elif isinstance(backbone, EmbeddingModel):
+            self.external = backbone
         else:
             self.backbone = backbone
-        self.prompt = prompt
+        if prompt is not None:
+            self.prompt = prompt
         self.name = name
         self.source = source
         self.config = EncoderConfig() if config is None else config
+        self.takes_instructions = self.external is None or self.external.takes_instructions
         self.truncate_dim: int | None = None
         self.padding_side: Literal["left", "right"] = "right"
         self._load: Callable[[], tuple[Checkpoint, list[torch.device]]] | None = None
@@ -117,6 +133,7 @@ class EpicEncoder:
         trust_remote_code: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
+        backend: Backend | None = None,
     ) -> EpicEncoder:
         """Load an encoder.
 
@@ -125,8 +142,10 @@ class EpicEncoder:
         arguments say when there are more.
 
         Args:
-            name_or_path: A shipped checkpoint ("epic-minilm"), a local folder (an epic-rag checkpoint, a plain
-                Hugging Face or sentence-transformers folder), or a hub name. None loads the shipped default.
+            name_or_path: A shipped checkpoint ("epic-minilm"), a local folder (an epic-rag checkpoint, a Hugging Face,
+                sentence-transformers or model2vec folder), a hub name, `onnx:FOLDER_OR_NAME[@FILE]`, or a remote model
+                (`openai:NAME@URL`, `ollama:NAME`, `tei:URL`, `cohere:NAME`; see `epic_rag.remote_model`). None loads
+                the shipped default.
             device: "cpu", "cuda:1", "mps", ...; several of them, in a list or with commas between, share the batches.
                 None takes a GPU if there is one.
             dtype: "float32", "bfloat16" or "float16". None means float32 on a CPU and bfloat16 on a GPU; "auto"
@@ -142,16 +161,16 @@ class EpicEncoder:
             trust_remote_code: Allow Python code in the folder to run.
             revision: Commit or tag on the hub.
             local_files_only: Use only what was downloaded before, without network access.
+            backend: "native" runs the transformer by epic-rag, as training and prompts with demonstrations need it;
+                "sentence-transformers" by that library. None takes the former where it gives the same vectors.
 
         Raises:
             CheckpointError: If there is no such checkpoint or it does not load.
             ConfigError: If a setting cannot work with it.
-            MissingExtraError: If a GGUF file or adapter needs a package that is not installed.
+            MissingExtraError: If a GGUF file, an adapter or a model needs a package that is not installed.
+            RemoteModelError: If a remote model does not answer.
         """
-        folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only, gguf_file=gguf_file)
-        epic = read_epic_file(folder)
-        name, source = identify(name_or_path, folder, epic, revision)
-        limits = {"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens}
+        onnx = split_onnx(name_or_path)
         changes = {
             "num_layers": num_layers,
             "adapter": adapter,
@@ -159,6 +178,30 @@ class EpicEncoder:
             "pooling": pooling,
             "projector": projector,
         }
+        limits = {"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens}
+        if is_remote(name_or_path):
+            _refuse("a remote model", name_or_path, changes)
+            return cls._of_remote(str(name_or_path), truncate_dim, **limits)
+        folder = resolve(
+            name_or_path if onnx is None else onnx[0],
+            revision=revision,
+            local_files_only=local_files_only,
+            gguf_file=gguf_file,
+            patterns=[*(["*.py"] if trust_remote_code else []), *(["*.onnx", "*.onnx_data"] if onnx else [])],
+        )
+        epic = read_epic_file(folder)
+        name, source = identify(name_or_path if onnx is None else onnx[0], folder, epic, revision)
+        from epic_rag.sentence_model import is_onnx_folder, is_simple_folder
+
+        if onnx is None and not epic and is_onnx_folder(folder):
+            onnx = os.fspath(name_or_path or ""), None
+        # Settings that only the backbone has ask for it.
+        is_native = backend == "native" or bool(epic) or any(value is not None for value in changes.values())
+        is_other = onnx is not None or (not is_native and backend == "sentence-transformers")
+        if is_other or not (is_native or is_simple_folder(folder, name)):
+            _refuse("this model", name, {**changes, "several devices": _several(device)})
+            options = {**limits, "trust_remote_code": trust_remote_code, "truncate_dim": truncate_dim}
+            return cls._of_folder(folder, name, source, onnx, device, dtype, options)
         settings = {"dtype": dtype, "truncate_dim": truncate_dim, "trust_remote_code": trust_remote_code}
         load = partial(
             _load_checkpoint, folder, epic, device, name=name, source=source, **settings, **limits, **changes
@@ -177,6 +220,8 @@ class EpicEncoder:
 
         loaded, others = load()
         encoder = cls(loaded.backbone, loaded.prompt, name=name, source=source, config=loaded.config)
+        # A folder of sentence-transformers without prompts was trained without instructions.
+        encoder.takes_instructions = is_native or not (folder / "modules.json").is_file()
         encoder.truncate_dim = loaded.truncate_dim
         encoder._weights_hash = loaded.weights_hash
         encoder._folder = folder
@@ -185,6 +230,76 @@ class EpicEncoder:
             # At loading rather than with the first texts: weights that do not fit a device are an error of loading.
             encoder.replicas.copies_of(encoder.backbone)
         return encoder
+
+    @classmethod
+    def _of_remote(cls, name: str, truncate_dim: int | None, **limits: int | None) -> EpicEncoder:
+        from epic_rag.remote_model import RemoteModel
+
+        model = RemoteModel(name, **limits)
+        encoder = cls(model, None, name=model.name, source=name, config=EncoderConfig(strategy="task-vector"))
+        encoder.truncate_dim = check_width(truncate_dim, model.dimension)
+        return encoder
+
+    @classmethod
+    def _of_folder(
+        cls,
+        folder: Path,
+        name: str,
+        source: str,
+        onnx: tuple[str, str | None] | None,
+        device: DeviceNames | None,
+        dtype: str | torch.dtype | None,
+        options: dict[str, Any],
+    ) -> EpicEncoder:
+        """Load a folder that sentence-transformers runs."""
+        from epic_rag.batching import parse_devices
+        from epic_rag.checkpoint_io import parse_dtype
+        from epic_rag.sentence_model import SentenceModel
+
+        [target] = parse_devices(device)
+        truncate_dim = options.pop("truncate_dim")
+        model = SentenceModel.open(
+            folder,
+            name=name,
+            device=str(target),
+            dtype=parse_dtype(dtype, target),
+            is_onnx=onnx is not None,
+            onnx_file=None if onnx is None else onnx[1],
+            **options,
+        )
+        if onnx is not None:
+            source = f"onnx:{source}" + ("" if onnx[1] is None else f"@{onnx[1]}")
+        encoder = cls(model, None, name=name, source=source, config=EncoderConfig(strategy="task-vector"))
+        encoder.truncate_dim = check_width(model.truncate_dim if truncate_dim is None else truncate_dim, encoder._width)
+        encoder._folder = folder
+        return encoder
+
+    def describe(self) -> list[Fact]:
+        """Return what is known of the model, each fact with its source."""
+        if self.external is not None:
+            return self.external.describe()
+        stored, guessed = "checkpoint", "guessed"
+        model = self.backbone if self._numpy is None else self._numpy
+        source = stored if self.config.training or self._folder is None else "the folder's files"
+        facts = [
+            Fact("run by", "epic-rag", source),
+            Fact("pooling", model.pooling, source),
+            Fact("default instruction", repr(self.default_instruction), source),
+            Fact(
+                "instructions",
+                "before the query" if self.takes_instructions else "not used: the folder has no prompts",
+                source,
+            ),
+            Fact("strategy of demonstrations", self.strategy, stored if self.config.strategy else "default"),
+            Fact("longest query", f"{self.max_query_tokens} tokens", source),
+            Fact("longest text", f"{self.max_document_tokens} tokens", source),
+            Fact("dimensions", str(self.dimension), source),
+            Fact("similarity", "cosine", stored if self.config.training else guessed),
+            Fact("licence", self.config.license or "unknown", stored if self.config.license else "not stated"),
+        ]
+        if self.config.base_model:
+            facts.append(Fact("base model", self.config.base_model, stored))
+        return facts
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: str | None = None) -> None:
         """Write a checkpoint folder that `from_pretrained` opens, and `AutoModel` and `SentenceTransformer` too.
@@ -219,8 +334,15 @@ class EpicEncoder:
 
     @cached_property
     def backbone(self) -> Backbone:
-        """Transformer, projector, pooling and head; loaded when it is first used, if numpy was enough until then."""
-        assert self._load is not None
+        """Transformer, projector, pooling and head; loaded when it is first used, if numpy was enough until then.
+
+        Raises:
+            ConfigError: If the encoder is a model of another library or service.
+        """
+        if self._load is None:
+            raise ConfigError(
+                f"{self.name} is run by another library. Load it with backend='native' if it is a folder."
+            )
         loaded, _ = self._load()
         self.prompt.tokenizer = loaded.prompt.tokenizer
         self._weights_hash = self._weights_hash or loaded.weights_hash
@@ -255,7 +377,11 @@ class EpicEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Device of the model; the first of several."""
+        """Device of the model; the first of several, and the CPU for a remote model."""
+        if self.external is not None:
+            import torch
+
+            return torch.device("cpu" if self.external.kind == "remote" else self.external.device)
         return self.backbone.device
 
     @property
@@ -266,23 +392,31 @@ class EpicEncoder:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights; vectors are always float32."""
+        if self.external is not None:
+            import torch
+
+            return cast("torch.dtype", getattr(torch, self.external.precision))
         return self.backbone.transformer.dtype
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; loads the backbone, because it is transformers' object."""
+        """The tokenizer; loads the backbone, because it is transformers' object.
+
+        Raises:
+            ConfigError: If the encoder is a model of another library or service.
+        """
         _ = self.backbone
         return self.prompt.tokenizer
 
     @property
     def max_query_tokens(self) -> int:
         """Longest query in tokens, with special tokens, without the prompt."""
-        return self.prompt.max_query_tokens
+        return (self.external or self.prompt).max_query_tokens
 
     @property
     def max_document_tokens(self) -> int:
         """Longest document in tokens, with special tokens."""
-        return self.prompt.max_document_tokens
+        return (self.external or self.prompt).max_document_tokens
 
     @property
     def default_instruction(self) -> str | None:
@@ -292,7 +426,7 @@ class EpicEncoder:
     @property
     def strategy(self) -> QueryStrategy:
         """Strategy of demonstrations for queries that name none."""
-        return self.config.strategy or "epic"
+        return self.config.strategy or ("epic" if self.takes_instructions else "task-vector")
 
     @property
     def query_fingerprint(self) -> str:
@@ -303,6 +437,9 @@ class EpicEncoder:
     @property
     def fingerprint(self) -> str:
         """Short hash of everything that decides a vector: weights, projector, template, pooling, lengths, width."""
+        if self.external is not None:
+            facts = {**self.external.identity(), "dimension": self.dimension}
+            return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
         if self._weights_hash is None:
             if self._numpy is not None:
                 self._weights_hash = self._numpy.weights_hash()
@@ -362,17 +499,21 @@ class EpicEncoder:
         prompt = QueryPrompt.of(prompt, settings)
         items = [texts] if isinstance(texts, str) else list(texts)
         bank = prompt.resolve_bank()
-        instruction = prompt.resolve_instruction(bank, self.default_instruction)
+        instruction = self._instruction(prompt, bank)
         strategy = prompt.strategy or self.strategy
         k = 0 if bank is None else self._num_demonstrations(bank, prompt.num_demonstrations, strategy)
         if bank is None or k == 0 or not items or strategy in ("reader", "task-vector"):
-            rows = self.prompt.queries(self.prompt.prefix(instruction), items)
-            vectors = self._embed(rows, None, batch_size, show_progress)
+            vectors = self._zero_shot(items, instruction, batch_size, show_progress)
             if bank is not None and k and items and strategy == "reader":
                 vectors = self._read_demonstrations(bank, k, prompt.selection, vectors)
             elif bank is not None and k and items:
                 banks = self._select(bank, k, len(items), prompt.selection, vectors)
                 vectors = apply_task_vector(vectors, [each.embeddings_for(self.fingerprint) for each in banks])
+        elif self.external is not None:
+            raise PromptError(
+                f"Strategy {strategy!r} needs a checkpoint of epic-rag, and {self.name} is none. "
+                "Use 'task-vector' or 'reader'."
+            )
         else:
             rows, slots = self._rows_behind_demonstrations(
                 items, bank, k, instruction, strategy, prompt.selection, batch_size
@@ -400,6 +541,10 @@ class EpicEncoder:
             float32 unit rows (n, dimension), in order; (dimension,) for a single string.
         """
         items = [texts] if isinstance(texts, str) else list(texts)
+        if self.external is not None:
+            return self._output(
+                self._external_vectors(items, "document", None, batch_size, show_progress), texts, truncate_dim
+            )
         # While one block is embedded the next one is tokenised, and only two are in memory as tokens.
         blocks = prefetch(self.prompt.documents, items, _BLOCK)
         found = [self._embed(rows, None, batch_size, show_progress) for rows in blocks]
@@ -415,9 +560,7 @@ class EpicEncoder:
         """
         vectors = None
         if selection == "nearest":
-            instruction = QueryPrompt().resolve_instruction(bank, self.default_instruction)
-            rows = self.prompt.queries(self.prompt.prefix(instruction), texts)
-            vectors = self._embed(rows)
+            vectors = self._zero_shot(texts, self._instruction(QueryPrompt(), bank))
         return self._select(bank, k, len(texts), selection, vectors)
 
     def embed_demonstrations(self, bank: DemonstrationBank) -> Vectors:
@@ -427,8 +570,7 @@ class EpicEncoder:
             (k, 2, dim) float32 at full width: query (zero-shot, with the bank's instruction), passage.
         """
         width = self._width
-        instruction = QueryPrompt().resolve_instruction(bank, self.default_instruction) or ""
-        zero_shot = QueryPrompt(instruction=instruction)
+        zero_shot = QueryPrompt(instruction=self._instruction(QueryPrompt(), bank) or "")
         passages = [item.passage for item in bank.demonstrations]
         queries = self.encode_query([item.query for item in bank.demonstrations], zero_shot, truncate_dim=width)
         if bank.symmetric:
@@ -451,12 +593,71 @@ class EpicEncoder:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the token count of each text, without special tokens."""
+        if self.external is not None:
+            return self.external.count_tokens(texts)
         return [len(ids) for ids in self.prompt.token_ids(texts)]
+
+    def token_counter(self) -> Callable[[Sequence[str], bool], list[int]]:
+        """Return a function of texts and whether they are documents: their lengths as the model reads them.
+
+        Special tokens are counted, prompts are not. The function may run in another thread beside the encoder.
+        """
+        if self.external is not None:
+            external = self.external
+            return lambda texts, is_document: [
+                min(count + 2, external.max_document_tokens if is_document else external.max_query_tokens)
+                for count in external.count_tokens(texts)
+            ]
+        # Tokenizers are not safe to share between threads.
+        prompt = copy.deepcopy(self.prompt)
+        special = len(prompt.start) + len(prompt.stop)
+
+        def count(texts: Sequence[str], is_document: bool) -> list[int]:
+            limit = prompt.max_document_tokens if is_document else prompt.max_query_tokens
+            return [len(ids) + special for ids in prompt.token_ids(texts, limit - special)]
+
+        return count
 
     @property
     def _width(self) -> int:
         """Width of the vectors before truncation."""
+        if self.external is not None:
+            return self.external.dimension
         return self.backbone.dimension if self._numpy is None else self._numpy.dimension
+
+    def _instruction(self, prompt: QueryPrompt, bank: DemonstrationBank | None) -> str | None:
+        """Return the instruction of a query; None for the model's own, or for a model that follows none."""
+        instruction = prompt.resolve_instruction(bank, self.default_instruction)
+        if self.external is not None:
+            # "" stands for the model's own prompt as well: without it, the vectors are not those it was trained for.
+            return (instruction or None) if self.takes_instructions else None
+        return instruction if self.takes_instructions or prompt.instruction else None
+
+    def _zero_shot(
+        self,
+        texts: Sequence[str],
+        instruction: str | None,
+        batch_size: int | None = None,
+        show_progress: bool = False,
+    ) -> Vectors:
+        """Embed queries behind an instruction alone."""
+        if self.external is not None:
+            return self._external_vectors(texts, "query", instruction, batch_size, show_progress)
+        rows = self.prompt.queries(self.prompt.prefix(instruction), texts)
+        return self._embed(rows, None, batch_size, show_progress)
+
+    def _external_vectors(
+        self, texts: Sequence[str], role: Role, instruction: str | None, batch_size: int | None, show_progress: bool
+    ) -> Vectors:
+        assert self.external is not None
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise PromptError(
+                    f"Text {index + 1} of {len(texts)} is {text!r}, not a string. Convert it or leave it out."
+                )
+        return self.external.embed(
+            texts, role, instruction=instruction, batch_size=batch_size, show_progress=show_progress
+        )
 
     def _embed(
         self,
@@ -602,6 +803,17 @@ class EpicEncoder:
         if width < vectors.shape[1]:
             vectors = unit_rows(vectors[:, :width])
         return vectors[0] if isinstance(texts, str) else vectors
+
+
+def _refuse(what: str, name: object, options: Mapping[str, object]) -> None:
+    """Raise an error for options that only a checkpoint of epic-rag takes."""
+    given = ", ".join(key for key, value in options.items() if value is not None and value is not False)
+    if given:
+        raise ConfigError(f"{given}: {what} ({name}) does not take it. Leave it out.")
+
+
+def _several(device: DeviceNames | None) -> bool:
+    return (isinstance(device, str) and "," in device) or (isinstance(device, (list, tuple)) and len(device) > 1)
 
 
 def _load_checkpoint(

@@ -9,6 +9,7 @@
     ├── ConfigError            a setting with a value that cannot work
     ├── FingerprintError       stored vectors were made by another checkpoint
     ├── MissingExtraError      an optional package is not installed
+    ├── RemoteModelError       a remote model does not answer, or refuses
     └── TrainingError          training cannot start, or went wrong (NaN loss, broken resume)
 
 A message is a fact and a remedy in two short sentences. Code that calls epic-rag catches `EpicError`; the command line
@@ -26,6 +27,7 @@ __all__ = [
     "FingerprintError",
     "MissingExtraError",
     "PromptError",
+    "RemoteModelError",
     "TaskError",
     "TrainingError",
 ]
@@ -82,6 +84,10 @@ class MissingExtraError(EpicError):
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
         # Exception pickles with args alone, which here is the finished message; workers need the three parts.
         return type(self), (self.package, self.extra, self.purpose)
+
+
+class RemoteModelError(EpicError):
+    """A remote embedding model does not answer, refuses, or answers with something else than vectors."""
 
 
 class TrainingError(EpicError):

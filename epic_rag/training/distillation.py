@@ -73,6 +73,7 @@ class Teacher:
             dtype=config.dtype if fast else "float32",
             max_query_tokens=config.max_query_tokens,
             max_document_tokens=config.max_document_tokens,
+            backend="native",
         )
         self.encoder.backbone.requires_grad_(False)
         self.instructions = bool(self.encoder.config.training)

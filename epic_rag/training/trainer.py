@@ -554,6 +554,7 @@ def _load_backbone(config: TrainingConfig, device: str | None) -> EpicEncoder:
         gguf_file=config.gguf_file,
         pooling=config.pooling,
         projector=None if config.reset_projector else config.projector,
+        backend="native",
     )
     if config.attention is not None:
         cast("Any", encoder.backbone.transformer).set_attn_implementation(config.attention)

@@ -10,7 +10,6 @@ fewest tokens, so that a single query waits for the batch in progress and at mos
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 import time
 from bisect import insort
@@ -100,8 +99,7 @@ class EncodingQueue:
         self._encoder = encoder
         self._max_texts = max_texts
         self._on_batch = on_batch
-        # Tokenizers are not safe to share between threads.
-        self._prompt = copy.deepcopy(encoder.prompt)
+        self._lengths = encoder.token_counter()
         self._tokenizer = ThreadPoolExecutor(1, thread_name_prefix="epic-rag-lengths")
         self._changed = threading.Condition()
         self._rows: dict[QueryPrompt | None, list[_Row]] = {}
@@ -185,12 +183,6 @@ class EncodingQueue:
             self._changed.notify()
         self._thread.join()
         self._tokenizer.shutdown()
-
-    def _lengths(self, texts: Sequence[str], is_document: bool) -> list[int]:
-        prompt = self._prompt
-        limit = prompt.max_document_tokens if is_document else prompt.max_query_tokens
-        special = len(prompt.start) + len(prompt.stop)
-        return [len(ids) + special for ids in prompt.token_ids(texts, limit - special)]
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -62,3 +62,37 @@ def test_export_overwrites_nothing(cli: Any, tiny_checkpoint: Path) -> None:
     assert (result.status, result.out) == (1, "")
     assert "Unknown dtype 'int4'. Choose one of float32, bfloat16, float16, int8." in result.err
     assert not Path("new").exists()
+
+
+def test_show(cli: Any, tiny_checkpoint: Path) -> None:
+    result = cli("models", "show", str(tiny_checkpoint), "--json")
+    facts = {fact["name"]: fact for fact in json.loads(result.out)}
+    encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
+    assert facts["fingerprint"]["value"] == encoder.fingerprint
+    assert facts["dimensions"] == {"name": "dimensions", "value": str(encoder.dimension), "source": "checkpoint"}
+    lines = cli("models", "show", str(tiny_checkpoint)).out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == list(facts)
+
+
+def test_show_says_what_is_guessed(cli: Any, tiny_checkpoint: Path) -> None:
+    folder = Path("e5-small-v2")
+    shutil.copytree(tiny_checkpoint, folder)
+    (folder / "epic.json").unlink()
+    facts = {fact["name"]: fact for fact in json.loads(cli("models", "show", str(folder), "--json").out)}
+    assert facts["query prompt"]["value"] == "'query: '"
+    assert "guessed from its name: model card of intfloat" in facts["query prompt"]["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tei:nowhere", "has no address"),
+        ("ollama:tiny@http://127.0.0.1:9", "does not answer"),
+        ("onnx:no-such-folder", "There is no checkpoint no-such-folder"),
+    ],
+)
+def test_show_of_a_model_that_is_not_there(cli: Any, name: str, message: str) -> None:
+    result = cli("models", "show", name)
+    assert result.status == 1
+    assert message in result.err
+    assert "Traceback" not in result.err

@@ -23,7 +23,12 @@ app = new_group("models")
 def models(context: typer.Context, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the models that need no download.
 
-    --model also takes a checkpoint folder or a Hugging Face name.
+    --model also takes:
+
+    - a folder of epic-rag, Hugging Face, sentence-transformers or model2vec;
+    - a name on the Hugging Face hub, for instance BAAI/bge-small-en-v1.5;
+    - onnx:FOLDER_OR_NAME[@FILE] for a folder's ONNX file;
+    - a remote model: openai:NAME[@URL], ollama:NAME[@URL], tei:URL or cohere:NAME[@URL].
 
     Examples:
         epic-rag models
@@ -53,6 +58,37 @@ def models(context: typer.Context, as_json: Json = False, quiet: Quiet = False, 
         message(
             "note", "No model ships with this installation. Pass a checkpoint folder or a Hugging Face name to --model."
         )
+
+
+@app.command("show", cls=Command)
+def show(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A name as --model takes it: see `epic-rag models --help`.")
+    ],
+    as_json: Json = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow Python code in the model's folder to run.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print what is known of a model: prompts, pooling, lengths, dimensions, and where each was found.
+
+    A value with "guessed" as its source is stated by no file of the model.
+
+    Examples:
+        epic-rag models show epic-minilm
+        epic-rag models show epic-minilm --json
+    """
+    from epic_rag import EpicEncoder
+
+    encoder = EpicEncoder.from_pretrained(model, device="cpu", trust_remote_code=trust_remote_code)
+    facts = [("name", encoder.name, "argument"), ("fingerprint", encoder.fingerprint, "computed")]
+    facts += [(fact.name, fact.value, fact.source) for fact in encoder.describe()]
+    if as_json:
+        emit_json([{"name": name, "value": value, "source": source} for name, value, source in facts])
+    else:
+        emit(columns([tuple(map(printable, fact)) for fact in facts], styles=("bold", "", "dim")))
 
 
 @app.command("export", cls=Command)
