@@ -29,7 +29,15 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Unpack
 
-from epic_rag.checkpoints import EncoderConfig, check_width, fingerprint_of, identify, read_epic_file, resolve
+from epic_rag.checkpoints import (
+    EPIC_FILE,
+    EncoderConfig,
+    check_width,
+    fingerprint_of,
+    identify,
+    read_epic_file,
+    resolve,
+)
 from epic_rag.demonstrations import DemonstrationBank, Selection
 from epic_rag.embedding_model import EmbeddingModel, Fact, Role, is_remote, split_onnx
 from epic_rag.errors import ConfigError, PromptError
@@ -232,7 +240,7 @@ class EpicEncoder:
         return encoder
 
     @classmethod
-    def _of_remote(cls, name: str, truncate_dim: int | None, **limits: int | None) -> EpicEncoder:
+    def _of_remote(cls, name: str, truncate_dim: int | None, **limits: Any) -> EpicEncoder:
         from epic_rag.remote_model import RemoteModel
 
         model = RemoteModel(name, **limits)
@@ -280,7 +288,8 @@ class EpicEncoder:
             return self.external.describe()
         stored, guessed = "checkpoint", "guessed"
         model = self.backbone if self._numpy is None else self._numpy
-        source = stored if self.config.training or self._folder is None else "the folder's files"
+        is_own = self._folder is None or (self._folder / EPIC_FILE).is_file()
+        source = stored if is_own else "the folder's files"
         facts = [
             Fact("run by", "epic-rag", source),
             Fact("pooling", model.pooling, source),
@@ -294,7 +303,7 @@ class EpicEncoder:
             Fact("longest query", f"{self.max_query_tokens} tokens", source),
             Fact("longest text", f"{self.max_document_tokens} tokens", source),
             Fact("dimensions", str(self.dimension), source),
-            Fact("similarity", "cosine", stored if self.config.training else guessed),
+            Fact("similarity", "cosine", stored if is_own else guessed),
             Fact("licence", self.config.license or "unknown", stored if self.config.license else "not stated"),
         ]
         if self.config.base_model:

@@ -33,6 +33,8 @@ class OnnxTransformer(InputModule):
         do_lower_case: Whether texts are lower-cased first.
     """
 
+    tokenizer: Any
+
     def __init__(self, session: Any, tokenizer: Any, max_seq_length: int, do_lower_case: bool = False) -> None:
         super().__init__()
         self.session = session

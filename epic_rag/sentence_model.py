@@ -86,9 +86,8 @@ class SentenceModel(EmbeddingModel):
         self.dimension = int(dimension)
         default = model.prompts.get(model.default_prompt_name or "", "")
         self.query_prompt = model.prompts.get("query", default) or ""
-        self.document_prompt = next(
-            (model.prompts[key] for key in ("document", "passage", "corpus") if key in model.prompts), default
-        )
+        of_documents = (model.prompts[key] for key in _ROLES[1:] if key in model.prompts)
+        self.document_prompt = next(of_documents, default) or ""
         self._prompts_source = prompts_source
         self._batch_tokens = batch_tokens
         limit = model.max_seq_length
@@ -202,8 +201,8 @@ class SentenceModel(EmbeddingModel):
         limit = self.max_query_tokens if is_query else self.max_document_tokens
         prompt = fill_instruction(self.query_prompt, instruction) if is_query else None
         # The library chooses the prompt itself unless another instruction replaces it.
-        changed = {} if prompt is None or prompt == self.query_prompt else {"prompt": prompt}
-        encode = self.model.encode_query if is_query else self.model.encode_document
+        changed: dict[str, Any] = {} if prompt is None or prompt == self.query_prompt else {"prompt": prompt}
+        encode: Any = self.model.encode_query if is_query else self.model.encode_document
         texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         lengths = [min(limit, count + _SPECIAL_TOKENS) for count in self.count_tokens(texts)]
         vectors = np.empty((len(texts), self.dimension), np.float32)
@@ -424,6 +423,8 @@ def _onnx_modules(folder: Path, file: str | None) -> list[Any]:
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
     from sentence_transformers.util import import_from_string
 
+    load: Any = import_from_string
+
     from epic_rag.onnx_transformer import OnnxTransformer
 
     transformer = OnnxTransformer.load(folder, file)
@@ -431,4 +432,4 @@ def _onnx_modules(folder: Path, file: str | None) -> list[Any]:
         entries = json.loads((folder / _MODULES).read_text(encoding="utf-8"))[1:]
     except OSError:
         return [transformer, Pooling(transformer.get_embedding_dimension(), "mean"), Normalize()]
-    return [transformer, *(import_from_string(entry["type"]).load(str(folder / entry["path"])) for entry in entries)]
+    return [transformer, *(load(entry["type"]).load(str(folder / entry["path"])) for entry in entries)]
