@@ -158,12 +158,13 @@ def _adapters(pairs: Vectors, *, rate: float, epochs: int, batch: int, shuffled:
     found = []
     for _ in range(epochs):
         order = torch.randperm(n, generator=chance) if shuffled else torch.arange(n)
-        for chosen in order.split(batch):
+        for start in range(0, n, batch):
+            chosen = order[start : start + batch]
             moved = torch.nn.functional.normalize(queries[chosen] @ weight.T, dim=1)
             scores = _ADAPTER_SCALE * moved @ passages[chosen].T
             loss = torch.nn.functional.cross_entropy(scores, torch.arange(len(chosen)))
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_([weight], 1.0)
             optimizer.step()
             schedule.step()
@@ -187,10 +188,11 @@ def _tuned_adapter(pairs: Vectors) -> Vectors:
 
     best = (quality(identity), 0.0, 0)
     for rate in _TUNED_RATES:
-        options = {"rate": rate, "batch": _TUNED_BATCH, "shuffled": True}
-        for epochs, adapter in enumerate(_adapters(pairs[held:], epochs=_TUNED_EPOCHS, **options), start=1):
-            if (found := quality(adapter)) > best[0]:  # the identity stays where nothing is better
-                best = (found, rate, epochs)
+        found = _adapters(pairs[held:], rate=rate, epochs=_TUNED_EPOCHS, batch=_TUNED_BATCH, shuffled=True)
+        for epochs, adapter in enumerate(found, start=1):
+            reached = quality(adapter)
+            if reached > best[0]:  # the identity stays where nothing is better
+                best = (reached, rate, epochs)
     _, rate, epochs = best
     if not epochs:
         return identity
