@@ -183,6 +183,7 @@ def evaluate(arguments: argparse.Namespace) -> str:
     precision = str(encoder.dtype).removeprefix("torch.")
     store = EmbeddingStore(encoder, folder=arguments.cache_dir, precision=precision)
     named = [*FILES, *(name for names in TASKS.values() for name in names if name not in FILES)]
+    named = [name for name in named if not arguments.sets or name in arguments.sets]
     tasks = load_few_shot_tasks(
         [arguments.data / f"{name}.jsonl.gz" for name in named if name in FILES],
         arguments.eval,
@@ -265,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, metavar="DIR", help="files of training pairs")
     parser.add_argument("--eval", type=Path, metavar="DIR", help="evaluation sets")
     parser.add_argument("--only", metavar="NAME,...", help="banks")
+    parser.add_argument("--sets", default="", metavar="NAME,...", help="sets that are searched, instead of all")
     parser.add_argument("--sizes", default="", metavar="N,...", help="further numbers of demonstrations")
     parser.add_argument("--strategies", default="reader,task-vector", metavar="NAME,...")
     parser.add_argument("--model", default=None, metavar="MODEL")
@@ -272,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     given.only = given.only.split(",") if given.only else list(built_in_banks())
     given.strategies = given.strategies.split(",")
+    given.sets = [name for name in given.sets.split(",") if name]
     sizes = [part for part in given.sizes.split(",") if part]
     if given.command == "build":
         chosen = dict(part.split("=") for part in sizes)
