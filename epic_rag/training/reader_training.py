@@ -49,6 +49,7 @@ Labels = npt.NDArray[np.int64]
 
 _QUERIES = 48
 _LEAST_ROWS = 8
+_LEAST_PASSAGES = 100
 _CANDIDATES = 200
 _NEAR_DUPLICATE = 0.97
 _TEMPERATURE = 0.04
@@ -64,7 +65,8 @@ class ReaderTrainingOptions:
     """Settings of a reader's training.
 
     Args:
-        rows: Most pairs of a task.
+        rows: Most pairs of a task that is a file.
+        source_rows: Most pairs of a task that is one `source` of a file.
         sources: Tasks that are made of one file by its rows' `source`.
         least_rows: Pairs that a source needs to be a task.
         episodes: Number of episodes.
@@ -80,8 +82,9 @@ class ReaderTrainingOptions:
         seed: Seed of all draws.
     """
 
-    rows: int = 1500
-    sources: int = 40
+    rows: int = 1200
+    source_rows: int = 320
+    sources: int = 6
     least_rows: int = 300
     episodes: int = 1200
     largest: int = 1400
@@ -292,6 +295,10 @@ def read_tasks(
     if missing or not by_name:
         raise DataError(f"{data} has no file {missing[0] if missing else '*.jsonl'}. Check --data and --tasks.")
     found: dict[str, tuple[list[Pair], float]] = {}
+
+    def take(name: str, rows: list[Pair], most: int, weight: float) -> None:
+        found[name] = random.Random(f"{options.seed}-{name}").sample(rows, min(len(rows), most)), weight
+
     for name, path in by_name.items():
         if name in excluded or (tasks is not None and name not in tasks):
             continue
@@ -301,13 +308,10 @@ def read_tasks(
         sources = [source for source in sources if source not in excluded][: options.sources]
         if len(sources) >= 2:
             for source in sources:
-                found[f"{name}#{source}"] = [row for row in rows if row.source == source], 1.0
-        else:
-            found[name] = rows, _FILE_WEIGHT
-    return {
-        name: (random.Random(f"{options.seed}-{name}").sample(rows, min(len(rows), options.rows)), weight)
-        for name, (rows, weight) in found.items()
-    }
+                take(f"{name}#{source}", [row for row in rows if row.source == source], options.source_rows, 1.0)
+        elif len({row.positive for row in rows}) >= min(_LEAST_PASSAGES, len(rows)):
+            take(name, rows, options.rows, _FILE_WEIGHT)
+    return found
 
 
 def embed_task(
