@@ -5,7 +5,7 @@ differences r_i = p_i - q_i, their mean r and the queries' mean m, a query q mov
 
     q1 = normalise(q + g_0 r + sum_k g_k M_k (q - m))
 
-Each M_k maps a query to a weighted sum of the demonstrations' differences; only n, not the query, decides the gains g.
+Each M_k maps a query to a weighted sum of the demonstrations' differences:
 
     R_l = (C + l s I)^-1 sum_i w_i (q_i - m) (r_i - r)^T     ridge: what the difference is near this query
     V_l = (C + l s I)^-1 sum_i w_i (q_i - m) v_i^T           contrast: what sets right passages apart from found ones
@@ -15,7 +15,16 @@ demonstrations that the moved query q_i + .7 r finds, in a softmax with the temp
 of the cosines: one step of gradient descent on InfoNCE. In other words, a query attends to all demonstrations by a
 ridge kernel. The mean alone is the task vector (`task_vector`), which is the same for every query.
 
-Everything is relative to spreads of the demonstrations' own cosines, so the same gains serve any encoder: the
+**Likely right passages are no negatives.** Of messages with labels, many share a demonstration's label. Another
+demonstration is left out of v_i if its query is more like q_i, or its passage more like p_i, than p_i is like q_i, all
+in standard deviations.
+
+**Gains.** Prior gains depend on n alone. From 16 demonstrations on, they are adapted to the bank: each demonstration is
+moved by what the others say about it (leave-one-out, in closed form for all M_k), and the gains minimise its InfoNCE
+against the other demonstrations' passages, and with a smaller weight against their passages and queries, plus
+(l / n) |g - prior|^2. So a bank of few or useless pairs keeps the prior.
+
+Everything is relative to spreads of the demonstrations' own cosines, so the same prior serves any encoder: the
 *universal* reader, which is part of this module. A checkpoint may bring its own gains in `reader.safetensors`.
 docs/tried.md has what did not help, attention over the nearest demonstrations among it.
 
@@ -61,6 +70,13 @@ _NEAR_PASSAGE = 0.97
 _FIT_SLOPE, _FIT_MIDDLE = 1.5, 1.0
 _STEP, _STEP_PRIOR = 0.7, 2
 _TEMPERATURE = 0.5
+_RULE = "2"
+"""Version of the rule, part of a reader's fingerprint."""
+_LEAST_ADAPTED = 16
+_LEFT_OUT, _OTHERS = 256, 256
+_WITH_QUERIES = 0.25
+_HOLD = 100.0
+_NEWTON_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -187,7 +203,7 @@ class DemonstrationReader:
     @property
     def fingerprint(self) -> str:
         """Short hash of the gains: part of what decides a query's vector with demonstrations, never a document's."""
-        return hashlib.sha256(",".join(FEATURES).encode() + self.gains.tobytes()).hexdigest()[:12]
+        return hashlib.sha256(",".join((_RULE, *FEATURES)).encode() + self.gains.tobytes()).hexdigest()[:12]
 
     def gains_for(self, n: int) -> Vectors:
         """Return (len(FEATURES),) gains for n demonstrations."""
@@ -205,12 +221,91 @@ class DemonstrationReader:
             The correction; zero where the pairs cannot be told from random ones.
         """
         features, evidence = prepare_features(pairs)
-        gains = evidence.confidence * self.gains_for(len(pairs))
+        gains = self.gains_for(len(pairs))
+        if features.left_out is not None:
+            gains = features.left_out.adapt(gains)
+        gains = evidence.confidence * gains
         shift = gains[0] * features.mean
         if not features.maps or evidence.confidence == 0.0:
             return PreparedDemonstrations(shift.astype(np.float32), None)
         linear = np.tensordot(gains[1:], np.stack(features.maps), axes=1).astype(np.float32)
         return PreparedDemonstrations((shift - features.middle @ linear).astype(np.float32), linear)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Demonstrations that are moved by the others, as products of their directions with candidates.
+
+    Moved queries are linear in the gains, so nothing else is needed to adapt them.
+
+    Attributes:
+        own: (s, 1 + k) products of the query and its k directions with its own passage.
+        scores: (s, 1 + k, c) the same with candidates: other demonstrations' passages, then their queries.
+        gram: (s, 1 + k, 1 + k) products of the query and the directions.
+        masked: (s, c) true where a candidate is likely right.
+        passages: Number of candidates that are passages.
+        weights: (s,) with mean 1.
+        temperature: Temperature of InfoNCE.
+    """
+
+    own: Vectors
+    scores: Vectors
+    gram: Vectors
+    masked: npt.NDArray[np.bool_]
+    passages: int
+    weights: Vectors
+    temperature: float
+
+    def adapt(self, prior: Vectors) -> Vectors:
+        """Return (k,) gains that minimise InfoNCE plus the distance from prior gains, by damped Newton steps."""
+        hold = _HOLD / len(self.own)
+        gains = prior.astype(np.float64)
+        value, slope, curvature = self.objective(gains)
+        for _ in range(_NEWTON_STEPS):
+            step = np.linalg.solve(curvature + hold * np.eye(len(gains)), slope + hold * (gains - prior))
+            for _ in range(4):
+                tried = gains - step
+                tried_value, tried_slope, tried_curvature = self.objective(tried)
+                if (
+                    tried_value + hold / 2 * ((tried - prior) ** 2).sum()
+                    <= value + hold / 2 * ((gains - prior) ** 2).sum()
+                ):
+                    gains, value, slope, curvature = tried, tried_value, tried_slope, tried_curvature
+                    break
+                step = step / 2
+            else:
+                break
+        return np.asarray(gains, dtype=np.float32)
+
+    def objective(self, gains: npt.NDArray[np.float64]) -> tuple[float, Vectors, Vectors]:
+        """Return InfoNCE, its gradient (k,) and the Gauss-Newton part of its Hessian (k, k)."""
+        factors = np.concatenate([[1.0], gains]).astype(np.float32)
+        pull = self.gram @ factors  # (s, 1 + k)
+        length = np.sqrt(np.maximum(pull @ factors, 1e-6))[:, None]
+        own = self.own @ factors / length[:, 0]
+        cosines = np.einsum("k,skc->sc", factors, self.scores) / length
+        relative = np.where(self.masked, -np.inf, (cosines - own[:, None]) / self.temperature)
+        # A cosine's derivative by gain k: its direction's product, less what the direction adds to the length.
+        pull /= length**2
+        change_of_own = self.own / length - own[:, None] * pull
+        change = self.scores / length[..., None] - pull[..., None] * cosines[:, None] - change_of_own[..., None]
+        change = change[:, 1:] / self.temperature  # (s, k, c)
+        share = self.weights / len(self.own)
+        value, slope, curvature = 0.0, np.zeros(len(gains)), np.zeros((len(gains), len(gains)))
+        for weight, width in ((1 - _WITH_QUERIES, self.passages), (_WITH_QUERIES, self.scores.shape[2])):
+            part = relative[:, :width]
+            highest = np.maximum(part.max(axis=1, keepdims=True), 0.0)
+            found = np.exp(part - highest)
+            total = found.sum(axis=1, keepdims=True) + np.exp(-highest)
+            found /= total
+            value += weight * float(share @ (highest + np.log(total))[:, 0])
+            mean = np.einsum("sc,skc->sk", found, change[:, :, :width])  # (s, k)
+            slope += weight * (share @ mean)
+            heavy = change[:, :, :width] * (share[:, None] * found)[:, None]
+            curvature += weight * (
+                np.tensordot(heavy, change[:, :, :width], axes=((0, 2), (0, 2))) - (mean * share[:, None]).T @ mean
+            )
+        return value, slope, curvature
 
 
 @dataclass(frozen=True)
@@ -221,15 +316,22 @@ class DemonstrationFeatures:
         mean: (dim,) weighted mean of passages minus queries.
         middle: (dim,) weighted mean of the queries.
         maps: (dim, dim) matrices in the order of `FEATURES[1:]`; none for one demonstration.
+        left_out: What gains are adapted by; None for few demonstrations.
     """
 
     mean: Vectors
     middle: Vectors
     maps: tuple[Vectors, ...]
+    left_out: LeftOut | None = None
 
 
-def prepare_features(pairs: Vectors) -> tuple[DemonstrationFeatures, Evidence]:
-    """Compute what `DemonstrationReader` weighs by its gains; see there."""
+def prepare_features(pairs: Vectors, *, leave_out: bool = True) -> tuple[DemonstrationFeatures, Evidence]:
+    """Compute what `DemonstrationReader` weighs by its gains; see there.
+
+    Args:
+        pairs: (n, 2, dim) unit vectors: query, passage.
+        leave_out: Also compute what gains are adapted by.
+    """
     n, _, dim = pairs.shape
     # A canonical order makes sums and choices below independent of the given one.
     keys = np.concatenate([pairs[:, 0, :8], pairs[:, 1, :8]], axis=1)
@@ -246,11 +348,17 @@ def prepare_features(pairs: Vectors) -> tuple[DemonstrationFeatures, Evidence]:
     centred = root * (queries - middle)  # (n, dim)
     scale = max(float((centred * centred).sum()) / n, 1e-6)
 
-    # Passages of a strided sample are each query's candidates, beside its own; near-duplicates are not wrong.
-    candidates = passages[np.linspace(0, n - 1, min(n, _NEGATIVES)).astype(int)]
+    # Passages of a strided sample are each query's candidates, beside its own; near-duplicates and passages of
+    # demonstrations that are more alike than this one's query and passage are not wrong.
+    sample = np.linspace(0, n - 1, min(n, _NEGATIVES)).astype(int)
+    candidates = passages[sample]
+    between = passages @ candidates.T
+    fits = evidence.fits[:, None]
+    right = (between > _NEAR_PASSAGE) | (_standardised(between) > fits)
+    right |= _standardised(queries @ queries[sample].T) > fits
     moved = unit_rows(queries + _STEP * evidence.confidence * n / (n + _STEP_PRIOR) * mean)
     temperature = _TEMPERATURE * evidence.spread
-    logits = np.where(passages @ candidates.T > _NEAR_PASSAGE, -np.inf, moved @ candidates.T / temperature)
+    logits = np.where(right, -np.inf, moved @ candidates.T / temperature)
     own = np.einsum("nd,nd->n", moved, passages)[:, None] / temperature
     highest = np.maximum(logits.max(axis=1, keepdims=True), own)
     found = np.exp(logits - highest)
@@ -261,16 +369,59 @@ def prepare_features(pairs: Vectors) -> tuple[DemonstrationFeatures, Evidence]:
     targets = np.concatenate([root * (differences - mean), root * errors], axis=1)  # (n, 2 dim)
     dual = n < dim
     values, basis = np.linalg.eigh(centred @ centred.T if dual else centred.T @ centred)
+    values = np.maximum(values, 0.0)
     left = centred.T @ basis if dual else basis  # (dim, r)
-    right = basis.T @ targets if dual else basis.T @ (centred.T @ targets)  # (r, 2 dim)
+    right_side = basis.T @ targets if dual else basis.T @ (centred.T @ targets)  # (r, 2 dim)
+    columns = {"ridge": slice(None, dim), "contrast": slice(dim, None)}
+    kinds = [("ridge", penalty) for penalty in RIDGES] + [("contrast", penalty) for penalty in CONTRASTS]
+    maps = tuple(
+        np.asarray(left @ (right_side[:, columns[kind]] / (values + penalty * scale)[:, None]), dtype=np.float32)
+        for kind, penalty in kinds
+    )
+    if n < _LEAST_ADAPTED or not leave_out:
+        return DemonstrationFeatures(mean, middle, maps), evidence
 
-    def fitted(penalty: float, columns: slice) -> Vectors:
-        shrunk = right[:, columns] / (np.maximum(values, 0.0) + penalty * scale)[:, None]
-        return np.asarray(left @ shrunk, dtype=np.float32)
+    # Each demonstration as the others move it. A ridge fit without one row differs from the fit with it by the row's
+    # share h in its own prediction.
+    picked = np.linspace(0, len(sample) - 1, min(len(sample), _LEFT_OUT)).astype(int)
+    rows = sample[picked]
+    weight, query, passage = weights[rows], queries[rows], passages[rows]
+    directions = np.empty((len(rows), 1 + len(FEATURES), dim), dtype=np.float32)
+    directions[:, 0] = query
+    directions[:, 1] = (n * mean - weight * differences[rows]) / np.maximum(n - weight, 0.1 * n)
+    projected = centred[rows] @ left  # (s, r)
+    whole = basis.T if dual else basis.T @ centred.T  # (r, n)
+    for place, ((kind, penalty), linear) in enumerate(zip(kinds, maps, strict=True), start=2):
+        shrunk = values + penalty * scale
+        share = ((basis[rows] ** 2) * (values / shrunk) if dual else projected**2 / shrunk).sum(axis=1, keepdims=True)
+        share = np.minimum(share + weight / n, 0.95)
+        target = targets[rows][:, columns[kind]] / root[rows]
+        directions[:, place] = ((query - middle) @ linear - share * target) / (1.0 - share)
+        if kind == "contrast":
+            # Other demonstrations have found this one's passage and move away from it; without it they would not.
+            taken = (projected / shrunk) @ whole * (root * found[:, picked]).T  # (s, n)
+            directions[:, place] += taken.sum(axis=1, keepdims=True) / root[rows] * passage
+    directions[:, 1:] *= evidence.confidence
+    others = np.linspace(0, len(sample) - 1, min(len(sample), _OTHERS)).astype(int)
+    shown = np.concatenate([passages[sample[others]], queries[sample[others]]])  # (c, dim)
+    masked = right[rows][:, others]
+    itself = rows[:, None] == sample[others]
+    left_out = LeftOut(
+        own=np.einsum("skd,sd->sk", directions, passage),
+        scores=(directions.reshape(-1, dim) @ shown.T).reshape(len(rows), directions.shape[1], -1),
+        gram=directions @ directions.transpose(0, 2, 1),
+        masked=np.concatenate([masked | itself, masked | itself], axis=1),
+        passages=len(others),
+        weights=np.asarray(weight[:, 0] / weight.mean(), dtype=np.float32),
+        temperature=temperature,
+    )
+    return DemonstrationFeatures(mean, middle, maps, left_out), evidence
 
-    ridges = [fitted(penalty, slice(None, dim)) for penalty in RIDGES]
-    contrastive = [fitted(penalty, slice(dim, None)) for penalty in CONTRASTS]
-    return DemonstrationFeatures(mean, middle, tuple(ridges + contrastive)), evidence
+
+def _standardised(cosines: Vectors) -> Vectors:
+    """Return cosines in standard deviations from their mean."""
+    result: Vectors = (cosines - cosines.mean()) / max(float(cosines.std()), _LEAST_SPREAD)
+    return result
 
 
 # Fitted by `epic_rag.training.reader_training`; one row a feature, one column a knot.

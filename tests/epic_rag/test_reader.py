@@ -42,11 +42,11 @@ def with_gains(**gains: float) -> DemonstrationReader:
 
 
 def test_the_mean_alone_is_a_shift() -> None:
-    pairs = pairs_of(0, 40)
+    pairs = pairs_of(0, 12)
     _, evidence = prepare_features(pairs)
     prepared = with_gains(mean=0.5).prepare(pairs)
     order = np.argsort(pairs[:, 0, 0])
-    weights = np.empty(40)
+    weights = np.empty(12)
     # Weights come in the reader's own order of the pairs.
     by_fit = Evidence.of(pairs[order, 0], pairs[order, 1])
     weights[order] = by_fit.weights
@@ -74,15 +74,82 @@ def test_the_ridge_map_is_a_weighted_least_squares_fit() -> None:
 def test_the_map_brings_queries_nearer_to_passages_than_a_shift() -> None:
     pairs = pairs_of(2, 400)
     shown, asked = pairs[:300], pairs[300:]
+    features, _ = prepare_features(shown)
 
     def cosine(queries: Vectors) -> float:
-        return float(np.einsum("nd,nd->n", queries, asked[:, 1]).mean())
+        return float(np.einsum("nd,nd->n", unit_rows(queries), asked[:, 1]).mean())
 
-    shifted = cosine(with_gains(mean=0.7).prepare(shown).apply(asked[:, 0]))
-    mapped = cosine(with_gains(mean=0.7, ridge_4=1.0).prepare(shown).apply(asked[:, 0]))
-    assert shifted > cosine(asked[:, 0]) + 0.02
-    assert mapped > shifted + 0.02
+    shifted = asked[:, 0] + 0.7 * features.mean
+    mapped = shifted + (asked[:, 0] - features.middle) @ features.maps[FEATURES.index("ridge-4") - 1]
+    assert cosine(shifted) > cosine(asked[:, 0]) + 0.02
+    assert cosine(mapped) > cosine(shifted) + 0.02
     assert cosine(UNIVERSAL.prepare(shown).apply(asked[:, 0])) > cosine(asked[:, 0]) + 0.02
+
+
+def test_gains_adapt_to_a_bank_from_sixteen_pairs_on() -> None:
+    pairs = pairs_of(2, 400)
+    asked = pairs[300:]
+
+    def margin(queries: Vectors) -> float:
+        cosines = queries @ asked[:, 1].T
+        return float(cosines.diagonal().mean() - cosines.mean())
+
+    # A prior without any gain stays where it is for few pairs, and learns from many.
+    none = with_gains()
+    np.testing.assert_allclose(none.prepare(pairs[:15]).apply(asked[:, 0]), asked[:, 0], atol=1e-5)
+    assert margin(none.prepare(pairs[:300]).apply(asked[:, 0])) > margin(asked[:, 0]) + 0.02
+
+
+def test_a_bank_that_teaches_nothing_keeps_gains_near_the_prior() -> None:
+    chance = np.random.default_rng(3)
+    queries = chance.standard_normal((120, 32))
+    passages = queries + 0.3 * chance.standard_normal((120, 32))  # no direction in common
+    pairs = np.stack([unit_rows(side.astype(np.float32)) for side in (queries, passages)], axis=1)
+    features, _ = prepare_features(pairs)
+    assert features.left_out is not None
+    assert np.abs(features.left_out.adapt(np.zeros(len(FEATURES), dtype=np.float32))).max() < 0.5
+
+
+def test_adapted_gains_lower_the_objective() -> None:
+    features, _ = prepare_features(pairs_of(7, 80))
+    assert features.left_out is not None
+    prior = UNIVERSAL.gains_for(80)
+    value, slope, curvature = features.left_out.objective(prior.astype(np.float64))
+    assert features.left_out.objective(features.left_out.adapt(prior).astype(np.float64))[0] < value
+    assert np.linalg.eigvalsh(curvature).min() > -1e-4
+    for place in range(len(FEATURES)):
+        step = np.zeros(len(FEATURES))
+        step[place] = 0.02
+        change = features.left_out.objective(prior + step)[0] - features.left_out.objective(prior - step)[0]
+        assert change / 0.04 == pytest.approx(slope[place], abs=2e-3)
+
+
+def test_left_out_demonstrations_are_moved_by_the_others_alone() -> None:
+    pairs = pairs_of(8, 60)
+    pairs = pairs[np.lexsort(np.concatenate([pairs[:, 0, :8], pairs[:, 1, :8]], axis=1).T)]
+    features, _ = prepare_features(pairs)
+    assert features.left_out is not None
+    for row in (0, 20, 45):
+        rest, evidence = prepare_features(np.delete(pairs, row, axis=0))
+        query, passage = pairs[row]
+        directions = np.stack([rest.mean, *((query - rest.middle) @ each for each in rest.maps)])
+        np.testing.assert_allclose(features.left_out.own[row, 1:], directions @ passage, atol=0.02)
+        assert evidence.confidence == 1.0
+
+
+def test_passages_of_the_same_label_are_no_negatives() -> None:
+    chance = np.random.default_rng(4)
+    labels = np.arange(120) % 6
+    topics = 2.0 * chance.standard_normal((6, 32))
+    messages = [topics[labels] + chance.standard_normal((120, 32)) for _ in range(2)]
+    pairs = np.stack([unit_rows(side.astype(np.float32)) for side in messages], axis=1)
+    order = np.lexsort(np.concatenate([pairs[:, 0, :8], pairs[:, 1, :8]], axis=1).T)
+    features, _ = prepare_features(pairs)
+    assert features.left_out is not None
+    masked = features.left_out.masked[:, :120]
+    same = labels[order][:, None] == labels[order]
+    assert masked[same].mean() > 0.5
+    assert masked[~same].mean() < 0.05
 
 
 @settings(max_examples=25, deadline=None)
