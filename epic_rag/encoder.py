@@ -332,6 +332,13 @@ class EpicEncoder:
         else:
             (Path(folder).expanduser() / READER_FILE).unlink(missing_ok=True)
 
+    def __copy__(self) -> EpicEncoder:
+        """Return an encoder that shares the weights, and loads torch by itself when it is needed."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.prompt, other._numpy = copy.copy(self.prompt), copy.copy(self._numpy)
+        return other
+
     @cached_property
     def reader(self) -> DemonstrationReader:
         """Reader of demonstrations for strategy "reader": the checkpoint's, or the universal one.

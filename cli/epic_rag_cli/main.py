@@ -20,7 +20,7 @@ import typer
 
 from epic_rag.errors import EpicError
 from epic_rag.files import describe_os_error
-from epic_rag_cli.commands import bank, config, eval, index, mcp, models, query, serve, status, train
+from epic_rag_cli.commands import ask, bank, config, embed, eval, index, mcp, models, query, serve, status, train
 from epic_rag_cli.config import load, option_keys
 from epic_rag_cli.options import (
     CONFIG_HELP,
@@ -101,6 +101,8 @@ def epic_rag(
 for _name, _function, _class in (
     ("index", index.index, Command),
     ("query", query.query, query.QueryCommand),
+    ("ask", ask.ask, Command),
+    ("embed", embed.embed, Command),
     ("serve", serve.serve, Command),
     ("mcp", mcp.mcp, Command),
     ("status", status.status, Command),

@@ -43,10 +43,16 @@ __all__ = [
     "Json",
     "Mode",
     "Model",
+    "NumDemonstrations",
+    "Paths",
     "Quiet",
+    "Rerank",
+    "Since",
     "Strategy",
     "Task",
     "Verbose",
+    "Where",
+    "bank_setting",
     "complete_banks",
     "complete_dtypes",
     "complete_models",
@@ -211,6 +217,11 @@ def _on_command_line(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def bank_setting(names: Sequence[str] | None) -> str | tuple[str, ...] | None:
+    """Return the banks of `--bank` as `QueryPrompt` takes them."""
+    return tuple(names) if names and len(names) > 1 else names[0] if names else None
+
+
 def complete_models(incomplete: str) -> list[str]:
     """Return the models that ship with the package, and folders that hold a checkpoint."""
     from epic_rag.checkpoints import list_checkpoints
@@ -368,6 +379,25 @@ Model = Annotated[
         help="A name from `epic-rag models`, a checkpoint folder or a Hugging Face name.",
     ),
 ]
+NumDemonstrations = Annotated[
+    int | None,
+    typer.Option(
+        "-n",
+        "--num-demonstrations",
+        metavar="N",
+        min=0,
+        help="Number of demonstrations of --bank to use.",
+        show_default="all",
+    ),
+]
+Paths = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--path",
+        metavar="PATTERN",
+        help="Only files that match, as in .gitignore: 'guide/**', '*.md'; can be repeated, one must match.",
+    ),
+]
 Quiet = Annotated[
     bool,
     typer.Option(
@@ -377,6 +407,22 @@ Quiet = Annotated[
         hidden=True,
         callback=quiet,
         help="Print errors and data only. Also after a command.",
+    ),
+]
+Rerank = Annotated[
+    str | None,
+    typer.Option(
+        "--rerank",
+        metavar="MODEL",
+        help="Reorder the best hits with a cross-encoder: a folder or a Hugging Face name.",
+    ),
+]
+Since = Annotated[
+    str | None,
+    typer.Option(
+        "--since",
+        metavar="TIME",
+        help="Only files that changed since then: an age (12h, 7d, 2w) or a date (2026-01-31).",
     ),
 ]
 Strategy = Annotated[
@@ -410,5 +456,13 @@ Verbose = Annotated[
         hidden=True,
         callback=verbose,
         help="Also report what is read, embedded and reused. Also after a command.",
+    ),
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="CONDITION",
+        help="Only chunks with this metadata: 'lang=python', 'kind!=pdf', 'page>=3'; can be repeated, all hold.",
     ),
 ]

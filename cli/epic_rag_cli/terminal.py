@@ -19,11 +19,11 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
 
 import typer
 
-from epic_rag.errors import EpicError
+from epic_rag.errors import DataError, EpicError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -39,7 +39,10 @@ __all__ = [
     "columns",
     "debugging",
     "emit",
+    "emit_bytes",
     "emit_json",
+    "emit_text",
+    "encodable",
     "hyperlinks",
     "json_text",
     "log_info",
@@ -50,6 +53,7 @@ __all__ = [
     "reset_verbosity",
     "silence_libraries",
     "size",
+    "stdin_bytes",
     "terminal_width",
     "usage_error",
     "verbosity",
@@ -94,6 +98,22 @@ def json_text(value: object, *, ascii_only: bool = False, one_line: bool = False
     text = json.dumps(value, ensure_ascii=ascii_only, indent=None if one_line else 2, allow_nan=False)
     # json.dumps escapes line feeds in strings, so a bare one is indentation.
     return _UNSAFE.sub(lambda match: "\n" if match[0] == "\n" else json.dumps(match[0])[1:-1], text)
+
+
+def encodable(text: str) -> str:
+    """Replace lone surrogates (undecodable bytes on the command line), which tokenizers reject."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def stdin_bytes() -> BinaryIO:
+    """Return standard input as a stream of bytes.
+
+    Raises:
+        DataError: If it is closed.
+    """
+    if sys.stdin is None or not hasattr(sys.stdin, "buffer"):
+        raise DataError("Standard input is closed. Pipe the text in, or pass it on the command line.")
+    return sys.stdin.buffer
 
 
 def plural(count: int, noun: str) -> str:
@@ -231,6 +251,20 @@ def emit_json(value: object, *, one_line: bool = False) -> None:
     _write(json_text(value, ascii_only=not encoding.startswith("utf"), one_line=one_line) + "\n")
 
 
+def emit_bytes(parts: Iterable[bytes]) -> None:
+    """Write bytes to stdout. Errors are those of `emit`."""
+    for part in parts:
+        _write(part)
+
+
+def emit_text(text: str) -> None:
+    """Write running text to stdout at once; control characters but line ends and tabs are escaped.
+
+    Errors are those of `emit`.
+    """
+    _write(_UNSAFE.sub(lambda match: match[0] if match[0] in "\n\t" else json.dumps(match[0])[1:-1], text))
+
+
 def message(kind: str, text: str) -> None:
     """Print one `kind: text` line ("note", "warning", "error") on stderr; with --quiet only errors.
 
@@ -285,9 +319,12 @@ class _Buffer(io.StringIO):
         return sys.stdout.isatty()
 
 
-def _write(text: str) -> None:
+def _write(data: str | bytes) -> None:
     try:
-        sys.stdout.write(text)
+        if isinstance(data, bytes):
+            sys.stdout.buffer.write(data)
+        else:
+            sys.stdout.write(data)
         sys.stdout.flush()
     except BrokenPipeError:
         _redirect_to_null(sys.stdout)

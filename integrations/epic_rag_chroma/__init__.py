@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     )
     from epic_rag_chroma.federation import FederatedIndex
     from epic_rag_chroma.indexer import ChromaIndexer
+    from epic_rag_chroma.query_server import (
+        LOCAL_QUERY_PATH,
+        ServedModel,
+        ServerAnswer,
+        announce_server,
+        query_running_server,
+        search_request_of,
+    )
     from epic_rag_chroma.reading.document import HEADING_SEPARATOR
     from epic_rag_chroma.search.conditions import KNOWN_KEYS, Combination, Comparison, Condition
     from epic_rag_chroma.search.filters import parse_filters
@@ -52,6 +60,7 @@ __all__ = [
     "INDEX_FOLDER",
     "KNOWN_KEYS",
     "LOCAL",
+    "LOCAL_QUERY_PATH",
     "NO_CHROMA",
     "SEARCH_MODES",
     "ChromaIndexer",
@@ -81,10 +90,15 @@ __all__ = [
     "SearchMode",
     "SearchRequest",
     "SearchSettings",
+    "ServedModel",
+    "ServerAnswer",
     "SkippedFile",
     "Span",
     "StaleState",
+    "announce_server",
     "parse_filters",
+    "query_running_server",
+    "search_request_of",
 ]
 
 _NAMES = {
@@ -92,6 +106,14 @@ _NAMES = {
     "errors": ("ChromaServerError", "IndexLockedError", "IndexMismatchError", "IndexNotFoundError", "IndexStateError"),
     "federation": ("FederatedIndex",),
     "indexer": ("ChromaIndexer",),
+    "query_server": (
+        "LOCAL_QUERY_PATH",
+        "ServedModel",
+        "ServerAnswer",
+        "announce_server",
+        "query_running_server",
+        "search_request_of",
+    ),
     "reading.document": ("HEADING_SEPARATOR",),
     "search.conditions": ("KNOWN_KEYS", "Combination", "Comparison", "Condition"),
     "search.filters": ("parse_filters",),

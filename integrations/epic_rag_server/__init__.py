@@ -14,7 +14,8 @@ except ImportError as error:
 
 from epic_rag_server.app import Server, create_app
 from epic_rag_server.banks import BankStore
+from epic_rag_server.local_queries import LocalQueries
 from epic_rag_server.security import AccessPolicy
 from epic_rag_server.service import Service
 
-__all__ = ["AccessPolicy", "BankStore", "Server", "Service", "create_app"]
+__all__ = ["AccessPolicy", "BankStore", "LocalQueries", "Server", "Service", "create_app"]

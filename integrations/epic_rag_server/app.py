@@ -22,6 +22,7 @@ from epic_rag_server.banks import BankRoutes
 from epic_rag_server.batching import QueueClosedError, QueueFullError
 from epic_rag_server.embeddings import EmbeddingRoutes
 from epic_rag_server.errors import ApiError, error_of, error_response
+from epic_rag_server.local_queries import LocalQueries
 from epic_rag_server.messages import json_response
 from epic_rag_server.metrics import RequestMeter
 from epic_rag_server.search import SearchRoutes
@@ -37,13 +38,20 @@ _MAX_CONNECTIONS = 1024
 _STOP_SECONDS = 30
 
 
-def create_app(service: Service, policy: AccessPolicy, *, role_prefixes: tuple[str, str] | None = None) -> Starlette:
+def create_app(
+    service: Service,
+    policy: AccessPolicy,
+    *,
+    role_prefixes: tuple[str, str] | None = None,
+    local: LocalQueries | None = None,
+) -> Starlette:
     """Return the ASGI application.
 
     Args:
         service: The model, its indexes and banks; closed when the application stops.
         policy: Who has access.
         role_prefixes: See `EmbeddingRoutes`.
+        local: Queries of `epic-rag query` on this machine.
     """
 
     @asynccontextmanager
@@ -67,6 +75,7 @@ def create_app(service: Service, policy: AccessPolicy, *, role_prefixes: tuple[s
             *EmbeddingRoutes(service, role_prefixes).routes(),
             *SearchRoutes(service).routes(),
             *BankRoutes(service.banks).routes(),
+            *(() if local is None else local.routes()),
         ],
         middleware=[Middleware(RequestMeter, metrics=service.metrics), Middleware(RequestGuard, policy=policy)],
         exception_handlers={

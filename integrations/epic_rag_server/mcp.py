@@ -15,25 +15,29 @@ import anyio
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.stdio import stdio_server
+from mcp.server.transport_security import TransportSecuritySettings
 from mcp.types import CallToolResult, JSONRPCRequest, TextContent, ToolAnnotations
 from pydantic import BaseModel, Field
+from starlette.applications import Starlette
 
 from epic_rag import DataError, Demonstration, EpicError, QueryPrompt, __version__
 from epic_rag.tasks import DEFAULT_TASK
 from epic_rag_chroma import Hit, SearchRequest, parse_filters
 from epic_rag_server.banks import BankStore
 from epic_rag_server.errors import ApiError
+from epic_rag_server.security import AccessPolicy, RequestGuard
 
 if TYPE_CHECKING:
     from epic_rag_chroma import ChromaIndexer
 
-__all__ = ["Tools", "mcp_server", "run_stdio"]
+__all__ = ["Tools", "http_app", "mcp_server", "run_stdio"]
 
 _BUDGET = 16_000
 _MAX_LINES = 2_000
 _PARAGRAPH_LINES = 40
 _SUGGESTIONS = 5
 _DRAIN_SECONDS = 60.0
+_MAX_BODY = 2**20
 _PLACE = re.compile(r"(.+?):(\d{1,9})(?:-(\d{1,9}))?")
 _READ_ONLY = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 _ADDS = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=True, open_world_hint=False)
@@ -265,6 +269,21 @@ async def run_stdio(server: MCPServer) -> None:
         requests: Any = _Requests(read, pending)
         answers: Any = _Answers(write, pending)
         await lowlevel.run(requests, answers, lowlevel.create_initialization_options())
+
+
+def http_app(server: MCPServer, policy: AccessPolicy) -> Starlette:
+    """Return the ASGI application of a server over Streamable HTTP, at /mcp.
+
+    Args:
+        server: The server.
+        policy: Who has access; checked before the SDK sees a request.
+    """
+    app = server.streamable_http_app(
+        transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
+        max_request_body_size=_MAX_BODY,
+    )
+    app.add_middleware(RequestGuard, policy=policy)
+    return app
 
 
 class _Pending:

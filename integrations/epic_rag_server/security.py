@@ -17,11 +17,12 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from epic_rag import ConfigError
+from epic_rag_chroma import LOCAL_QUERY_PATH
 from epic_rag_server.errors import ApiError, error_response
 
 __all__ = ["AccessPolicy", "RequestGuard", "host_name", "is_loopback"]
 
-_WITHOUT_KEY = frozenset({"/health"})
+_WITHOUT_KEY = frozenset({"/health", LOCAL_QUERY_PATH})  # the latter has a token
 
 
 def host_name(netloc: str) -> str | None:

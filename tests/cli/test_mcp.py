@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx
 import jsonschema
 import pytest
 from mcp import StdioServerParameters
@@ -175,6 +179,118 @@ def test_only_the_protocol_is_on_stdout_and_the_end_of_stdin_ends_it(folder: Pat
     assert {answer["id"] for answer in answers} == {1, 2, 3, 4, 5}  # what was asked before the end is answered
     assert all("result" in answer for answer in answers)
     assert "Traceback" not in done.stderr
+
+
+@contextmanager
+def http(
+    folder: Path, *options: object, env: dict[str, str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Run `epic-rag mcp --http` on a free port; yield its address and the process."""
+    command = [sys.executable, "-m", "epic_rag_cli", "mcp", "--http", "--port", "0", "--index-dir", str(folder)]
+    process = subprocess.Popen(
+        [*command, *map(str, options)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, **(env or {})},
+    )  # fmt: skip
+    assert process.stderr is not None
+    try:
+        line = process.stderr.readline()
+        found = re.fullmatch(r"note: Tools for docs are served at (http://\S+/mcp)\. Ctrl-C ends it\.\n", line)
+        assert found, line + process.stderr.read()
+        yield found[1], process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_http(folder: Path) -> None:
+    async def work(url: str, era: str, name: str) -> None:
+        async with Client(url, mode=era) as client:
+            assert {tool.name for tool in (await client.list_tools()).tools} == {"search", "get", "status"}
+            found = await client.call_tool("search", {"query": "undo the last commit", "top_k": 2})
+            assert len(found.structured_content["hits"]) == 2
+            lines = await client.call_tool("get", {"file": f"{name}:1-2"})
+            assert lines.structured_content["text"] == "\n".join(FILES[name].split("\n")[:2])
+            refused = await client.call_tool("get", {"file": "../secret.env"})
+            assert refused.is_error
+            assert SECRET not in text_of(refused)
+
+    async def all_at_once(url: str) -> None:
+        with anyio.fail_after(120):
+            async with anyio.create_task_group() as group:
+                for era in ERAS:
+                    for name in ("undo.md", "notes.txt"):
+                        group.start_soon(work, url, era, name)
+
+    async def stop_with_a_client(url: str, process: subprocess.Popen[str]) -> None:
+        with anyio.fail_after(120):
+            with suppress(Exception):  # the session's end cannot be reported to a server that has ended
+                async with Client(url, mode="legacy") as client:
+                    await client.list_tools()
+                    process.send_signal(signal.SIGINT)
+                    await anyio.to_thread.run_sync(process.wait)
+
+    with http(folder) as (url, process):
+        anyio.run(all_at_once, url)
+        anyio.run(stop_with_a_client, url, process)
+        assert process.wait(60) == 0
+        assert process.communicate() == ("", "")
+
+
+def test_access_over_http(folder: Path) -> None:
+    body = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+        "protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"},
+    }}  # fmt: skip
+    accept = {"Accept": "application/json, text/event-stream"}
+    with http(folder, "--api-key-env", "MCP_KEY", env={"MCP_KEY": "k3y"}) as (url, _):
+
+        def status(**headers: str) -> int:
+            given = {name.capitalize(): value for name, value in headers.items()}
+            return httpx.post(url, json=body, headers={**accept, "Authorization": "Bearer k3y", **given}).status_code
+
+        assert status() == 200
+        assert status(authorization="Bearer other") == 401
+        assert status(host="rebound.example") == 403
+        assert status(origin="http://page.example") == 403
+        assert status(origin=url.removesuffix("/mcp")) == 200
+        assert httpx.post(url, json=body, headers=accept).status_code == 401
+        large = {**body, "params": {"padding": "a" * 2**21}}
+        assert httpx.post(url, json=large, headers={**accept, "Authorization": "Bearer k3y"}).status_code == 413
+        for content in (b"", b"{", b"[]", b"\xff" * 50, b"null"):
+            answer = httpx.post(url, content=content, headers={**accept, "Authorization": "Bearer k3y"})
+            assert 400 <= answer.status_code < 500
+
+
+def test_options_of_http(cli: Any, indexed: Path) -> None:
+    assert "Add --http" in cli("mcp", "--index-dir", indexed, "--port", "1").err
+    open_to_all = cli("mcp", "--http", "--host", "0.0.0.0", "--index-dir", indexed)
+    assert (open_to_all.status, "--api-key-env" in open_to_all.err) == (1, True)
+    assert "NOT_SET is not set" in cli("mcp", "--http", "--api-key-env", "NOT_SET", "--index-dir", indexed).err
+    printed = cli("mcp", "--http", "--api-key-env", "KEY", "--index-dir", indexed, "--print-config").out
+    decoder = json.JSONDecoder()
+    objects = [decoder.raw_decode(part)[0] for part in ("{" + rest for rest in printed.split("  {\n")[1:])]
+    url = "http://127.0.0.1:8401/mcp"
+    assert objects == [
+        {"mcpServers": {"epic-rag": {"type": "http", "url": url, "headers": {"Authorization": "Bearer ${KEY}"}}}},
+        {"mcpServers": {"epic-rag": {"url": url, "headers": {"Authorization": "Bearer ${env:KEY}"}}}},
+        {"servers": {"epic-rag": {"type": "http", "url": url, "headers": {"Authorization": "Bearer ${env:KEY}"}}}},
+    ]
+    assert f"claude mcp add --transport http epic-rag {url} --header" in printed
+
+
+def test_a_file_that_has_become_a_link_is_not_read(folder: Path) -> None:
+    (folder / "undo.md").unlink()
+    (folder / "undo.md").symlink_to(folder / "secret.env")
+    (folder / "notes.txt").unlink()
+    (folder / "notes.txt").symlink_to("/etc/hostname")
+
+    async def work(client: Client) -> None:
+        for file in ("notes.txt", "undo.md"):
+            result = await client.call_tool("get", {"file": file})
+            assert result.is_error or file == "undo.md", text_of(result)
+            assert Path("/etc/hostname").read_text().strip() not in text_of(result).replace(file, "")
+
+    use(folder, work)
 
 
 def test_settings_of_hosts(indexed: Path, cli: Any) -> None:

@@ -15,6 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+from epic_rag import DemonstrationBank
+from tests.conftest import make_encoder
+
 
 @contextmanager
 def served(*options: object, env: dict[str, str] | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
@@ -68,6 +71,63 @@ def test_two_indexes_have_names(indexed: Path, tmp_path: Path, cli: Any, tiny_ch
         assert [index["id"] for index in httpx.get(f"{url}/v1/indexes").json()["data"]] == ["docs", "docs~2"]
         body = {"query": "lighthouses", "mode": "keyword", "index": "docs~2"}
         assert httpx.post(f"{url}/v1/search", json=body).json()["data"][0]["path"] == "other.md"
+
+
+QUERIES: list[list[str]] = [
+    [],
+    ["--mode", "dense", "-k", "2", "--all"],
+    ["--mode", "keyword"],
+    ["--path", "*.md", "--where", "kind=markdown", "--since", "2020-01-01"],
+    ["--bank", "docs", "-n", "3"],
+    ["--bank", "mine", "--jsonl"],
+    ["--task", "qa", "--strategy", "reader"],
+]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_running_server_answers_queries(
+    causal: bool, docs: Path, tmp_path: Path, cli: Any, one_process: Any, process: Any
+) -> None:
+    """With a model that numpy runs, and with one that needs torch."""
+    checkpoint, index = tmp_path / "checkpoint", docs / ".epic-rag"
+    encoder = make_encoder(causal=causal)
+    encoder.config.strategy = "reader"
+    encoder.save_pretrained(checkpoint)
+    DemonstrationBank([("take it back", "Reset softly.")], task="docs").save("mine")
+    assert cli("index", docs, "--model", checkpoint, "--chroma", "none").status == 0
+    lines = [["query", "undo", "it", "--index-dir", str(docs), "--json", *options] for options in QUERIES]
+    lines = [[word for word in line if word != "--json" or "--jsonl" not in line] for line in lines]
+    alone = one_process(*lines)
+    assert all(result.status == 0 and result.out for result in alone)
+    with served("--index-dir", docs) as (url, server):
+        checkpoint.rename(tmp_path / "moved")  # nobody else can load it now
+        answered = one_process(*lines)
+        assert [result.out for result in answered] == [result.out for result in alone]
+        assert [result.err for result in answered] == [result.err for result in alone]
+        refused, other, text = one_process(
+            [*lines[0], "--no-server"], [*lines[0], "--dtype", "float32"], ["query", "undo", "--index-dir", str(docs)]
+        )
+        assert (refused.status, refused.out) == (1, "")
+        assert (other.status, other.out) == (1, "")  # not the server's number format
+        assert "undo.md:" in text.out
+        assert httpx.post(f"{url}/local/query", json={}).status_code == 403
+        server.kill()
+        server.wait()
+    assert (index / "server.json").exists()
+    assert cli(*lines[2]).out == alone[2].out
+    assert not (index / "server.json").exists()
+    assert cli("clear", "--index-dir", docs, "--yes").status == 0
+    assert not index.exists()
+
+
+def test_an_index_of_another_model_is_searched_alone(
+    indexed: Path, other_checkpoint: Path, process: Any, cli: Any
+) -> None:
+    query = ("query", "undo it", "--json", "--index-dir", indexed)
+    with served("--index-dir", indexed):
+        assert cli("index", indexed, "--rebuild", "--model", other_checkpoint).status == 0
+        found = process(*query)
+        assert (found.status, found.out) == (0, process(*query, "--no-server").out)
 
 
 def test_errors_have_a_remedy(cli: Any, indexed: Path, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

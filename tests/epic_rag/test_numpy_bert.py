@@ -279,6 +279,20 @@ def test_many_small_calls_load_torch_too(tmp_path: Path, monkeypatch: pytest.Mon
     assert calls == 4096 // (5 * encoder.max_document_tokens) + 1
 
 
+def test_a_shallow_copy_does_not_use_up_the_tokens_of_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = open_deferred(monkeypatch, name_or_path=variant(tmp_path))
+    tokenizer = encoder.prompt.tokenizer
+    for _ in range(3):
+        other = copy.copy(encoder)
+        other.encode_document(["word " * 100] * 100)
+        assert "backbone" in other.__dict__
+    encoder.encode_document(["word " * 100] * 5)
+    assert "backbone" not in encoder.__dict__
+    assert encoder.prompt.tokenizer is tokenizer
+
+
 def test_saving_over_the_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other_weights = make_encoder(causal=False, seed=1)
     for dtype in ("int8", "float32", "float32", "int8", "int8"):

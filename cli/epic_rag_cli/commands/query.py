@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -44,13 +44,26 @@ from epic_rag_cli.options import (
     Strategy,
     Task,
     Verbose,
+    bank_setting,
     open_indexes,
 )
 from epic_rag_cli.results import display_path, file_of, find_indexes, hit_lines
-from epic_rag_cli.terminal import emit, emit_json, hyperlinks, message, plural, printable, usage_error
+from epic_rag_cli.terminal import (
+    Verbosity,
+    emit,
+    emit_json,
+    encodable,
+    hyperlinks,
+    message,
+    plural,
+    printable,
+    stdin_bytes,
+    usage_error,
+    verbosity,
+)
 
 if TYPE_CHECKING:
-    from epic_rag_chroma import ChromaIndexer, FederatedIndex, Hit, SearchRequest
+    from epic_rag_chroma import ChromaIndexer, FederatedIndex, Hit, SearchRequest, StaleState
 
 __all__ = ["QueryCommand", "editor_command", "fill_open_number", "open_hit", "query", "run_prompt"]
 
@@ -153,6 +166,12 @@ def query(
     as_json_lines: Annotated[bool, typer.Option("--jsonl", help="Print each hit as one line of JSON.")] = False,
     index_dir: IndexDirs = None,
     chroma: Chroma = None,
+    server: Annotated[
+        bool,
+        typer.Option(
+            "--server/--no-server", help="Have a running `epic-rag serve` of this index answer, if there is one."
+        ),
+    ] = True,
     config_file: ConfigFile = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -191,7 +210,7 @@ def query(
                 f"{name} is a file, a bank is a folder. Run `epic-rag bank build {name} --out FOLDER --task "
                 f"{task or DEFAULT_TASK}` and pass that folder to --bank."
             )
-    from epic_rag_chroma import SearchRequest, parse_filters
+    from epic_rag_chroma import SearchRequest
 
     mode = mode or DEFAULT_MODE
     if mode == "keyword" and bank:
@@ -210,30 +229,46 @@ def query(
         text = _read_stdin().strip()
     if text is not None and not text.strip():
         raise typer.BadParameter("it is empty", param_hint="'TEXT'")
+    filters = None
+    if where or path or since:
+        from epic_rag_chroma import parse_filters
+
+        filters = parse_filters(where or (), path or (), since)
     request = SearchRequest(
         # A bank has an instruction, so the default task is for queries without one.
         prompt=QueryPrompt(
             task=DEFAULT_TASK if task is None and not bank else task,
-            bank=bank[0] if bank and len(bank) == 1 else tuple(bank) if bank else None,
+            bank=bank_setting(bank),
             num_demonstrations=num_demonstrations,
             strategy=strategy,
         ),
         k=k,
         mode=mode,
-        filters=parse_filters(where or (), path or (), since) if where or path or since else None,
+        filters=filters,
         collapse=not show_all,
         reranker=rerank,
     )
     folders = find_indexes(index_dir)
     printer = _Printer(folders, request, "json" if as_json else "jsonl" if as_json_lines else "text")
+    if server and text is not None and chroma is None and len(folders) == 1 and verbosity() is not Verbosity.VERBOSE:
+        from epic_rag_chroma import ServedModel, query_running_server
+
+        served = ServedModel(model, dtype, device)
+        answer = query_running_server(folders[0], encodable(text), request, served, max_files=_COMPARED_FILES)
+        if answer is not None:
+            printer.hits(text, answer.hits)
+            _note_stale(answer.stale, index_dir, answer.hits)
+            if open_number is not None and answer.hits:
+                open_hit(answer.hits, open_number)
+            return
     with open_indexes(folders, model=model, dtype=dtype, device=device, chroma=chroma) as indexer:
         if batch is not None:
             printer.batch(indexer, queries)
-            _note_stale(indexer, index_dir)
+            _note_stale(indexer.stale_files(max_files=_COMPARED_FILES), index_dir)
         elif text is not None:
-            hits = indexer.query(_encodable(text), request)
+            hits = indexer.query(encodable(text), request)
             printer.hits(text, hits)
-            _note_stale(indexer, index_dir, hits)
+            _note_stale(indexer.stale_files(max_files=_COMPARED_FILES), index_dir, hits)
             if open_number is not None and hits:
                 open_hit(hits, open_number)
         else:
@@ -241,8 +276,8 @@ def query(
             states = status if isinstance(status, list) else [status]
             chunks, files = (sum(getattr(state, name) for state in states) for name in ("chunks", "files"))
             message("note", f"{plural(chunks, 'chunk')} of {plural(files, 'file')}. Ctrl-D quits.")
-            _note_stale(indexer, index_dir)
-            run_prompt(lambda line: printer.hits(line, indexer.query(_encodable(line), request)))
+            _note_stale(indexer.stale_files(max_files=_COMPARED_FILES), index_dir)
+            run_prompt(lambda line: printer.hits(line, indexer.query(encodable(line), request)))
 
 
 class _Printer:
@@ -294,7 +329,7 @@ class _Printer:
         answers: list[dict[str, Any]] = []
         for start in range(0, len(queries), _GROUP):
             group = queries[start : start + _GROUP]
-            results = indexer.query_many([_encodable(each.text) for each in group], self._request)
+            results = indexer.query_many([encodable(each.text) for each in group], self._request)
             for number, (each, hits) in enumerate(zip(group, results, strict=True), start):
                 if self._style == "json":
                     answers.append({**self._answer(each.text, hits), "query_id": each.id})
@@ -321,11 +356,8 @@ class _Printer:
         }
 
 
-def _note_stale(
-    indexer: ChromaIndexer | FederatedIndex, given: Sequence[Path] | None, hits: Sequence[Hit] = ()
-) -> None:
+def _note_stale(stale: Mapping[str, StaleState] | None, given: Sequence[Path] | None, hits: Sequence[Hit] = ()) -> None:
     """Print how many files changed since the last run; of very many files, only those of the hits are compared."""
-    stale = indexer.stale_files(max_files=_COMPARED_FILES)
     if stale is None:
         stale = {file_of(hit): hit.stale for hit in hits if hit.stale is not None}
     if not stale:
@@ -338,26 +370,15 @@ def _note_stale(
     message("note", f"Since the last run: {', '.join(shown)}. Run {commands} to update the index.")
 
 
-def _encodable(text: str) -> str:
-    """Replace lone surrogates (undecodable bytes on the command line), which tokenizers reject."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 @dataclass(frozen=True)
 class _BatchQuery:
     text: str
     id: str | int | float | None
 
 
-def _stdin() -> BinaryIO:
-    if sys.stdin is None or not hasattr(sys.stdin, "buffer"):
-        raise DataError("Standard input is closed. Pipe the text in, or pass it on the command line.")
-    return sys.stdin.buffer
-
-
 def _read_stdin() -> str:
     try:
-        return _stdin().read().decode("utf-8-sig")
+        return stdin_bytes().read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"Standard input is not UTF-8 (byte {error.start}). Send it as UTF-8.") from None
 
@@ -370,7 +391,7 @@ def _read_batch(source: str) -> list[_BatchQuery]:
     """
     name = "standard input" if source == "-" else source
     queries = []
-    for number, row in read_jsonl(name, stream=_stdin() if source == "-" else None):
+    for number, row in read_jsonl(name, stream=stdin_bytes() if source == "-" else None):
         text, identity = row.get("query"), row.get("id")
         if not isinstance(text, str) or not text.strip():
             raise DataError(f'{name}:{number}: "query" must be a string with text. Write a line like {_EXAMPLE}.')

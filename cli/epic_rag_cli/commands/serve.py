@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from epic_rag.errors import ConfigError
-from epic_rag_cli.options import DEFAULT_DTYPE, Device, Dtype, IndexDirs, Model, Quiet, Verbose
+from epic_rag_cli.options import DEFAULT_DTYPE, Device, Dtype, IndexDirs, Model, Quiet, Verbose, open_indexer
 from epic_rag_cli.results import find_indexes
 from epic_rag_cli.terminal import message
 
@@ -18,7 +19,17 @@ if TYPE_CHECKING:
     from epic_rag import EpicEncoder
     from epic_rag_chroma import ChromaIndexer
 
-__all__ = ["BankDir", "bank_folder", "index_names", "serve"]
+__all__ = [
+    "DEFAULT_HOST",
+    "AllowHost",
+    "ApiKeyEnv",
+    "BankDir",
+    "Host",
+    "api_key",
+    "bank_folder",
+    "index_names",
+    "serve",
+]
 
 BankDir = Annotated[
     Path | None,
@@ -30,32 +41,35 @@ BankDir = Annotated[
     ),
 ]
 
+DEFAULT_HOST = "127.0.0.1"
+Host = Annotated[
+    str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; other machines need an API key.")
+]
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option("--api-key-env", metavar="NAME", help="Environment variable with the key that requests must send."),
+]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-host",
+        metavar="NAME",
+        help="A further host name that requests may address, such as host.docker.internal; can be repeated.",
+    ),
+]
+
 
 def serve(
     index_dir: IndexDirs = None,
     model: Model = None,
     dtype: Dtype = DEFAULT_DTYPE,
     device: Device = None,
-    host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; other machines need an API key.")
-    ] = "127.0.0.1",
+    host: Host = DEFAULT_HOST,
     port: Annotated[
         int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on; 0 for a free one.")
     ] = 8400,
-    api_key_env: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key-env", metavar="NAME", help="Environment variable with the key that requests must send."
-        ),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-host",
-            metavar="NAME",
-            help="A further host name that requests may address, such as host.docker.internal; can be repeated.",
-        ),
-    ] = None,
+    api_key_env: ApiKeyEnv = None,
+    allow_host: AllowHost = None,
     bank_dir: BankDir = None,
     role_prefixes: Annotated[
         str | None,
@@ -79,31 +93,48 @@ def serve(
         epic-rag serve --index-dir docs --port 8401
         epic-rag serve --host 0.0.0.0 --api-key-env EPIC_RAG_API_KEY
     """
-    api_key = None if api_key_env is None else os.environ.get(api_key_env, "")
-    if api_key == "":
-        raise ConfigError(f"The variable {api_key_env} is not set. Put the API key into it.")
+    key = api_key(api_key_env)
     prefixes = None
     if role_prefixes is not None:
         query, comma, passage = role_prefixes.partition(",")
         if not comma or not query or not passage:
             raise typer.BadParameter("it is not of the form 'query: ,passage: '", param_hint="'--role-prefixes'")
         prefixes = (query, passage)
+    folders = _folders(index_dir)
+    # What `epic-rag query` would encode with: without torch, if its model can do without.
+    opened = open_indexer(folders[0], model=model, dtype=dtype, device=device, chroma=None).encoder if folders else None
+    light, encoder = (None, opened) if "torch" in sys.modules else (opened, None)
     # Imported here, as every library in a command, so that --help answers at once.
     import torch  # noqa: F401 - before the encoder, which computes single texts without torch if it is not loaded
 
-    from epic_rag_server import AccessPolicy, BankStore, Server, Service, create_app
+    from epic_rag_chroma import ServedModel
+    from epic_rag_server import AccessPolicy, BankStore, LocalQueries, Server, Service, create_app
 
-    policy = AccessPolicy(bind=host, hosts=allow_host or (), api_key=api_key)
-    encoder, indexes = _open(_folders(index_dir), model, dtype, device)
+    policy = AccessPolicy(bind=host, hosts=allow_host or (), api_key=key)
+    encoder, indexes = _open(folders, encoder, model, dtype, device)
     service = Service(encoder, indexes, BankStore(bank_folder(bank_dir)))
+    local = LocalQueries(service, folders, ServedModel(model, dtype, device), light)
     try:
-        server = Server(create_app(service, policy, role_prefixes=prefixes), host, port)
+        server = Server(create_app(service, policy, role_prefixes=prefixes, local=local), host, port)
     except ConfigError:
         service.close()
         raise
     searched = f" and searches {', '.join(indexes)}" if indexes else ""
-    message("note", f"{service.name} is served at {server.url}{searched}. Ctrl-C ends it.")
-    server.run()
+    with local.announce(server.url):
+        message("note", f"{service.name} is served at {server.url}{searched}. Ctrl-C ends it.")
+        server.run()
+
+
+def api_key(variable: str | None) -> str | None:
+    """Return the API key in an environment variable.
+
+    Raises:
+        ConfigError: If the variable is not set.
+    """
+    key = None if variable is None else os.environ.get(variable, "")
+    if key == "":
+        raise ConfigError(f"The variable {variable} is not set. Put the API key into it.")
+    return key
 
 
 def bank_folder(given: Path | None) -> Path:
@@ -136,9 +167,9 @@ def _folders(given: list[Path] | None) -> list[Path]:
 
 
 def _open(
-    folders: list[Path], model: str | None, dtype: str, device: str | None
+    folders: list[Path], encoder: EpicEncoder | None, model: str | None, dtype: str, device: str | None
 ) -> tuple[EpicEncoder, dict[str, ChromaIndexer]]:
-    """Return the model (the given one, that of the first index, or the default) and the indexes by name.
+    """Return the model (the open one, the named one, that of the first index, or the default) and the indexes by name.
 
     Raises:
         EpicError: If an index or the model cannot be opened, or the model is not that of an index.
@@ -146,7 +177,9 @@ def _open(
     from epic_rag import EpicEncoder
     from epic_rag_chroma import ChromaIndexer, IndexMismatchError
 
-    if model is None and folders:
+    if encoder is not None:
+        pass
+    elif model is None and folders:
         encoder = ChromaIndexer(folders[0], dtype=dtype, device=device).encoder
     else:
         encoder = EpicEncoder.from_pretrained(model, dtype=dtype, device=device)

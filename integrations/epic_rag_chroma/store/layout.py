@@ -21,6 +21,8 @@ from epic_rag_chroma.store.paths import (
     DATABASE_FILE,
     OLD_INDEX_FILE,
     REBUILD_FILE,
+    SERVER_FILE,
+    SERVER_LOCK_FILE,
     VECTORS_FILE,
 )
 
@@ -50,11 +52,12 @@ _OWN_PATTERNS = (
     f"{REBUILD_FILE}*",
     _IGNORE_FILE,
     HOLDER_FILE,
+    SERVER_FILE,
     f"{DATABASE_FILE}-*",
     DATABASE_FILE,
     OLD_INDEX_FILE,
 )
-_LOCKS = (LOCK_FILE, CHROMA_LOCK_FILE)
+_LOCKS = (LOCK_FILE, CHROMA_LOCK_FILE, SERVER_LOCK_FILE)
 
 
 def is_index(folder: Path) -> bool:

@@ -22,6 +22,8 @@ __all__ = [
     "OLD_INDEX_FILE",
     "OLD_INDEX_MARK",
     "REBUILD_FILE",
+    "SERVER_FILE",
+    "SERVER_LOCK_FILE",
     "VECTORS_FILE",
     "DocumentKey",
     "FileStamp",
@@ -42,6 +44,8 @@ REBUILD_FILE = "rebuild.sqlite"
 """An index that is being rebuilt beside the current one."""
 VECTORS_FILE = "vectors.bin"
 """Copy of the index's vectors that readers map into memory."""
+SERVER_FILE, SERVER_LOCK_FILE = "server.json", "server.lock"
+"""Address of a server that answers queries of the index, and the lock that it holds as long as it lives."""
 CHROMA_FOLDER = "chroma"
 """The Chroma mirror."""
 BROKEN_FOLDER = "chroma.broken"
