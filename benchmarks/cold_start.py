@@ -5,7 +5,8 @@
 Every run starts one process of each kind in turn; a process is timed from outside, and the system reports its peak
 memory. The index holds documentation: the docstrings of Python's standard library, one page a module. "In one process"
 are queries that follow a first one. The two indexes at the end hold synthetic files (`growth.py`) and random vectors,
-so that one can be a hundred times the size of the other. Writes cold_start.json and cold_start.md to DIR.
+so that one can be a hundred times the size of the other. "With a server" are queries that a running `epic-rag serve` of
+the index answers; all others are answered without one. Writes cold_start.json and cold_start.md to DIR.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +38,7 @@ QUESTION = "how do I read a file line by line?"
 # Characters of docstrings that make one chunk, nearly enough.
 CHARACTERS = 305
 SHORTEST = 80
+FEW_CHUNKS = 20
 # A small process between: the peak memory of a process begins with that of the one that starts it.
 RUNNER = """
 import os, sys, time
@@ -64,6 +67,7 @@ print(seconds[len(seconds) // 2])
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     options.add_argument("--model", help="default: the shipped checkpoint")
+    options.add_argument("--large", default="epic-smollm2", metavar="MODEL", help="a model that needs torch")
     options.add_argument("--chunks", type=int, default=3000, metavar="N", help="chunks of documentation, about")
     options.add_argument("--sizes", default="1000,100000", help="chunks of the two synthetic indexes")
     options.add_argument("--runs", type=int, default=9, metavar="N")
@@ -140,6 +144,25 @@ def run(command: Sequence[str]) -> Run:
     return Run(float(seconds), float(cpu), int(peak) * (1 if sys.platform == "darwin" else 1024), done.stdout)
 
 
+@contextmanager
+def serving(folder: str) -> Iterator[None]:
+    """Run `epic-rag serve` of an index.
+
+    Raises:
+        EpicError: If it does not start.
+    """
+    command = [sys.executable, "-m", "epic_rag_cli", "serve", "--index-dir", folder, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            line = process.stderr.readline()
+            if "is served at" not in line:
+                raise EpicError(f"`epic-rag serve` did not start: {line.strip()}")
+            yield
+        finally:
+            process.terminate()
+
+
 def measure(options: argparse.Namespace) -> int:
     small, large = (int(size) for size in options.sizes.split(","))
     epic = [sys.executable, "-m", "epic_rag_cli"]
@@ -154,12 +177,20 @@ def measure(options: argparse.Namespace) -> int:
         encoder = EpicEncoder.from_pretrained(options.model, device="cpu")
         sizes = {size: str(make_synthetic(place / str(size), size, encoder)) for size in (small, large)}
         folder = str(manual / ".epic-rag")
-        ask = [*epic, "query", QUESTION, "--index-dir"]
+        ask = [*epic, "query", QUESTION, "--no-server", "--index-dir"]
+        served = [*epic, "query", QUESTION, "--index-dir"]
+        few = place / "few"
+        write_manual(few, FEW_CHUNKS)
+        run([*epic, "index", str(few), "--model", options.large])
+        large_model = str(few / ".epic-rag")
         commands = {
             "imports": [sys.executable, "-c", IMPORTS],
             "query": [*ask, folder],
             "query with demonstrations": [*ask, folder, "--bank", "docs"],
             "threads": [str(shutil.which("env")), f"OPENBLAS_NUM_THREADS={os.cpu_count()}", *ask, folder],
+            "served query": [*served, folder],
+            "large model": [*ask, large_model],
+            "large model served": [*served, large_model],
             "keyword query": [*ask, folder, "--mode", "keyword"],
             "index": index,
             "status": [*epic, "status", "--index-dir", folder],
@@ -170,12 +201,13 @@ def measure(options: argparse.Namespace) -> int:
             "large": [*ask, sizes[large]],
         }
         found: dict[str, list[Run]] = {name: [] for name in commands}
-        for number in range(options.runs + 1):
-            say(f"run {number} of {options.runs}" if number else "warm-up")
-            for name, command in commands.items():
-                done = run(command)
-                if number:
-                    found[name].append(done)
+        with serving(folder), serving(large_model):
+            for number in range(options.runs + 1):
+                say(f"run {number} of {options.runs}" if number else "warm-up")
+                for name, command in commands.items():
+                    done = run(command)
+                    if number:
+                        found[name].append(done)
         with ChromaIndexer(folder) as indexer:
             chunks = indexer.status().chunks
     seconds = {name: [each.seconds for each in runs] for name, runs in found.items()}
@@ -187,7 +219,10 @@ def measure(options: argparse.Namespace) -> int:
         "query": f"epic-rag query, {chunks:,} chunks",
         "query with demonstrations": "the same with --bank docs",
         "threads": "the same with a thread of OpenBLAS for each core",
-        "keyword query": "the same with --mode keyword",
+        "served query": "the same with a server",
+        "large model": f"epic-rag query with {Path(options.large).name}",
+        "large model served": "the same with a server",
+        "keyword query": "epic-rag query with --mode keyword",
         "index": "epic-rag index, nothing has changed",
         "status": "epic-rag status",
         "help": "epic-rag --help",
@@ -206,6 +241,14 @@ def measure(options: argparse.Namespace) -> int:
     bars = [
         ratio("epic-rag query / the imports", seconds["query"], seconds["imports"], 0.30, at_most=True),
         ratio("unchanged epic-rag index / the imports", seconds["index"], seconds["imports"], 0.25, at_most=True),
+        ratio("epic-rag query with a server / without", seconds["served query"], seconds["query"], 0.8, at_most=True),
+        ratio(
+            f"the same with {Path(options.large).name}",
+            seconds["large model served"],
+            seconds["large model"],
+            0.3,
+            at_most=True,
+        ),
         Bar("peak memory of epic-rag query, MB", peaks["query"] / 1e6, 260, True),
         Bar("a further query in one process, ms", 1e3 * spread_of(seconds["warm"]).median, 10, True),
         ratio(

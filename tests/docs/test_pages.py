@@ -181,9 +181,12 @@ def compare_query(page_run: PageRun) -> None:
     assert re.search(r"^1  bm25 <0\.01  history\.py:1-2  parent_of$", out, flags=re.M)
     assert re.search(r"^1  bm25 \d\.\d\d  \S+/notes/commits\.md:1-3  Commits$", out, flags=re.M)
     assert re.search(rf"^opened {re.escape(str(page_run.folder))}/manual/", out, flags=re.M)
-    hits = [json.loads(line) for line in out.splitlines() if line.startswith('{"')]
+    hits = [json.loads(line) for line in out.splitlines() if line.startswith('{"query"')]
     assert [(hit["query"], hit["query_id"]) for hit in hits] == [("undo a commit", 1), ("parent of a commit", 2)]
     assert re.search(r"/manual/history\.py:1 \d", out)
+    assert "Question: how do I undo a commit" in Path("prompt.txt").read_text(encoding="utf-8")
+    assert np.load("passages.npy").shape[0] == 2
+    assert np.load("query.npy").shape[0] == 1
 
 
 def prepare_llama_index(page_run: PageRun, text: str, stack: ExitStack) -> None:
@@ -268,6 +271,7 @@ def prepare_cli(page_run: PageRun, text: str, stack: ExitStack) -> None:
     )
     shutil.copytree(checkpoints.resolve("epic-minilm"), "runs/mine/final")
     Path(".epic-rag").symlink_to("docs/.epic-rag")
+    Path("passages.txt").write_text("A commit has a message.\nThe manual is beside the installer.\n")
     start = Path.cwd().parent / "start"
     shutil.copytree(".", start, symlinks=True)
 
@@ -278,7 +282,8 @@ def prepare_cli(page_run: PageRun, text: str, stack: ExitStack) -> None:
 
     page_run.before_command = fresh
     # They run until Ctrl-C; tests/cli/test_serve.py and test_mcp.py run them.
-    page_run.skipped = ("epic-rag serve", "epic-rag mcp")
+    # And tests/cli/test_ask.py has an endpoint.
+    page_run.skipped = ("epic-rag serve", "epic-rag mcp", "epic-rag ask 'how do I undo the last commit?' --llm")
 
 
 def prepare_http_server(page_run: PageRun, text: str, stack: ExitStack) -> str:
@@ -303,9 +308,10 @@ def prepare_http_server(page_run: PageRun, text: str, stack: ExitStack) -> str:
 
 
 def compare_http_server(page_run: PageRun) -> None:
-    *_, embedded, found, document, settings = page_run.printed["shell"]
+    *_, embedded, found, document, settings, of_http = page_run.printed["shell"]
     embedded, found, document = map(json.loads, (embedded, found, document))
-    assert "claude mcp add" in settings
+    assert "claude mcp add epic-rag" in settings
+    assert "claude mcp add --transport http" in of_http
     assert [len(row["embedding"]) for row in embedded["data"]] == [32, 32]
     assert [hit["path"] for hit in found["data"]] == ["undo.md"]
     assert document["lines"][0] == "# Undo"
