@@ -22,6 +22,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -43,7 +44,7 @@ from epic_rag.embedding_model import EmbeddingModel, Fact, Role, is_remote, spli
 from epic_rag.errors import ConfigError, PromptError
 from epic_rag.metrics import unit_rows
 from epic_rag.numpy_bert import NumpyBert, open_numpy_bert
-from epic_rag.prompt import EncoderInput, Prefix, PromptBuilder, prefetch
+from epic_rag.prompt import EncoderInput, LongTexts, Prefix, PromptBuilder, prefetch
 from epic_rag.query_prompt import PromptSettings, QueryPrompt, QueryStrategy
 from epic_rag.reader import READER_FILE, DemonstrationReader, PreparedDemonstrations
 from epic_rag.task_vector import apply_task_vector
@@ -66,6 +67,8 @@ logger = logging.getLogger(__name__)
 # Documents that are sorted by length together.
 _BLOCK = 4096
 _CACHED_BANKS = 16
+# At the beginning and the end of a text.
+_SPECIAL_TOKENS = 2
 
 
 class EpicEncoder:
@@ -118,6 +121,7 @@ class EpicEncoder:
         self._weights_hash: str | None = None
         self._banks: OrderedDict[tuple[str, str], DemonstrationBank] = OrderedDict()
         self._folder: Path | None = None
+        self._noted: set[str] = set()
         # Prepared demonstrations by identity of a bank's vectors, which are kept so that no other array has it.
         self._prepared: OrderedDict[
             tuple[int, int, Selection], tuple[Vectors, DemonstrationReader, PreparedDemonstrations]
@@ -535,6 +539,16 @@ class EpicEncoder:
                 items, bank, k, instruction, strategy, prompt.selection, batch_size
             )
             vectors = self._embed(rows, slots, batch_size, show_progress)
+        # A token has a character or more.
+        long_queries = [] if "query" in self._noted else [text for text in items if len(text) > self.max_query_tokens]
+        if long_queries and max(tokens := self.count_tokens(long_queries)) > self.max_query_tokens - _SPECIAL_TOKENS:
+            self._noted.add("query")
+            logger.warning(
+                "A query has %d tokens, and %s reads %d. The rest of it is cut off.",
+                max(tokens),
+                self.name,
+                self.max_query_tokens,
+            )
         return self._output(vectors, texts, truncate_dim)
 
     def encode_document(
@@ -544,6 +558,7 @@ class EpicEncoder:
         batch_size: int | None = None,
         show_progress: bool = False,
         truncate_dim: int | None = None,
+        long_texts: LongTexts = "cut",
     ) -> Vectors:
         """Encode documents: bare texts, without instruction and demonstrations.
 
@@ -552,11 +567,15 @@ class EpicEncoder:
             batch_size: Most rows in a batch; None lets token counts decide.
             show_progress: Whether to draw a progress bar.
             truncate_dim: Overrides the encoder's setting for this call.
+            long_texts: Texts with more than `max_document_tokens` are cut there ("cut"), or encoded in windows whose
+                vectors are averaged, weighted by their tokens ("windows"); the latter is logged once.
 
         Returns:
             float32 unit rows (n, dimension), in order; (dimension,) for a single string.
         """
         items = [texts] if isinstance(texts, str) else list(texts)
+        if long_texts == "windows":
+            return self._output(self._encode_windows(items, batch_size, show_progress), texts, truncate_dim)
         if self.external is not None:
             return self._output(
                 self._external_vectors(items, "document", None, batch_size, show_progress), texts, truncate_dim
@@ -565,6 +584,53 @@ class EpicEncoder:
         blocks = prefetch(self.prompt.documents, items, _BLOCK)
         found = [self._embed(rows, None, batch_size, show_progress) for rows in blocks]
         return self._output(np.concatenate(found), texts, truncate_dim)
+
+    def windows(self, text: str) -> list[str]:
+        """Return the parts of a document that the model reads one at a time: of like length, divided at white space.
+
+        A document of at most `max_document_tokens` is its only part.
+        """
+        room = max(1, self.max_document_tokens - _SPECIAL_TOKENS)
+        count = -(-self.count_tokens([text])[0] // room)
+        while count > 1:
+            edges = [0]
+            for place in range(1, count):
+                edge = len(text) * place // count
+                space = max(text.rfind(" ", edges[-1], edge), text.rfind("\n", edges[-1], edge))
+                edges.append(space + 1 if space > edges[-1] else edge)
+            parts = [text[first:end] for first, end in pairwise([*edges, len(text)])]
+            if count >= len(text) or max(self.count_tokens(parts)) <= room:
+                return parts
+            count += 1
+        return [text]
+
+    def _encode_windows(self, texts: Sequence[str], batch_size: int | None, show_progress: bool) -> Vectors:
+        """Encode documents by their windows; return the unit rows of their vectors' means, weighted by tokens."""
+        parts = [self.windows(text) for text in texts]
+        windows = [part for own in parts for part in own]
+        vectors = self.encode_document(
+            windows, batch_size=batch_size, show_progress=show_progress, truncate_dim=self._width
+        )
+        if len(windows) == len(texts):
+            return vectors
+        if "document" not in self._noted:
+            self._noted.add("document")
+            longest = max(range(len(texts)), key=lambda number: len(parts[number]))
+            logger.warning(
+                "A text has %d tokens, and %s reads %d at a time. Its vector is the mean of %d windows; split texts "
+                "into chunks that it reads whole to find their parts better.",
+                self.count_tokens([texts[longest]])[0],
+                self.name,
+                self.max_document_tokens,
+                len(parts[longest]),
+            )
+        weights = np.array(self.count_tokens(windows), np.float32)[:, None]
+        starts = np.cumsum([0, *map(len, parts[:-1])])
+        means: Vectors = unit_rows(np.add.reduceat(vectors * np.maximum(weights, 1), starts))
+        # A text in one window keeps its very vector.
+        alone = np.array([len(own) == 1 for own in parts])
+        means[alone] = vectors[starts[alone]]
+        return means
 
     def select_demonstrations(
         self, texts: Sequence[str], bank: DemonstrationBank, k: int, *, selection: Selection = "nearest"

@@ -39,6 +39,8 @@ __all__ = [
 ]
 
 Strategy = Literal["epic", "text", "none"]
+LongTexts = Literal["cut", "windows"]
+"""Way of encoding a document that is longer than the model reads."""
 STRATEGIES: tuple[Strategy, ...] = ("epic", "text", "none")
 _PREFIXES_KEPT = 64
 

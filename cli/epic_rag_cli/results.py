@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from rich.cells import get_character_cell_size
+from rich.cells import cell_len, get_character_cell_size
 
 from epic_rag_chroma import IndexNotFoundError, QueryWords
 from epic_rag_cli.terminal import (
@@ -271,11 +271,18 @@ class _Line:
 
 _INDENT = "    "
 _SNIPPET_LINES = 3
+# Lines of code or of a table that a snippet shows.
+_KEPT_LINES = 5
+# Formats whose lines are records or settings.
+_LINE_KINDS = frozenset({"csv", "ini", "json", "jsonl", "properties", "toml", "xlsx", "yaml"})
+_CODE, _FENCED, _TABLE = "code", "fenced code", "table"
+_FENCE = re.compile(r"\s*(`{3,}|~{3,})")
+_RULE = re.compile(r"[\s|:=+-]*")
 # Cells lost to line breaks between words.
 _RAGGED = 20
 
 
-def hit_lines(hits: Sequence[Hit], query: str, mode: SearchMode, *, links: bool) -> list[Text]:
+def hit_lines(hits: Sequence[Hit], query: str, mode: SearchMode, *, links: bool, whole: bool = False) -> list[Text]:
     """Return hits as lines of text, separated by empty lines: scores, location, headings, snippet, duplicates.
 
     Args:
@@ -283,6 +290,7 @@ def hit_lines(hits: Sequence[Hit], query: str, mode: SearchMode, *, links: bool)
         query: The query.
         mode: The search mode.
         links: Whether locations are hyperlinks.
+        whole: Whether all lines of a hit are shown, with the lines around it, instead of a snippet.
     """
     from rich.text import Text
 
@@ -301,7 +309,7 @@ def hit_lines(hits: Sequence[Hit], query: str, mode: SearchMode, *, links: bool)
         if hit.heading_path:
             head.append("  " + printable(" > ".join(hit.heading_path)), style="not dim magenta")
         lines.append(head)
-        lines += _snippet_lines(hit, words)
+        lines += _whole_lines(hit, words) if whole else _snippet_lines(hit, words)
         places = ", ".join(_duplicate_places(hit))
         if places:
             lines.append(Text(f"{_INDENT}also in {printable(places)}", style="dim"))
@@ -359,18 +367,124 @@ def _place_style(hit: Hit, links: bool) -> Style:
 
 
 def _snippet_lines(hit: Hit, words: QueryWords) -> list[Text]:
+    """Return the lines of a hit's snippet: running text as one wrapped piece, code and tables as they are."""
     from rich.console import Console
     from rich.text import Text
 
     width = terminal_width() - len(_INDENT)
-    shown = snippet(hit.text, words, width * _SNIPPET_LINES - _RAGGED, by_line=bool(hit.lang))
+    lines = hit.text.split("\n")
+    blocks = [_CODE] * len(lines) if hit.lang or hit.kind in _LINE_KINDS else _blocks(lines)
+    first, end = _part(lines, blocks, words)
+    if blocks[first] is not None:
+        return [_styled(_cut(line, words, width), words) for line in _kept(lines, blocks, first, end, words)]
+    shown = snippet("\n".join(lines[first:end]), words, width * _SNIPPET_LINES - _RAGGED)
     text = Text(shown.text)
-    for start, end in shown.spans:
-        text.stylize("bold yellow", start, end)
+    for start, stop in shown.spans:
+        text.stylize("bold yellow", start, stop)
     wrapped = text.wrap(Console(width=width), width, overflow="fold")
     for line in wrapped:
         line.rstrip()
-    return [Text(_INDENT).append_text(line) for line in wrapped]
+    found = [Text(_INDENT).append_text(line) for line in wrapped]
+    room = _SNIPPET_LINES - len(found)
+    if end < len(lines) and room > 0:  # what the text introduces
+        after = next((number for number in range(end, len(lines)) if blocks[number] != blocks[end]), len(lines))
+        kept = _kept(lines, blocks, end, after, words)[:room]
+        found += [_styled(_cut(line, words, width), words) for line in kept]
+    return found
+
+
+def _part(lines: Sequence[str], blocks: Sequence[str | None], words: QueryWords) -> Span:
+    """Return the block of lines in which a line has the most different query words; the first one if none has any."""
+    filled = [number for number, line in enumerate(lines) if line.strip() and not _FENCE.match(line)] or [0]
+    kinds = {number: len({stem for _, stem in words.find(lines[number])}) for number in filled}
+    best = max(filled, key=lambda number: kinds[number])
+    first = end = best
+    while first > 0 and blocks[first - 1] == blocks[best]:
+        first -= 1
+    while end < len(lines) and blocks[end] == blocks[best]:
+        end += 1
+    return first, end
+
+
+def _kept(lines: Sequence[str], blocks: Sequence[str | None], first: int, end: int, words: QueryWords) -> list[str]:
+    """Return the lines of a block around the one with the most query words, with the header of a table."""
+    inside = [number for number in range(first, end) if lines[number].strip() and not _RULE.fullmatch(lines[number])]
+    inside = [number for number in inside if not _FENCE.match(lines[number])]
+    if not inside:
+        return []
+    kinds = [len({stem for _, stem in words.find(lines[number])}) for number in inside]
+    place = kinds.index(max(kinds))
+    start = max(0, min(place - _KEPT_LINES // 2, len(inside) - _KEPT_LINES))
+    chosen = inside[start : start + _KEPT_LINES]
+    if blocks[first] == _TABLE and inside[0] not in chosen:
+        chosen = [inside[0], *(chosen[:-1] if chosen[-1] != inside[place] else chosen[1:])]
+    kept = [_printable_line(lines[number]) for number in chosen]
+    indent = min(len(line) - len(line.lstrip(" ")) for line in kept)
+    return [line[indent:] for line in kept]
+
+
+def _whole_lines(hit: Hit, words: QueryWords) -> list[Text]:
+    """Return all lines of a hit, and those before and after it."""
+    from rich.text import Text
+
+    def around(text: str) -> list[Text]:
+        return [Text(_INDENT + _printable_line(line), style="dim") for line in text.split("\n")] if text else []
+
+    own = [_styled(_printable_line(line), words) for line in hit.text.split("\n")]
+    return [*around(hit.before), *own, *around(hit.after)]
+
+
+def _blocks(lines: Sequence[str]) -> list[str | None]:
+    """Return for each line of Markdown or extracted text the block of code or the table that it is in."""
+    blocks: list[str | None] = []
+    fence = ""
+    for number, line in enumerate(lines):
+        mark = _FENCE.match(line)
+        if fence:
+            blocks.append(_FENCED)
+            if mark is not None and mark[1].startswith(fence):
+                fence = ""
+        elif mark is not None:
+            fence = mark[1]
+            blocks.append(_FENCED)
+        elif line.strip() and (line.lstrip().startswith("|") or line.count(" | ") or "\t" in line.strip()):
+            blocks.append(_TABLE)
+        elif line.startswith(("    ", "\t")) and (number == 0 or not lines[number - 1].strip() or blocks[-1] == _CODE):
+            blocks.append(_CODE)
+        else:
+            blocks.append(None)
+    for number, line in enumerate(lines):  # a line with a bar alone is no table
+        around = blocks[max(0, number - 1) : number + 2]
+        if blocks[number] == _TABLE and around.count(_TABLE) == 1 and not line.lstrip().startswith("|"):
+            blocks[number] = None
+    return blocks
+
+
+def _printable_line(line: str) -> str:
+    """Make a line printable and keep its white space."""
+    expanded = line.expandtabs(4)
+    return " " * (len(expanded) - len(expanded.lstrip(" "))) + _spaced(expanded)
+
+
+def _spaced(line: str) -> str:
+    return " ".join(printable(word) if word else "" for word in line.strip().split(" "))
+
+
+def _cut(line: str, words: QueryWords, width: int) -> str:
+    """Cut a line to a width, to the part with the most query words."""
+    if cell_len(line) <= width:
+        return line
+    indent = min(len(line) - len(line.lstrip(" ")), width // 2)
+    return " " * indent + snippet(line, words, max(1, width - indent - 2 * len(_ELLIPSIS) - 2), by_line=True).text
+
+
+def _styled(line: str, words: QueryWords) -> Text:
+    from rich.text import Text
+
+    text = Text(line)
+    for (start, end), _ in words.find(line):
+        text.stylize("bold yellow", start, end)
+    return Text(_INDENT).append_text(text)
 
 
 def _duplicate_places(hit: Hit) -> list[str]:

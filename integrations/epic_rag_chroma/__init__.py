@@ -1,13 +1,16 @@
 """Chroma for epic-rag: `ChromaIndexer` indexes and searches folders, `EpicEmbeddingFunction` serves any collection.
 
 Import everything from here. Names are loaded when they are first used: importing this package, `ChromaIndexer` and
-`SearchRequest` loads neither chromadb nor torch. Importing `EpicEmbeddingFunction` registers it with Chroma.
+`SearchRequest` loads neither chromadb nor torch. `EpicEmbeddingFunction` is registered with Chroma as soon as both are
+imported, in either order.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from epic_rag_chroma.registration import register_with_chroma
 
 if TYPE_CHECKING:
     from epic_rag_chroma.embedding_function import EpicEmbeddingFunction
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from epic_rag_chroma.store.server import LOCAL, NO_CHROMA, ChromaServer
     from epic_rag_chroma.types import (
         DEFAULT_MODE,
+        DEFAULT_PER_FILE,
         INDEX_FOLDER,
         SEARCH_MODES,
         Hit,
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_MODE",
+    "DEFAULT_PER_FILE",
     "HEADING_SEPARATOR",
     "INDEX_FOLDER",
     "KNOWN_KEYS",
@@ -125,6 +130,7 @@ _NAMES = {
     "store.server": ("LOCAL", "NO_CHROMA", "ChromaServer"),
     "types": (
         "DEFAULT_MODE",
+        "DEFAULT_PER_FILE",
         "INDEX_FOLDER",
         "SEARCH_MODES",
         "Hit",
@@ -153,3 +159,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_with_chroma()

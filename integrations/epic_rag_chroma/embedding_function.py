@@ -17,8 +17,10 @@ import numpy as np
 from chromadb.api.types import Documents, EmbeddingFunction, Embeddings, Space
 from chromadb.utils.embedding_functions import register_embedding_function
 
-from epic_rag.errors import ConfigError, FingerprintError
+from epic_rag.checkpoints import EPIC_FILE, check_width, read_epic_file, resolve
+from epic_rag.errors import ConfigError, FingerprintError, PromptError
 from epic_rag.query_prompt import QueryPrompt
+from epic_rag.tasks import get_task
 from epic_rag_chroma.store.paths import absolute_source
 
 if TYPE_CHECKING:
@@ -38,11 +40,14 @@ _loading = threading.Lock()
 
 
 @lru_cache(maxsize=_CACHED_ENCODERS)
-def _load(source: str | None, truncate_dim: int | None) -> tuple[EpicEncoder, threading.Lock]:
+def _load(
+    source: str | None, truncate_dim: int | None, device: str | None, dtype: str | None
+) -> tuple[EpicEncoder, threading.Lock]:
     """Return an encoder and a lock for it, since encoders are not thread-safe."""
     from epic_rag import EpicEncoder
 
-    return EpicEncoder.from_pretrained(source, truncate_dim=truncate_dim), threading.Lock()
+    encoder = EpicEncoder.from_pretrained(source, truncate_dim=truncate_dim, device=device, dtype=dtype)
+    return encoder, threading.Lock()
 
 
 def _absolute_bank(bank: str | os.PathLike[str]) -> str:
@@ -60,8 +65,11 @@ def _absolute_bank(bank: str | os.PathLike[str]) -> str:
 class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
     """Embed documents and queries with an epic-rag checkpoint.
 
-    Documents are embedded bare. Queries get the prompt's instruction and demonstrations, which can be changed at any
-    time: the documents of a collection stay as they are.
+    Documents are embedded bare; one that is longer than the model reads is embedded in windows whose vectors are
+    averaged, and a warning says so once. Queries get the prompt's instruction and demonstrations, which can be changed
+    at any time: the documents of a collection stay as they are.
+
+    A copy shares the loaded model. A pickle has the settings only, and the other process loads the model.
 
     Args:
         model: Name or folder of a checkpoint, or a loaded encoder; None for the default checkpoint.
@@ -69,13 +77,28 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
             arguments.
         truncate_dim: Number of dimensions that are kept of the vectors.
         fingerprint: Required fingerprint of the checkpoint; None for any.
-        **settings: See `QueryPrompt`.
+        device: Where the model runs; see `EpicEncoder.from_pretrained`. Device and data type belong to the machine and
+            are not stored with a collection: pass the function to `get_collection` again to use them.
+        dtype: Data type of the model's computations.
+        **settings: See `QueryPrompt`: `task`, `bank`, `instruction`, `num_demonstrations`, `strategy`, `selection`.
 
     Raises:
-        ConfigError: If a setting cannot be stored in a collection's configuration.
+        CheckpointError: If there is no such checkpoint. (A name of the Hugging Face hub is looked up with the first
+            text.)
+        ConfigError: If a setting cannot be stored in a collection's configuration, `truncate_dim` is wider than the
+            model, or `device` or `dtype` are given for a loaded encoder.
+        TaskError: If the task is unknown.
+        BankError: If there is no such bank.
         PromptError: If the prompt's settings do not fit together.
         FingerprintError: When the first text is embedded, if the checkpoint has another fingerprint.
     """
+
+    _source: str | None
+    _prompt: QueryPrompt
+    _truncate_dim: int | None
+    _fingerprint: str | None
+    _device: str | None
+    _dtype: str | None
 
     def __init__(
         self,
@@ -84,6 +107,8 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
         *,
         truncate_dim: int | None = None,
         fingerprint: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
         **settings: Unpack[PromptSettings],
     ) -> None:
         prompt = QueryPrompt.of(prompt, settings)
@@ -92,21 +117,39 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
                 f"bank is a {type(prompt.bank).__name__}, but a collection can only store a bank's name or folder. "
                 "Save it with `bank.save(folder)` and pass the folder."
             )
-        self._prompt = prompt if prompt.bank is None else replace(prompt, bank=_absolute_bank(prompt.bank))
-        self._truncate_dim = truncate_dim
-        self._fingerprint = fingerprint
-        self._encoder: EpicEncoder | None = None
-        self._lock = threading.Lock()
+        if prompt.bank is not None:
+            prompt = replace(prompt, bank=_absolute_bank(prompt.bank))
+        if prompt.task is not None:
+            get_task(prompt.task)
+        bank, wanted = prompt.resolve_bank(), prompt.num_demonstrations
+        if bank is not None and wanted is not None and wanted > len(bank):
+            raise PromptError(f"num_demonstrations is {wanted}, but the bank has {len(bank)}. Use at most {len(bank)}.")
+        encoder: EpicEncoder | None = None
         if model is None or isinstance(model, (str, os.PathLike)):
-            self._source = None if model is None else absolute_source(model)
+            source = None if model is None else absolute_source(model)
+            _check_checkpoint(source, truncate_dim)
         else:
+            if device is not None or dtype is not None:
+                raise ConfigError("The encoder is loaded already. Leave out device and dtype, or pass its name.")
+            encoder = model
+            check_width(truncate_dim, model.dimension if model.truncate_dim is None else model.truncate_dim)
             if truncate_dim is not None and truncate_dim != model.truncate_dim:
                 # The width is part of the fingerprint. A shallow copy keeps the caller's object unchanged.
-                model = copy.copy(model)
-                model.truncate_dim = truncate_dim
-            self._source = absolute_source(model.source)
-            self._truncate_dim = model.truncate_dim
-            self._encoder = self._checked(model)
+                encoder = copy.copy(model)
+                encoder.truncate_dim = truncate_dim
+            source, truncate_dim = absolute_source(model.source), encoder.truncate_dim
+        self.__setstate__(
+            {
+                "_source": source,
+                "_prompt": prompt,
+                "_truncate_dim": truncate_dim,
+                "_fingerprint": fingerprint,
+                "_device": device,
+                "_dtype": dtype,
+            }
+        )
+        if encoder is not None:
+            self._encoder = self._checked(encoder)
 
     def __call__(self, input: Documents) -> Embeddings:
         """Embed documents.
@@ -116,18 +159,45 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
 
         Returns:
             A float32 unit vector for each.
+
+        Raises:
+            ConfigError: If `input` is a single text.
         """
-        encoder = self._loaded()
+        texts, encoder = _texts(input), self._loaded()
         with self._lock:
-            vectors = encoder.encode_document(list(input))
+            vectors = encoder.encode_document(texts, long_texts="windows")
         return _rows(vectors)
 
     def embed_query(self, input: Documents) -> Embeddings:
-        """Embed queries with the instruction and the demonstrations of the prompt."""
-        encoder = self._loaded()
+        """Embed queries with the instruction and the demonstrations of the prompt.
+
+        Raises:
+            ConfigError: If `input` is a single text.
+        """
+        texts, encoder = _texts(input), self._loaded()
         with self._lock:
-            vectors = encoder.encode_query(list(input), self._prompt)
+            vectors = encoder.encode_query(texts, self._prompt)
         return _rows(vectors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the settings without the model."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_encoder", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the settings; the first text loads the model."""
+        self.__dict__.update(state)
+        self._encoder: EpicEncoder | None = None
+        self._lock = threading.Lock()
+
+    def __copy__(self) -> EpicEmbeddingFunction:
+        """Return a copy that shares the loaded model."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EpicEmbeddingFunction:
+        """Return a copy as `__copy__` does: settings are immutable, and weights are read-only."""
+        return copy.copy(self)
 
     @staticmethod
     def name() -> str:
@@ -169,12 +239,19 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
             prompt["num_demonstrations"] = 0
         if prompt.get("num_demonstrations") and "bank" not in prompt:  # older releases: the task's built-in bank
             prompt["bank"] = prompt.get("task")
-        return EpicEmbeddingFunction(
-            config.get("model"),
-            QueryPrompt(**prompt),
-            truncate_dim=config.get("truncate_dim"),
-            fingerprint=config.get("fingerprint"),
+        # Not by the constructor: what it checks may be missing on this machine, and the collection be needed without.
+        function = object.__new__(EpicEmbeddingFunction)
+        function.__setstate__(
+            {
+                "_source": config.get("model"),
+                "_prompt": QueryPrompt(**prompt),
+                "_truncate_dim": config.get("truncate_dim"),
+                "_fingerprint": config.get("fingerprint"),
+                "_device": None,
+                "_dtype": None,
+            }
         )
+        return function
 
     @staticmethod
     def validate_config(config: dict[str, Any]) -> None:
@@ -206,7 +283,7 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
     def _loaded(self) -> EpicEncoder:
         if self._encoder is None:
             with _loading:
-                encoder, lock = _load(self._source, self._truncate_dim)
+                encoder, lock = _load(self._source, self._truncate_dim, self._device, self._dtype)
             self._encoder = self._checked(encoder)
             self._lock = lock
         return self._encoder
@@ -219,6 +296,30 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
             )
         self._fingerprint = encoder.fingerprint
         return encoder
+
+
+def _check_checkpoint(source: str | None, truncate_dim: int | None) -> None:
+    """Check a checkpoint without loading it: that a name or folder exists, and the width where it is recorded.
+
+    Raises:
+        CheckpointError: If there is none.
+        ConfigError: If `truncate_dim` is not one of its widths.
+    """
+    if truncate_dim is not None and truncate_dim < 1:
+        raise ConfigError(f"truncate_dim is {truncate_dim}. Use 1 or more.")
+    if source is not None and source.count("/") == 1 and not os.path.isdir(source):
+        return  # a name of the hub, which may have to be downloaded
+    folder = resolve(source)
+    if truncate_dim is not None and (folder / EPIC_FILE).is_file():
+        dimension = read_epic_file(folder).get("dimension")
+        if isinstance(dimension, int):
+            check_width(truncate_dim, dimension)
+
+
+def _texts(input: Documents) -> list[str]:
+    if isinstance(input, str):
+        raise ConfigError("The input is one text. Pass a list of texts.")
+    return list(input)
 
 
 def _rows(vectors: Any) -> Embeddings:

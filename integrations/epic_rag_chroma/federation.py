@@ -223,10 +223,15 @@ class _FederatedSnapshot:
         """Return chunks by id, without those that do not exist."""
         found: dict[str, Record] = {}
         for place, own in self._by_place(ids):
-            for row_id, record in self._databases[place].get(own).items():
-                metadata = {**record.metadata, "root": self._absolute(str(record.metadata.get("root", "")), place)}
-                found[f"{row_id}:{place}"] = replace(record, id=f"{row_id}:{place}", metadata=metadata)
+            for record in self._databases[place].get(own).values():
+                federated = self._federated(record, place)
+                found[federated.id] = federated
         return found
+
+    def neighbours(self, row_id: str, first: int, last: int) -> list[Record]:
+        """Return the chunks of a chunk's file from one position to another, in order."""
+        own, _, place = row_id.rpartition(":")
+        return [self._federated(each, int(place)) for each in self._databases[int(place)].neighbours(own, first, last)]
 
     def numbers_of(self, ids: Collection[str]) -> list[int]:
         """Return the numbers of chunks by their ids."""
@@ -285,6 +290,10 @@ class _FederatedSnapshot:
             row_id, _, place = each.rpartition(":")
             parts[int(place)].append(row_id)
         yield from ((place, own) for place, own in enumerate(parts) if own)
+
+    def _federated(self, record: Record, place: int) -> Record:
+        metadata = {**record.metadata, "root": self._absolute(str(record.metadata.get("root", "")), place)}
+        return replace(record, id=f"{record.id}:{place}", metadata=metadata)
 
     def _absolute(self, root: str, place: int) -> str:
         return str(root_path(root, self._folders[place]))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_MODE",
+    "DEFAULT_PER_FILE",
     "INDEX_FOLDER",
     "SEARCH_MODES",
     "Hit",
@@ -41,6 +42,8 @@ StaleState = Literal["changed", "deleted"]
 """A file with another size or modification time than when it was indexed, or one that is gone."""
 SEARCH_MODES: Sequence[SearchMode] = ("dense", "hybrid", "keyword")
 DEFAULT_MODE: SearchMode = "hybrid"
+DEFAULT_PER_FILE = 3
+"""Hits of a file that come before its others; `benchmarks/per_file.py` compares it with other numbers."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class IndexProgress:
 
 @dataclass(frozen=True)
 class Hit:
-    """A chunk found by a query.
+    """A chunk found by a query, or several that follow one another in a section: scores are those of the best.
 
     Args:
         rank: 1 for the best.
@@ -177,7 +180,7 @@ class Hit:
         page: Page of a PDF or slide of a presentation, from 1; None for other formats.
         heading_path: Headings above the text, outermost first.
         text: The exact text of those lines.
-        id: The chunk's id in the collection.
+        id: The id of the chunk, or of the best one, in the collection.
         document_id: The id of its file in the index.
         root: Current absolute path of the indexed folder; `root`/`path` is the file.
         kind: The file's format ("markdown", "pdf", "code", ...).
@@ -188,6 +191,8 @@ class Hit:
         duplicates: Locations ("path:line") of near-duplicates, which the results leave out.
         stale: "changed" or "deleted" if the file is no longer what was indexed, by its size and modification time;
             None if it is.
+        before: The lines before `text` that the request asks for, as they were indexed.
+        after: The lines after it.
     """
 
     rank: int
@@ -208,6 +213,8 @@ class Hit:
     rerank_score: float | None = None
     duplicates: tuple[str, ...] = field(default=())
     stale: StaleState | None = None
+    before: str = ""
+    after: str = ""
 
 
 @dataclass(frozen=True)

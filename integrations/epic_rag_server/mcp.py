@@ -22,7 +22,7 @@ from starlette.applications import Starlette
 
 from epic_rag import DataError, Demonstration, EpicError, QueryPrompt, __version__
 from epic_rag.tasks import DEFAULT_TASK
-from epic_rag_chroma import Hit, SearchRequest, parse_filters
+from epic_rag_chroma import DEFAULT_PER_FILE, Hit, SearchRequest, parse_filters
 from epic_rag_server.banks import BankStore
 from epic_rag_server.errors import ApiError
 from epic_rag_server.security import AccessPolicy, RequestGuard
@@ -124,13 +124,19 @@ class Tools:
         since: Annotated[str, Field(description="Only files changed since: 12h, 7d or 2026-01-31")] = "",
         mode: Annotated[Literal["hybrid", "dense", "keyword"], Field(description="Way of ranking")] = "hybrid",
         bank: Annotated[str, Field(description="Bank of examples from status to adapt the query by")] = "",
+        per_file: Annotated[
+            int, Field(description="Hits of a file before its others; 0: no limit", ge=0)
+        ] = DEFAULT_PER_FILE,
+        full_section: Annotated[bool, Field(description="Return whole sections instead of passages")] = False,
     ) -> Annotated[CallToolResult, SearchResult]:
         """Search the indexed documents. Returns passages with file:line; read more around one with get."""
         name, indexer = self._index(index)
         try:
             filters = parse_filters([where] if where else [], [path] if path else [], since or None)
             prompt = QueryPrompt(bank=self._banks.get(bank)) if bank else QueryPrompt(task=DEFAULT_TASK)
-            request = SearchRequest(prompt, k=top_k, mode=mode, filters=filters or None)
+            request = SearchRequest(
+                prompt, k=top_k, mode=mode, filters=filters or None, per_file=per_file, full_section=full_section
+            )
             hits = indexer.query(query, request)
         except (EpicError, ApiError) as error:
             raise ToolError(str(error)) from None

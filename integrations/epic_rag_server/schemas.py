@@ -31,6 +31,7 @@ MAX_ITEMS = 2048
 """Most texts of a request, as in OpenAI's API."""
 MAX_CHARACTERS = 1_000_000
 _MAX_QUERY = 20_000
+_MAX_CONTEXT = 200
 _IDS = (
     "Token ids are not supported, because every model has its own vocabulary. Send texts; in LangChain's "
     "OpenAIEmbeddings, set check_embedding_ctx_length=False."
@@ -149,6 +150,11 @@ class SearchQuery(PromptFields):
     where: Patterns = []
     since: str | None = Field(default=None, max_length=50)
     collapse: bool = True
+    per_file: int | None = Field(default=None, ge=0)
+    min_score: float | None = Field(default=None, allow_inf_nan=False)
+    before: int = Field(default=0, ge=0, le=_MAX_CONTEXT)
+    after: int = Field(default=0, ge=0, le=_MAX_CONTEXT)
+    full_section: bool = False
 
 
 class Example(_Request):

@@ -54,7 +54,17 @@ class SearchRoutes:
         filters = (
             parse_filters(asked.where, asked.path, asked.since) if asked.where or asked.path or asked.since else None
         )
-        settings = SearchRequest(k=asked.top_k, mode=asked.mode, filters=filters, collapse=asked.collapse)
+        settings = SearchRequest(
+            k=asked.top_k,
+            mode=asked.mode,
+            filters=filters,
+            collapse=asked.collapse,
+            per_file=asked.per_file,
+            min_score=asked.min_score,
+            before=asked.before,
+            after=asked.after,
+            full_section=asked.full_section,
+        )
         if asked.task is None and asked.bank is None and asked.instruction is None:
             asked.task = DEFAULT_TASK  # as `epic-rag query`
         prompt = self._service.prompt(None, "query", asked)

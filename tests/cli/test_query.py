@@ -198,6 +198,8 @@ def test_json(fake: type[FakeIndexer], cli: Any) -> None:
                 "rerank_score": None,
                 "duplicates": ["b.md:1"],
                 "stale": None,
+                "before": "",
+                "after": "",
             }
         ],
     }
@@ -247,6 +249,13 @@ PLAIN = SearchRequest(prompt=QueryPrompt(task="docs"))
         (["--mode", "keyword"], {"mode": "keyword"}),
         (["--all"], {"collapse": False}),
         (["--rerank", "folder"], {"reranker": "folder"}),
+        (["--per-file", "0"], {"per_file": 0}),
+        (["--files", "--per-file", "4"], {"per_file": 1}),
+        (["--min-score", "0.25"], {"min_score": 0.25}),
+        (["-A", "1", "-B", "2"], {"after": 1, "before": 2}),
+        (["-C", "3"], {"after": 3, "before": 3}),
+        (["-C", "3", "--after-context", "1"], {"after": 1, "before": 3}),
+        (["--full-section"], {"full_section": True}),
         (
             ["--where", "lang=python", "--where", "page>=3", "--path", "guide/**", "--path", "*.md"],
             {"filters": SearchFilters(where=("lang=python", "page>=3"), paths=("guide/**", "*.md"))},
@@ -262,6 +271,28 @@ def test_request(fake: type[FakeIndexer], cli: Any, arguments: list[str], expect
     assert cli("query", "the text", "--index-dir", "anywhere", *arguments).status == 0
     assert fake.opened == {"index_dir": Path("anywhere"), "encoder": None, "chroma": None}
     assert (fake.texts, fake.request) == (["the text"], replace(PLAIN, **expected))
+
+
+def test_names_of_files(fake: type[FakeIndexer], cli: Any) -> None:
+    """Each file once, in the order of its best hit."""
+    fake.hits = tuple(hit(rank=rank, path=path) for rank, path in enumerate(["b.md", "a\x1b.md", "b.md", "c.md"], 1))
+    assert cli("query", "words", "--index-dir", "anywhere", "--files").out == "b.md\na\\x1b.md\nc.md\n"
+    answer = json.loads(cli("query", "words", "--index-dir", "anywhere", "--files", "--json").out)
+    assert [(each["rank"], each["path"]) for each in answer["hits"]] == [(1, "b.md"), (2, "a\x1b.md"), (4, "c.md")]
+
+
+def test_lines_around_a_hit_are_printed_as_they_are(fake: type[FakeIndexer], cli: Any) -> None:
+    fake.hits = (hit(text="if installed:\n\trun()\n\n    stop()", before="# before", after="after\x1b[2J"),)
+    for options in (["-C", "1"], ["--full-section"]):
+        out = cli("query", "install", "--index-dir", "anywhere", *options).out
+        shown = "    # before\n    if installed:\n        run()\n    \n        stop()\n    after\\x1b[2J\n"
+        assert out.partition("\n")[2] == shown
+
+
+def test_no_hit_reaches_the_lowest_score(fake: type[FakeIndexer], cli: Any) -> None:
+    result = cli("query", "words", "--index-dir", "anywhere", "--min-score", "0.9")
+    assert (result.status, result.out) == (0, "")
+    assert "No hit has a score of 0.9 or more." in result.err
 
 
 def test_lone_surrogates_are_replaced(fake: type[FakeIndexer], cli: Any) -> None:

@@ -144,6 +144,43 @@ def test_any_text(text: str, query: str, width: int, by_line: bool) -> None:
         assert core == printable(text)
 
 
+ROWS = "\n".join(f"| Z{number} | up to {number} kg | {3 * number} EUR |" for number in range(12))
+CODE = "def reset(commit):\n    if commit:\n\n        return undo(commit)\n    return None"
+
+
+@pytest.mark.parametrize(
+    ("values", "query", "expected"),
+    [
+        # Code keeps its lines and indentation, without blank lines; source code, and code in a text.
+        ({"text": CODE, "lang": "python"}, "undo", [line for line in CODE.split("\n") if line]),
+        ({"text": f"Some words.\n\n```python\n{CODE}\n```\nMore words."}, "undo", CODE.replace("\n\n", "\n").split("\n")),
+        ({"text": "Run this:\n\n    make\n    make test\n\nand wait."}, "test", ["make", "make test"]),
+        ({"text": "class A:\n\tdef b(self):\n\t\tpass", "lang": "python"}, "b", ["class A:", "    def b(self):", "        pass"]),
+        # Lines of a table around the best one, with its header and without its rule.
+        (
+            {"text": f"Prices.\n\n| Zone | Weight | Price |\n|---|---:|---|\n{ROWS}\n\nMore."},
+            "up to 7 kg",
+            ["| Zone | Weight | Price |", *ROWS.split("\n")[5:9]],
+        ),
+        ({"text": "Zone | Price\nNorth | 3\nWest | 4", "kind": "docx"}, "west", ["Zone | Price", "North | 3", "West | 4"]),
+        ({"text": "name;city\nAnn;Rome\nBob;Oslo", "kind": "csv"}, "oslo", ["name;city", "Ann;Rome", "Bob;Oslo"]),
+        # Running text does not, also beside a table, or with a bar in it; what it introduces follows it.
+        ({"text": "A commit\nis undone.\n\n| a | b |\n|---|---|\n| c | d |"}, "commit undone", ["A commit is undone.", "| a | b |", "| c | d |"]),
+        ({"text": "One | two are\nwords of a text.\nAnd more."}, "words", ["One | two are words of a text. And more."]),
+        # A long line is cut to the query's words.
+        ({"text": "a = 1\n    b = '" + "x " * 60 + "needle y'", "lang": "python"}, "needle", None),
+    ],
+)  # fmt: skip
+def test_code_and_tables_keep_their_lines(values: dict[str, Any], query: str, expected: list[str] | None) -> None:
+    lines = [line.plain for line in hit_lines([hit(**values)], query, "hybrid", links=False)][1:]
+    assert all(line.startswith("    ") for line in lines)
+    if expected is not None:
+        assert [line[4:] for line in lines] == expected
+    else:
+        assert "needle" in lines[-1]
+    assert max(map(cell_len, lines)) <= 100
+
+
 ANY = st.text(st.characters() | st.sampled_from("\x1b[]0;\x07\x9b\u202e\u2066\n\ta :"), max_size=40)
 HITS = st.builds(
     hit,
@@ -155,18 +192,25 @@ HITS = st.builds(
     page=st.none() | st.integers(1, 9),
     duplicates=st.lists(ANY, max_size=3).map(tuple),
     lang=st.sampled_from(["", "python"]),
+    kind=st.sampled_from(["", "csv"]),
+    before=ANY,
+    after=ANY,
 )
 # What this command writes for a terminal itself: styles and links.
 OWN = re.compile(r"\x1b\[[\d;]*m|\x1b\]8;(id=[\d-]+)?;(file://[\w.~%/-]*)?\x1b\\")
 UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 
 
-@given(st.lists(HITS, min_size=1, max_size=3), ANY, st.sampled_from(["hybrid", "keyword"]), st.booleans())
-def test_no_text_reaches_a_terminal_with_its_codes(hits: list[Hit], query: str, mode: Any, links: bool) -> None:
+@given(
+    st.lists(HITS, min_size=1, max_size=3), ANY, st.sampled_from(["hybrid", "keyword"]), st.booleans(), st.booleans()
+)
+def test_no_text_reaches_a_terminal_with_its_codes(
+    hits: list[Hit], query: str, mode: Any, links: bool, whole: bool
+) -> None:
     """Paths, headings, texts, near-duplicates: whatever they are, a terminal gets text, our styles and our links."""
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, color_system="standard", soft_wrap=True, highlight=False)
-    for line in hit_lines(hits, query, mode, links=links):
+    for line in hit_lines(hits, query, mode, links=links, whole=whole):
         console.print(line)
     assert not UNSAFE.search(OWN.sub("", stream.getvalue()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -445,3 +446,57 @@ def test_nothing_is_logged_or_printed(
         tiny_encoder.encode_document(ATTRIBUTE_TEXTS)
     assert capsys.readouterr() == ("", "")
     assert caplog.text == ""
+
+
+@PROPERTY
+@given(lengths=st.lists(st.integers(0, 900), max_size=5))
+def test_windows_of_long_texts_are_averaged_by_tokens(lengths: list[int]) -> None:
+    encoder = _small()
+    texts = ["the quick brown fox jumps over a warm window "[: length % 40] * (length // 20) for length in lengths]
+    vectors = encoder.encode_document(texts, long_texts="windows")
+    check(vectors, len(texts), 32)
+    whole = encoder.encode_document(texts)
+    for text, count, vector, cut in zip(texts, encoder.count_tokens(texts), vectors, whole, strict=True):
+        parts = encoder.windows(text)
+        assert "".join(parts) == text
+        assert max(encoder.count_tokens(parts)) <= 22
+        if count <= 22:
+            assert parts == [text]
+            np.testing.assert_allclose(vector, cut, atol=1e-6)
+        else:
+            mean = np.average(encoder.encode_document(parts), axis=0, weights=encoder.count_tokens(parts))
+            np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["x" * 500, "数据库" * 100, "a " * 300, "word\n" * 90, "🙂" * 80])
+def test_a_text_of_any_script_has_windows(text: str) -> None:
+    parts = _small().windows(text)
+    assert "".join(parts) == text
+    assert max(_small().count_tokens(parts)) <= 22
+
+
+@lru_cache(maxsize=1)
+def _small() -> EpicEncoder:
+    return make_encoder(causal=False, max_tokens=24)
+
+
+def test_windows_keep_shape_and_width() -> None:
+    encoder = make_encoder(max_tokens=24)
+    check(encoder.encode_document("fox " * 100, long_texts="windows"), 32)
+    check(encoder.encode_document(["fox " * 100, "a"], long_texts="windows", truncate_dim=8), 2, 8)
+    assert encoder.encode_document([], long_texts="windows").shape == (0, 32)
+
+
+def test_texts_that_are_too_long_are_reported_once_with_both_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    encoder = make_encoder(max_tokens=24)
+    encoder.encode_document(["fox " * 5], long_texts="windows")
+    encoder.encode_query(["fox " * 5])
+    assert not caplog.records
+    long = "fox " * 100
+    for _ in range(2):
+        encoder.encode_document([long, "fox"], long_texts="windows")
+        encoder.encode_query(["fox", long])
+    tokens = encoder.count_tokens([long])[0]
+    document, query = (record.getMessage() for record in caplog.records)
+    assert document.startswith(f"A text has {tokens} tokens, and tiny reads 24 at a time.")
+    assert query == f"A query has {tokens} tokens, and tiny reads 24. The rest of it is cut off."

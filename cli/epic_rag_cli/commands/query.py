@@ -24,7 +24,7 @@ import typer
 from epic_rag.errors import BankError, DataError, EpicError
 from epic_rag.files import read_jsonl, write_atomically
 from epic_rag.query_prompt import QueryPrompt
-from epic_rag_chroma import DEFAULT_MODE
+from epic_rag_chroma import DEFAULT_MODE, DEFAULT_PER_FILE
 from epic_rag_cli.last_query import save_last_query
 from epic_rag_cli.options import (
     DEFAULT_DTYPE,
@@ -117,7 +117,44 @@ def query(
         ),
     ] = None,
     show_all: Annotated[
-        bool, typer.Option("--all", help="Show near-duplicates as hits instead of under the best one.")
+        bool,
+        typer.Option(
+            "--all",
+            help="Show every chunk as a hit: also near-duplicates, and neighbours in a section, any number of a file.",
+        ),
+    ] = False,
+    per_file: Annotated[
+        int | None,
+        typer.Option(
+            "--per-file",
+            metavar="N",
+            min=0,
+            help="Hits of a file that come before its others, which fill the places left; 0 for no limit.",
+            show_default=str(DEFAULT_PER_FILE),
+        ),
+    ] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(
+            "--min-score",
+            metavar="X",
+            help="Only hits with this score: the reranker's with --rerank, bm25 with --mode keyword, else the cosine.",
+        ),
+    ] = None,
+    names_only: Annotated[
+        bool, typer.Option("--files", help="Print the names of the files only, the best first; -k counts files.")
+    ] = False,
+    after: Annotated[
+        int, typer.Option("-A", "--after-context", metavar="N", min=0, help="Print N lines after each hit.")
+    ] = 0,
+    before: Annotated[
+        int, typer.Option("-B", "--before-context", metavar="N", min=0, help="Print N lines before each hit.")
+    ] = 0,
+    context: Annotated[
+        int, typer.Option("-C", "--context", metavar="N", min=0, help="Print N lines before and after each hit.")
+    ] = 0,
+    full_section: Annotated[
+        bool, typer.Option("--full-section", help="Print the whole section of each hit instead of a snippet.")
     ] = False,
     task: Task = None,
     bank: Bank = None,
@@ -179,7 +216,8 @@ def query(
     """Print the chunks of text that answer a query, best first.
 
     Each hit has its rank, its scores (cosine: similarity of the vectors; bm25: match of the words), the file with
-    first and last line or the page, and the headings above it. Near-duplicates are listed under the best of them.
+    first and last line or the page, and the headings above it. Near-duplicates are listed under the best of them, and
+    hits that follow one another in a section are one hit.
     Files that changed or were deleted since they were indexed are marked. With several --index-dir, the indexes of one
     model are searched as one.
     Demonstrations of your own (--bank) change the results at once, without a new index.
@@ -191,6 +229,8 @@ def query(
         epic-rag query 'undo the last commit' --bank docs --num-demonstrations 4
         epic-rag query 'commit' --mode keyword --path '*.md' --since 30d
         epic-rag query 'commit' --index-dir docs --index-dir notes
+        epic-rag query 'commit' --files
+        epic-rag query 'commit' -k 1 --full-section
     """
     if words and words[0] == "-" and len(words) > 1:
         raise usage_error("`-` (standard input) and TEXT exclude each other. Use one of them.")
@@ -246,10 +286,16 @@ def query(
         mode=mode,
         filters=filters,
         collapse=not show_all,
+        per_file=1 if names_only else per_file,
+        min_score=min_score,
+        before=before or context,
+        after=after or context,
+        full_section=full_section,
         reranker=rerank,
     )
     folders = find_indexes(index_dir)
-    printer = _Printer(folders, request, "json" if as_json else "jsonl" if as_json_lines else "text")
+    style: Literal["text", "json", "jsonl"] = "json" if as_json else "jsonl" if as_json_lines else "text"
+    printer = _Printer(folders, request, style, names_only=names_only)
     if server and text is not None and chroma is None and len(folders) == 1 and verbosity() is not Verbosity.VERBOSE:
         from epic_rag_chroma import ServedModel, query_running_server
 
@@ -287,14 +333,21 @@ class _Printer:
         folders: The index folders, as the user wrote them.
         request: The search request.
         style: "text", "json" or "jsonl".
+        names_only: Whether the best hit of each file is printed, as text the file's name.
     """
 
     def __init__(
-        self, folders: Sequence[Path], request: SearchRequest, style: Literal["text", "json", "jsonl"]
+        self,
+        folders: Sequence[Path],
+        request: SearchRequest,
+        style: Literal["text", "json", "jsonl"],
+        *,
+        names_only: bool = False,
     ) -> None:
         self._folders = [str(folder) for folder in folders]
         self._request = request
         self._style = style
+        self._names_only = names_only
 
     def hits(self, text: str, hits: Sequence[Hit], more: Mapping[str, Any] | None = None) -> None:
         """Print the hits of one query; if there are none, a note with the likely reason.
@@ -304,6 +357,7 @@ class _Printer:
             hits: Its hits.
             more: Further keys of a line of --jsonl.
         """
+        hits = self._shown(hits)
         if more is None and hits:
             save_last_query(text, hits)
         if self._style == "json":
@@ -311,11 +365,17 @@ class _Printer:
         elif self._style == "jsonl":
             for hit in hits:
                 emit_json({"query": text, **(more or {}), **dataclasses.asdict(hit)}, one_line=True)
+        elif hits and self._names_only:
+            emit([printable(display_path(file_of(hit)) if hit.root else hit.path) for hit in hits])
         elif hits:
-            emit(hit_lines(hits, text, self._request.mode, links=hyperlinks()))
+            request = self._request
+            whole = bool(request.before or request.after or request.full_section)
+            emit(hit_lines(hits, text, request.mode, links=hyperlinks(), whole=whole))
         if hits or (self._style != "text" and more is not None):
             return
-        if self._request.filters is not None:
+        if self._request.min_score is not None:
+            message("note", f"No hit has a score of {self._request.min_score} or more. Lower --min-score.")
+        elif self._request.filters is not None:
             message("note", "No chunk matches --where, --path and --since. Relax a filter.")
         elif self._request.mode == "keyword":
             message("note", "No chunk has a word of the query. Use other words or --mode hybrid.")
@@ -352,8 +412,15 @@ class _Printer:
             "task": prompt.task,
             "bank": prompt.bank,
             "mode": self._request.mode,
-            "hits": [dataclasses.asdict(hit) for hit in hits],
+            "hits": [dataclasses.asdict(hit) for hit in self._shown(hits)],
         }
+
+    def _shown(self, hits: Sequence[Hit]) -> Sequence[Hit]:
+        """Return the hits that are printed: with names only, the best one of each file."""
+        if not self._names_only:
+            return hits
+        best = list({(hit.root, hit.path): hit for hit in reversed(hits)}.values())
+        return sorted(best, key=lambda hit: hit.rank)
 
 
 def _note_stale(stale: Mapping[str, StaleState] | None, given: Sequence[Path] | None, hits: Sequence[Hit] = ()) -> None:

@@ -449,7 +449,7 @@ def _pending_chunks(
     root, path = file.key
     document = _document_id(file.key)
     seen: Counter[tuple[str, str]] = Counter()
-    for chunk in chunks:
+    for position, chunk in enumerate(chunks, start=1):
         content = (chunk.embedded, chunk.text)
         chunk_id = _hash(document, *content, str(seen[content]))
         seen[content] += 1
@@ -460,6 +460,7 @@ def _pending_chunks(
             "doc_id": document,
             "content_hash": file.entry.digest,
             "chunks": len(chunks),
+            "position": position,
             "heading_path": HEADING_SEPARATOR.join(chunk.heading_path),
             "first_line": chunk.first_line,
             "last_line": chunk.last_line,

@@ -32,7 +32,7 @@ Operator = Literal[
 ]  # fmt: skip
 Value = str | int | float | tuple[str | int | float, ...] | None
 
-NUMERIC_KEYS = ("chunks", "first_line", "last_line", "page")
+NUMERIC_KEYS = ("chunks", "first_line", "last_line", "page", "position")
 _TEXT_KEYS = (
     "content_hash", "doc_id", "embedded_hash", "file_name", "file_path", "heading_path", "kind", "lang", "path", "root",
 )  # fmt: skip

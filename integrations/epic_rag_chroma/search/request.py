@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from epic_rag.errors import ConfigError
 from epic_rag.query_prompt import PromptSettings, QueryPrompt
 from epic_rag_chroma.search.reranking import Reranker
-from epic_rag_chroma.types import DEFAULT_MODE, SEARCH_MODES, SearchFilters, SearchMode
+from epic_rag_chroma.types import DEFAULT_MODE, DEFAULT_PER_FILE, SEARCH_MODES, SearchFilters, SearchMode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,6 +26,12 @@ class SearchSettings(PromptSettings, total=False):
     mode: SearchMode
     filters: SearchFilters | None
     collapse: bool
+    merge: bool
+    per_file: int | None
+    min_score: float | None
+    before: int
+    after: int
+    full_section: bool
     reranker: str | os.PathLike[str] | Reranker | None
 
 
@@ -37,12 +44,22 @@ class SearchRequest:
         k: Maximum number of hits.
         mode: "dense" ranks by cosine, "keyword" by BM25 and without a model, "hybrid" fuses both rankings.
         filters: Conditions on hits; see `parse_filters`.
-        collapse: Fold near-duplicates into the best of them, so that the k hits differ.
+        collapse: Fold near-duplicates into the best of them, so that the k hits differ. False also turns `merge` off:
+            each chunk is a hit, in the order of the ranking.
+        merge: Join chunks of a section that overlap or follow one another into one hit.
+        per_file: How many hits of a file come before its others, which fill the places that no other file takes; 0 for
+            no limit. None is 3, and no limit without `collapse`. A line of JSON lines, a row of CSV, and an entry of a
+            mailbox or a bibliography count as files.
+        min_score: The lowest score of a hit: the reranker's, or else the cosine, or else BM25; None for any.
+        before: How many lines before the text of a hit `Hit.before` has.
+        after: How many lines after it `Hit.after` has.
+        full_section: Make each hit the whole section of the chunk that was found.
         reranker: A cross-encoder (folder, or name on the hub), or a function from a query and texts to their scores.
             It orders the best hits.
 
     Raises:
-        ConfigError: If `k` is less than 1 or the mode is unknown.
+        ConfigError: If `k` is less than 1, another number is negative, `min_score` is not a number, or the mode is
+            unknown.
     """
 
     prompt: QueryPrompt = field(default_factory=QueryPrompt)
@@ -50,13 +67,31 @@ class SearchRequest:
     mode: SearchMode = DEFAULT_MODE
     filters: SearchFilters | None = None
     collapse: bool = True
+    merge: bool = True
+    per_file: int | None = None
+    min_score: float | None = None
+    before: int = 0
+    after: int = 0
+    full_section: bool = False
     reranker: str | os.PathLike[str] | Reranker | None = None
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ConfigError(f"k is {self.k}. Use 1 or more.")
+        for name in ("per_file", "before", "after"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}. Use 0 or more.")
+        if self.min_score is not None and math.isnan(self.min_score):
+            raise ConfigError("min_score is not a number. Leave it out for hits of any score.")
         if self.mode not in SEARCH_MODES:
             raise ConfigError(f"Unknown mode {self.mode!r}. Choose one of {', '.join(SEARCH_MODES)}.")
+
+    @property
+    def file_limit(self) -> int:
+        """The number of hits of a file that come before its others; 0 for no limit."""
+        if self.per_file is not None:
+            return self.per_file
+        return DEFAULT_PER_FILE if self.collapse else 0
 
     @classmethod
     def of(cls, request: SearchRequest | None, settings: SearchSettings) -> SearchRequest:

@@ -1,7 +1,7 @@
 """Search: from queries to hits, by vectors, by keywords, or by both.
 
 query -> vector -> nearest chunks ┐
-                                  ├ reciprocal rank fusion -> deduplication -> (reranker) -> hits
+                                  ├ reciprocal rank fusion -> deduplication -> (reranker) -> passages -> hits
 query -> terms  -> BM25           ┘
 
 Filters are exact: the result is the k best of the chunks that pass, if there are k. First the ranking is read a few
@@ -12,10 +12,10 @@ and those that pass are ranked.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,18 +23,18 @@ import numpy as np
 import numpy.typing as npt
 
 from epic_rag.errors import ConfigError
-from epic_rag_chroma.errors import IndexMismatchError
-from epic_rag_chroma.reading.document import HEADING_SEPARATOR
+from epic_rag_chroma.errors import IndexMismatchError, IndexStateError
 from epic_rag_chroma.search.conditions import KNOWN_KEYS
 from epic_rag_chroma.search.deduplicate import ComparedText
 from epic_rag_chroma.search.filters import Filter
 from epic_rag_chroma.search.fusion import FUSION_DEPTH, fuse
+from epic_rag_chroma.search.passages import Candidate, Passage, add_context, choose, join, number_of, section
 from epic_rag_chroma.search.reranking import RERANK_DEPTH, Reranker, load_reranker, rerank_scores
 from epic_rag_chroma.store.keyword_index import KeywordsUnavailableError
 from epic_rag_chroma.store.layout import is_safe_relative_path
 from epic_rag_chroma.store.paths import root_path
 from epic_rag_chroma.store.state import stale_state
-from epic_rag_chroma.types import Hit, StaleState
+from epic_rag_chroma.types import Hit
 
 if TYPE_CHECKING:
     from epic_rag_chroma.search.index_reader import IndexReader, IndexSnapshot, Ranking
@@ -55,37 +55,8 @@ Embedded: TypeAlias = "str | Sequence[str] | npt.NDArray[np.float32]"
 _OVERSAMPLING = 4
 # The minimum number of chunks that are compared for near-duplicates at a time.
 _MIN_PAGE = 20
-
-
-@dataclass
-class _Candidate:
-    """A chunk that may become a hit; fields as in `Hit`."""
-
-    row: Record
-    score: float
-    cosine: float | None
-    bm25: float | None
-    rerank_score: float | None = None
-    duplicates: list[str] = field(default_factory=list)
-    stale: StaleState | None = None
-
-    @property
-    def headings(self) -> tuple[str, ...]:
-        path = str(self.row.metadata.get("heading_path", ""))
-        return tuple(path.split(HEADING_SEPARATOR)) if path else ()
-
-    def number(self, key: str) -> int | None:
-        """Return an integer of the metadata."""
-        value = self.row.metadata.get(key)
-        return int(value) if isinstance(value, (int, float)) else None
-
-    @property
-    def location(self) -> str:
-        """Path with line or page."""
-        path, page, line = str(self.row.metadata.get("path", "")), self.number("page"), self.number("first_line")
-        if page is not None:
-            return f"{path}:page {page}"
-        return path if line is None else f"{path}:{line}"
+# The most chunks of a section before and after the one that was found.
+_SECTION_CHUNKS = 50
 
 
 class Searcher:
@@ -128,6 +99,7 @@ class Searcher:
         Raises:
             ConfigError: If a filter is invalid.
             IndexMismatchError: If the index was rebuilt with another model while the queries were encoded.
+            IndexStateError: If lines around a hit are requested of an index that an older version made.
             CheckpointError: If the reranker cannot be loaded.
             KeywordsUnavailableError: In keyword mode, if there is no keyword index.
         """
@@ -135,7 +107,7 @@ class Searcher:
         reranker = None if request.reranker is None else self._reranker(request.reranker)
         vectors = None if request.mode == "keyword" or not texts else encode(texts)
 
-        def search(index: IndexSnapshot) -> list[list[_Candidate]]:
+        def search(index: IndexSnapshot) -> list[list[Passage]]:
             if vectors is not None and fingerprint is not None:
                 state = index.database.state()
                 if state is None or state.fingerprint != fingerprint:
@@ -156,12 +128,21 @@ class Searcher:
                 self._search_one(filtered, text, None if vectors is None else vectors[row], request, reranker)
                 for row, text in enumerate(texts)
             ]
+            needs_positions = bool(request.before or request.after or request.full_section)
             for hit in (hit for hits in found for hit in hits):
-                root, path = str(hit.row.metadata.get("root", "")), str(hit.row.metadata.get("path", ""))
+                if needs_positions and number_of(hit.best.row, "position") is None:
+                    raise IndexStateError(
+                        f"{self._index_dir} was made by an older version, which did not store the order of chunks. "
+                        "Run `epic-rag index` to update it."
+                    )
+                metadata = hit.best.row.metadata
+                root, path = str(metadata.get("root", "")), str(metadata.get("path", ""))
                 entry = index.database.file((root, path))
                 if entry is not None and entry.stamp is not None:
                     location = str(root_path(root, self._index_dir) / path)
                     hit.stale = stale_state(location, entry.stamp.size, entry.stamp.mtime_ns)
+                if request.before or request.after:
+                    add_context(hit, index.database.neighbours, request.before, request.after)
             if filtered.allowed is not None:
                 self._allowed = {key: filtered.allowed}
             return found
@@ -176,16 +157,18 @@ class Searcher:
         vector: Vectors | None,
         request: SearchRequest,
         reranker: Reranker | None,
-    ) -> list[_Candidate]:
-        """Return the k best candidates of one query."""
+    ) -> list[Passage]:
+        """Return the k best passages of one query."""
         count = request.k if reranker is None else max(request.k, RERANK_DEPTH)
         depth = max(2 * count, self._fusion_depth)
+        section_of = (lambda row: section(row, index.neighbours, _SECTION_CHUNKS)) if request.full_section else None
         while True:
             cosines = {} if vector is None else dict(index.nearest(vector, depth))
             bm25 = {} if request.mode == "dense" else dict(index.match(text, depth, is_hybrid=vector is not None))
             is_hybrid = vector is not None and request.mode == "hybrid"
             ranking = fuse(list(cosines), list(bm25)) if is_hybrid else list((cosines or bm25).items())
-            found: list[_Candidate] = []
+            found: list[Candidate] = []
+            chosen: list[Passage] = []
             compared: list[ComparedText] = []
             page = max(2 * count, _MIN_PAGE)
             for start in range(0, len(ranking), page):
@@ -200,7 +183,9 @@ class Searcher:
                         cosine = max(-1.0, min(1.0, cosines.get(row_id, float(row.vector @ vector))))
                     if request.mode == "dense" and cosine is not None:
                         score = cosine
-                    candidate = _Candidate(row, score, cosine, bm25.get(row_id))
+                    candidate = Candidate(row, score, cosine, bm25.get(row_id))
+                    if reranker is None and not _reaches(candidate, request):
+                        continue
                     if request.collapse:
                         mine = ComparedText(row.text, "".join(candidate.headings[-1:]))
                         same = (number for number, other in enumerate(compared) if other.is_near_duplicate(mine))
@@ -210,23 +195,29 @@ class Searcher:
                             continue
                         compared.append(mine)
                     found.append(candidate)
-                if len(found) >= count:
+                if reranker is not None:
+                    if len(found) >= count:
+                        break
+                    continue
+                chosen, is_final = _chosen(found, request, section_of)
+                if is_final:
                     break
-            if len(found) >= count or len(ranking) < depth:
+            enough = len(found) if reranker is not None else len(chosen)
+            if enough >= count or len(ranking) < depth or _is_complete(request, cosines, bm25, reranker):
                 break
             depth *= 4
-        found = found[:count]
         if reranker is not None:
+            found = found[:count]
             texts = ["\n".join((*each.headings[-1:], each.row.text)) for each in found]
             for each, score in zip(found, rerank_scores(reranker, text, texts), strict=True):
                 each.score = each.rerank_score = score
             found.sort(key=lambda each: -each.score)
-        found = found[: request.k]
+            chosen, _ = _chosen([each for each in found if _reaches(each, request)], request, section_of)
         if is_hybrid:  # chunks that only the vectors found
-            missing = index.bm25(text, [each.row.id for each in found if each.bm25 is None])
-            for each in found:
-                each.bm25 = missing.get(each.row.id, each.bm25)
-        return found
+            missing = index.bm25(text, [passage.best.row.id for passage in chosen if passage.bm25 is None])
+            for passage in chosen:
+                passage.bm25 = missing.get(passage.best.row.id, passage.bm25)
+        return chosen
 
     def _reranker(self, given: str | os.PathLike[str] | Reranker) -> Reranker:
         if callable(given):
@@ -236,28 +227,57 @@ class Searcher:
             self._rerankers[name] = load_reranker(name)
         return self._rerankers[name]
 
-    def _hit(self, rank: int, found: _Candidate) -> Hit:
-        metadata: Mapping[str, Any] = found.row.metadata
+    def _hit(self, rank: int, found: Passage) -> Hit:
+        row = found.best.row
+        metadata: Mapping[str, Any] = row.metadata
+        text, _ = join(found.rows)
         return Hit(
             rank=rank,
-            score=found.score,
+            score=found.best.score,
             path=str(metadata.get("path", "")),
-            first_line=found.number("first_line"),
-            last_line=found.number("last_line"),
-            page=found.number("page"),
-            heading_path=found.headings,
-            text=found.row.text,
-            id=found.row.id,
+            first_line=min((line for each in found.rows if (line := number_of(each, "first_line"))), default=None),
+            last_line=max((line for each in found.rows if (line := number_of(each, "last_line"))), default=None),
+            page=number_of(row, "page"),
+            heading_path=found.best.headings,
+            text=text,
+            id=row.id,
             document_id=str(metadata.get("doc_id", "")),
             root=str(root_path(str(metadata.get("root", "")), self._index_dir)),
             kind=str(metadata.get("kind", "")),
             lang=str(metadata.get("lang", "")),
             cosine=found.cosine,
             bm25=found.bm25,
-            rerank_score=found.rerank_score,
+            rerank_score=found.best.rerank_score,
             duplicates=tuple(found.duplicates),
             stale=found.stale,
+            before=found.before,
+            after=found.after,
         )
+
+
+def _chosen(
+    found: Sequence[Candidate], request: SearchRequest, section_of: Callable[[Record], list[Record]] | None
+) -> tuple[list[Passage], bool]:
+    merge = request.merge and request.collapse
+    return choose(found, request.k, per_file=request.file_limit, merge=merge, section_of=section_of)
+
+
+def _reaches(candidate: Candidate, request: SearchRequest) -> bool:
+    """Return whether a chunk has the lowest score that is asked for."""
+    if request.min_score is None:
+        return True
+    scores = (candidate.rerank_score, candidate.cosine, candidate.bm25)
+    return next((score for score in scores if score is not None), -math.inf) >= request.min_score
+
+
+def _is_complete(
+    request: SearchRequest, cosines: Mapping[str, float], bm25: Mapping[str, float], reranker: Reranker | None
+) -> bool:
+    """Return whether all chunks that reach the lowest score are in the rankings already."""
+    if request.min_score is None or reranker is not None:
+        return False
+    scores = cosines or bm25
+    return not scores or min(scores.values()) < request.min_score
 
 
 class _FilteredIndex:
@@ -271,6 +291,7 @@ class _FilteredIndex:
 
     def __init__(self, index: IndexSnapshot, passes: Filter | None, allowed: frozenset[int] | None) -> None:
         self.get = index.database.get
+        self.neighbours = index.database.neighbours
         self.allowed = allowed
         self._index = index
         self._passes = passes

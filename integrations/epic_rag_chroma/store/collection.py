@@ -47,7 +47,7 @@ import numpy.typing as npt
 from epic_rag.errors import EpicError
 from epic_rag.files import write_atomically
 from epic_rag_chroma.errors import ChromaServerError, IndexStateError
-from epic_rag_chroma.store.paths import BROKEN_FOLDER, CHROMA_FOLDER
+from epic_rag_chroma.store.paths import BROKEN_FOLDER, CHROMA_FOLDER, absolute_source
 from epic_rag_chroma.store.server import Place, ServerPlace, collection_name
 
 if TYPE_CHECKING:
@@ -124,7 +124,10 @@ def sync_collection(
     from epic_rag_chroma.embedding_function import EpicEmbeddingFunction  # imports chromadb
     from epic_rag_chroma.store.client import PATIENCE, RUN_PATIENCE, is_transient
 
-    function = EpicEmbeddingFunction(source, truncate_dim=truncate_dim, fingerprint=fingerprint)
+    # As from a collection: the checkpoint may be gone, and nothing is embedded here.
+    function = EpicEmbeddingFunction.build_from_config(
+        {"model": absolute_source(source), "truncate_dim": truncate_dim, "fingerprint": fingerprint}
+    )
     metadata = {"owner": _OWNER, "model": model, "fingerprint": fingerprint, **_index_mark(place)}
     for attempt in range(_ATTEMPTS):
         is_open = False

@@ -393,6 +393,17 @@ class IndexDatabase:
         )
         return {str(row[0]): _record(row) for row in rows}
 
+    def neighbours(self, row_id: str, first: int, last: int) -> list[Record]:
+        """Return the chunks of a chunk's file from one position to another, in order; none if none has a position."""
+        place = "json_extract(metadata, '$.position')"
+        with self._errors():
+            rows = self._connection.execute(
+                "SELECT id, text, metadata, vector FROM chunks JOIN vectors USING (number) "
+                f"WHERE doc_id = (SELECT doc_id FROM chunks WHERE id = ?) AND {place} BETWEEN ? AND ? ORDER BY {place}",
+                (row_id, first, last),
+            ).fetchall()
+        return [_record(row) for row in rows]
+
     def scan(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield number and metadata of all chunks."""
         with self._errors():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +14,14 @@ from typing import Any, cast
 import chromadb
 import numpy as np
 import pytest
+import torch
 from chromadb.utils.embedding_functions import known_embedding_functions
 
 from epic_rag import DemonstrationBank, EpicEncoder
-from epic_rag.errors import ConfigError, FingerprintError, PromptError
+from epic_rag.errors import BankError, CheckpointError, ConfigError, FingerprintError, PromptError, TaskError
 from epic_rag.query_prompt import QUERY_STRATEGIES, QueryPrompt
 from epic_rag_chroma import ChromaIndexer, EpicEmbeddingFunction
+from tests.conftest import make_encoder
 from tests.helpers.banks import embedded
 
 DOCUMENTS = ["Cats sleep most of the day.", "Run the installer.", "Delete the folder."]
@@ -91,8 +96,8 @@ def test_configurations_of_older_releases(tiny_checkpoint: Path, stored: dict[st
 
 def test_all_of_a_prompt_is_stored() -> None:
     prompt = QueryPrompt("docs", "docs", "Find it", 3, "text", "diverse")
-    config = json.loads(json.dumps(EpicEmbeddingFunction("m", prompt, fingerprint="f").get_config()))
-    assert config == {"model": "m", **vars(prompt), "truncate_dim": None, "fingerprint": "f"}
+    config = json.loads(json.dumps(EpicEmbeddingFunction("hub/m", prompt, fingerprint="f").get_config()))
+    assert config == {"model": "hub/m", **vars(prompt), "truncate_dim": None, "fingerprint": "f"}
     assert EpicEmbeddingFunction.build_from_config(config).get_config() == config
 
 
@@ -119,16 +124,105 @@ def test_another_fingerprint_is_refused_when_the_model_is_loaded(tiny_checkpoint
         EpicEmbeddingFunction(EpicEncoder.from_pretrained(other_checkpoint), fingerprint=config["fingerprint"])
 
 
+@pytest.mark.parametrize("text", ["foo", ""])
+def test_one_text_is_not_taken_for_a_list_of_letters(tiny_encoder: EpicEncoder, text: Any) -> None:
+    function = EpicEmbeddingFunction(tiny_encoder)
+    for call in (function, function.embed_query):
+        with pytest.raises(ConfigError, match="Pass a list"):
+            call(text)
+
+
+def test_a_long_document_is_read_to_its_end(tiny_encoder: EpicEncoder) -> None:
+    texts = ["the quick brown fox " * 60 + end for end in ("jumps over the dog", "reads a window manual")]
+    first, second = EpicEmbeddingFunction(tiny_encoder)(texts)
+    assert not np.allclose(first, second, atol=1e-4)
+
+
+def test_a_pickle_has_settings_and_no_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
+    bank = embedded(DemonstrationBank([("q one", "p one"), ("q two", "p two")], instruction="Find it"), encoder)
+    bank.save(tmp_path / "bank")
+    for function in (
+        EpicEmbeddingFunction(tiny_checkpoint, bank=tmp_path / "bank", num_demonstrations=1, truncate_dim=16),
+        EpicEmbeddingFunction(encoder, bank=tmp_path / "bank"),
+    ):
+        expected = function(DOCUMENTS), function.embed_query(["cats"])
+        pickled = pickle.dumps(function)
+        assert len(pickled) < 5000
+        again = pickle.loads(pickled)
+        np.testing.assert_allclose(again(DOCUMENTS), expected[0], atol=1e-5)
+        np.testing.assert_allclose(again.embed_query(["cats"]), expected[1], atol=1e-5)
+        assert again.get_config() == function.get_config()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_shares_the_model(copied: Any) -> None:
+    encoder = make_encoder(seed=5)  # is in no folder
+    function = EpicEmbeddingFunction(encoder, task="docs")
+    again = copied({"function": function})["function"]
+    assert again._loaded() is encoder
+    np.testing.assert_allclose(again(DOCUMENTS), function(DOCUMENTS), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"task": "no-such-task"}, TaskError, "no-such-task"),
+        ({"bank": "no-such-bank"}, BankError, "no-such-bank"),
+        ({"bank": "docs", "num_demonstrations": 100_000}, PromptError, "Use at most"),
+        ({"truncate_dim": 100_000}, ConfigError, "Choose 1 to 384"),
+        ({"truncate_dim": 0}, ConfigError, "truncate_dim is 0"),
+        ({"model": "some/hub-name", "truncate_dim": -1}, ConfigError, "truncate_dim is -1"),
+        ({"model": "text"}, CheckpointError, "There is no checkpoint text"),
+    ],
+)
+def test_settings_are_checked_at_construction(settings: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        EpicEmbeddingFunction(**settings)
+
+
+def test_the_width_of_a_loaded_encoder_is_checked(tiny_encoder: EpicEncoder) -> None:
+    with pytest.raises(ConfigError, match="Choose 1 to 32"):
+        EpicEmbeddingFunction(tiny_encoder, truncate_dim=33)
+
+
+def test_device_and_data_type_reach_the_model(tiny_checkpoint: Path, tiny_encoder: EpicEncoder) -> None:
+    function = EpicEmbeddingFunction(tiny_checkpoint, device="cpu", dtype="bfloat16")
+    assert function._loaded().dtype == torch.bfloat16
+    assert {"device", "dtype"}.isdisjoint(function.get_config())  # they belong to the machine
+    assert EpicEmbeddingFunction(tiny_checkpoint, dtype="float32")._loaded().dtype == torch.float32
+    with pytest.raises(ConfigError, match="loaded already"):
+        EpicEmbeddingFunction(tiny_encoder, device="cpu")
+
+
+def test_an_instruction_replaces_the_tasks(tiny_encoder: EpicEncoder) -> None:
+    function = EpicEmbeddingFunction(tiny_encoder, task="docs", instruction="Find the animal")
+    expected = tiny_encoder.encode_query(["cats"], instruction="Find the animal")
+    np.testing.assert_allclose(function.embed_query(["cats"]), expected, atol=1e-6)
+
+
+def test_a_collection_whose_bank_is_gone_still_opens(client: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    encoder = EpicEncoder.from_pretrained(tiny_checkpoint)
+    embedded(DemonstrationBank([("q", "p")], instruction="Find it"), encoder).save(tmp_path / "bank")
+    function = EpicEmbeddingFunction(tiny_checkpoint, bank=tmp_path / "bank")
+    client.create_collection("docs", embedding_function=function).add(ids=["a"], documents=["x"])
+    shutil.rmtree(tmp_path / "bank")
+    opened = client.get_collection("docs")
+    assert opened.get()["documents"] == ["x"]
+    with pytest.raises(BankError):
+        opened.query(query_texts=["x"], n_results=1)
+
+
 def test_making_one_loads_nothing() -> None:
-    function = EpicEmbeddingFunction("no/such/model", fingerprint="abc")
-    assert function.get_config()["model"] == "no/such/model"
+    function = EpicEmbeddingFunction("no-such/model", fingerprint="abc")
+    assert function.get_config()["model"] == "no-such/model"
     assert not function.is_legacy()
 
 
 def test_a_built_in_bank_is_not_taken_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("docs", "mine"):
-        (tmp_path / name).mkdir()
+        DemonstrationBank([("q", "p")]).save(tmp_path / name)
     # DemonstrationBank.load takes "docs" for the built-in one, too.
     assert EpicEmbeddingFunction(fingerprint="f", bank="docs").get_config()["bank"] == "docs"
     assert EpicEmbeddingFunction(fingerprint="f", bank="mine").get_config()["bank"] == str(tmp_path / "mine")

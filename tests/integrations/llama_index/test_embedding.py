@@ -15,6 +15,7 @@ import pytest
 import torch
 from llama_index.core import Document, StorageContext, VectorStoreIndex, load_index_from_storage
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
+from llama_index.core.storage.kvstore import SimpleKVStore
 from pydantic import ValidationError
 
 from epic_rag import (
@@ -30,6 +31,7 @@ from epic_rag import (
 from epic_rag.query_prompt import QUERY_STRATEGIES
 from epic_rag.tasks import get_task
 from llama_index.embeddings.epic import EpicEmbedding
+from llama_index.embeddings.epic._cache import RoleKeyedCache
 from tests.helpers.banks import embedded
 
 TEXTS = ["To install the package, run pip.", "A brown fox.", "def encode(texts): return texts", "x" * 300]
@@ -51,9 +53,37 @@ def test_vectors_are_unit_length_lists_of_floats(embedding: EpicEmbedding) -> No
     assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_a_long_text_is_read_to_its_end_and_reported_once(
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    embedding = EpicEmbedding(model=str(tiny_checkpoint))
+    long = "the quick brown fox " * 60
+    first, second = embedding.get_text_embedding_batch([long + "jumps over the dog", long + "reads a window manual"])
+    assert not np.allclose(first, second, atol=1e-4)
+    count = embedding.encoder.count_tokens([long + "jumps over the dog"])[0]
+    (record,) = caplog.records
+    assert f"{count} tokens" in record.getMessage()
+    assert "reads 128 at a time" in record.getMessage()
+
+
+def test_a_cached_vector_of_a_cut_text_is_not_used(tiny_checkpoint: Path) -> None:
+    """Earlier versions stored the vector of a text's beginning under the text."""
+    long, short = "the quick brown fox " * 60, "a fox"
+    store = SimpleKVStore()
+    embedding = EpicEmbedding(model=str(tiny_checkpoint), embeddings_cache=store)
+    before = RoleKeyedCache(store)
+    wrong = [[1.0] + [0.0] * 31] * 2
+    before.store_vectors("document", embedding.document_fingerprint, [long, short], wrong)
+    vectors = embedding.get_text_embedding_batch([long, short])
+    assert vectors[1] == wrong[1]
+    assert np.allclose(vectors[0], embedding.encoder.encode_document(long, long_texts="windows"), atol=1e-6)
+    assert embedding.get_text_embedding_batch([long, short]) == vectors
+
+
 def test_vectors_equal_the_encoders(embedding: EpicEmbedding, bank: DemonstrationBank) -> None:
     encoder = embedding.encoder
-    assert np.allclose(embedding.get_text_embedding_batch(TEXTS), encoder.encode_document(TEXTS), atol=1e-6)
+    expected = encoder.encode_document(TEXTS, long_texts="windows")
+    assert np.allclose(embedding.get_text_embedding_batch(TEXTS), expected, atol=1e-6)
     assert np.allclose(embedding.get_text_embedding(TEXTS[0]), encoder.encode_document(TEXTS[0]), atol=1e-6)
     adapted = embedding.with_bank(bank)
     assert np.allclose(adapted.get_query_embedding("a fox"), encoder.encode_query("a fox", bank=bank), atol=1e-6)

@@ -38,9 +38,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, encoder: EpicEncoder) -> dict[s
     calls: dict[str, list[str]] = {"query": [], "document": []}
 
     def watch(role: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(texts: list[str], *prompt: Any) -> Any:
+        def call(texts: list[str], *prompt: Any, **options: Any) -> Any:
             calls[role].extend(texts)
-            return method(texts, *prompt)
+            return method(texts, *prompt, **options)
 
         return call
 
@@ -245,9 +245,9 @@ def gate(embedding: EpicEmbedding, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     opened = threading.Event()
 
     def hold(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(texts: list[str], *prompt: Any) -> Any:
+        def call(texts: list[str], *prompt: Any, **options: Any) -> Any:
             assert opened.wait(timeout=20), "the event loop is blocked"
-            return method(texts, *prompt)
+            return method(texts, *prompt, **options)
 
         return call
 
@@ -294,13 +294,13 @@ def test_encoder_calls_are_serialised(embedding: EpicEmbedding, monkeypatch: pyt
     encoder, inside, most = embedding.encoder, 0, 0
     original = encoder.encode_document
 
-    def encode(texts: list[str]) -> Any:
+    def encode(texts: list[str], **options: Any) -> Any:
         nonlocal inside, most
         inside += 1
         most = max(most, inside)
         time.sleep(0.002)
         inside -= 1
-        return original(texts)
+        return original(texts, **options)
 
     monkeypatch.setattr(encoder, "encode_document", encode)
     others = [embedding, embedding.with_bank(BANK), embedding.model_copy()]

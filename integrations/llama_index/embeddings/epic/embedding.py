@@ -99,7 +99,8 @@ class LazyEncoder:
 class EpicEmbedding(BaseEmbedding):
     """A LlamaIndex embedding model that adapts to demonstrations.
 
-    Documents are embedded bare. Queries are embedded with an instruction and, if there is a bank, with its
+    Documents are embedded bare; one that is longer than the model reads is embedded in windows whose vectors are
+    averaged, and a warning says so once. Queries are embedded with an instruction and, if there is a bank, with its
     demonstrations, so a bank can be changed at any time over an existing index.
 
     Fields that change vectors are frozen. `with_bank` and `model_copy(update=...)` return a changed embedding, which
@@ -452,10 +453,16 @@ class EpicEmbedding(BaseEmbedding):
         if cache is None:
             return self._encode(role, texts, prompt)
         key = str(self.fingerprint) if role == "query" else self.document_fingerprint
-        found = cache.lookup(role, key, texts)
-        missing = [text for text, vector in zip(texts, found, strict=True) if vector is None]
-        fresh = self._encode(role, missing, prompt)
-        cache.store_vectors(role, key, missing, fresh)
+        names = [*texts]
+        if role == "document" and not self._is_symmetric(prompt):
+            # Earlier versions cut long texts under the same key.
+            with self._lazy.lock:
+                encoder = self._lazy.load()
+                names = [text if len(encoder.windows(text)) == 1 else f"windows\0{text}" for text in texts]
+        found = cache.lookup(role, key, names)
+        missing = [number for number, vector in enumerate(found) if vector is None]
+        fresh = self._encode(role, [texts[number] for number in missing], prompt)
+        cache.store_vectors(role, key, [names[number] for number in missing], fresh)
         remaining = iter(fresh)
         return [next(remaining) if vector is None else vector for vector in found]
 
@@ -463,7 +470,7 @@ class EpicEmbedding(BaseEmbedding):
         with self._lazy.lock:
             encoder = self._lazy.load()
             if role == "document" and not self._is_symmetric(prompt):
-                rows = encoder.encode_document(texts)
+                rows = encoder.encode_document(texts, long_texts="windows")
             else:
                 rows = encoder.encode_query(texts, prompt)
         vectors: list[Embedding] = rows.tolist()

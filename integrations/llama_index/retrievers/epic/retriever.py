@@ -72,6 +72,10 @@ class RetrieverSettings(PromptSettings, total=False):
     mode: SearchMode
     filters: MetadataFilters | SearchFilters | None
     collapse: bool
+    merge: bool
+    per_file: int | None
+    min_score: float | None
+    full_section: bool
     reranker: str | os.PathLike[str] | Reranker | None
 
 
@@ -101,6 +105,10 @@ class EpicRetriever(BaseRetriever):
             `mode` ("hybrid"): "dense", "hybrid" or "keyword".
             `filters`: LlamaIndex's MetadataFilters, or SearchFilters.
             `collapse` (True): leave out near-duplicates of a better node.
+            `merge` (False): join chunks of a section that follow one another. A node's text then depends on the query,
+            and a fusion of several queries does not recognise it.
+            `per_file` (0), `min_score` (None): see `SearchRequest`.
+            `full_section` (False): make each node the whole section of the chunk that was found.
             `reranker`: name or folder of a CrossEncoder, or a function `(query, texts) -> scores`.
 
     Raises:
@@ -135,7 +143,8 @@ class EpicRetriever(BaseRetriever):
         self._index_dirs = [Path(folder).resolve() for folder in folders]
         self._encoder = encoder
         self._chroma = chroma
-        self._request = SearchRequest().with_settings(**_search_settings(settings))
+        # A node is a chunk, unless the settings say otherwise: LlamaIndex recognises nodes by their text.
+        self._request = SearchRequest(merge=False, per_file=0).with_settings(**_search_settings(settings))
         self._open()
 
     def _open(self) -> None:
