@@ -24,7 +24,7 @@ import random
 import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Manuals:
 
 def from_pairs(file: Path, manuals: int, sections: int, queries: int) -> Manuals:
     """Read the manuals in the middle of the file by size, since the largest ones are cut to `sections` in any case."""
-    rows = list(read_rows(file))
+    rows = read_rows(file)
     sizes = Counter(row["source"] for row in rows)
     enough = sorted(name for name, size in sizes.items() if size >= sections)
     chosen = random.Random(_SEED).sample(enough, min(manuals, len(enough)))
@@ -105,11 +105,9 @@ def from_set(folder: Path, queries: int) -> Manuals:
     return Manuals(folder.name, texts, random.Random(_SEED).sample(asked, min(queries, len(asked))))
 
 
-def read_rows(file: Path) -> Iterable[dict[str, Any]]:
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-    with opened:
-        for line in opened:
-            yield json.loads(line)
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    return [json.loads(line) for line in content.decode("utf-8").split("\n") if line]
 
 
 def nodes_of(manuals: Manuals, splitter: Any) -> tuple[list[str], list[set[tuple[str, int]]]]:
