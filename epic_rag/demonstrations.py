@@ -21,6 +21,7 @@ import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -43,6 +44,7 @@ __all__ = [
     "built_in_banks",
     "check_selection",
     "is_enabled",
+    "merged_bank",
 ]
 
 logger = logging.getLogger(__name__)
@@ -517,6 +519,12 @@ def built_in_banks() -> dict[str, Path]:
     spec = importlib.util.find_spec("epic_rag_demos")
     roots = list(spec.submodule_search_locations or []) if spec is not None else []
     return {file.parent.name: file.parent for root in roots for file in sorted(Path(root).glob(f"*/{BANK_FILE}"))}
+
+
+@lru_cache(maxsize=16)
+def merged_bank(*banks: DemonstrationBank) -> DemonstrationBank:
+    """Return `DemonstrationBank.merge` of banks; the same object for the same banks, so that it is prepared once."""
+    return DemonstrationBank.merge(banks)
 
 
 def is_enabled(folder_or_name: str | os.PathLike[str]) -> bool:

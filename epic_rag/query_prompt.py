@@ -109,14 +109,14 @@ class QueryPrompt:
         Raises:
             BankError: If the bank is missing or malformed, or banks do not fit together.
         """
-        from epic_rag.demonstrations import DemonstrationBank
+        from epic_rag.demonstrations import DemonstrationBank, merged_bank
 
         if self.bank is None or isinstance(self.bank, DemonstrationBank):
             return self.bank
         if isinstance(self.bank, (str, os.PathLike)):
             return DemonstrationBank.load(self.bank)
         loaded = [bank if isinstance(bank, DemonstrationBank) else DemonstrationBank.load(bank) for bank in self.bank]
-        return DemonstrationBank.merge(loaded)
+        return merged_bank(*loaded)
 
     def resolve_instruction(self, bank: DemonstrationBank | None, default: str | None) -> str | None:
         """Return the instruction that holds.

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from epic_rag import BankError, Demonstration, DemonstrationBank, get_task
-from epic_rag.demonstrations import built_in_banks
+from epic_rag.demonstrations import built_in_banks, merged_bank
 from epic_rag_server.errors import ApiError
 from epic_rag_server.messages import json_response, read
 from epic_rag_server.schemas import BankRequest, Example, ExamplesRequest
@@ -77,6 +77,18 @@ class BankStore:
             bank = DemonstrationBank.load(folder.absolute())
             self._loaded[name] = (changed, bank)
         return bank
+
+    def resolve(self, names: str) -> DemonstrationBank:
+        """Return the bank of a name, or several with commas between as one; see `DemonstrationBank.merge`.
+
+        Raises:
+            ApiError: 404 if there is no bank of a name, 400 if only some are symmetric.
+            BankError: If a file is broken.
+        """
+        banks = [self.get(name.strip()) for name in names.split(",")]
+        if len({bank.symmetric for bank in banks}) > 1:
+            raise ApiError(400, "Banks of symmetric tasks and others are named. Name banks of one kind.", param="bank")
+        return merged_bank(*banks)
 
     def create(
         self, name: str, examples: Sequence[Demonstration], *, task: str | None, instruction: str | None

@@ -133,7 +133,7 @@ class Tools:
         name, indexer = self._index(index)
         try:
             filters = parse_filters([where] if where else [], [path] if path else [], since or None)
-            prompt = QueryPrompt(bank=self._banks.get(bank)) if bank else QueryPrompt(task=DEFAULT_TASK)
+            prompt = QueryPrompt(bank=self._banks.resolve(bank)) if bank else QueryPrompt(task=DEFAULT_TASK)
             request = SearchRequest(
                 prompt, k=top_k, mode=mode, filters=filters or None, per_file=per_file, full_section=full_section
             )

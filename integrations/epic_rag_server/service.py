@@ -106,7 +106,7 @@ class Service:
         return QueryPrompt(
             task=fields.task,
             instruction=fields.instruction,
-            bank=None if bank is None else self.banks.get(bank),
+            bank=None if bank is None else self.banks.resolve(bank),
             num_demonstrations=fields.num_demonstrations,
         )
 

@@ -39,6 +39,24 @@ def test_a_bank_without_examples_is_zero_shot(running: Running) -> None:
     assert running.post("/v1/embeddings", {"model": "tiny-query@empty", "input": "undo"}).json()["data"] == plain
 
 
+def test_several_banks_are_used_together(running: Running) -> None:
+    for name, query in (("one", "cats"), ("two", "dogs")):
+        running.post("/v1/banks", {"name": name, "examples": [{"query": query, "passage": f"About {query}."}]})
+    pairs = [{"query": query, "passage": f"About {query}."} for query in ("cats", "dogs")]
+    running.post("/v1/banks", {"name": "both", "examples": pairs})
+
+    def vector(bank: str) -> list[float]:
+        answer = running.post("/v1/embeddings", {"model": f"tiny-query@{bank}", "input": "birds"}).json()
+        found: list[float] = answer["data"][0]["embedding"]
+        return found
+
+    assert vector("one,two") == pytest.approx(vector("both"), abs=1e-5)
+    assert vector("one,two") != vector("one")
+    assert running.post("/v1/embeddings", {"model": "tiny-query@one,none", "input": "birds"}).status_code == 404
+    mixed = running.post("/v1/embeddings", {"model": "tiny-query@one,sts", "input": "birds"})
+    assert (mixed.status_code, "one kind" in mixed.text) == (400, True)
+
+
 def test_built_in_banks_do_not_change(running: Running) -> None:
     example = running.client.get("/v1/banks/docs").json()["examples"][0]
     assert running.post("/v1/banks/docs/examples", {"examples": [PAIR]}).status_code == 403
