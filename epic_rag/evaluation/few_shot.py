@@ -17,8 +17,8 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -131,10 +131,7 @@ def evaluate_few_shot(
         progress(f"{task.name}: embedded ({time.monotonic() - started:.0f} s)")
     report = FewShotReport(request, model=store.revision, tasks=[_describe(task) for task in tasks])
     readers = {"reader": reader or DemonstrationReader.universal(), "universal": DemonstrationReader.universal()}
-    same = dataclasses.replace(request, sizes=(1,), methods=(), controls=(), wordings=False)
-    facts = [same, store.revision, report.tasks]
-    baselines = _Results(store.folder, "baselines", facts)
-    read = _Results(store.folder, "readers", [*facts, *(each.fingerprint for each in readers.values())])
+    results = _Results(store.folder)
     arms = list(_arms(request, trained=readers["reader"].kind == "trained"))
     families_of = families_of_tasks(vectors, request.collections, bm25=request.bm25)
     for number, (known, families) in enumerate(zip(vectors, families_of, strict=True)):
@@ -144,40 +141,69 @@ def evaluate_few_shot(
                     report.zero_shot[f"{known.split.name}/{collection}/{kind}"] = float(100 * values.mean())
         foreign = vectors[(number + 1) % len(vectors)]
         for method, control in arms:
-            results = read if method in readers else baselines
-            for n in request.sizes:
-                report.cells += results.get(
-                    f"{known.split.name}-{method}-{control}-{n}",
-                    partial(_score_arm, method, control, n, known, foreign, families, readers, request),
-                )
-        if request.wordings:
-            report.cells += read.get(
+            for n in (n for n in request.sizes if _is_possible(control, n, known, foreign)):
+                # Moved queries are the same in all collections.
+                moved = cache(partial(_moved, method, control, n, known, foreign, readers, request.seed))
+                for family in families:
+                    facts = [
+                        *_facts(store, request, family, report.tasks, number),
+                        report.tasks[(number + 1) % len(vectors)] if control == "foreign" else None,
+                        readers[method].fingerprint if method in readers else None,
+                    ]
+                    report.cells += results.get(
+                        f"{known.split.name}-{method}-{control}-{n}",
+                        facts,
+                        partial(_score_arm, method, control, n, known, family, moved, request.draws),
+                    )
+        for family in families if request.wordings else ():
+            facts = [*_facts(store, request, family, report.tasks, number), readers["reader"].fingerprint]
+            report.cells += results.get(
                 f"{known.split.name}-wordings",
-                lambda known=known, families=families: list(
-                    _score_wordings(store, known, families, readers["reader"], request)
-                ),
+                facts,
+                partial(_score_wordings, store, known, family, readers["reader"], request),
             )
         progress(f"{known.split.name}: scored ({time.monotonic() - started:.0f} s)")
     report.seconds = time.monotonic() - started
     return report
 
 
+_VERSION = 1
+"""Version of the methods: another one discards stored results."""
+
+
+def _facts(
+    store: EmbeddingStore,
+    request: FewShotRequest,
+    family: CollectionFamily,
+    tasks: Sequence[Mapping[str, object]],
+    number: int,
+) -> list[object]:
+    """Return what decides the cells of a task in a collection: mixed ones hold the documents of all tasks."""
+    documents = tasks[number] if "own" in family.rankings else tasks
+    settings = [request.draws, request.seed, request.bm25, list(family.rankings)]
+    return [_VERSION, store.revision, settings, tasks[number], documents]
+
+
 class _Results:
-    """Cells that are computed once, kept in a folder under a hash of everything that decides them.
+    """Cells that are computed once and kept in a folder.
 
     Args:
         folder: None keeps nothing.
-        name: First part of the files' names.
-        facts: Settings and versions.
     """
 
-    def __init__(self, folder: Path | None, name: str, facts: Sequence[object]) -> None:
-        digest = hashlib.sha256(json.dumps([_VERSION, facts], default=repr, sort_keys=True).encode()).hexdigest()
-        self._folder = None if folder is None else folder / f"few-shot-{name}-{digest[:16]}"
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = None if folder is None else folder / "few-shot"
 
-    def get(self, name: str, compute: Callable[[], list[FewShotCell]]) -> list[FewShotCell]:
-        """Return stored cells, or compute and store them."""
-        path = None if self._folder is None else self._folder / f"{name}.json"
+    def get(self, name: str, facts: Sequence[object], compute: Callable[[], list[FewShotCell]]) -> list[FewShotCell]:
+        """Return stored cells, or compute and store them.
+
+        Args:
+            name: First part of the file's name.
+            facts: Everything that decides the cells.
+            compute: Called if they are not stored.
+        """
+        digest = hashlib.sha256(json.dumps(facts, default=repr, sort_keys=True).encode()).hexdigest()
+        path = None if self._folder is None else self._folder / f"{name}-{digest[:16]}.json"
         if path is not None and path.is_file():
             try:
                 return [
@@ -193,8 +219,26 @@ class _Results:
         return cells
 
 
-_VERSION = 1
-"""Version of the methods: another one discards stored results."""
+def _is_possible(control: Control, n: int, known: TaskVectors, foreign: TaskVectors) -> bool:
+    """Return whether there are enough demonstrations."""
+    if control == "foreign" and (foreign is known or n > len(foreign.pairs)):
+        return False
+    return n <= len(known.pairs) and (n >= _LEAST_FOR_WRONG or not control.startswith("wrong"))
+
+
+def _moved(
+    method: str,
+    control: Control,
+    n: int,
+    known: TaskVectors,
+    foreign: TaskVectors,
+    readers: Mapping[str, DemonstrationReader],
+    seed: int,
+    draw: int,
+) -> tuple[Vectors | None, Vectors, npt.NDArray[np.intp]]:
+    """Return the moved queries of a draw (None: they depend on the collection), its demonstrations and their rows."""
+    pairs, rows = _demonstrations(known, foreign, control, n, seed + draw)
+    return moved_queries(method, readers, known.queries, pairs), pairs, rows
 
 
 def _score_arm(
@@ -202,31 +246,24 @@ def _score_arm(
     control: Control,
     n: int,
     known: TaskVectors,
-    foreign: TaskVectors,
-    families: Sequence[CollectionFamily],
-    readers: Mapping[str, DemonstrationReader],
-    request: FewShotRequest,
+    family: CollectionFamily,
+    moved: Callable[[int], tuple[Vectors | None, Vectors, npt.NDArray[np.intp]]],
+    draws: int,
 ) -> list[FewShotCell]:
-    """Score a method by n demonstrations of one task; no cells where there are too few of them."""
-    if n > len(known.pairs) or (control == "foreign" and (foreign is known or n > len(foreign.pairs))):
-        return []
-    if control.startswith("wrong") and n < _LEAST_FOR_WRONG:
-        return []
+    """Score a method by n demonstrations of one task in collections that share documents."""
     gains: dict[tuple[Collection, str], list[npt.NDArray[np.float64]]] = {}
-    for draw in range(request.draws):
-        pairs, rows = _demonstrations(known, foreign, control, n, request.seed + draw)
-        moved = moved_queries(method, readers, known.queries, pairs)
-        for family in families:
-            if moved is not None:
-                scores = moved.astype(np.float32) @ family.documents.documents.T
-            else:
-                place = next(iter(family.rankings.values())).place
-                placed = np.where(rows < 0, -1, place[rows])
-                scores = scores_in_collection(method, known.queries, pairs, placed, family.documents)
-            for collection, found in family.ndcg(scores):
-                for kind, values in found.items():
-                    zero = family.rankings[collection].zero[kind]
-                    gains.setdefault((collection, kind), []).append(100 * (values - zero))
+    for draw in range(draws):
+        queries, pairs, rows = moved(draw)
+        if queries is not None:
+            scores = queries.astype(np.float32) @ family.documents.documents.T
+        else:
+            place = next(iter(family.rankings.values())).place
+            placed = np.where(rows < 0, -1, place[rows])
+            scores = scores_in_collection(method, known.queries, pairs, placed, family.documents)
+        for collection, found in family.ndcg(scores):
+            for kind, values in found.items():
+                zero = family.rankings[collection].zero[kind]
+                gains.setdefault((collection, kind), []).append(100 * (values - zero))
     return [
         _cell(known.split.name, collection, kind, method, control, n, each)
         for (collection, kind), each in gains.items()
@@ -236,30 +273,29 @@ def _score_arm(
 def _score_wordings(
     store: EmbeddingStore,
     known: TaskVectors,
-    families: Sequence[CollectionFamily],
+    family: CollectionFamily,
     reader: DemonstrationReader,
     request: FewShotRequest,
-) -> Iterator[FewShotCell]:
+) -> list[FewShotCell]:
     """Score the reader, and zero-shot (n = 0, minus zero-shot with the task's instruction), with other wordings."""
     sizes = [n for n in _WORDING_SIZES if n <= len(known.pairs)]
     used = {int(row) for draw in range(request.draws) for row in known.draw(max(sizes, default=0), request.seed + draw)}
-    for number, wording in enumerate(WORDINGS):
+    documents = family.documents.documents
+    cells = []
+    for number, wording in enumerate(WORDINGS, start=1):
         other = TaskVectors(store, dataclasses.replace(known.split, instruction=wording), sorted(used))
-        zero: dict[tuple[Collection, str], npt.NDArray[np.float64]] = {}
-        for family in families:
-            for collection, found in family.ndcg(other.queries @ family.documents.documents.T):
-                zero[collection, "dense"] = found["dense"]
-                difference = 100 * (found["dense"] - family.rankings[collection].zero["dense"])
-                yield _cell(known.split.name, collection, "dense", f"wording-{number + 1}", "none", 0, [difference])
+        zero = {name: found["dense"] for name, found in family.ndcg(other.queries @ documents.T)}
+        gains = {(name, 0): [100 * (values - family.rankings[name].zero["dense"])] for name, values in zero.items()}
         for n in sizes:
-            gains: dict[Collection, list[npt.NDArray[np.float64]]] = {}
             for draw in range(request.draws):
                 moved = reader.prepare(other.pairs[other.draw(n, request.seed + draw)]).apply(other.queries)
-                for family in families:
-                    for collection, found in family.ndcg(moved @ family.documents.documents.T):
-                        gains.setdefault(collection, []).append(100 * (found["dense"] - zero[collection, "dense"]))
-            for collection, each in gains.items():
-                yield _cell(known.split.name, collection, "dense", f"wording-{number + 1}", "none", n, each)
+                for name, found in family.ndcg(moved @ documents.T):
+                    gains.setdefault((name, n), []).append(100 * (found["dense"] - zero[name]))
+        cells += [
+            _cell(known.split.name, name, "dense", f"wording-{number}", "none", n, each)
+            for (name, n), each in gains.items()
+        ]
+    return cells
 
 
 def _cell(

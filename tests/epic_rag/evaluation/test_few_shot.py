@@ -279,7 +279,7 @@ def test_a_stopped_run_continues_and_keeps_baselines(
     other = evaluate_few_shot(store, tasks, request, reader=trained)
     assert set(asked) == {"reader"}
     assert other.select(method="llama-index-tuned") == first.select(method="llama-index-tuned")
-    for file in tmp_path.rglob("few-shot-*/*.json"):
+    for file in tmp_path.rglob("few-shot/*.json"):
         file.write_text("[{]")
     assert evaluate_few_shot(store, tasks, request).cells == first.cells
 
