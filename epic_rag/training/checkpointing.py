@@ -62,6 +62,7 @@ _FREE = {
     "name",
     "stop_at_step",
     "interpolate_with_start",
+    "interpolation_model",
 }
 
 
@@ -285,7 +286,7 @@ def training_record(
     """
     values = config.to_dict()
     # Folders of the machine reproduce nothing, and may be private.
-    for key in ("model", "output", "data", "teacher"):
+    for key in ("model", "output", "data", "teacher", "interpolation_model"):
         values[key] = None if values[key] is None else public_name(values[key])
     times = f"{processes} x " if processes > 1 else ""
     if device.type == "cuda":

@@ -180,6 +180,8 @@ class TrainingConfig:
     retention_weight: _NotNegative = 1.0
     # After the last step, interpolate the weights linearly towards those of the start by this share.
     interpolate_with_start: _Probability = 0.0
+    # Interpolate with this encoder's weights instead of the start's.
+    interpolation_model: str | None = None
 
     # Optimizer
     learning_rate: _Positive = 3e-5
@@ -310,7 +312,7 @@ class TrainingConfig:
             return f"teacher is {self.teacher!r} and teacher_weight is 0. Give a weight, or set teacher to null."
         if self.teacher_covariance and self.teacher is None:
             return "teacher_covariance is true without a teacher. Name one, or set it to false."
-        if not self.steps and not self.teacher_covariance:
+        if not self.steps and not self.teacher_covariance and self.interpolation_model is None:
             return "steps is 0, which trains nothing. Give a value of at least 1."
         if not self.contrastive_weight and self.teacher is None:
             return (
@@ -320,6 +322,11 @@ class TrainingConfig:
         return None
 
     def _interpolation_problem(self) -> str | None:
+        if self.interpolation_model is not None and not self.interpolate_with_start:
+            return (
+                f"interpolation_model is {self.interpolation_model!r} and interpolate_with_start is 0. Give a share, "
+                "or set interpolation_model to null."
+            )
         # In these runs the result has weights that the start has not, or adapters instead of weights.
         for name in ("lora_rank", "output_dimension", "reset_projector", "teacher_covariance"):
             if self.interpolate_with_start and getattr(self, name):

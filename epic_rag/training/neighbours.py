@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from epic_rag.training.data import Pair, PairDataset
+from epic_rag.training.data import PairDataset
 
 __all__ = ["group_rows", "neighbour_groups"]
 

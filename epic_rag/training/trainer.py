@@ -145,7 +145,7 @@ class Trainer:
         backbone = self.encoder.backbone
         allow_tf32(backbone.device)
         # Before training, and before a checkpoint is restored.
-        self.start = _copy_of(backbone) if config.interpolate_with_start else None
+        self.start = _weights_to_interpolate(backbone, config) if config.interpolate_with_start else None
         self.adapter = Adapter(backbone, config) if config.lora_rank is not None else None
         if config.gradient_checkpointing:
             _enable_gradient_checkpointing(backbone)
@@ -452,7 +452,8 @@ class Trainer:
             # zero-shot models").
             with torch.no_grad():
                 for name, value in backbone.named_parameters():
-                    value.lerp_(self.start[name].to(value.device), self.config.interpolate_with_start)
+                    if name in self.start:
+                        value.lerp_(self.start[name].to(value.device), self.config.interpolate_with_start)
         else:
             return False
         self.encoder.invalidate_caches()
@@ -566,8 +567,19 @@ def _load_backbone(config: TrainingConfig, device: str | None) -> EpicEncoder:
     return encoder
 
 
-def _copy_of(backbone: Backbone) -> dict[str, torch.Tensor]:
-    return {name: value.detach().to("cpu", copy=True) for name, value in backbone.named_parameters()}
+def _weights_to_interpolate(backbone: Backbone, config: TrainingConfig) -> dict[str, torch.Tensor]:
+    """Copy the start's weights, or those of `interpolation_model` but for its projector, which may be untrained."""
+    if config.interpolation_model is None:
+        return {name: value.detach().to("cpu", copy=True) for name, value in backbone.named_parameters()}
+    other = EpicEncoder.from_pretrained(config.interpolation_model, device="cpu", dtype="float32").backbone
+    weights = {name: value.detach() for name, value in other.named_parameters() if not name.startswith("projector.")}
+    ours = {name: value.shape for name, value in backbone.named_parameters() if not name.startswith("projector.")}
+    if ours != {name: value.shape for name, value in weights.items()}:
+        raise ConfigError(
+            f"interpolation_model is {config.interpolation_model}, whose weights have other names or shapes than those "
+            f"of {config.model}. Name a checkpoint that was trained from the same start."
+        )
+    return weights
 
 
 def _enable_gradient_checkpointing(backbone: Backbone) -> None:

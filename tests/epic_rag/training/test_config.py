@@ -75,6 +75,7 @@ def test_tasks_can_be_a_list() -> None:
         ({"pooling": "max"}, "pooling is 'max'. It must be 'last', 'mean' or 'cls'."),
         ({"warmup_ratio": 2}, "warmup_ratio is 2. It must be less than or equal to 1."),
         ({"interpolate_with_start": 1.5}, "interpolate_with_start is 1.5. It must be less than or equal to 1."),
+        ({"interpolation_model": "m"}, "interpolation_model is 'm' and interpolate_with_start is 0."),
         ({"interpolate_with_start": 0.5, "lora_rank": 4}, "interpolate_with_start is 0.5 and lora_rank is 4, so that"),
         ({"lora_rank": 4, "lora_targets": []}, "lora_rank is 4 and lora_targets is empty. Name modules"),
         ({"lora_targets": "q_proj"}, "lora_targets is 'q_proj'. It must be a list."),

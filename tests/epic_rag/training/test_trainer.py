@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from epic_rag import EpicEncoder
-from epic_rag.errors import MissingExtraError
+from epic_rag.errors import ConfigError, MissingExtraError
 from epic_rag.prompt import EncoderInput
 from epic_rag.training import TaskConfig, Trainer, TrainingBatch, TrainingConfig
 from epic_rag.training.optimizer import build_optimizer, warmup_and_decay
@@ -279,6 +279,24 @@ def test_interpolation_with_the_start(config: Config, tiny_checkpoint: Path, tmp
         again.train(show_progress=False)
         for name, value in again.encoder.backbone.state_dict().items():
             torch.testing.assert_close(value, (1 - share) * states[0.0][name] + share * start[name])
+
+
+def test_interpolation_with_another_model(
+    config: Config, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    ours, other = (
+        EpicEncoder.from_pretrained(path).backbone.state_dict() for path in (tiny_checkpoint, other_checkpoint)
+    )
+    run = config(steps=0, interpolation_model=str(other_checkpoint), interpolate_with_start=0.25)
+    trainer = Trainer(run)
+    final = trainer.train(show_progress=False)
+    for name, value in trainer.encoder.backbone.state_dict().items():
+        expected = ours[name] if name.startswith("projector.") else 0.75 * ours[name] + 0.25 * other[name]
+        torch.testing.assert_close(value, expected)
+    record = json.loads((final / "epic.json").read_text())["training"]
+    assert (record["steps"], record["config"]["interpolation_model"]) == (0, other_checkpoint.name)
+    with pytest.raises(ConfigError, match="whose weights have other names or shapes"):
+        Trainer(config(num_layers=1, interpolation_model=str(other_checkpoint), interpolate_with_start=0.5))
 
 
 # The event reader's protobuf files use deprecated names.
