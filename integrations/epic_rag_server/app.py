@@ -58,6 +58,8 @@ def create_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await service.encode(["warm up"], None)
         yield
+        if local is not None:  # now, as uvicorn ends the process by the signal that stopped it
+            local.close()
         await run_in_threadpool(service.close)
 
     async def health(request: Request) -> Response:

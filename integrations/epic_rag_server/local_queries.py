@@ -15,7 +15,7 @@ import logging
 import secrets
 import threading
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -57,6 +57,7 @@ class LocalQueries:
         self._loop: asyncio.AbstractEventLoop | None = None
         # One query after the other, so that a warning is known to be of this one.
         self._turn = threading.Lock()
+        self._announced = ExitStack()
         self._indexers: Mapping[str, ChromaIndexer] = {
             str(folder.resolve()): ChromaIndexer(folder, encoder=cast(Any, _Encoder(self))) for folder in folders
         }
@@ -65,11 +66,19 @@ class LocalQueries:
         """Return the route."""
         return [Route(LOCAL_QUERY_PATH, self.query, methods=["POST"])]
 
-    def announce(self, url: str) -> AbstractContextManager[None]:
-        """Return a context in which the index folders name the server at an address."""
+    def announce(self, url: str) -> None:
+        """Write the server's address into the index folders, until `close`."""
         url = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
         folders = [Path(folder) for folder in self._indexers]
-        return announce_server(folders, url, self._service.fingerprint, self._token, self._model)
+        self._announced.enter_context(
+            announce_server(folders, url, self._service.fingerprint, self._token, self._model)
+        )
+
+    def close(self) -> None:
+        """Remove the address, and close the indexes."""
+        self._announced.close()
+        for indexer in self._indexers.values():
+            indexer.close()
 
     async def query(self, request: Request) -> Response:
         """`POST /local/query`: the first byte at once, then an object with the hits, or an empty one after an error."""

@@ -39,7 +39,7 @@ def served(*options: object, env: dict[str, str] | None = None) -> Iterator[tupl
         process.communicate()
 
 
-def test_an_index_is_served_until_ctrl_c(indexed: Path, tmp_path: Path) -> None:
+def test_an_index_is_served_until_it_is_stopped(indexed: Path, tmp_path: Path) -> None:
     with served("--index-dir", indexed, env={"XDG_DATA_HOME": str(tmp_path / "data")}) as (url, process):
         with httpx.Client(base_url=url, timeout=60) as client:
             hits = client.post("/v1/search", json={"query": "undo the last commit", "top_k": 1}).json()
@@ -47,9 +47,11 @@ def test_an_index_is_served_until_ctrl_c(indexed: Path, tmp_path: Path) -> None:
             assert hits["data"][0]["path"]
             assert client.post("/v1/banks", json={"name": "mine"}).status_code == 201
         assert (tmp_path / "data/epic-rag/banks/mine/bank.json").is_file()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert (indexed / ".epic-rag/server.json").exists()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)
         assert process.communicate() == ("", "")
+    assert not (indexed / ".epic-rag/server.json").exists()
 
 
 def test_the_key_is_read_from_a_variable(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -59,8 +61,8 @@ def test_the_key_is_read_from_a_variable(tiny_checkpoint: Path, tmp_path: Path) 
         assert httpx.post(f"{url}/v1/embeddings", json={"input": "a"}).status_code == 401
         answer = httpx.post(f"{url}/v1/embeddings", json={"input": "a"}, headers={"Authorization": "Bearer k3y"})
         assert answer.status_code == 200
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) in (0, -signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
 
 
 def test_two_indexes_have_names(indexed: Path, tmp_path: Path, cli: Any, tiny_checkpoint: Path) -> None:

@@ -120,9 +120,9 @@ def serve(
         service.close()
         raise
     searched = f" and searches {', '.join(indexes)}" if indexes else ""
-    with local.announce(server.url):
-        message("note", f"{service.name} is served at {server.url}{searched}. Ctrl-C ends it.")
-        server.run()
+    local.announce(server.url)
+    message("note", f"{service.name} is served at {server.url}{searched}. Ctrl-C ends it.")
+    server.run()
 
 
 def api_key(variable: str | None) -> str | None:
