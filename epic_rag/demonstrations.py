@@ -106,6 +106,8 @@ class DemonstrationBank:
             takes the task's setting, or False.
         origin: Where the demonstrations come from, for the record.
         enabled: Whether queries use the demonstrations if they name no number of them; the instruction always holds.
+        negatives: Pairs of a query and a passage that does not answer it. They move no query; searches put the
+            passage last when the query is asked again.
 
     Attributes:
         embeddings: (k, 2, dim) float32 vectors (query, passage) of the encoder `encoder_fingerprint`; None before
@@ -129,8 +131,10 @@ class DemonstrationBank:
         symmetric: bool | None = None,
         origin: str = "",
         enabled: bool = True,
+        negatives: Iterable[Demonstration | tuple[str, str]] = (),
     ) -> None:
         self.demonstrations = tuple(_demonstration(item, index) for index, item in enumerate(demonstrations))
+        self.negatives = tuple(_demonstration(item, index) for index, item in enumerate(negatives))
         task_instruction, task_symmetric = _task_defaults(task)
         self.task = task
         self.instruction = task_instruction if instruction is None else instruction
@@ -222,6 +226,7 @@ class DemonstrationBank:
                 symmetric=data.get("symmetric"),
                 origin=str(data.get("origin", "")),
                 enabled=data.get("enabled") is not False,
+                negatives=[(item["query"], item["passage"]) for item in data.get("negatives", ())],
             )
         except PermissionError as error:
             raise BankError(f"{describe_os_error(error)}. Make it readable or pass another bank.") from error
@@ -266,6 +271,8 @@ class DemonstrationBank:
             **({"other_encoders": others} if others else {}),
             "demonstrations": [{"query": item.query, "passage": item.passage} for item in self.demonstrations],
         }
+        if self.negatives:
+            data["negatives"] = [{"query": item.query, "passage": item.passage} for item in self.negatives]
         # Vectors first, under the fingerprint of the texts: a crash between the two writes leaves a pair that
         # disagrees, which load() treats as "not embedded".
         if self.embeddings is not None:
@@ -474,6 +481,7 @@ class DemonstrationBank:
         for number, item in enumerate(item for bank in used for item in bank.demonstrations):
             rows.setdefault(item, number)
         result = first._with(list(rows))
+        result.negatives = tuple(dict.fromkeys(item for bank in used for item in bank.negatives))
         result.enabled = any(bank.enabled for bank in banks)
         result.origin = "; ".join(dict.fromkeys(bank.origin for bank in used if bank.origin))
         if all(bank.instruction == first.instruction for bank in used):
@@ -481,6 +489,16 @@ class DemonstrationBank:
             shared = [key for key in stored[0] if all(key in vectors for vectors in stored)]
             kept = list(rows.values())
             result._set_vectors({key: np.concatenate([each[key] for each in stored])[kept] for key in shared})
+        return result
+
+    def with_negatives(self, negatives: Iterable[Demonstration | tuple[str, str]]) -> DemonstrationBank:
+        """Return a new bank with the same demonstrations and these negatives.
+
+        Raises:
+            BankError: If a negative is not a pair of non-empty strings.
+        """
+        result = self.copy()
+        result.negatives = tuple(dict.fromkeys(_demonstration(item, row) for row, item in enumerate(negatives)))
         return result
 
     def subset(self, rows: Sequence[int]) -> DemonstrationBank:
@@ -501,6 +519,7 @@ class DemonstrationBank:
             symmetric=self.symmetric,
             origin=self.origin,
             enabled=self.enabled,
+            negatives=self.negatives,
         )
         result.task = self.task  # passed on above it would fill in an instruction that is None
         return result

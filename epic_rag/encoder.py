@@ -786,8 +786,8 @@ class EpicEncoder:
             logger.warning("%d demonstrations requested, %s was trained with up to %d", requested, self.name, trained)
         return requested
 
-    def _embedded(self, bank: DemonstrationBank) -> DemonstrationBank:
-        """Return the bank with this encoder's vectors; the caller's bank stays unchanged."""
+    def embedded(self, bank: DemonstrationBank) -> DemonstrationBank:
+        """Return the bank with this encoder's vectors, which are cached; the given bank stays unchanged."""
         if bank.encoder_fingerprint == self.fingerprint:
             return bank
         key = (self.fingerprint, bank.fingerprint)
@@ -804,14 +804,14 @@ class EpicEncoder:
         self, bank: DemonstrationBank, k: int, count: int, selection: Selection, vectors: Vectors | None
     ) -> list[DemonstrationBank]:
         """Return `count` banks of k demonstrations; one shared object unless they are the nearest to each vector."""
-        embedded = self._embedded(bank)
+        embedded = self.embedded(bank)
         if selection == "nearest" and vectors is not None:
             return [embedded.select(k, method="nearest", query_embedding=vector) for vector in vectors]
         return [embedded.select(k, method=selection)] * count
 
     def _read_demonstrations(self, bank: DemonstrationBank, k: int, selection: Selection, vectors: Vectors) -> Vectors:
         """Move queries by k demonstrations of a bank, which are prepared once."""
-        embedded = self._embedded(bank)
+        embedded = self.embedded(bank)
         stored = embedded.embeddings
         assert stored is not None
         if selection == "nearest" and k < len(embedded):

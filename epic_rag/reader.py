@@ -65,7 +65,7 @@ _NEGATIVES = 768
 _LEAST_SPREAD = 0.03
 _LEAST_TEST_SPREAD = 0.05
 _UNSURE, _SURE = 2.0, 4.0
-_SAME_PASSAGE = 0.9999
+_SAME_TEXT = 0.9999
 _NEAR_PASSAGE = 0.97
 _FIT_SLOPE, _FIT_MIDDLE = 1.5, 1.0
 _STEP, _STEP_PRIOR = 0.7, 2
@@ -101,8 +101,10 @@ class Evidence:
         """Compare each pair with the pairs of other demonstrations; queries and passages are (n, dim) unit rows."""
         n = len(queries)
         # Evenly spaced references bound the cost at n = 10,000.
-        references = passages[np.linspace(0, n - 1, min(n, _REFERENCES)).astype(int)]
-        other = passages @ references.T < _SAME_PASSAGE  # a label that occurs twice is no other passage
+        rows = np.linspace(0, n - 1, min(n, _REFERENCES)).astype(int)
+        references = passages[rows]
+        # A label that occurs twice is no other passage, and of two answers to one query neither is another query's.
+        other = (passages @ references.T < _SAME_TEXT) & (queries @ queries[rows].T < _SAME_TEXT)
         if not other.any():
             return cls(np.full(n, _SURE, np.float32), np.ones(n, np.float32), 1.0, 2 * _LEAST_TEST_SPREAD)
         cosines = np.where(other, queries @ references.T, 0.0)

@@ -37,8 +37,9 @@ _STRENGTH = 0.7
 _PRIOR = 2
 _UNSURE, _SURE = 2.0, 4.0
 _LEAST_SPREAD = 0.05
-# Cosine from which two passages count as one: a label that occurs twice is not another demonstration's passage.
-_SAME_PASSAGE = 0.9999
+# Cosine from which two texts count as one: a label that occurs twice is not another demonstration's passage, and of two
+# passages that answer one query neither is another query's.
+_SAME = 0.9999
 
 
 def task_vector(pairs: Vectors, *, strength: float = _STRENGTH) -> Vectors:
@@ -80,7 +81,8 @@ def apply_task_vector(vectors: Vectors, pairs: Sequence[Vectors]) -> Vectors:
 def _confidence(queries: Vectors, passages: Vectors) -> float:
     k = len(queries)
     # einsum avoids BLAS: its worker threads busy-wait after a call and compete with torch's OpenMP threads.
-    other = np.einsum("id,jd->ij", passages, passages) < _SAME_PASSAGE  # (k, k)
+    other = np.einsum("id,jd->ij", passages, passages) < _SAME  # (k, k)
+    other &= np.einsum("id,jd->ij", queries, queries) < _SAME
     if not other.any():
         return 1.0
     cosines = np.einsum("id,jd->ij", queries, passages)  # (k, k)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from epic_rag.errors import ConfigError
 from epic_rag_chroma.errors import IndexMismatchError
-from epic_rag_chroma.indexer import ChromaIndexer
+from epic_rag_chroma.indexer import ChromaIndexer, marking_bank
 from epic_rag_chroma.search.request import SearchRequest
 from epic_rag_chroma.search.searcher import Searcher
 from epic_rag_chroma.store.paths import relative_root, root_path
@@ -131,7 +131,8 @@ class FederatedIndex:
                     "the other's --model, or search with --mode keyword."
                 )
         encode = self._indexers[0]._query_encoder(states[0], request, len(texts), embedded)
-        found = self._searcher.search(texts, request, encode, fingerprint=states[0].fingerprint)
+        bank = marking_bank(request)
+        found = self._searcher.search(texts, request, encode, fingerprint=states[0].fingerprint, bank=bank)
         return [[replace(hit, id=hit.id.rpartition(":")[0]) for hit in hits] for hits in found]
 
     def status(self) -> list[IndexStatus]:

@@ -53,13 +53,14 @@ from epic_rag_chroma.types import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from epic_rag import EpicEncoder
+    from epic_rag import DemonstrationBank, EpicEncoder
     from epic_rag_chroma.indexing.run import IndexRunner
+    from epic_rag_chroma.search.index_reader import IndexSnapshot
     from epic_rag_chroma.search.request import SearchSettings
     from epic_rag_chroma.search.searcher import Embedded, Encode, Vectors
     from epic_rag_chroma.store.state import IndexState
 
-__all__ = ["ChromaIndexer"]
+__all__ = ["ChromaIndexer", "marking_bank"]
 
 _WITHOUT_LINES = frozenset({"pdf", "docx", "pptx", "xlsx", "opendocument", "rtf", "epub"})
 
@@ -246,7 +247,7 @@ class ChromaIndexer:
         request = SearchRequest.of(request, settings)
         state = self._state()
         encode = self._query_encoder(state, request, len(texts), embedded)
-        return self._searcher.search(texts, request, encode, fingerprint=state.fingerprint)
+        return self._searcher.search(texts, request, encode, fingerprint=state.fingerprint, bank=marking_bank(request))
 
     def _query_encoder(
         self, state: IndexState, request: SearchRequest, count: int, embedded: Sequence[Embedded | None] | None
@@ -389,6 +390,26 @@ class ChromaIndexer:
             )
         return found
 
+    def passage_vectors(self, most: int = 20_000) -> Vectors:
+        """Return vectors of the index's chunks, for `DemonstrationBank.evaluate`.
+
+        Args:
+            most: Maximum number; of a larger index, chunks at even distances.
+
+        Returns:
+            (n, dim) float32 unit rows; (0, 0) for an empty index.
+
+        Raises:
+            IndexNotFoundError: If there is no index.
+            IndexStateError: If it cannot be read.
+        """
+
+        def sample(index: IndexSnapshot) -> Vectors:
+            every = max(1, -(-index.database.count() // most))
+            return index.database.vectors_after(-1, every=every)[1][:most]
+
+        return self._reader.read(sample, needs_vectors=False)
+
     def read_lines(self, path: str) -> list[str]:
         """Return the current lines of an indexed file, which the line numbers of hits refer to.
 
@@ -496,6 +517,16 @@ class ChromaIndexer:
             self._encoder = given if hasattr(given, "encode_document") else given()
         encoder: EpicEncoder = self._encoder
         return encoder
+
+
+def marking_bank(request: SearchRequest) -> DemonstrationBank | None:
+    """Return the bank whose examples mark passages; None if the request uses no demonstrations.
+
+    Raises:
+        BankError: If the bank is missing or malformed.
+    """
+    bank = request.prompt.resolve_bank()
+    return None if bank is None or bank.number_used(request.prompt.num_demonstrations) == 0 else bank
 
 
 def _no_progress(_: IndexProgress) -> None:

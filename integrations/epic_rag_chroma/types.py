@@ -27,6 +27,7 @@ __all__ = [
     "IndexSettings",
     "IndexStatus",
     "IndexedPassage",
+    "Mark",
     "RunState",
     "SearchFilters",
     "SearchMode",
@@ -40,6 +41,8 @@ RunState = Literal["complete", "running", "interrupted"]
 SearchMode = Literal["dense", "hybrid", "keyword"]
 StaleState = Literal["changed", "deleted"]
 """A file with another size or modification time than when it was indexed, or one that is gone."""
+Mark = Literal["right", "wrong"]
+"""What a bank's examples know of a hit: it answers the query, or it does not."""
 SEARCH_MODES: Sequence[SearchMode] = ("dense", "hybrid", "keyword")
 DEFAULT_MODE: SearchMode = "hybrid"
 DEFAULT_PER_FILE = 3
@@ -193,6 +196,8 @@ class Hit:
             None if it is.
         before: The lines before `text` that the request asks for, as they were indexed.
         after: The lines after it.
+        marked: "right" or "wrong" if an example of the bank has this query and says that this passage answers it, or
+            does not; such hits are first and last whatever their score.
     """
 
     rank: int
@@ -215,6 +220,7 @@ class Hit:
     stale: StaleState | None = None
     before: str = ""
     after: str = ""
+    marked: Mark | None = None
 
 
 @dataclass(frozen=True)

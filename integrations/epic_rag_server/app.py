@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from epic_rag import ConfigError, EpicError
-from epic_rag_server.banks import BankRoutes
+from epic_rag_server.bank_routes import BankRoutes
 from epic_rag_server.batching import QueueClosedError, QueueFullError
 from epic_rag_server.embeddings import EmbeddingRoutes
 from epic_rag_server.errors import ApiError, error_of, error_response
@@ -26,6 +26,7 @@ from epic_rag_server.local_queries import LocalQueries
 from epic_rag_server.messages import json_response
 from epic_rag_server.metrics import RequestMeter
 from epic_rag_server.search import SearchRoutes
+from epic_rag_server.search_page import PageRoutes
 from epic_rag_server.security import AccessPolicy, RequestGuard
 from epic_rag_server.service import Service
 
@@ -70,13 +71,15 @@ def create_app(
     async def metrics(request: Request) -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    search = SearchRoutes(service)
     return Starlette(
         routes=[
             Route("/health", health),
             Route("/metrics", metrics),
             *EmbeddingRoutes(service, role_prefixes).routes(),
-            *SearchRoutes(service).routes(),
-            *BankRoutes(service.banks).routes(),
+            *search.routes(),
+            *BankRoutes(service).routes(),
+            *PageRoutes(service, search, policy).routes(),
             *(() if local is None else local.routes()),
         ],
         middleware=[Middleware(RequestMeter, metrics=service.metrics), Middleware(RequestGuard, policy=policy)],

@@ -5,26 +5,26 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from epic_rag import BankError, Demonstration, DemonstrationBank, get_task
 from epic_rag.demonstrations import built_in_banks, merged_bank
 from epic_rag_server.errors import ApiError
-from epic_rag_server.messages import json_response, read
-from epic_rag_server.schemas import BankRequest, Example, ExamplesRequest
 
-__all__ = ["BankRoutes", "BankStore", "example_id"]
+if TYPE_CHECKING:
+    from epic_rag.demonstrations import BankEncoder
+
+__all__ = ["BankStore", "example_id"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _FILE = "bank.json"
 _MAX_EXAMPLES = 10_000
+_MOST_UNDONE = 100
+
+_Texts: TypeAlias = tuple[tuple[Demonstration, ...], tuple[Demonstration, ...]]
 
 
 def example_id(example: Demonstration) -> str:
@@ -44,6 +44,8 @@ class BankStore:
         self._lock = threading.Lock()
         self._loaded: dict[str, tuple[int, DemonstrationBank]] = {}
         self._built_in = built_in_banks()
+        # Texts before and after each change, so that a change by another program is noticed.
+        self._history: dict[str, deque[tuple[_Texts, _Texts]]] = {}
 
     def names(self) -> list[str]:
         """Return the names of all banks, sorted."""
@@ -91,9 +93,23 @@ class BankStore:
         return merged_bank(*banks)
 
     def create(
-        self, name: str, examples: Sequence[Demonstration], *, task: str | None, instruction: str | None
+        self,
+        name: str,
+        examples: Sequence[Demonstration],
+        *encoders: BankEncoder,
+        negatives: Sequence[Demonstration] = (),
+        task: str | None,
+        instruction: str | None,
     ) -> DemonstrationBank:
         """Create a bank.
+
+        Args:
+            name: Its name.
+            examples: Its pairs.
+            encoders: Encoders whose vectors it gets.
+            negatives: Pairs of a query and a passage that does not answer it.
+            task: Its task.
+            instruction: Its instruction; None for that of the task.
 
         Raises:
             ApiError: 409 if the name is taken.
@@ -105,10 +121,26 @@ class BankStore:
                 raise ApiError(409, f"There is a bank {name!r} already. Choose another name.", param="name")
             if task is not None:
                 get_task(task)
-            return self._save(name, DemonstrationBank(examples, task=task, instruction=instruction))
+            empty = DemonstrationBank([], task=task, instruction=instruction, negatives=negatives)
+            self._history.pop(name, None)
+            return self._save(name, empty.add(examples, *encoders))
 
-    def add(self, name: str, examples: Sequence[Demonstration]) -> DemonstrationBank:
+    def add(
+        self,
+        name: str,
+        examples: Sequence[Demonstration],
+        *encoders: BankEncoder,
+        negatives: Sequence[Demonstration] = (),
+    ) -> DemonstrationBank:
         """Add examples at the end of a bank; those that it has already are not added again.
+
+        A pair cannot be both: an example replaces a negative of the same texts, and a negative an example.
+
+        Args:
+            name: The bank.
+            examples: Pairs of a query and a passage that answers it.
+            encoders: Encoders that embed them; vectors of others are dropped.
+            negatives: Pairs of a query and a passage that does not answer it.
 
         Raises:
             ApiError: 404 if there is no such bank, 403 if it is built in, 400 if it would be too large.
@@ -116,13 +148,17 @@ class BankStore:
         """
         with self._lock:
             bank = self._own(name)
-            merged = dict.fromkeys((*bank.demonstrations, *examples))
-            if len(merged) > _MAX_EXAMPLES:
+            refused = set(negatives)
+            kept = bank.subset([row for row, each in enumerate(bank.demonstrations) if each not in refused])
+            changed = kept.add([each for each in examples if each not in refused], *encoders)
+            added = set(examples)
+            changed = changed.with_negatives([*(each for each in bank.negatives if each not in added), *negatives])
+            if len(changed) + len(changed.negatives) > _MAX_EXAMPLES:
                 raise ApiError(400, f"A bank holds at most {_MAX_EXAMPLES:,} examples. Create another one.")
-            return self._save(name, _with_examples(bank, list(merged)))
+            return self._change(name, bank, changed)
 
     def remove(self, name: str, example: str) -> DemonstrationBank:
-        """Remove an example by its id.
+        """Remove an example or a negative by its id.
 
         Raises:
             ApiError: 404 if there is no such bank or example, 403 if the bank is built in.
@@ -131,9 +167,39 @@ class BankStore:
         with self._lock:
             bank = self._own(name)
             kept = [row for row, each in enumerate(bank.demonstrations) if example_id(each) != example]
-            if len(kept) == len(bank):
+            negatives = [each for each in bank.negatives if example_id(each) != example]
+            if len(kept) == len(bank) and len(negatives) == len(bank.negatives):
                 raise ApiError(404, f"The bank {name!r} has no example {example[:80]!r}. List its examples.")
-            return self._save(name, bank.subset(kept))
+            return self._change(name, bank, bank.subset(kept).with_negatives(negatives))
+
+    def undo(self, name: str, *encoders: BankEncoder) -> DemonstrationBank:
+        """Take back the last addition or removal that this process made in a bank.
+
+        Raises:
+            ApiError: 404 if there is no such bank, 403 if it is built in, 409 if there is nothing to take back, or
+                another program has changed the bank since.
+            BankError: If it cannot be read or written.
+        """
+        with self._lock:
+            bank = self._own(name)
+            history = self._history.get(name)
+            if not history:
+                raise ApiError(409, f"There is nothing to undo in the bank {name!r}. Remove examples by their ids.")
+            before, after = history[-1]
+            if after != _texts(bank):
+                del self._history[name]
+                raise ApiError(409, f"Another program has changed the bank {name!r}. Remove examples by their ids.")
+            pairs, negatives = before
+            wanted = set(pairs)
+            kept = bank.subset([row for row, each in enumerate(bank.demonstrations) if each in wanted])
+            restored = kept.add(pairs, *encoders)
+            places = {each: row for row, each in enumerate(restored.demonstrations)}
+            history.pop()
+            return self._save(name, restored.subset([places[each] for each in pairs]).with_negatives(negatives))
+
+    def can_undo(self, name: str) -> bool:
+        """Return whether this process has changed a bank and can take it back."""
+        return bool(self._history.get(name))
 
     def describe(self, name: str, *, examples: bool = False) -> dict[str, Any]:
         """Return a bank as JSON.
@@ -149,11 +215,15 @@ class BankStore:
             "task": bank.task,
             "instruction": bank.instruction,
             "num_examples": len(bank),
+            "num_negatives": len(bank.negatives),
             "built_in": self.is_built_in(name),
+            "can_undo": self.can_undo(name),
         }
         if examples:
             summary["examples"] = [
-                {"id": example_id(each), "query": each.query, "passage": each.passage} for each in bank.demonstrations
+                {"id": example_id(each), "query": each.query, "passage": each.passage, "relevant": relevant}
+                for relevant, pairs in ((True, bank.demonstrations), (False, bank.negatives))
+                for each in pairs
             ]
         return summary
 
@@ -162,6 +232,13 @@ class BankStore:
         if self.is_built_in(name):
             raise ApiError(403, f"The bank {name!r} ships with epic-rag. Create a bank of your own.", param="bank")
         return bank
+
+    def _change(self, name: str, before: DemonstrationBank, after: DemonstrationBank) -> DemonstrationBank:
+        if _texts(before) == _texts(after):
+            return before
+        saved = self._save(name, after)
+        self._history.setdefault(name, deque(maxlen=_MOST_UNDONE)).append((_texts(before), _texts(after)))
+        return saved
 
     def _save(self, name: str, bank: DemonstrationBank) -> DemonstrationBank:
         try:
@@ -172,62 +249,5 @@ class BankStore:
         return bank
 
 
-def _with_examples(bank: DemonstrationBank, examples: Sequence[Demonstration]) -> DemonstrationBank:
-    return DemonstrationBank(
-        examples, task=bank.task, instruction=bank.instruction, symmetric=bank.symmetric, origin=bank.origin
-    )
-
-
-class BankRoutes:
-    """Handlers of the routes of banks.
-
-    Args:
-        banks: The banks.
-    """
-
-    def __init__(self, banks: BankStore) -> None:
-        self._banks = banks
-
-    def routes(self) -> list[Route]:
-        """Return the routes."""
-        return [
-            Route("/v1/banks", self.list),
-            Route("/v1/banks", self.create, methods=["POST"]),
-            Route("/v1/banks/{bank}", self.show),
-            Route("/v1/banks/{bank}/examples", self.add, methods=["POST"]),
-            Route("/v1/banks/{bank}/examples/{example}", self.remove, methods=["DELETE"]),
-        ]
-
-    async def list(self, request: Request) -> Response:
-        """`GET /v1/banks`."""
-        return json_response({"object": "list", "data": [self._banks.describe(name) for name in self._banks.names()]})
-
-    async def show(self, request: Request) -> Response:
-        """`GET /v1/banks/{bank}`: a bank with its examples."""
-        return json_response(self._banks.describe(request.path_params["bank"], examples=True))
-
-    async def create(self, request: Request) -> Response:
-        """`POST /v1/banks`."""
-        asked = await read(request, BankRequest)
-        await run_in_threadpool(
-            self._banks.create, asked.name, _pairs(asked.examples), task=asked.task, instruction=asked.instruction
-        )
-        return json_response(self._banks.describe(asked.name, examples=True), status=201)
-
-    async def add(self, request: Request) -> Response:
-        """`POST /v1/banks/{bank}/examples`; queries use them at once, and nothing is indexed again."""
-        name, asked = request.path_params["bank"], await read(request, ExamplesRequest)
-        examples = _pairs(asked.examples)
-        bank = await run_in_threadpool(self._banks.add, name, examples)
-        added = [example_id(each) for each in examples]
-        return json_response({"object": "bank", "id": name, "num_examples": len(bank), "examples": added}, status=201)
-
-    async def remove(self, request: Request) -> Response:
-        """`DELETE /v1/banks/{bank}/examples/{example}`."""
-        name = request.path_params["bank"]
-        bank = await run_in_threadpool(self._banks.remove, name, request.path_params["example"])
-        return json_response({"object": "bank", "id": name, "num_examples": len(bank)})
-
-
-def _pairs(examples: Sequence[Example]) -> Sequence[Demonstration]:
-    return [Demonstration(each.query, each.passage) for each in examples]
+def _texts(bank: DemonstrationBank) -> _Texts:
+    return bank.demonstrations, bank.negatives

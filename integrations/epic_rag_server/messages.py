@@ -14,7 +14,7 @@ from starlette.responses import Response
 from epic_rag_server.errors import ApiError
 from epic_rag_server.schemas import Parsed, parse
 
-__all__ = ["json_response", "read", "unless_disconnected"]
+__all__ = ["json_response", "read", "read_body", "unless_disconnected"]
 
 Result = TypeVar("Result")
 _READ_SECONDS = 60.0
@@ -35,8 +35,17 @@ async def read(request: Request, model: type[Parsed]) -> Parsed:
     Raises:
         ApiError: 400 if it is not of that shape, 408 if it does not arrive.
     """
+    return parse(model, await read_body(request))
+
+
+async def read_body(request: Request) -> bytes:
+    """Read the body of a request.
+
+    Raises:
+        ApiError: 408 if it does not arrive.
+    """
     try:
-        return parse(model, await asyncio.wait_for(request.body(), _READ_SECONDS))
+        return await asyncio.wait_for(request.body(), _READ_SECONDS)
     except asyncio.TimeoutError:
         raise ApiError(408, f"The body did not arrive within {_READ_SECONDS:.0f} s. Send it faster.") from None
 

@@ -16,8 +16,10 @@ __all__ = [
     "BankRequest",
     "CohereEmbedRequest",
     "EmbeddingsRequest",
+    "EvaluationRequest",
     "Example",
     "ExamplesRequest",
+    "NoFields",
     "PromptFields",
     "RerankRequest",
     "Role",
@@ -158,10 +160,11 @@ class SearchQuery(PromptFields):
 
 
 class Example(_Request):
-    """A demonstration: a query and a passage that answers it."""
+    """A query and a passage that answers it, or does not if `relevant` is false."""
 
     query: Annotated[str, StringConstraints(max_length=_MAX_QUERY, strip_whitespace=True, min_length=1)]
     passage: Passage
+    relevant: bool = True
 
 
 class ExamplesRequest(_Request):
@@ -179,17 +182,27 @@ class BankRequest(_Request):
     examples: list[Example] = Field(default=[], max_length=1000)
 
 
+class EvaluationRequest(_Request):
+    """`POST /v1/banks/{name}/evaluate`; None for the first index."""
+
+    index: str | None = None
+
+
+class NoFields(_Request):
+    """A request without fields."""
+
+
 Parsed = TypeVar("Parsed", bound=_Request)
 
 
-def parse(model: type[Parsed], body: bytes) -> Parsed:
-    """Parse the body of a request.
+def parse(model: type[Parsed], body: bytes | dict[str, Any]) -> Parsed:
+    """Parse the body of a request, or fields from elsewhere.
 
     Raises:
         ApiError: 400 with the first wrong field.
     """
     try:
-        return model.model_validate_json(body)
+        return model.model_validate(body) if isinstance(body, dict) else model.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"]))[:80] or None

@@ -5,23 +5,20 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from epic_rag import DataError
+from epic_rag import DataError, QueryPrompt
 from epic_rag.tasks import DEFAULT_TASK
 from epic_rag_chroma import Hit, IndexMismatchError, SearchRequest, parse_filters
 from epic_rag_server.errors import ApiError
 from epic_rag_server.messages import json_response, read, unless_disconnected
 from epic_rag_server.schemas import SearchQuery
 from epic_rag_server.service import Service
-
-if TYPE_CHECKING:
-    from epic_rag_chroma import ChromaIndexer
 
 __all__ = ["SearchRoutes"]
 
@@ -50,11 +47,37 @@ class SearchRoutes:
     async def search(self, request: Request) -> Response:
         """`POST /v1/search`: the chunks that answer a query, best first."""
         asked = await read(request, SearchQuery)
-        name, indexer = self._index(asked.index)
+        name, hits, tokens = await self.find(request, asked)
+        return json_response(
+            {
+                "object": "list",
+                "index": name,
+                "mode": asked.mode,
+                "data": [_hit(hit) for hit in hits],
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            },
+            headers={"x-epic-fingerprint": self._service.fingerprint},
+        )
+
+    async def find(self, request: Request, asked: SearchQuery) -> tuple[str, Sequence[Hit], int]:
+        """Search, unless the client leaves.
+
+        Returns:
+            The name of the index, hits, best first, and the number of tokens that were encoded.
+
+        Raises:
+            ApiError: 404 for an unknown index or bank.
+            EpicError: See `ChromaIndexer.query`.
+        """
+        name, indexer = self._service.index(asked.index)
         filters = (
             parse_filters(asked.where, asked.path, asked.since) if asked.where or asked.path or asked.since else None
         )
+        if asked.task is None and asked.bank is None and asked.instruction is None:
+            asked.task = DEFAULT_TASK  # as `epic-rag query`
+        prompt = self._service.prompt(None, "query", asked) or QueryPrompt()
         settings = SearchRequest(
+            prompt,
             k=asked.top_k,
             mode=asked.mode,
             filters=filters,
@@ -65,9 +88,6 @@ class SearchRoutes:
             after=asked.after,
             full_section=asked.full_section,
         )
-        if asked.task is None and asked.bank is None and asked.instruction is None:
-            asked.task = DEFAULT_TASK  # as `epic-rag query`
-        prompt = self._service.prompt(None, "query", asked)
 
         async def find() -> tuple[Sequence[Hit], int]:
             embedded, tokens = None, 0
@@ -80,16 +100,7 @@ class SearchRoutes:
             return await run_in_threadpool(indexer.query, asked.query, settings, embedded=embedded), tokens
 
         hits, tokens = await unless_disconnected(request, find())
-        return json_response(
-            {
-                "object": "list",
-                "index": name,
-                "mode": asked.mode,
-                "data": [_hit(hit) for hit in hits],
-                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-            },
-            headers={"x-epic-fingerprint": self._service.fingerprint},
-        )
+        return name, hits, tokens
 
     async def indexes(self, request: Request) -> Response:
         """`GET /v1/indexes`: names and contents."""
@@ -117,18 +128,12 @@ class SearchRoutes:
         unknown = sorted(set(query) - {"index", "lines"})
         if unknown:
             raise ApiError(400, f"Unknown parameter {unknown[0][:80]}. Known are index, lines.", param=unknown[0][:80])
-        name, indexer = self._index(query.get("index"))
         wanted = _LINES.fullmatch(query.get("lines", "1"))
         if wanted is None:
             raise ApiError(400, "lines is not a range. Write it as 10 or 10-40.", param="lines")
         first = max(1, int(wanted[1]))
         last = int(wanted[2]) if wanted[2] else (first if "lines" in query else _MAX_LINES)
-        try:
-            lines = await run_in_threadpool(indexer.read_lines, path)
-        except (DataError, ValueError) as error:
-            known = isinstance(error, DataError)
-            message = str(error) if known else "The path cannot be a file's. Use the path of a hit."
-            raise ApiError(404, message, param="path", code="document_not_found") from None
+        name, lines = await self.lines(query.get("index"), path)
         part = lines[first - 1 : min(last, first - 1 + _MAX_LINES)]
         return json_response(
             {
@@ -142,19 +147,19 @@ class SearchRoutes:
             }
         )
 
-    def _index(self, name: str | None) -> tuple[str, ChromaIndexer]:
-        indexes = self._service.indexes
-        if not indexes:
-            raise ApiError(404, "This server has no index. Start it with --index-dir.", code="index_not_found")
-        chosen = next(iter(indexes)) if name is None else name
-        if chosen not in indexes:
-            raise ApiError(
-                404,
-                f"There is no index {chosen[:80]!r}. Known are {', '.join(indexes)}.",
-                param="index",
-                code="index_not_found",
-            )
-        return chosen, indexes[chosen]
+    async def lines(self, index: str | None, path: str) -> tuple[str, list[str]]:
+        """Return the name of the index, and the current lines of an indexed file.
+
+        Raises:
+            ApiError: 404 for an unknown index, or a path that is not an indexed file's.
+        """
+        name, indexer = self._service.index(index)
+        try:
+            return name, await run_in_threadpool(indexer.read_lines, path)
+        except (DataError, ValueError) as error:
+            known = isinstance(error, DataError)
+            message = str(error) if known else "The path cannot be a file's. Use the path of a hit."
+            raise ApiError(404, message, param="path", code="document_not_found") from None
 
 
 def _hit(hit: Hit) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Access control: Host and Origin headers, API key, size of bodies.
 
-Any web page that a user of the machine opens can send requests to a server on loopback. Two headers that pages cannot
-forge stop it: `Origin` names another page, and after DNS rebinding (the page's own name resolves to 127.0.0.1) `Host`
-names the page's host. Programs send no Origin and are served. There is no CORS: no page of another origin can read an
-answer.
+Any web page that a user of the machine opens can send requests to a server on loopback. Three headers that pages cannot
+forge stop it: `Origin` names another page; after DNS rebinding (the page's own name resolves to 127.0.0.1) `Host` names
+the page's host; and `Sec-Fetch-Site` names requests of other pages that carry no Origin, such as those for images.
+Links of other pages lead to the search page alone. Programs send neither Origin nor Sec-Fetch-Site and are served.
+There is no CORS: no page of another origin can read an answer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from epic_rag_server.errors import ApiError, error_response
 
 __all__ = ["AccessPolicy", "RequestGuard", "host_name", "is_loopback"]
 
-_WITHOUT_KEY = frozenset({"/health", LOCAL_QUERY_PATH})  # the latter has a token
+# Local queries have a token. The page shows nothing of the server without a key; its files are the same everywhere.
+_WITHOUT_KEY = frozenset({"/health", "/", LOCAL_QUERY_PATH})
+_PAGE_FILES = "/page/"
+# What a browser sends for a request of the server's own page, and for an address that its user typed.
+_OWN_SITES = frozenset({"same-origin", "none"})
+_PAGES = frozenset({"/", "/document"})
 
 
 def host_name(netloc: str) -> str | None:
@@ -89,20 +95,29 @@ class AccessPolicy:
         for origin in headers.getlist("origin"):
             if origin.partition("://")[2].lower() != given[0].lower() or not origin.startswith(("http://", "https://")):
                 raise ApiError(403, "Pages of other origins have no access to this server.", code="origin")
-        if self.api_key is not None and path not in _WITHOUT_KEY:
-            scheme, _, key = headers.get("authorization", "").rpartition(" ")
-            # LlamaIndex's client of TEI sends the key without a scheme.
-            is_right = hmac.compare_digest(key.encode("utf-8", "replace"), self.api_key.encode())
-            if not is_right or scheme.strip().lower() not in ("", "bearer"):
-                raise ApiError(
-                    401,
-                    "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`.",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
+        if headers.get("sec-fetch-site", "none") not in _OWN_SITES:
+            is_link = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+            if not is_link or path not in _PAGES:
+                raise ApiError(403, "Pages of other origins have no access to this server.", code="origin")
+        if path not in _WITHOUT_KEY and not path.startswith(_PAGE_FILES) and not self.has_key(headers):
+            raise ApiError(
+                401,
+                "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
         announced = headers.get("content-length", "0")
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > self.max_body):
             raise self.too_large()
+
+    def has_key(self, headers: Headers) -> bool:
+        """Return whether a request has the API key, or none is needed."""
+        if self.api_key is None:
+            return True
+        scheme, _, key = headers.get("authorization", "").rpartition(" ")
+        # LlamaIndex's client of TEI sends the key without a scheme.
+        is_right = hmac.compare_digest(key.encode("utf-8", "replace"), self.api_key.encode())
+        return is_right and scheme.strip().lower() in ("", "bearer")
 
     def too_large(self) -> ApiError:
         """Return the error for a body above the limit."""

@@ -57,6 +57,24 @@ class Service:
         self.metrics.tokens.inc(tokens)
         return vectors, tokens
 
+    def index(self, name: str | None) -> tuple[str, ChromaIndexer]:
+        """Return an index and its name; None for the first.
+
+        Raises:
+            ApiError: 404 if there is none of this name.
+        """
+        if not self.indexes:
+            raise ApiError(404, "This server has no index. Start it with --index-dir.", code="index_not_found")
+        chosen = next(iter(self.indexes)) if name is None else name
+        if chosen not in self.indexes:
+            raise ApiError(
+                404,
+                f"There is no index {chosen[:80]!r}. Known are {', '.join(self.indexes)}.",
+                param="index",
+                code="index_not_found",
+            )
+        return chosen, self.indexes[chosen]
+
     def model_names(self) -> list[str]:
         """Return the names of models: plain, for queries, for passages, and for queries with each bank."""
         banks = [f"{self.name}-query@{bank}" for bank in self.banks.names()]

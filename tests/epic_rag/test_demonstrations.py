@@ -737,3 +737,27 @@ def test_a_bank_folder_can_be_copied(built_bank: DemonstrationBank, tiny_encoder
     np.testing.assert_array_equal(
         DemonstrationBank.load(tmp_path / "two").embeddings_for(tiny_encoder.fingerprint), built_bank.embeddings
     )
+
+
+def test_negatives_stay_with_the_bank_and_move_no_query(tmp_path: Path, tiny_encoder: EpicEncoder) -> None:
+    wrong = Demonstration("take back a commit", "Cats sleep.")
+    bank = DemonstrationBank([("undo", "Reset softly."), ("cats", "They sleep.")], negatives=[wrong])
+    bank.embed(tiny_encoder)
+    bank.save(tmp_path / "bank")
+    loaded = DemonstrationBank.load(tmp_path / "bank")
+    assert loaded.negatives == (wrong,)
+    assert loaded.embeddings is not None
+    plain = DemonstrationBank(bank.demonstrations)
+    assert loaded.fingerprint == plain.fingerprint
+    np.testing.assert_array_equal(
+        tiny_encoder.encode_query("undo it", bank=loaded), tiny_encoder.encode_query("undo it", bank=plain)
+    )
+    more = loaded.add([("c", "d")], tiny_encoder)
+    assert more.negatives == more.subset([0]).negatives == more.remove([0]).negatives == (wrong,)
+    replaced = loaded.with_negatives([("a", "b"), ("a", "b")])
+    assert replaced.negatives == (Demonstration("a", "b"),)
+    assert replaced.embeddings is not None
+    both = DemonstrationBank.merge([loaded, replaced, DemonstrationBank([("x", "y")], negatives=[wrong])])
+    assert both.negatives == (wrong, Demonstration("a", "b"))
+    with pytest.raises(BankError):
+        loaded.with_negatives([("a", " ")])

@@ -233,6 +233,16 @@ def test_labels_that_repeat_are_no_wrong_passages() -> None:
     np.testing.assert_allclose(evidence.weights, 1.0)
 
 
+def test_several_answers_to_one_query_are_no_wrong_passages() -> None:
+    pairs = pairs_of(4, 6)
+    pairs[:, 0] = pairs[0, 0]
+    evidence = Evidence.of(pairs[:, 0], pairs[:, 1])
+    assert evidence.confidence == 1.0
+    np.testing.assert_allclose(evidence.weights, 1.0)
+    moved = UNIVERSAL.prepare(pairs).apply(pairs[:1, 0])
+    assert (moved @ pairs[:, 1].T).mean() > (pairs[:1, 0] @ pairs[:, 1].T).mean()
+
+
 def test_ten_thousand_demonstrations_are_one_matrix() -> None:
     prepared = UNIVERSAL.prepare(pairs_of(5, 10_000))
     assert prepared.linear is not None

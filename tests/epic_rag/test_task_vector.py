@@ -69,6 +69,14 @@ def test_a_label_that_is_shown_twice_is_no_other_passage() -> None:
     np.testing.assert_allclose(task_vector(same), 0.7 * 4 / 6 * (same[:, 1] - same[:, 0]).mean(axis=0), atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_several_answers_to_one_query_confirm_each_other(count: int) -> None:
+    pairs = pairs_of(8, count, 2.0)
+    pairs[:, 0] = pairs[0, 0]
+    expected = 0.7 * count / (count + 2) * (pairs[:, 1] - pairs[:, 0]).mean(axis=0)
+    np.testing.assert_allclose(task_vector(pairs), expected, atol=1e-6)
+
+
 @given(st.integers(0, 10**6), st.integers(1, 20), st.floats(0.1, 3.0), st.randoms(use_true_random=False))
 def test_order_says_nothing_and_length_is_bounded(seed: int, k: int, noise: float, random: Any) -> None:
     pairs = pairs_of(seed, k, noise)

@@ -254,7 +254,7 @@ def query(
 
     mode = mode or DEFAULT_MODE
     if mode == "keyword" and bank:
-        message("note", "Keyword search uses no demonstrations, so --bank has no effect.")
+        message("note", "Keyword search uses no demonstrations. --bank only puts known answers of this query first.")
     elif bank and num_demonstrations is None:
         from epic_rag.demonstrations import is_enabled
 

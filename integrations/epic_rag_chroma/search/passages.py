@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from epic_rag_chroma.reading.document import HEADING_SEPARATOR
-from epic_rag_chroma.types import StaleState
+from epic_rag_chroma.types import Mark, StaleState
 
 if TYPE_CHECKING:
     from epic_rag_chroma.store.database import Record
@@ -55,6 +55,7 @@ class Candidate:
     bm25: float | None
     rerank_score: float | None = None
     duplicates: list[str] = field(default_factory=list)
+    marked: Mark | None = None
 
     @property
     def headings(self) -> tuple[str, ...]:
@@ -146,7 +147,8 @@ def choose(
     """
     passages: list[Passage] = []
     for number, candidate in enumerate(candidates):
-        neighbours = [each for each in passages if each.adjoins(candidate.row)] if merge else []
+        same = [each for each in passages if each.best.marked == candidate.marked] if merge else []
+        neighbours = [each for each in same if each.adjoins(candidate.row)]
         if neighbours and number >= JOINED_DEPTH * k:
             continue
         rows = [candidate.row] if neighbours or section_of is None else section_of(candidate.row)

@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,15 +29,17 @@ from epic_rag_chroma.search.conditions import KNOWN_KEYS
 from epic_rag_chroma.search.deduplicate import ComparedText
 from epic_rag_chroma.search.filters import Filter
 from epic_rag_chroma.search.fusion import FUSION_DEPTH, fuse
+from epic_rag_chroma.search.marks import MarkedRanking, Marks, find_marks
 from epic_rag_chroma.search.passages import Candidate, Passage, add_context, choose, join, number_of, section
 from epic_rag_chroma.search.reranking import RERANK_DEPTH, Reranker, load_reranker, rerank_scores
 from epic_rag_chroma.store.keyword_index import KeywordsUnavailableError
 from epic_rag_chroma.store.layout import is_safe_relative_path
 from epic_rag_chroma.store.paths import root_path
 from epic_rag_chroma.store.state import stale_state
-from epic_rag_chroma.types import Hit
+from epic_rag_chroma.types import Hit, Mark
 
 if TYPE_CHECKING:
+    from epic_rag import DemonstrationBank
     from epic_rag_chroma.search.index_reader import IndexReader, IndexSnapshot, Ranking
     from epic_rag_chroma.search.request import SearchRequest
     from epic_rag_chroma.store.database import Record
@@ -57,6 +60,7 @@ _OVERSAMPLING = 4
 _MIN_PAGE = 20
 # The most chunks of a section before and after the one that was found.
 _SECTION_CHUNKS = 50
+_MARK_ORDER: Mapping[Mark | None, int] = {"right": 0, None: 1, "wrong": 2}
 
 
 class Searcher:
@@ -83,7 +87,13 @@ class Searcher:
         self._allowed: dict[tuple[tuple[str, int], str], frozenset[int]] = {}
 
     def search(
-        self, texts: Sequence[str], request: SearchRequest, encode: Encode, *, fingerprint: str | None = None
+        self,
+        texts: Sequence[str],
+        request: SearchRequest,
+        encode: Encode,
+        *,
+        fingerprint: str | None = None,
+        bank: DemonstrationBank | None = None,
     ) -> list[list[Hit]]:
         """Search for queries.
 
@@ -92,6 +102,7 @@ class Searcher:
             request: Settings of the search.
             encode: Encodes the queries; not called in keyword mode.
             fingerprint: Fingerprint of the model that encodes them; None to search any index.
+            bank: Its examples mark passages of queries that are asked again.
 
         Returns:
             The hits of each query, best first.
@@ -106,6 +117,7 @@ class Searcher:
         passes = Filter(request.filters, self._index_dir) if request.filters else None
         reranker = None if request.reranker is None else self._reranker(request.reranker)
         vectors = None if request.mode == "keyword" or not texts else encode(texts)
+        marks = [Marks() if bank is None else find_marks(text, bank) for text in texts]
 
         def search(index: IndexSnapshot) -> list[list[Passage]]:
             if vectors is not None and fingerprint is not None:
@@ -125,7 +137,9 @@ class Searcher:
                     raise ConfigError(f"Cannot filter by {name!r}. The keys of this index are {keys}.")
             filtered = _FilteredIndex(index, passes, allowed)
             found = [
-                self._search_one(filtered, text, None if vectors is None else vectors[row], request, reranker)
+                self._search_one(
+                    filtered, text, None if vectors is None else vectors[row], request, reranker, marks[row]
+                )
                 for row, text in enumerate(texts)
             ]
             needs_positions = bool(request.before or request.after or request.full_section)
@@ -157,16 +171,24 @@ class Searcher:
         vector: Vectors | None,
         request: SearchRequest,
         reranker: Reranker | None,
+        marks: Marks,
     ) -> list[Passage]:
         """Return the k best passages of one query."""
         count = request.k if reranker is None else max(request.k, RERANK_DEPTH)
         depth = max(2 * count, self._fusion_depth)
+        marked: Mapping[str, Mark] = {}
         section_of = (lambda row: section(row, index.neighbours, _SECTION_CHUNKS)) if request.full_section else None
         while True:
             cosines = {} if vector is None else dict(index.nearest(vector, depth))
             bm25 = {} if request.mode == "dense" else dict(index.match(text, depth, is_hybrid=vector is not None))
             is_hybrid = vector is not None and request.mode == "hybrid"
             ranking = fuse(list(cosines), list(bm25)) if is_hybrid else list((cosines or bm25).items())
+            if marks:
+                reordered = MarkedRanking(
+                    marks, lambda ids: {row_id: row.text for row_id, row in index.get(ids).items()}
+                )
+                ranking = reordered.reorder(ranking, partial(index.match, is_hybrid=True))
+                marked = reordered.marked
             found: list[Candidate] = []
             chosen: list[Passage] = []
             compared: list[ComparedText] = []
@@ -183,7 +205,7 @@ class Searcher:
                         cosine = max(-1.0, min(1.0, cosines.get(row_id, float(row.vector @ vector))))
                     if request.mode == "dense" and cosine is not None:
                         score = cosine
-                    candidate = Candidate(row, score, cosine, bm25.get(row_id))
+                    candidate = Candidate(row, score, cosine, bm25.get(row_id), marked=marked.get(row_id))
                     if reranker is None and not _reaches(candidate, request):
                         continue
                     if request.collapse:
@@ -211,7 +233,7 @@ class Searcher:
             texts = ["\n".join((*each.headings[-1:], each.row.text)) for each in found]
             for each, score in zip(found, rerank_scores(reranker, text, texts), strict=True):
                 each.score = each.rerank_score = score
-            found.sort(key=lambda each: -each.score)
+            found.sort(key=lambda each: (_MARK_ORDER[each.marked], -each.score))
             chosen, _ = _chosen([each for each in found if _reaches(each, request)], request, section_of)
         if is_hybrid:  # chunks that only the vectors found
             missing = index.bm25(text, [passage.best.row.id for passage in chosen if passage.bm25 is None])
@@ -252,6 +274,7 @@ class Searcher:
             stale=found.stale,
             before=found.before,
             after=found.after,
+            marked=found.best.marked,
         )
 
 

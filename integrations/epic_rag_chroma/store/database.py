@@ -458,13 +458,19 @@ class IndexDatabase:
             rows = self._connection.execute("SELECT number FROM chunks").fetchall()
         return np.sort(np.asarray([row[0] for row in rows], dtype=np.int64))
 
-    def vectors_after(self, number: int) -> tuple[Numbers, Vector]:
-        """Return numbers (n,) and vectors (n, dim) of chunks with a greater number; (0, 0) if there are none."""
+    def vectors_after(self, number: int, *, every: int = 1) -> tuple[Numbers, Vector]:
+        """Return numbers (n,) and vectors (n, dim) of chunks with a greater number; (0, 0) if there are none.
+
+        Args:
+            number: All chunks have greater numbers.
+            every: Leave out chunks whose number is no multiple of this.
+        """
         numbers: list[int] = []
         values = bytearray()  # grows in place, so that the vectors are in memory once
         with self._errors():
             for each, vector in self._connection.execute(
-                "SELECT number, vector FROM vectors WHERE number > ? ORDER BY number", (number,)
+                "SELECT number, vector FROM vectors WHERE number > ? AND number % ? = 0 ORDER BY number",
+                (number, every),
             ):
                 numbers.append(each)
                 values += vector

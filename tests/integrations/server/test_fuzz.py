@@ -28,7 +28,9 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/search", {"query": "undo", "top_k": 2, "mode": "dense", "path": ["*.md"], "where": ["kind=markdown"], "since": "7d"}),
     ("/v1/search", {"query": "undo", "index": "docs", "bank": "docs", "collapse": False}),
     ("/v1/banks", {"name": "fuzzed", "task": "docs", "examples": [{"query": "a", "passage": "b"}]}),
-    ("/v1/banks/fuzzed/examples", {"examples": [{"query": "a", "passage": "b"}]}),
+    ("/v1/banks/fuzzed/examples", {"examples": [{"query": "a", "passage": "b", "relevant": False}]}),
+    ("/v1/banks/fuzzed/evaluate", {"index": "docs"}),
+    ("/v1/banks/fuzzed/undo", {}),
 ]  # fmt: skip
 VALUES = [
     None, True, False, 0, -1, 1, 2**31, 10**40, -0.0, 1.5, 1e308, "", " ", "a", "\0", "\u202e", "猫" * 50, "é" * 2000,
@@ -51,7 +53,10 @@ PATHS = [
     "/", "//", "/v1", "/v1/", "/v1/embeddings/", "/v1/documents/", "/v1/documents/%00", "/v1/documents/%ff", "/v1/documents/a%0ab",
     "/v1/documents/notes.txt?lines=%00", "/v1/documents/notes.txt?index=%ff", "/v1/documents/" + "a/" * 500, "/v1/models/%2e%2e",
     "/v1/banks/%00", "/v1/banks/" + "b" * 3000, "/v1/banks/docs/examples/%ff", "/metrics?a=b", "/info", "/%", "/?q=%zz",
-    "/v1/models/tiny-query@%00", "/v1/models/tiny-query@docs",
+    "/v1/models/tiny-query@%00", "/v1/models/tiny-query@docs", "/?q=a&q=b", "/?q=%00&mode=keyword", "/?q=%ff&bank=%ff",
+    "/?q=a&where=%00", "/?q=a&path=[a-z", "/?q=a&since=9w9", "/?q=%F0%9F%92%A9%0A&mode=dense", "/?q=" + "(" * 3000, "/?__class__=a",
+    "/document?path=notes.txt&line=0&last=99999999&from=3&to=1", "/document?path=%ff&line=1", "/document?line=1", "/page/%00",
+    "/document?path=notes.txt&line=\u0661", "/page/..%2f..%2fapp.py", "/v1/banks/docs/undo", "/v1/banks/%00/evaluate",
 ]  # fmt: skip
 
 
@@ -84,13 +89,13 @@ def malformed(draw: random.Random) -> tuple[str, str, bytes]:
         )
     if kind == 2:
         fragment = draw.choice(FRAGMENTS)
-        name = draw.choice(list(body))
+        name = draw.choice([*body, "query"])
         return "POST", path, json.dumps({**body, name: "@"}).encode().replace(b'"@"', fragment)
     if kind == 3:
         return "POST", path, json.dumps(draw.choice(VALUES)).encode()
     if kind == 4:
         body[draw.choice(["model ", "Input", "__class__", "user_id", "\0", "é", "a" * 500])] = draw.choice(VALUES)
-    elif kind == 5:
+    elif kind == 5 and body:
         del body[draw.choice(list(body))]
     elif kind == 6:
         path = draw.choice(BODIES)[0]
@@ -111,6 +116,9 @@ def test_malformed_requests_are_not_internal_errors(target: Running) -> None:
         assert response.status_code < 500, (number, method, path, body[:300], response.text)
         assert str(target.docs.parent) not in response.text
         if response.status_code >= 400 and method != "HEAD":
+            if response.headers["content-type"].startswith("text/html"):
+                assert 'class="error"' in response.text
+                continue
             error = response.json()["error"]
             assert error["message"]
             assert len(error["message"]) < 600

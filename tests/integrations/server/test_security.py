@@ -27,6 +27,13 @@ ROUTES = [
     ("POST", "/v1/search"),
     ("POST", "/v1/banks"),
     ("DELETE", "/v1/banks/docs/examples/a"),
+    ("POST", "/v1/banks/docs/examples"),
+    ("POST", "/v1/banks/docs/undo"),
+    ("POST", "/v1/banks/docs/evaluate"),
+    ("GET", "/"),
+    ("GET", "/?q=a"),
+    ("GET", "/document?path=notes.txt&line=1"),
+    ("GET", "/page/page.js"),
     ("OPTIONS", "/v1/embeddings"),
 ]
 
@@ -161,11 +168,19 @@ def test_errors_name_no_path_of_the_machine(tmp_path: Path) -> None:
             server.client.get("/v1/documents/etc/passwd"),
             server.client.get("/v1/banks/broken"),
             server.post("/v1/embeddings", {"input": "a", "model": "tiny-query@broken"}),
+            server.post("/v1/banks/broken/evaluate", {}),
+            server.post("/v1/banks/broken/undo", {}),
+            server.client.get("/?q=a"),
+            server.client.get("/document?path=a&line=1"),
         ]
-    assert [answer.status_code for answer in answers] == [503] * 5
+        first = server.client.get("/")  # shows the other banks
+    assert [answer.status_code for answer in answers] == [503] * 9
     for answer in answers:
         assert str(tmp_path) not in answer.text
+    for answer in answers[:7]:
         assert "/" not in answer.json()["error"]["message"]
+    assert first.status_code == 200
+    assert str(tmp_path) not in first.text
 
 
 def test_the_log_has_no_texts(running: Running, caplog: Any) -> None:
@@ -173,8 +188,10 @@ def test_the_log_has_no_texts(running: Running, caplog: Any) -> None:
         running.post("/v1/search", {"query": "confidential words"})
         running.client.get("/v1/documents/notes.txt?lines=1")
         running.client.get("/confidential?q=words")
+        running.client.get("/?q=confidential+words")
+        running.client.get("/document?path=notes.txt&line=1")
     lines = [record.getMessage() for record in caplog.records if record.name == "epic_rag_server.metrics"]
-    assert len(lines) == 3
+    assert len(lines) == 5
     assert not [line for line in lines if "confidential" in line or "words" in line or "notes" in line]
 
 
