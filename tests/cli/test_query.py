@@ -200,6 +200,7 @@ def test_json(fake: type[FakeIndexer], cli: Any) -> None:
                 "stale": None,
                 "before": "",
                 "after": "",
+                "marked": None,
             }
         ],
     }
