@@ -86,11 +86,11 @@ class ReaderTrainingOptions:
     source_rows: int = 320
     sources: int = 6
     least_rows: int = 300
-    episodes: int = 1200
+    episodes: int = 700
     largest: int = 1400
     own: float = 0.4
     wrong: float = 0.15
-    steps: int = 800
+    steps: int = 400
     learning_rate: float = 0.05
     smoothness: float = 0.1
     decay: float = 0.003

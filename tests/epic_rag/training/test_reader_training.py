@@ -84,7 +84,7 @@ def test_sources_are_tasks(tmp_path: Path) -> None:
     rows = [{"query": f"q{n}", "positive": f"p{n}", "source": "abc"[n % 3]} for n in range(30)]
     (tmp_path / "manuals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_pairs(tmp_path / "terms.jsonl")
-    options = ReaderTrainingOptions(least_rows=5, rows=8)
+    options = ReaderTrainingOptions(least_rows=5, rows=8, source_rows=8)
     found = read_tasks(tmp_path, options)
     assert set(found) == {"manuals#a", "manuals#b", "manuals#c", "terms"}
     assert all(len(pairs) == 8 for pairs, _ in found.values())
