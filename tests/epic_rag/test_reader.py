@@ -137,6 +137,18 @@ def test_left_out_demonstrations_are_moved_by_the_others_alone() -> None:
         assert evidence.confidence == 1.0
 
 
+def test_repeated_pairs_are_not_left_out() -> None:
+    pairs = pairs_of(9, 30)
+    once, _ = prepare_features(pairs)
+    assert once.left_out is not None
+    assert len(once.left_out.own) == 30
+    twice, _ = prepare_features(np.concatenate([pairs, pairs]))
+    assert twice.left_out is None  # what the copy says about its pair would look like a gain
+    some, _ = prepare_features(np.concatenate([pairs, pairs[:10]]))
+    assert some.left_out is not None
+    assert len(some.left_out.own) == 20
+
+
 def test_passages_of_the_same_label_are_no_negatives() -> None:
     chance = np.random.default_rng(4)
     labels = np.arange(120) % 6
