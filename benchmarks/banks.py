@@ -4,9 +4,10 @@
     python benchmarks/banks.py embed
     python benchmarks/banks.py evaluate --data DIR --eval DIR [--model NAME] [--sizes 16,64,128] [--cache-dir DIR]
 
-`build` draws demonstrations from openly licensed training pairs (`SOURCES` has files, licences and filters) with a
-fixed seed, and writes `bank.json`. A bank without a source, `claims`, is written by hand and stays. `embed` computes
-the vectors of all banks for every shipped checkpoint, in half precision; run it after a checkpoint has changed.
+`build` keeps the first demonstrations of each bank, which are written by hand and are a mixed choice, and appends
+demonstrations that are drawn from openly licensed training pairs (`SOURCES` has files, licences and filters) with a
+fixed seed; then it writes `bank.json`. `embed` computes the vectors of all banks for every shipped checkpoint, in half
+precision; run it after a checkpoint has changed.
 
 `evaluate` ranks the queries of other sets of each task with the bank's instruction, without and with its
 demonstrations, among the set's own documents and among those of all sets with other queries, by cosine and fused with
@@ -19,7 +20,7 @@ import argparse
 import random
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,12 @@ class Source:
     words: tuple[int, int] | None = (20, 160)
 
 
+BY_HAND = {"claims": 14, "code": 14, "commands": 16, "docs": 16, "intent": 16, "papers": 14, "qa": 14, "sts": 14}
+"""Demonstrations of each bank that are written by hand; they come first."""
+SIZES: dict[str, int] = {}
+"""Demonstrations of each bank, by measurement; those by hand where it is missing."""
+
+
 def is_docs(row: dict[str, str]) -> bool:
     return row.get("source") in PACKAGES and not TESTED.search(row["query"] + " " + row["positive"])
 
@@ -120,6 +127,20 @@ TASKS = {
 FILES = ("nl2bash", "foldoc", "scitldr", "climate_fever")
 
 
+def enlarged(name: str, data: Path, count: int) -> DemonstrationBank:
+    """Return a built-in bank's demonstrations by hand, and drawn ones behind them up to `count`."""
+    stored = DemonstrationBank.load(name)
+    by_hand = stored.demonstrations[: BY_HAND[name]]
+    drawn = draw(name, data, max(0, count - len(by_hand))) if name in SOURCES else []
+    origin = "The first {} are written for this project, Apache-2.0; the others are from {}."
+    return DemonstrationBank(
+        [*by_hand, *drawn],
+        task=name,
+        origin=origin.format(len(by_hand), SOURCES[name].origin) if drawn else stored.origin,
+        enabled=stored.enabled,
+    )
+
+
 def draw(name: str, data: Path, count: int = LARGEST) -> list[Demonstration]:
     """Draw demonstrations of a bank from its source: varied, clean, each query and passage once."""
     source = SOURCES[name]
@@ -151,18 +172,10 @@ def draw(name: str, data: Path, count: int = LARGEST) -> list[Demonstration]:
     return list(found.values())
 
 
-def build(data: Path, names: Sequence[str], sizes: dict[str, int]) -> None:
-    """Write `bank.json` of the named banks that have a source."""
+def build(data: Path, names: Sequence[str], sizes: Mapping[str, int]) -> None:
+    """Write `bank.json` of the named banks."""
     for name in names:
-        if name not in SOURCES:
-            continue
-        stored = DemonstrationBank.load(name)
-        bank = DemonstrationBank(
-            draw(name, data, sizes.get(name, LARGEST)),
-            task=name,
-            origin=f"drawn from {SOURCES[name].origin}, by benchmarks/banks.py",
-            enabled=stored.enabled,
-        )
+        bank = enlarged(name, data, sizes.get(name, 0))
         bank.save(built_in_banks()[name])
         print(f"{name}: {len(bank)} demonstrations", file=sys.stderr)
 
@@ -218,7 +231,7 @@ def evaluate(arguments: argparse.Namespace) -> str:
                         rows.append(
                             [
                                 bank_name,
-                                f"{len(bank)}{'' if bank.origin.startswith('drawn') else ' (by hand)'}",
+                                str(len(bank)),
                                 strategy,
                                 known.split.name,
                                 *key,
@@ -234,12 +247,12 @@ def evaluate(arguments: argparse.Namespace) -> str:
 
 
 def candidates(name: str, arguments: argparse.Namespace) -> list[DemonstrationBank]:
-    """Return the stored bank, and banks of other sizes that would be drawn from its source."""
-    found = [DemonstrationBank.load(name)]
-    if arguments.sizes and name in SOURCES:
-        drawn = draw(name, arguments.data, max(arguments.sizes))
-        found += [DemonstrationBank(drawn[:size], task=name, origin="drawn") for size in arguments.sizes]
-    return found
+    """Return the stored bank, and banks of other sizes."""
+    found = {len(bank): bank for bank in (DemonstrationBank.load(name),)}
+    for size in arguments.sizes:
+        bank = enlarged(name, arguments.data, size)
+        found.setdefault(len(bank), bank)
+    return [found[size] for size in sorted(found)]
 
 
 def pairs_of(store: EmbeddingStore, bank: DemonstrationBank) -> np.ndarray:
@@ -285,10 +298,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.sizes = [int(size) for size in sizes]
         print(evaluate(given))
     return 0
-
-
-SIZES: dict[str, int] = {}
-"""Demonstrations of each bank, by measurement."""
 
 
 if __name__ == "__main__":

@@ -45,13 +45,15 @@ from epic_rag.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 LLM_CHECKPOINT = "epic-smollm2"
-STAGES = ("ablations", "efficiency", "heldout", "evaluation", "quantisation")
+STAGES = ("ablations", "efficiency", "heldout", "fewshot", "evaluation", "quantisation")
 REPORT = "report"
 # Options beyond the command that is shown, so that a program's files are in the step's folder.
 PLUMBING = {
     ("epic-rag", "eval"): "--output {step}/result.json --cache-dir {cache} --mteb-output {step}/mteb",
     ("epic-rag", "ablate"): "--output {step}",
     ("python", "benchmarks/efficiency.py"): "--output {step}",
+    ("python", "benchmarks/few_shot_index.py"): "",
+    ("python", "benchmarks/banks.py"): "--cache-dir {cache}",
 }
 # Without hardware support bfloat16 takes many times as long as float32.
 DTYPE = "bfloat16" if has_bfloat16_instructions() else "float32"
