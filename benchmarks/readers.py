@@ -1,12 +1,18 @@
 """Words that an independent extractor finds in real files and our readers do not, by format.
 
-    python benchmarks/readers.py FOLDER... [--limit 300] [--worst 5] [--json FILE]
+    python benchmarks/readers.py FOLDER... [--limit 300] [--worst 5] [--reasons] [--json FILE]
 
 A word is lacking if the other extractor has it more often than the text that is embedded and searched, with its
 headings. Navigation, scripts and front matter, which are left out on purpose, are left out of the other extractor's
-words too. Extractors that are not installed are named, and their formats are not measured:
+words too. Words that the other extractor writes as one and we as several, or the other way round, count as lacking.
+Extractors that are not installed are named, and their formats are not measured:
 
     pip install selectolax docutils pylatexenc Markdown
+    apt-get install poppler-utils pandoc libreoffice-writer-nogui libreoffice-calc-nogui libreoffice-impress-nogui
+
+PDF is compared with Poppler's pdftotext; Word, OpenDocument text and EPUB with pandoc; spreadsheets, presentations and
+RTF with LibreOffice. Only the standard library and the reader itself are needed to measure an earlier version: run this
+file with the other version's folders in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -16,7 +22,10 @@ import email
 import json
 import random
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import unicodedata
 from collections import Counter, defaultdict
@@ -27,13 +36,14 @@ from pathlib import Path
 from typing import Any
 
 from epic_rag_chroma.chunking import chunk_document
-from epic_rag_chroma.reading.document import INVISIBLE, BrokenFileError, Document, NotTextError
+from epic_rag_chroma.reading.document import BrokenFileError, Document, NotTextError
 from epic_rag_chroma.reading.encoding import decode
 from epic_rag_chroma.reading.file_types import kind_of
-from epic_rag_chroma.reading.front_matter import read_front_matter
 from epic_rag_chroma.reading.reader import read_document
 
 WORD = re.compile(r"[^\W_]+")
+INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]+")
+FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\n.*?\n\1[ \t]*\n", re.DOTALL)
 
 
 def words_of(text: str) -> Counter[str]:
@@ -44,17 +54,17 @@ def rough_tokens(texts: Sequence[str]) -> list[int]:
     return [len(text) // 4 for text in texts]
 
 
-def embedded_text(document: Document) -> str:
-    """The text of a document that is embedded and searched, and the headings that are not lines of it."""
+def passages_of(document: Document) -> list[str]:
+    """The texts that are embedded and searched."""
     chunks = chunk_document(document, max_tokens=200, overlap=0, count_tokens=rough_tokens)
-    return "\n".join([*(heading.title for heading in document.headings), *(chunk.words for chunk in chunks)])
+    return [getattr(chunk, "words", chunk.text) for chunk in chunks]
 
 
 def text_of(name: str, data: bytes) -> str:
     """The text of a file, without front matter."""
-    lines = decode(data).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    front = read_front_matter(lines)
-    return "\n".join(lines if front is None else lines[front.end :])
+    text = decode(data).replace("\r\n", "\n").replace("\r", "\n")
+    front = FRONT_MATTER.match(text)
+    return text if front is None else text[front.end() :]
 
 
 def of_html(name: str, data: bytes | str) -> str:
@@ -211,10 +221,47 @@ def of_text(name: str, data: bytes) -> str:
     return text_of(name, data)
 
 
+def output_of(program: str, *arguments: str, data: bytes = b"") -> str:
+    """What a program prints for data on its standard input."""
+    if shutil.which(program) is None:
+        raise ImportError(program, name=program)
+    done = subprocess.run([program, *arguments], input=data, capture_output=True, timeout=600)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr.decode(errors="replace").strip()[:120] or f"{program} fails")
+    return done.stdout.decode("utf-8", "replace")
+
+
+def of_pdf(name: str, data: bytes) -> str:
+    return output_of("pdftotext", "-enc", "UTF-8", "-", "-", data=data)
+
+
+def of_pandoc(name: str, data: bytes) -> str:
+    return output_of("pandoc", "--from", name.rpartition(".")[2].lower(), "--to", "plain", "--wrap=none", data=data)
+
+
+def of_libreoffice(name: str, data: bytes) -> str:
+    """The text of a file as LibreOffice exports it: all sheets as CSV, a presentation as PDF, a text as text."""
+    suffix = name.rpartition(".")[2].lower()
+    sheets, slides = suffix.startswith(("xl", "ods")), suffix.startswith(("pp", "odp"))
+    csv = "csv:Text - txt - csv (StarCalc):44,34,76,1,,0,false,true,false,false,false,-1"
+    target = csv if sheets else "pdf" if slides else "txt:Text (encoded):UTF8"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"file.{suffix}"
+        path.write_bytes(data)
+        output_of("soffice", "--headless", "--convert-to", target, "--outdir", f"{folder}/out", str(path))
+        made = sorted(Path(folder, "out").glob("*"))
+        return "\n".join(of_pdf("", file.read_bytes()) if slides else file.read_text("utf-8-sig") for file in made)
+
+
+def of_opendocument(name: str, data: bytes) -> str:
+    return of_pandoc(name, data) if name.lower().endswith(".odt") else of_libreoffice(name, data)
+
+
 EXTRACTORS: dict[str, Callable[[str, bytes], str]] = {
     "html": of_html, "markdown": of_markdown, "rst": of_rst, "email": of_mail, "json": of_json, "jsonl": of_jsonl,
     "yaml": of_yaml, "xml": of_xml, "svg": of_svg, "latex": of_latex, "notebook": of_notebook, "text": of_text,
-    "csv": of_text,
+    "csv": of_text, "pdf": of_pdf, "docx": of_pandoc, "epub": of_pandoc, "opendocument": of_opendocument,
+    "xlsx": of_libreoffice, "pptx": of_libreoffice, "rtf": of_libreoffice,
 }  # fmt: skip
 
 
@@ -223,9 +270,11 @@ class Result:
     """Counts of one format: files, words of the other extractor, those that we lack, and the files that lack most."""
 
     files: int = 0
+    passages: int = 0
     words: int = 0
     lacking: int = 0
     skipped: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
     seconds: float = 0.0
     worst: list[tuple[float, str, str]] = field(default_factory=list)
@@ -250,9 +299,12 @@ def measure(paths: list[Path]) -> tuple[dict[str, Result], set[str]]:
         document = None
         try:
             document = read_document(path.name, data)
-        except (NotTextError, BrokenFileError):
+        except (NotTextError, BrokenFileError) as error:
             result.skipped += 1
+            result.reasons[str(error)] = result.reasons.get(str(error), 0) + 1
+        passages = [] if document is None else passages_of(document)
         result.seconds += time.process_time() - started
+        result.passages += len(passages)
         result.bytes += len(data)
         try:
             other = words_of(EXTRACTORS[kind](name, data))
@@ -262,7 +314,8 @@ def measure(paths: list[Path]) -> tuple[dict[str, Result], set[str]]:
         except Exception as error:  # what the other extractor cannot read is no measure
             print(f"{path}: {type(error).__name__}: {error}"[:200], file=sys.stderr)
             continue
-        lacking = other - words_of("" if document is None else embedded_text(document))
+        titles = [] if document is None else [heading.title for heading in document.headings]
+        lacking = other - words_of("\n".join([*titles, *passages]))
         result.files += 1
         result.words += other.total()
         result.lacking += lacking.total()
@@ -278,6 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=300, help="files of each format, drawn by chance")
     parser.add_argument("--worst", type=int, default=0, help="files to list for each format")
     parser.add_argument("--kind", action="append", help="only this format")
+    parser.add_argument("--reasons", action="store_true", help="list the reasons of skipped files")
     parser.add_argument("--json", type=Path, help="write the results here")
     given = parser.parse_args(arguments)
     by_kind: defaultdict[str, list[Path]] = defaultdict(list)
@@ -289,10 +343,12 @@ def main(arguments: list[str] | None = None) -> int:
         path for paths in by_kind.values() for path in random.Random(0).sample(paths, min(given.limit, len(paths)))
     ]
     results, missing = measure(sorted(chosen))
-    print("| format | files | skipped | words | lacking, % | MB/s |\n|---|--:|--:|--:|--:|--:|")
+    print("| format | files | skipped | passages | seconds | words | lacking, % |\n|---|--:|--:|--:|--:|--:|--:|")
     for kind, result in sorted(results.items()):
-        speed = result.bytes / 1e6 / max(result.seconds, 1e-9)
-        print(f"| {kind} | {result.files} | {result.skipped} | {result.words} | {result.percent:.2f} | {speed:.1f} |")
+        numbers = f"{result.files} | {result.skipped} | {result.passages} | {result.seconds:.1f} | {result.words}"
+        print(f"| {kind} | {numbers} | {result.percent:.2f} |")
+        for reason, count in sorted(result.reasons.items(), key=lambda item: -item[1]) if given.reasons else ():
+            print(f"    {count} skipped: {reason}", file=sys.stderr)
         for share, path, examples in sorted(result.worst, reverse=True)[: given.worst]:
             print(f"    {share:5.1f} % {path}: {examples}", file=sys.stderr)
     if missing:

@@ -27,7 +27,7 @@ def test_nothing_is_lacking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "json": (1, 5, 0), "yaml": (1, 4, 0), "xml": (1, 2, 0), "svg": (1, 2, 0), "text": (2, 2, 0),
     }  # fmt: skip
     assert results["text"]["skipped"] == 1
-    assert "| json | 1 | 0 | 5 | 0.00 |" in capsys.readouterr().out
+    assert "| json | 1 | 0 | 1 | 0.0 | 5 | 0.00 |" in capsys.readouterr().out
 
 
 def test_lacking_words_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lxml.etree import _Element
 
 __all__ = [
+    "EQUATION_MARKS",
     "MAX_CHARACTERS",
     "Archive",
     "DocumentBuilder",
@@ -90,6 +91,10 @@ def attribute(element: _Element, name: str) -> str:
         if str(key).rpartition("}")[2] == name:
             return str(value)
     return ""
+
+
+# Marks between the parts of an equation, which stands on one line: a fraction, an exponent, an index.
+EQUATION_MARKS = {"den": "/", "sup": "^", "sub": "_"}
 
 
 def children(element: _Element, *names: str) -> Iterator[_Element]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from epic_rag_chroma.reading.containers import attribute, children, local_name
+from epic_rag_chroma.reading.containers import EQUATION_MARKS, attribute, children, local_name
 from epic_rag_chroma.reading.number_formats import number_text
 from epic_rag_chroma.reading.package import Package
 
@@ -36,6 +36,8 @@ def drawn_text(paragraph: _Element) -> str:
         elif not (
             name in ("pPr", "rPr", "endParaRPr") or (name == "fld" and attribute(element, "type").startswith(_FIELDS))
         ):
+            if name in EQUATION_MARKS and next(element.iter("{*}t"), None) is not None:
+                parts.append(EQUATION_MARKS[name])
             stack.extend(reversed(element))
     return "".join(parts)
 

@@ -169,19 +169,15 @@ class _Reader:
             self._out.text(f"Comment{f' by {author}' if author else ''}: {text}", page=self._page)
 
     def _object(self, frame: _Element) -> None:
-        """Add an embedded chart: its titles, and its data, which the file has as a table."""
+        """Add an embedded chart or sheet: its titles, and its data, which the file has as a table."""
         root = next(iter(frame.iter("{*}document", "{*}document-content")), None)
         name = posixpath.normpath(attribute(frame, "href").removeprefix("./") or ".") + "/content.xml"
         if root is None and self._archive is not None and name in self._archive:
             root = parse_xml(self._archive.read(name), _PURPOSE)
-        # Within the body, an element named like the chart itself holds it.
-        charts = (
-            [chart for body in root.iter("{*}chart") for chart in children(body, "chart")] if root is not None else []
-        )
-        for chart in charts:
-            for title in chart.iter("{*}title", "{*}subtitle"):
+        for body in root.iter("{*}body") if root is not None else ():
+            for title in body.iter("{*}title", "{*}subtitle"):
                 self._out.text(" ".join(_text(paragraph) for paragraph in title.iter("{*}p")), page=self._page)
-            for table in chart.iter("{*}table"):
+            for table in body.iter("{*}table"):
                 self._table(table)
 
     def _table(self, table: _Element) -> None:

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import resources
 from itertools import pairwise
+from math import inf, isfinite
 from statistics import median
 from typing import NamedTuple
 
-__all__ = ["LINE_END_HYPHEN", "Run", "joined_lines", "ordered_rows"]
+__all__ = ["LINE_END_HYPHEN", "Run", "joined_lines", "ordered_rows", "row_text", "words_of"]
 
 # The letter that stands for a hyphen which the page's program put at the end of a line.
 LINE_END_HYPHEN = "\x02"
@@ -81,7 +82,9 @@ def _ordered(runs: list[Run], depth: int) -> list[list[Run] | None]:
 def _rows(runs: list[Run]) -> list[list[Run]]:
     """Group runs into rows from top to bottom; of a row, the lowest run is the measure (not an initial)."""
     rows: list[tuple[list[Run], float, float]] = []
-    for run in sorted(runs, key=lambda run: (-run.top - run.bottom, run.left)):
+    usual = median([run.top - run.bottom for run in runs] or [0])
+    # An initial stands in its first row.
+    for run in sorted(runs, key=lambda run: (min(usual, run.top - run.bottom) / 2 - run.top, run.left)):
         height = run.top - run.bottom
         for number in range(len(rows) - 1, max(-1, len(rows) - 4), -1):
             row, bottom, top = rows[number]
@@ -101,7 +104,7 @@ def _columns(rows: list[list[Run]], first: int, height: float) -> tuple[int, lis
     row = rows[first]
     starts = [(one.right, other.left) for one, other in pairwise(row)]
     if len(row) == 1:
-        starts = [(row[0].right, float("inf")), (-float("inf"), row[0].left)]
+        starts = [(row[0].right, inf), (-inf, row[0].left)]
     for low, high in starts:
         if high - low < _MIN_GUTTER * height:
             continue
@@ -127,10 +130,12 @@ def _narrowed(row: list[Run], low: float, high: float, least: float) -> tuple[fl
     for run in row:
         if run.right <= low or run.left >= high:
             continue
-        before, after = run.left - low, high - run.right
-        if max(before, after) < least:
+        parts = [(run.left - low, low, run.left), (high - run.right, run.right, high)]
+        wide = [part for part in parts if part[0] >= least]
+        if not wide:
             return None
-        low, high = (low, run.left) if before > after else (run.right, high)
+        # Between the run and the edge of the page there is no second column.
+        _, low, high = max(wide, key=lambda part: (isfinite(part[0]), part[0]))
     return low, high
 
 
@@ -217,9 +222,11 @@ def _keeps_hyphen(first: str, second: str, known: Counter[str]) -> bool:
     The document decides, if it has the word elsewhere; otherwise two words of English that are none together are a
     compound.
     """
+    capitals = len(first) > 1 and first.isupper() and second.isupper()
     first = first.replace("\u2010", "-").replace(LINE_END_HYPHEN, "-").lower()
-    if not second[0].islower() or "-" in first or "-" in second or "\u2010" in second:
+    if not (second[0].islower() or capitals) or "-" in first or "-" in second or "\u2010" in second:
         return True
+    second = second.lower()
     whole = first + second
     spelt, hyphenated = known[whole], known[f"{first}-{second}"]
     if spelt or hyphenated:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from epic_rag_chroma.reading.containers import DocumentBuilder, attribute, children, local_name, parsing
+from epic_rag_chroma.reading.containers import EQUATION_MARKS, DocumentBuilder, attribute, children, local_name, parsing
 from epic_rag_chroma.reading.document import BrokenFileError, Document, NotTextError, SplitCost
 from epic_rag_chroma.reading.drawing import chart_rows, chart_titles, diagram_texts, related_drawings
 from epic_rag_chroma.reading.html import read_html
@@ -422,6 +422,8 @@ def _text(paragraph: _Element) -> _Text:
         elif name in ("chart", "relIds"):
             drawings.append(element)
         else:
+            if name in EQUATION_MARKS and next(element.iter("{*}t"), None) is not None:
+                parts.append(EQUATION_MARKS[name])
             stack.extend(reversed(element))
     return _Text("".join(parts), notes, boxes, drawings)
 
