@@ -22,7 +22,7 @@ from epic_rag_chroma.reading.document import (
     text_split_costs,
 )
 from epic_rag_chroma.reading.encoding import decode_labelled
-from epic_rag_chroma.reading.file_types import kind_of
+from epic_rag_chroma.reading.file_types import kind_of, unread_format
 from epic_rag_chroma.reading.html import read_html
 from epic_rag_chroma.reading.mail import is_stub, read_email
 
@@ -125,7 +125,8 @@ class _Message:
             return
         name = self._text(_FILE_NAME, place) or self._text(_SHORT_NAME, place)
         content = self._stream(f"{_ATTACHED}0102", place)
-        if content and kind_of(name) in ("text", "markdown", "csv") and "." in name and b"\0" not in content:
+        is_text = kind_of(name) in ("text", "markdown", "csv") and "." in name and not unread_format(name)
+        if is_text and content and b"\0" not in content:
             lines = split_lines(printable(decode_labelled(content, None)))
             self._out.add_document(Document(lines, text_split_costs(lines)))
 
