@@ -35,6 +35,10 @@ from email.policy import default as default_policy
 from pathlib import Path
 from typing import Any
 
+# A script's folder comes first on the path, and modules here have names of packages that LlamaIndex imports.
+if __name__ == "__main__":
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+
 from epic_rag_chroma.chunking import chunk_document
 from epic_rag_chroma.reading.document import BrokenFileError, Document, NotTextError
 from epic_rag_chroma.reading.encoding import decode
@@ -44,6 +48,9 @@ from epic_rag_chroma.reading.reader import read_document
 WORD = re.compile(r"[^\W_]+")
 INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]+")
 FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\n.*?\n\1[ \t]*\n", re.DOTALL)
+
+
+TEXT = (".txt", ".text", ".info")
 
 
 def words_of(text: str) -> Counter[str]:
@@ -337,8 +344,11 @@ def main(arguments: list[str] | None = None) -> int:
     by_kind: defaultdict[str, list[Path]] = defaultdict(list)
     for folder in given.folders:
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.is_symlink() and (not given.kind or kind_of(path.name) in given.kind):
-                by_kind[kind_of(path.name)].append(path)
+            kind = kind_of(path.name)
+            if not path.is_file() or path.is_symlink() or (given.kind and kind not in given.kind):
+                continue
+            if kind != "text" or path.suffix.lower() in TEXT:  # other names may be pictures or programs
+                by_kind[kind].append(path)
     chosen = [
         path for paths in by_kind.values() for path in random.Random(0).sample(paths, min(given.limit, len(paths)))
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Union
 
 __all__ = ["Tree", "compound_file", "outlook_message"]
@@ -27,7 +28,7 @@ def compound_file(tree: Tree) -> bytes:
             entries.append({"name": name, "kind": 2 if isinstance(child, bytes) else 1, "data": child})
             if not isinstance(child, bytes):
                 entries[numbers[-1]]["child"] = add(child)
-        for one, other in zip(numbers, numbers[1:], strict=False):
+        for one, other in pairwise(numbers):
             entries[one]["right"] = other
         return numbers[0] if numbers else _FREE
 

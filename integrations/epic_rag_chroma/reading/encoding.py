@@ -19,6 +19,8 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _SNIFFED = 8192
+# Pictures and other markup in a manual of Info; no other text has null characters.
+_INFO_MARKUP = re.compile(rb"\0\x08\[(?:image|index|[a-z]+)\b[^\0]{0,100000}\0\x08\]")
 # Control characters outside of text: all but backspace, tab, line ends, form feed, DOS's end of file and escape.
 _CONTROLS = bytes(set(range(32)) - {8, 9, 10, 12, 13, 26, 27})
 _ASCII = bytes(range(128))
@@ -60,6 +62,8 @@ def decode(data: bytes) -> str:
             if "\0" in text:  # breaks SQLite's full-text index, in which Chroma keeps documents
                 raise NotTextError("not text: it has null characters")
             return text
+    if b"\0\b[" in data:
+        data = _INFO_MARKUP.sub(lambda match: b"\n" * match.group().count(b"\n"), data)
     if b"\0" in data:
         return _decode_wide(data)
     try:

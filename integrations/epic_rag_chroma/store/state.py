@@ -15,7 +15,7 @@ from epic_rag_chroma.types import IndexSettings, StaleState
 __all__ = ["CHUNKER_VERSION", "FileEntry", "IndexState", "MirrorState", "stale_state"]
 
 # Increased whenever a file would be chunked or embedded differently; the next run then reads every file again.
-CHUNKER_VERSION = 3
+CHUNKER_VERSION = 4
 # A file can change without its stat data within one clock tick of the file system (2 s on FAT).
 _RACY_NS = 2_000_000_000
 

@@ -101,3 +101,10 @@ def test_utf8(text: str) -> None:
 def test_any_bytes(data: bytes) -> None:
     with suppress(NotTextError):
         assert "\0" not in decode(data)
+
+
+def test_pictures_in_manuals_of_info() -> None:
+    data = (
+        b'\x1f\nFile: a.info\n\nBefore\n\0\x08[image src="a.png" alt="x"\n text="y"\0\x08]\nafter\0\x08[index\0\x08]\n'
+    )
+    assert decode(data) == "\x1f\nFile: a.info\n\nBefore\n\n\nafter\n"

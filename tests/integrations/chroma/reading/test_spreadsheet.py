@@ -118,7 +118,7 @@ def test_a_title_is_not_repeated_and_not_the_header() -> None:
 
 
 def test_comments_charts_text_boxes_and_headers() -> None:
-    series = f'<c:ser><c:tx><c:strRef><c:strCache><c:pt idx="0"><c:v>Lynx</c:v></c:pt></c:strCache></c:strRef></c:tx><c:val><c:numRef><c:numCache><c:pt idx="0"><c:v>5</c:v></c:pt></c:numCache></c:numRef></c:val></c:ser>'
+    series = '<c:ser><c:tx><c:strRef><c:strCache><c:pt idx="0"><c:v>Lynx</c:v></c:pt></c:strCache></c:strRef></c:tx><c:val><c:numRef><c:numCache><c:pt idx="0"><c:v>5</c:v></c:pt></c:numCache></c:numRef></c:val></c:ser>'
     extra = {
         "xl/worksheets/_rels/sheet1.xml.rels": relations(
             ("r1", "comments", "../comments1.xml"), ("r2", "drawing", "../drawings/drawing1.xml")
