@@ -26,6 +26,7 @@ STAGES = (
     "prompt_cache",
     "prompt_cache_bf16",
     "task_vector",
+    "reader",
     "throughput",
     "devices",
     "profiling",
@@ -61,6 +62,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
         "prompt_cache": [*prompt, "--output", str(options.output)],
         "prompt_cache_bf16": [*prompt, "--dtype", "bfloat16", "--output", str(options.output / "bf16")],
         "task_vector": ["task_vector.py", "--pairs", tasks, "--output", str(options.output)],
+        "reader": ["reader.py", "--output", str(options.output)],
         "throughput": ["throughput.py", "--texts", str(train / SECTIONS), "--output", str(options.output)],
         "devices": ["devices.py", "--texts", str(train / SECTIONS), "--output", str(options.output)],
         "profiling": [
@@ -110,6 +112,7 @@ def quick_commands(folder: Path) -> dict[str, list[str]]:
             *("task_vector.py", "--model", model, "--pairs", str(pairs), "--strengths", "0.7", "--k", "2"),
             *("--queries", "5", "--documents", "10", "--draws", "1", "--runs", "2", "--output", out),
         ],
+        "reader": ["reader.py", "--model", model, "--sizes", "1,40", "--runs", "2", "--output", out],
         "profiling": [
             *("profiling.py", "--model", model, "--llm", model, "--texts", str(pairs), "--count", "20", "--runs", "2"),
             *("--output", out),

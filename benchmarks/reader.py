@@ -1,12 +1,15 @@
 """Cost of the reader of demonstrations: `reader.py --output DIR`.
 
-Seconds to prepare 1 to 10,000 demonstrations, and the share of a single query's latency that the reader adds.
+Seconds to build a bank of 1 to 10,000 pairs whose texts are embedded (saving it, loading it, and preparing its
+demonstrations, adapted gains included), and the share of a single query's latency that the reader adds.
+`few_shot_index.py` compares an index's files by hash before and after.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ from epic_rag.metrics import unit_rows
 
 SIZES = (1, 8, 100, 1_000, 10_000)
 LARGEST_SHARE = 1.05
+BUILT, LONGEST_BUILD = 1_000, 5.0
 
 
 class RandomVectors:
@@ -42,6 +46,9 @@ class RandomVectors:
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default="epic-minilm")
+    options.add_argument(
+        "--sizes", default=",".join(map(str, SIZES)), metavar="N,...", help="numbers of demonstrations"
+    )
     options.add_argument("--runs", type=int, default=15, metavar="N")
     options.add_argument("--output", required=True, type=Path, metavar="DIR")
     return options
@@ -51,13 +58,20 @@ def measure(options: argparse.Namespace) -> int:
     encoder = EpicEncoder.from_pretrained(options.model, device="cpu", dtype="auto")
     query = "how do I rotate the log files of the server every night?"
     rows, bars = [], list[Bar]()
-    for n in SIZES:
+    for n in map(int, options.sizes.split(",")):
         bank = DemonstrationBank([(f"query {row}", f"passage {row}") for row in range(n)], instruction="")
         bank.embed(RandomVectors(encoder))
-        pairs = bank.embeddings_for(encoder.fingerprint)
-        started = time.perf_counter()
-        encoder.reader.prepare(pairs)
-        seconds = time.perf_counter() - started
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            bank.save(folder)
+            saved = time.perf_counter()
+            bank = DemonstrationBank.load(folder)
+            pairs = bank.embeddings_for(encoder.fingerprint)
+            loaded = time.perf_counter()
+            encoder.reader.prepare(pairs)
+            seconds = [saved - started, loaded - saved, time.perf_counter() - loaded]
+        if n == BUILT:
+            bars.append(Bar("seconds to build a bank of 1,000 embedded pairs", sum(seconds), LONGEST_BUILD, True))
         encoder.encode_query(query, bank=bank, strategy="reader")
         timings = interleaved(
             {
@@ -75,8 +89,8 @@ def measure(options: argparse.Namespace) -> int:
             at_most=True,
         )
         bars.append(bar)
-        rows.append([f"{n:,}", f"{seconds:.3f}"])
-    table = markdown_table(["demonstrations", "seconds to prepare"], rows, text_columns=0)
+        rows.append([f"{n:,}", *(f"{each:.3f}" for each in seconds)])
+    table = markdown_table(["demonstrations", "seconds to save", "to load", "to prepare"], rows, text_columns=0)
     markdown = f"{encoder.name}, one query.\n\n{table}\n\n{bars_table(bars)}"
     write(options.output, "reader", markdown, bars, torch.device("cpu"))
     return 0
