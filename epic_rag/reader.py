@@ -24,6 +24,9 @@ moved by what the others say about it (leave-one-out, in closed form for all M_k
 against the other demonstrations' passages, and with a smaller weight against their passages and queries, plus
 (l / n) |g - prior|^2. So a bank of few or useless pairs keeps the prior.
 
+**Queries of another task.** A query whose cosine with the mean of the demonstrations' queries lies 1.5 standard
+deviations below theirs moves less, and one at 3 stays where it is.
+
 Everything is relative to spreads of the demonstrations' own cosines, so the same prior serves any encoder: the
 *universal* reader, which is part of this module. A checkpoint may bring its own gains in `reader.safetensors`.
 docs/tried.md has what did not help, attention over the nearest demonstrations among it.
@@ -77,6 +80,7 @@ _LEFT_OUT, _OTHERS = 256, 256
 _WITH_QUERIES = 0.25
 _HOLD = 100.0
 _NEWTON_STEPS = 6
+_FAR, _NEAR = 3.0, 1.5
 
 
 @dataclass(frozen=True)
@@ -121,16 +125,47 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class QueryRange:
+    """Cosines of the demonstrations' queries with their mean: queries far below it are of another task.
+
+    Attributes:
+        axis: (dim,) float32 unit vector of the queries' mean.
+        far: Cosine with it up to which a query stays where it is.
+        near: Cosine from which it moves in full.
+    """
+
+    axis: Vectors
+    far: float
+    near: float
+
+    @classmethod
+    def of(cls, queries: Vectors) -> QueryRange:
+        """Measure (n, dim) unit rows."""
+        axis = unit_rows(queries.mean(axis=0, keepdims=True))[0]
+        cosines = queries @ axis
+        middle, spread = float(cosines.mean()), max(float(cosines.std()), _LEAST_SPREAD)
+        return cls(axis, middle - _FAR * spread, middle - _NEAR * spread)
+
+    def share(self, queries: Vectors) -> Vectors:
+        """Return (m, 1) shares, 0 to 1, of the correction that (m, dim) queries get."""
+        cosines = np.einsum("md,d->m", queries, self.axis)
+        result: Vectors = np.clip((cosines - self.far) / (self.near - self.far), 0.0, 1.0)[:, None]
+        return result.astype(np.float32)
+
+
+@dataclass(frozen=True)
 class PreparedDemonstrations:
-    """Demonstrations as read: the correction of a query q is `offset` + q `linear`.
+    """Demonstrations as read: the correction of a query q is `offset` + q `linear`, times its share by `query_range`.
 
     Attributes:
         offset: (dim,) float32.
         linear: (dim, dim) float32; None for demonstrations that only have a mean.
+        query_range: Range of the demonstrations' queries; None for few demonstrations.
     """
 
     offset: Vectors
     linear: Vectors | None
+    query_range: QueryRange | None = None
 
     def apply(self, queries: Vectors) -> Vectors:
         """Move queries.
@@ -141,13 +176,15 @@ class PreparedDemonstrations:
         Returns:
             (m, dim) float32 unit rows.
         """
-        moved = queries + self.offset
+        correction = np.broadcast_to(self.offset, queries.shape)
         if self.linear is not None:
             # einsum avoids BLAS for a few queries: its worker threads busy-wait after a call and compete with torch's.
-            moved = moved + (
+            correction = correction + (
                 np.einsum("md,de->me", queries, self.linear) if len(queries) < 8 else queries @ self.linear
             )
-        return unit_rows(np.asarray(moved, dtype=np.float32))
+        if self.query_range is not None:
+            correction = correction * self.query_range.share(queries)
+        return unit_rows(np.asarray(queries + correction, dtype=np.float32))
 
 
 class DemonstrationReader:
@@ -231,7 +268,8 @@ class DemonstrationReader:
         if not features.maps or evidence.confidence == 0.0:
             return PreparedDemonstrations(shift.astype(np.float32), None)
         linear = np.tensordot(gains[1:], np.stack(features.maps), axes=1).astype(np.float32)
-        return PreparedDemonstrations((shift - features.middle @ linear).astype(np.float32), linear)
+        offset = (shift - features.middle @ linear).astype(np.float32)
+        return PreparedDemonstrations(offset, linear, features.query_range)
 
 
 @dataclass(frozen=True)
@@ -319,12 +357,14 @@ class DemonstrationFeatures:
         middle: (dim,) weighted mean of the queries.
         maps: (dim, dim) matrices in the order of `FEATURES[1:]`; none for one demonstration.
         left_out: What gains are adapted by; None for few demonstrations.
+        query_range: Range of the queries; None for few demonstrations.
     """
 
     mean: Vectors
     middle: Vectors
     maps: tuple[Vectors, ...]
     left_out: LeftOut | None = None
+    query_range: QueryRange | None = None
 
 
 def prepare_features(pairs: Vectors, *, leave_out: bool = True) -> tuple[DemonstrationFeatures, Evidence]:
@@ -383,8 +423,9 @@ def prepare_features(pairs: Vectors, *, leave_out: bool = True) -> tuple[Demonst
     # A pair whose query or passage occurs again is not left out: the others would know it.
     again = (between > _NEAR_PASSAGE) | (queries @ queries[sample].T > _NEAR_PASSAGE)  # (n, sample)
     alone = np.flatnonzero(again.sum(axis=0) == 1)
+    query_range = QueryRange.of(queries) if n >= _LEAST_ADAPTED else None
     if len(alone) < _LEAST_ADAPTED or not leave_out:
-        return DemonstrationFeatures(mean, middle, maps), evidence
+        return DemonstrationFeatures(mean, middle, maps, None, query_range), evidence
 
     # Each demonstration as the others move it. A ridge fit without one row differs from the fit with it by the row's
     # share h in its own prediction.
@@ -420,7 +461,7 @@ def prepare_features(pairs: Vectors, *, leave_out: bool = True) -> tuple[Demonst
         weights=np.asarray(weight[:, 0] / weight.mean(), dtype=np.float32),
         temperature=temperature,
     )
-    return DemonstrationFeatures(mean, middle, maps, left_out), evidence
+    return DemonstrationFeatures(mean, middle, maps, left_out, query_range), evidence
 
 
 def _standardised(cosines: Vectors) -> Vectors:

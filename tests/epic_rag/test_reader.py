@@ -149,6 +149,17 @@ def test_repeated_pairs_are_not_left_out() -> None:
     assert len(some.left_out.own) == 20
 
 
+def test_queries_of_another_task_stay_where_they_are() -> None:
+    pairs = pairs_of(10, 60)
+    pairs[:, 0] = unit_rows(pairs[:, 0] + 0.5 * np.eye(1, 32, dtype=np.float32))
+    query_range = UNIVERSAL.prepare(pairs).query_range
+    assert query_range is not None
+    assert query_range.share(pairs[:, 0]).mean() > 0.9
+    foreign = -pairs[:5, 0]
+    np.testing.assert_allclose(UNIVERSAL.prepare(pairs).apply(foreign), foreign, atol=1e-6)
+    assert UNIVERSAL.prepare(pairs[:15]).query_range is None  # too few to know
+
+
 def test_passages_of_the_same_label_are_no_negatives() -> None:
     chance = np.random.default_rng(4)
     labels = np.arange(120) % 6
