@@ -9,7 +9,6 @@ reranking then work on the joint rankings, in the same `Searcher` as for a singl
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +20,9 @@ from epic_rag_chroma.errors import IndexMismatchError
 from epic_rag_chroma.indexer import ChromaIndexer, marking_bank
 from epic_rag_chroma.search.request import SearchRequest
 from epic_rag_chroma.search.searcher import Searcher
+from epic_rag_chroma.store.keyword_index import attainable_score, term_weight
 from epic_rag_chroma.store.paths import relative_root, root_path
+from epic_rag_chroma.store.tokenizer import ParsedQuery, parse_query
 from epic_rag_chroma.types import Hit, IndexStatus, StaleState
 
 if TYPE_CHECKING:
@@ -203,22 +204,59 @@ class _FederatedSnapshot:
         ]
         return sorted(found, key=lambda each: (-each[1], each[0]))[:k]
 
-    def match(self, query: str, k: int, allowed: Collection[int] | None = None) -> Ranking:
+    def match(self, query: ParsedQuery, k: int, allowed: Collection[int] | None = None) -> Ranking:
         """Return the k chunks of all indexes with the highest BM25 scores by the counts of all indexes."""
-        best = [database.match(query, k, self._part(allowed, place)) for place, database in enumerate(self._databases)]
-        counts = [database.term_counts(query) for database in self._databases]
-        totals = [database.count() for database in self._databases]
-        weights = {term: _weight(sum(totals), sum(each[term] for each in counts)) for term in counts[0]}
+        languages, counts, totals = self._counts(query)
+        best = [
+            database.match(query, k, self._part(allowed, place), languages=languages)
+            for place, database in enumerate(self._databases)
+        ]
+        weights = {term: term_weight(sum(totals), sum(each[term] for each in counts)) for term in counts[0]}
         found: list[tuple[str, float]] = []
         for place, (database, rows) in enumerate(zip(self._databases, best, strict=True)):
             scores = dict.fromkeys((row_id for row_id, _ in rows), 0.0)
             numbers = database.numbers_of(scores)
             for term, weight in weights.items():
-                own = _weight(totals[place], counts[place][term])
+                own = term_weight(totals[place], counts[place][term])
                 for row_id, score in database.match_term(term, numbers):
                     scores[row_id] += score * weight / own
             found += [(f"{row_id}:{place}", score) for row_id, score in scores.items()]
         return sorted(found, key=lambda each: (-each[1], each[0]))[:k]
+
+    def attainable(self, query: ParsedQuery) -> float:
+        """Return the score of a chunk that has every word of a query, by the counts of all indexes."""
+        languages, counts, totals = self._counts(query)
+        joint = {term: sum(each[term] for each in counts) for term in counts[0]}
+        return attainable_score(query, languages, joint, sum(totals))
+
+    def _counts(self, query: ParsedQuery) -> tuple[frozenset[str], list[dict[str, int]], list[int]]:
+        """Return the languages of all indexes, and the counts of terms and chunks of each."""
+        languages = frozenset[str]().union(*(database.languages() for database in self._databases))
+        terms = self._databases[0].query_terms(query, languages)
+        counts = [database.term_counts(terms) for database in self._databases]
+        return languages, counts, [database.count() for database in self._databases]
+
+    def parsed(self, query: str) -> ParsedQuery:
+        """Return a query as parsed with the options that one of the indexes has."""
+        return parse_query(query, frozenset[str]().union(*(database.options(query) for database in self._databases)))
+
+    def restrict(self, query: ParsedQuery) -> tuple[frozenset[int] | None, frozenset[int]]:
+        """Return which chunks a query requires (None: all) and excludes."""
+        required: set[int] = set()
+        excluded: set[int] = set()
+        for place, database in enumerate(self._databases):
+            some, others = database.restrict(query)
+            required.update(self._number(number, place) for number in some or ())
+            excluded.update(self._number(number, place) for number in others)
+        return frozenset(required) if query.phrases else None, frozenset(excluded)
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of all chunks."""
+        return [
+            self._number(int(number), place)
+            for place, database in enumerate(self._databases)
+            for number in database.numbers()
+        ]
 
     def get(self, ids: Collection[str]) -> dict[str, Record]:
         """Return chunks by id, without those that do not exist."""
@@ -298,9 +336,3 @@ class _FederatedSnapshot:
 
     def _absolute(self, root: str, place: int) -> str:
         return str(root_path(root, self._folders[place]))
-
-
-def _weight(total: int, count: int) -> float:
-    """Return a term's weight as FTS5 computes it, from the numbers of all chunks and of those with the term."""
-    weight = math.log((total - count + 0.5) / (count + 0.5))
-    return weight if weight > 0 else 1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,20 @@ def test_it_scores_three_modes_and_writes_the_tables(
 ) -> None:
     document = tmp_path / "page.md"
     document.write_text("before\n<!-- begin hybrid -->\nold\n<!-- end hybrid -->\nafter\n")
+    pairs = tmp_path / "pairs.jsonl.gz"
+    with gzip.open(pairs, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"query": f"topic{n}", "positive": PASSAGES[n]}) + "\n" for n in range(5))
     options = ["--data", str(data), "--model", str(tiny_checkpoint), "--output", str(tmp_path / "out")]
+    options += ["--pairs", str(pairs)]
     hybrid.run(hybrid.parser().parse_args([*options, "--document", str(document)]))
     record = json.loads((tmp_path / "out" / "hybrid.json").read_text())
     assert record["sets"] == ["topics", "pairs"]
     assert record["scores"]["keyword"] == [100.0, 100.0]
     assert record["scores"]["dense"][0] < 100.0
     assert record["scores"]["hybrid"][0] > record["scores"]["dense"][0]
-    assert record["scores"]["hybrid"] == record["scores"][f"constant {hybrid.RANK_CONSTANT}"]
+    setting = hybrid.setting(hybrid.KEYWORD_WEIGHT, hybrid.LEAST_COVERAGE)
+    assert record["scores"]["hybrid"] == record["scores"][setting]
+    assert record["pairs_of_training"]["keyword"] == [100.0]
     assert record["repeated"] == {"topics": 0, "pairs": 0}
     written = document.read_text()
     assert written.startswith("before\n<!-- begin hybrid -->\n```text\npython benchmarks/hybrid.py")

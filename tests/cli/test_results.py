@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import sqlite3
 import unicodedata
 from typing import Any
 
@@ -113,16 +112,6 @@ def test_words_are_marked_as_keyword_search_finds_them(tmp_path: Any) -> None:
         found = {int(each) for each, _ in database.match(query, 100)}
         assert {number for number, text in enumerate(texts) if marked(text, query)} == found, query
     database.close()
-
-
-def test_sqlite_without_full_text_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Plain(sqlite3.Connection):
-        def execute(self, *_: Any) -> Any:
-            raise sqlite3.OperationalError("no such module: fts5")
-
-    real = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda name: real(name, factory=Plain))
-    assert marked("Commit and commits", "commit") == ["Commit"]
 
 
 TEXT = st.text(st.characters() | st.sampled_from("a b.\n\x1b\u202e世é_"), max_size=200)

@@ -1,7 +1,7 @@
 """Search: from queries to hits, by vectors, by keywords, or by both.
 
 query -> vector -> nearest chunks ┐
-                                  ├ reciprocal rank fusion -> deduplication -> (reranker) -> passages -> hits
+                                  ├ fusion -> deduplication -> (reranker) -> passages -> hits
 query -> terms  -> BM25           ┘
 
 Filters are exact: the result is the k best of the chunks that pass, if there are k. First the ranking is read a few
@@ -14,8 +14,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -36,6 +36,7 @@ from epic_rag_chroma.store.keyword_index import KeywordsUnavailableError
 from epic_rag_chroma.store.layout import is_safe_relative_path
 from epic_rag_chroma.store.paths import root_path
 from epic_rag_chroma.store.state import stale_state
+from epic_rag_chroma.store.tokenizer import ParsedQuery, parse_query, plain_query, possible_options
 from epic_rag_chroma.types import Hit, Mark
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ class Searcher:
         """
         passes = Filter(request.filters, self._index_dir) if request.filters else None
         reranker = None if request.reranker is None else self._reranker(request.reranker)
-        vectors = None if request.mode == "keyword" or not texts else encode(texts)
+        parsed = [ParsedQuery(text, ()) for text in texts] if request.mode == "dense" else self._parsed(texts)
+        vectors = None if request.mode == "keyword" or not texts else encode([query.text for query in parsed])
         marks = [Marks() if bank is None else find_marks(text, bank) for text in texts]
 
         def search(index: IndexSnapshot) -> list[list[Passage]]:
@@ -138,9 +140,14 @@ class Searcher:
             filtered = _FilteredIndex(index, passes, allowed)
             found = [
                 self._search_one(
-                    filtered, text, None if vectors is None else vectors[row], request, reranker, marks[row]
+                    filtered.restricted(query, is_hybrid=vectors is not None),
+                    query,
+                    None if vectors is None else vectors[row],
+                    request,
+                    reranker,
+                    marks[row],
                 )
-                for row, text in enumerate(texts)
+                for row, query in enumerate(parsed)
             ]
             needs_positions = bool(request.before or request.after or request.full_section)
             for hit in (hit for hits in found for hit in hits):
@@ -164,10 +171,19 @@ class Searcher:
         found = self._reader.read(search, needs_vectors=vectors is not None)
         return [[self._hit(rank, each) for rank, each in enumerate(hits, 1)] for hits in found]
 
+    def _parsed(self, texts: Sequence[str]) -> list[ParsedQuery]:
+        """Return the queries with their syntax read; options of commands are looked up in the index."""
+        if any(map(possible_options, texts)):
+            with suppress(KeywordsUnavailableError):
+                return self._reader.read(
+                    lambda index: [index.database.parsed(text) for text in texts], needs_vectors=False
+                )
+        return [parse_query(text) for text in texts]
+
     def _search_one(
         self,
         index: _FilteredIndex,
-        text: str,
+        query: ParsedQuery,
         vector: Vectors | None,
         request: SearchRequest,
         reranker: Reranker | None,
@@ -180,9 +196,11 @@ class Searcher:
         section_of = (lambda row: section(row, index.neighbours, _SECTION_CHUNKS)) if request.full_section else None
         while True:
             cosines = {} if vector is None else dict(index.nearest(vector, depth))
-            bm25 = {} if request.mode == "dense" else dict(index.match(text, depth, is_hybrid=vector is not None))
+            bm25 = {} if request.mode == "dense" else dict(index.match(query, depth, is_hybrid=vector is not None))
             is_hybrid = vector is not None and request.mode == "hybrid"
-            ranking = fuse(list(cosines), list(bm25)) if is_hybrid else list((cosines or bm25).items())
+            ranking = list((cosines or bm25).items())
+            if is_hybrid:
+                ranking = fuse(list(cosines.items()), list(bm25.items()), index.attainable(query) if bm25 else 0.0)
             if marks:
                 reordered = MarkedRanking(
                     marks, lambda ids: {row_id: row.text for row_id, row in index.get(ids).items()}
@@ -231,12 +249,12 @@ class Searcher:
         if reranker is not None:
             found = found[:count]
             texts = ["\n".join((*each.headings[-1:], each.row.text)) for each in found]
-            for each, score in zip(found, rerank_scores(reranker, text, texts), strict=True):
+            for each, score in zip(found, rerank_scores(reranker, query.text, texts), strict=True):
                 each.score = each.rerank_score = score
             found.sort(key=lambda each: (_MARK_ORDER[each.marked], -each.score))
             chosen, _ = _chosen([each for each in found if _reaches(each, request)], request, section_of)
         if is_hybrid:  # chunks that only the vectors found
-            missing = index.bm25(text, [passage.best.row.id for passage in chosen if passage.bm25 is None])
+            missing = index.bm25(query, [passage.best.row.id for passage in chosen if passage.bm25 is None])
             for passage in chosen:
                 passage.bm25 = missing.get(passage.best.row.id, passage.bm25)
         return chosen
@@ -318,26 +336,41 @@ class _FilteredIndex:
         self.allowed = allowed
         self._index = index
         self._passes = passes
+        # Chunks that a query is restricted to, by its phrases and by what it excludes.
+        self._restricted: frozenset[int] | None = None
+
+    def restricted(self, query: ParsedQuery, *, is_hybrid: bool) -> _FilteredIndex:
+        """Return the index without the chunks that a query excludes or that lack one of its phrases.
+
+        Raises:
+            KeywordsUnavailableError: See `match`.
+        """
+        self._restricted = None
+        if query.has_syntax:
+            with self._without_keywords(is_hybrid):
+                required, excluded = self._index.database.restrict(query)
+                allowed = frozenset(map(int, self._index.database.numbers())) if required is None else required
+                if self._passes is not None:
+                    allowed &= self._scanned(self._passes)
+                self._restricted = allowed - excluded
+        return self
 
     def nearest(self, vector: Vectors, k: int) -> Ranking:
         """Return the k nearest chunks that pass, with their cosines."""
         return self._filtered(lambda count, allowed: self._index.nearest(vector, count, allowed), k)
 
-    def match(self, query: str, k: int, *, is_hybrid: bool) -> Ranking:
-        """Return the k chunks that pass with the highest BM25 scores.
+    def match(self, query: str | ParsedQuery, k: int, *, is_hybrid: bool) -> Ranking:
+        """Return the k chunks that pass with the highest BM25 scores; a text has no syntax.
 
         Raises:
             KeywordsUnavailableError: If there is no keyword index of this version, unless the vectors are searched too.
         """
-        try:
-            return self._filtered(lambda count, allowed: self._index.database.match(query, count, allowed), k)
-        except KeywordsUnavailableError as error:
-            if not is_hybrid:
-                raise
-            logger.warning("%s Searched by vectors only.", error)
-            return []
+        parsed = plain_query(query) if isinstance(query, str) else query
+        with self._without_keywords(is_hybrid):
+            return self._filtered(lambda count, allowed: self._index.database.match(parsed, count, allowed), k)
+        return []
 
-    def bm25(self, query: str, ids: Collection[str]) -> dict[str, float]:
+    def bm25(self, query: ParsedQuery, ids: Collection[str]) -> dict[str, float]:
         """Return BM25 scores of chunks, without those that match no term of the query."""
         if not ids:
             return {}
@@ -345,7 +378,27 @@ class _FilteredIndex:
             return dict(self._index.database.match(query, len(ids), self._index.database.numbers_of(ids)))
         return {}
 
+    def attainable(self, query: ParsedQuery) -> float:
+        """Return the BM25 score of a chunk that has every word of the query."""
+        return self._index.database.attainable(query)
+
+    @contextmanager
+    def _without_keywords(self, is_hybrid: bool) -> Iterator[None]:
+        try:
+            yield
+        except KeywordsUnavailableError as error:
+            if not is_hybrid:
+                raise
+            logger.warning("%s Searched by vectors only.", error)
+
+    def _scanned(self, passes: Filter) -> frozenset[int]:
+        if self.allowed is None:
+            self.allowed = frozenset(number for number, metadata in self._index.database.scan() if passes(metadata))
+        return self.allowed
+
     def _filtered(self, rank: Callable[[int, Collection[int] | None], Ranking], k: int) -> Ranking:
+        if self._restricted is not None:
+            return rank(k, self._restricted) if self._restricted else []
         if self._passes is None:
             return rank(k, None)
         if self.allowed is None:
@@ -356,10 +409,8 @@ class _FilteredIndex:
             ]
             if len(passed) >= k or len(some) < _OVERSAMPLING * k:
                 return passed[:k]
-            self.allowed = frozenset(
-                number for number, metadata in self._index.database.scan() if self._passes(metadata)
-            )
-        return rank(k, self.allowed) if self.allowed else []
+        allowed = self._scanned(self._passes)
+        return rank(k, allowed) if allowed else []
 
 
 def replace_queries(encode: Encode, embedded: Sequence[Embedded | None], dimension: int) -> Encode:

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
@@ -33,9 +33,11 @@ from epic_rag_chroma.store.keyword_index import (
     MAX_VARIABLES,
     KeywordIndex,
     KeywordsUnavailableError,
+    Searched,
 )
 from epic_rag_chroma.store.paths import APPLICATION_ID, APPLICATION_ID_AT, DocumentKey, FileStamp
 from epic_rag_chroma.store.state import FileEntry, IndexState, MirrorState
+from epic_rag_chroma.store.tokenizer import ParsedQuery
 
 __all__ = ["IndexDatabase", "Record", "delete_database", "is_foreign", "is_readable"]
 
@@ -491,34 +493,76 @@ class IndexDatabase:
         with self._errors(writing=True):
             self._set("vectors", token)
 
-    def match(self, query: str, k: int, allowed: Collection[int] | None = None) -> list[tuple[str, float]]:
+    def match(
+        self,
+        query: str | ParsedQuery,
+        k: int,
+        allowed: Collection[int] | None = None,
+        *,
+        languages: Collection[str] | None = None,
+    ) -> list[tuple[str, float]]:
         """Return the k chunks with the highest BM25 scores; see `KeywordIndex.search`.
 
         Raises:
             KeywordsUnavailableError: If another version of epic-rag made the keyword index.
         """
-        with self._errors():
-            if self._setting("keywords") != KEYWORD_VERSION:
-                raise KeywordsUnavailableError(
-                    f"The keyword index of {self.path.parent} was made by another version of epic-rag. Run "
-                    "`epic-rag index` to update it, or search with --mode dense."
-                )
-            return self._keywords.search(query, k, allowed)
+        with self._keyword_errors():
+            return self._keywords.search(query, k, allowed, languages=languages)
 
-    def term_counts(self, query: str) -> dict[str, int]:
-        """Return the number of chunks with each term of a query."""
+    def parsed(self, query: str) -> ParsedQuery:
+        """Return a query as parsed for this index; see `KeywordIndex.parsed`."""
+        with self._keyword_errors():
+            return self._keywords.parsed(query)
+
+    def options(self, query: str) -> frozenset[str]:
+        """Return the words of a query that are options of a command; see `KeywordIndex.options`."""
+        with self._keyword_errors():
+            return self._keywords.options(query)
+
+    def restrict(self, query: ParsedQuery) -> tuple[frozenset[int] | None, frozenset[int]]:
+        """Return which chunks a query requires and excludes; see `KeywordIndex.restrict`."""
+        with self._keyword_errors():
+            return self._keywords.restrict(query)
+
+    def languages(self) -> frozenset[str]:
+        """Return the languages of the chunks."""
         with self._errors():
-            return self._keywords.counts(query)
+            return self._keywords.languages()
+
+    def query_terms(self, query: ParsedQuery, languages: Collection[str] | None = None) -> list[str]:
+        """Return the terms that a query is searched by; see `KeywordIndex.terms`."""
+        with self._errors():
+            return self._keywords.terms(query, languages)
+
+    def term_counts(self, terms: Sequence[str]) -> dict[str, int]:
+        """Return the number of chunks with each term."""
+        with self._errors():
+            return self._keywords.counts(terms)
+
+    def attainable(self, query: ParsedQuery) -> float:
+        """Return the score of a chunk that has every word of a query; see `KeywordIndex.attainable`."""
+        with self._keyword_errors():
+            return self._keywords.attainable(query)
 
     def match_term(self, term: str, numbers: Sequence[int]) -> list[tuple[str, float]]:
         """Return the BM25 scores for one term of a query; see `KeywordIndex.match_term`."""
         with self._errors():
             return self._keywords.match_term(term, numbers)
 
+    @contextmanager
+    def _keyword_errors(self) -> Iterator[None]:
+        with self._errors():
+            if self._setting("keywords") != KEYWORD_VERSION:
+                raise KeywordsUnavailableError(
+                    f"The keyword index of {self.path.parent} was made by another version of epic-rag. Run "
+                    "`epic-rag index` to update it, or search with --mode dense."
+                )
+            yield
+
     def _make_keywords(self) -> None:
         logger.info("making the keyword index again")
         with self.transaction():
-            self._connection.execute("DELETE FROM keywords")
+            self._keywords.clear()
             for number, text, metadata in self._connection.execute("SELECT number, text, metadata FROM chunks"):
                 self._keywords.add(number, _searched(text, json.loads(metadata)))
             self._set("keywords", KEYWORD_VERSION)
@@ -619,9 +663,13 @@ def _columns(metadata: Metadata) -> tuple[str, str]:
     return str(metadata.get("doc_id", "")), str(metadata.get("embedded_hash", ""))
 
 
-def _searched(text: str, metadata: Metadata) -> str:
-    """Return the text that the keyword index contains."""
-    return f"{metadata.get('heading_path', '')}\n{metadata.get('words', text)}"
+def _searched(text: str, metadata: Metadata) -> Searched:
+    """Return what the keyword index contains of a chunk."""
+    return Searched(
+        PurePosixPath(str(metadata.get("path", ""))).name,
+        str(metadata.get("heading_path", "")),
+        str(metadata.get("words", text)),
+    )
 
 
 def _record(row: tuple[Any, ...]) -> Record:

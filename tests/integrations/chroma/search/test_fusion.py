@@ -1,4 +1,4 @@
-"""Reciprocal rank fusion."""
+"""Fusion of two rankings by their scores."""
 
 from __future__ import annotations
 
@@ -6,44 +6,50 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epic_rag_chroma.search.fusion import fuse
+from epic_rag_chroma.search.fusion import KEYWORD_WEIGHT, fuse
+
+TOTAL = 1 + KEYWORD_WEIGHT
 
 
 @pytest.mark.parametrize(
-    ("rankings", "expected"),
+    ("dense", "keyword", "attainable", "expected"),
     [
-        ([], []),
-        ([["a", "b"], []], [("a", 1 / 6), ("b", 1 / 7)]),
-        (  # equal scores in alphabetical order
-            [["a", "b", "c"], ["b", "a", "d"]],
-            [("a", 1 / 6 + 1 / 7), ("b", 1 / 6 + 1 / 7), ("c", 1 / 8), ("d", 1 / 8)],
-        ),
-        ([["x", "b"], ["b", "y"]], [("b", 1 / 6 + 1 / 7), ("x", 1 / 6), ("y", 1 / 7)]),
-        (  # twice at rank 6 (2/11) is better than once at rank 1 (1/6); with the usual constant of 60 as well
-            [list("abcdez"), list("fghijz")],
-            [("z", 2 / 11), *((each, 1 / (6 + rank)) for rank, pair in enumerate(["af", "bg", "ch", "di", "ej"]) for each in pair)],
-        ),
-        (  # twice at rank 8 (2/13) is not; with a constant of 60 it would be
-            [list("abcdeklz"), list("fghijmnz")],
-            [
-                ("a", 1 / 6),
-                ("f", 1 / 6),
-                ("z", 2 / 13),
-                *((each, 1 / (7 + rank)) for rank, pair in enumerate(["bg", "ch", "di", "ej", "km", "ln"]) for each in pair),
-            ],
-        ),
+        ([], [], 0.0, []),
+        ([("a", 0.5), ("b", 0.4), ("c", 0.1)], [], 0.0, [("a", 1), ("b", 0.75), ("c", 0)]),
+        ([], [("a", 4.0), ("b", 1.0)], 4.0, [("a", KEYWORD_WEIGHT), ("b", KEYWORD_WEIGHT / 4)]),
+        # The best chunk shares an eighth of what the query could have: a quarter of the full weight.
+        ([("a", 0.9), ("b", 0.1)], [("b", 1.0)], 8.0, [("a", 1), ("b", KEYWORD_WEIGHT / 4)]),
+        # The same chunk is first if it has all words.
+        ([("a", 0.9), ("b", 0.1)], [("b", 1.0)], 1.0, [("b", KEYWORD_WEIGHT), ("a", 1)]),
+        ([("a", 0.5), ("b", 0.5)], [], 0.0, [("a", 1), ("b", 1)]),
     ],
-)  # fmt: skip
-def test_scores(rankings: list[list[str]], expected: list[tuple[str, float]]) -> None:
-    fused = fuse(*rankings)
+)
+def test_scores(
+    dense: list[tuple[str, float]],
+    keyword: list[tuple[str, float]],
+    attainable: float,
+    expected: list[tuple[str, float]],
+) -> None:
+    assert fuse(dense, keyword, attainable) == [(each, pytest.approx(score / TOTAL)) for each, score in expected]
 
-    assert [each for each, _ in fused] == [each for each, _ in expected]
-    assert [score for _, score in fused] == pytest.approx([score for _, score in expected], abs=1e-9)
+
+def test_chunks_below_the_depth_keep_the_order_of_their_cosines() -> None:
+    dense = [(f"{chr(122 - n)}", 1 - n / 10) for n in range(6)]
+    fused = fuse(dense, [], 0.0, depth=3)
+    assert [row_id for row_id, _ in fused] == [row_id for row_id, _ in dense]
+    assert [round(score * TOTAL, 3) for _, score in fused] == [1, 0.5, 0, 0, 0, 0]
 
 
-@given(st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), max_size=4), st.integers(0, 100))
-def test_all_ids_with_falling_scores(rankings: list[list[str]], constant: int) -> None:
-    fused = fuse(*rankings, constant=constant)
+ranking = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0, 1), max_size=8).map(
+    lambda scores: sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+)
 
-    assert {each for each, _ in fused} == {each for ranking in rankings for each in ranking}
-    assert fused == sorted(fused, key=lambda item: (-item[1], item[0]))
+
+@given(ranking, ranking, st.floats(0, 10))
+def test_all_ids_with_falling_scores(
+    dense: list[tuple[str, float]], keyword: list[tuple[str, float]], attainable: float
+) -> None:
+    fused = fuse(dense, keyword, attainable)
+    assert {row_id for row_id, _ in fused} == {row_id for row_id, _ in [*dense, *keyword]}
+    assert [score for _, score in fused] == sorted((score for _, score in fused), reverse=True)
+    assert all(0 <= score <= 1 + 1e-9 for _, score in fused)

@@ -110,10 +110,13 @@ def test_keyword_mode_loads_no_model(index: ChromaIndexer) -> None:
 
 def test_hybrid_mode(index: ChromaIndexer, truth: dict[str, tuple[Any, ...]]) -> None:
     expected = bm25_of(index)
-    dense = ids(index.query(QUERY, k=100, mode="dense", collapse=False))
+    dense = [(hit.id, hit.score) for hit in index.query(QUERY, k=100, mode="dense", collapse=False)]
     hits = index.query(QUERY, k=30, mode="hybrid", collapse=False)
-    fused = fuse(dense, list(expected)[:100])[:30]
-    assert [(hit.id, hit.score) for hit in hits] == fused
+    with closing(IndexDatabase.open_reading(path_of(index))) as database:
+        attainable = database.attainable(database.parsed(QUERY))
+    fused = fuse(dense, list(expected.items())[:100], attainable)[:30]
+    assert [hit.id for hit in hits] == [row_id for row_id, _ in fused]
+    assert [hit.score for hit in hits] == pytest.approx([score for _, score in fused], abs=1e-5)
     assert hits == index.query(QUERY, k=30, collapse=False)  # the default
     for hit in hits:
         assert hit.cosine == pytest.approx(truth[hit.id][2], abs=1e-5)

@@ -170,6 +170,110 @@ def test_words_change_with_the_metadata(database: IndexDatabase) -> None:
     assert (found(database, "dogs"), found(database, "cats")) == ([], ["e"])
 
 
+def put_files(database: IndexDatabase, files: Mapping[str, str]) -> None:
+    with database.transaction():
+        database.put(
+            [
+                Record(path, text, {"doc_id": path, "embedded_hash": path, "path": path}, np.zeros(2, np.float32))
+                for path, text in files.items()
+            ]
+        )
+
+
+@pytest.mark.parametrize(
+    ("query", "first"),
+    [
+        ("vpn setup", "notes/vpn-setup.md"),
+        ("vpn-setup.md", "notes/vpn-setup.md"),
+        ("Steuerberater", "2024-03-15 Steuerberater.md"),
+        ("2024-03-15", "2024-03-15 Steuerberater.md"),
+        ("ubersicht", "U\u0308bersicht.txt"),
+    ],
+)
+def test_file_names_are_searched(make: Callable[..., IndexDatabase], query: str, first: str) -> None:
+    database = make({"x": "The setup of a printer.", "y": "Nothing about it.", "z": "Bring the folder in March."})
+    paths = ("notes/vpn-setup.md", "2024-03-15 Steuerberater.md", "U\u0308bersicht.txt")
+    put_files(database, {path: f"Text number {place}." for place, path in enumerate(paths)})
+    assert found(database, query)[0] == first
+
+
+def test_a_renamed_file_is_found_by_its_new_name(make: Callable[..., IndexDatabase]) -> None:
+    database = make({})
+    put_files(database, {"old.md": "Text."})
+    with database.transaction():
+        database.update_metadata(["old.md"], [{"doc_id": "d", "embedded_hash": "e", "path": "new.md"}])
+    assert (found(database, "old"), found(database, "new")) == ([], ["old.md"])
+
+
+def test_a_heading_counts_more_than_the_text(make: Callable[..., IndexDatabase]) -> None:
+    database = make({"t": "Printers need paper.", "u": "Something else.", "v": "Another text."})
+    record = Record("h", "They need it.", {"heading_path": "Printers", "embedded_hash": "h"}, np.zeros(2, np.float32))
+    with database.transaction():
+        database.put([record])
+    assert found(database, "printer") == ["h", "t"]
+
+
+SENTENCES = {
+    "log": "The monitor wrote: connection reset by peer.",
+    "scattered": "Reset the peer list, then the connection; a peer connection may be reset by hand.",
+    "plural": "Connections reset by peers.",
+    "car": "The jaguar is a fast car.",
+    "cat": "The jaguar is a big cat, and cats sleep.",
+    "option": "Use rm -rf with care.",
+    "tokyo": "\u6771\u4eac\u306e\u5929\u6c17",
+}
+
+
+@pytest.mark.parametrize(
+    ("query", "ids"),
+    [
+        ('"connection reset by peer"', ["log"]),
+        ('"Connection RESET" peer', ["log"]),
+        ('"peer connection reset"', []),
+        ('"reset by"', ["log", "plural", "scattered"]),
+        ("jaguar -car", ["cat"]),
+        ("jaguar -cats", ["car"]),
+        ('jaguar -"big cat"', ["car"]),
+        ('"jaguar is" -"big cat" -"fast car"', []),
+        ("rm -rf", ["option"]),
+        ("\u6771\u4eac", ["tokyo"]),
+        ('"\u4eac\u306e\u5929"', ["tokyo"]),
+        ("\u5929\u6c17 -\u6771\u4eac", []),
+    ],
+)
+def test_phrases_and_excluded_words(make: Callable[..., IndexDatabase], query: str, ids: list[str]) -> None:
+    database = make(SENTENCES)
+    assert sorted(found(database, query)) == ids
+    required, excluded = database.restrict(database.parsed(query))
+    every = set(map(int, database.numbers()))
+    allowed = (every if required is None else required) - excluded
+    assert set(ids) <= {*database.ids(allowed).values()}
+    assert {row_id for row_id, _ in database.match(query, 9, sorted(every))} == set(ids)
+
+
+@pytest.mark.parametrize(
+    ("texts", "query", "first"),
+    [
+        (["Take 500mg daily.", "Take 250mg daily.", "500 people"], "500 mg", 0),
+        (["Take 500 mg daily.", "Take 250 mg daily."], "500mg", 0),
+        (["A case for the iPhone15.", "The iPhone14 case."], "iPhone 15", 0),
+        (["v1.1.11", "v11.1.1", "v1.11.1", "v1.1.1"], "1.1.11", 0),
+        (["numpy==1.26.4", "numpy==1.24.6"], "numpy 1.26", 0),
+        (["192.168.1.10", "192.168.1.1", "192.168.11.0"], "192.168.1.1", 1),
+        (["Total: 12,500", "Total: 500", "Total: 12"], "12500", 0),
+        (["Use C.", "Use C++.", "Use C#."], "C++", 1),
+        (["git commit --no-verify", "no, verify it", "verify"], "--no-verify", 0),
+        (["Write to john.doe@example.com", "John Doe has no mail", "example.com"], "john.doe@example.com", 0),
+        (["def getUserName", "the name of the user", "user"], "get_user_name", 0),
+        (["Die Kündigung der Wohnung ist da.", "Die Miete ist da."], "kundigungen", 0),
+    ],
+)
+def test_the_best_text_is_first(make: Callable[..., IndexDatabase], texts: list[str], query: str, first: int) -> None:
+    fillers = {f"f{n}": f"Nothing of that kind, text {chr(97 + n)}." for n in range(8)}
+    database = make({**{str(number): text for number, text in enumerate(texts)}, **fillers})
+    assert found(database, query)[0] == str(first)
+
+
 def test_words_of_another_version(database: IndexDatabase) -> None:
     """A reader reports words of another version; the writer makes them again from the chunks."""
     expected = database.match("undo a commit guide", 9)
