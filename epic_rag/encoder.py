@@ -248,7 +248,7 @@ class EpicEncoder:
         from epic_rag.remote_model import RemoteModel
 
         model = RemoteModel(name, **limits)
-        encoder = cls(model, None, name=model.name, source=name, config=EncoderConfig(strategy="task-vector"))
+        encoder = cls(model, None, name=model.name, source=name, config=EncoderConfig(strategy="reader"))
         encoder.truncate_dim = check_width(truncate_dim, model.dimension)
         return encoder
 
@@ -281,7 +281,7 @@ class EpicEncoder:
         )
         if onnx is not None:
             source = f"onnx:{source}" + ("" if onnx[1] is None else f"@{onnx[1]}")
-        encoder = cls(model, None, name=name, source=source, config=EncoderConfig(strategy="task-vector"))
+        encoder = cls(model, None, name=name, source=source, config=EncoderConfig(strategy="reader"))
         encoder.truncate_dim = check_width(model.truncate_dim if truncate_dim is None else truncate_dim, encoder._width)
         encoder._folder = folder
         return encoder
@@ -446,7 +446,7 @@ class EpicEncoder:
     @property
     def strategy(self) -> QueryStrategy:
         """Strategy of demonstrations for queries that name none."""
-        return self.config.strategy or ("epic" if self.takes_instructions else "task-vector")
+        return self.config.strategy or ("epic" if self.takes_instructions else "reader")
 
     @property
     def query_fingerprint(self) -> str:

@@ -167,7 +167,7 @@ def test_a_checkpoint_has_its_own_strategy(tmp_path: Path) -> None:
 def test_the_shipped_checkpoint_reads_what_is_wanted(name: str) -> None:
     """Among other questions, too: what is most like a question is another question, not its answer."""
     encoder = EpicEncoder.from_pretrained("epic-minilm")
-    assert encoder.strategy == "task-vector"
+    assert encoder.strategy == "reader"
     bank = DemonstrationBank.load(name)
     asked = bank.demonstrations[8:]
     shown = bank.demonstrations[:8]
