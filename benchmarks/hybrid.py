@@ -53,8 +53,8 @@ from epic_rag_chroma.store.tokenizer import plain_query
 
 DEPTH = 1000
 CONSTANTS = (5, 60)
-WEIGHTS = (0.75, 1.0, 1.5, 2.0)
-COVERAGES = (0.0, 0.5, 1.0)
+WEIGHTS = (0.75, 1.1, 1.5, 2.0)
+COVERAGES = (0.0, 0.3, 0.5, 1.0)
 DEPTHS = (20, 100, 500)
 PAIRS = 1000
 PAIR_QUERIES = 250

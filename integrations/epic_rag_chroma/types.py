@@ -176,7 +176,7 @@ class Hit:
     Args:
         rank: 1 for the best.
         score: The score that hits are ordered by: the reranker's if there is one; else the cosine in dense mode, BM25
-            in keyword mode, the sum of reciprocal ranks in hybrid mode.
+            in keyword mode, both scaled and weighted, from 0 to 1, in hybrid mode.
         path: The file, relative to the folder that was indexed.
         first_line: First line of the text in the file, from 1; None for formats without lines (PDF, Office, EPUB).
         last_line: Last line, inclusive; None if `first_line` is None.

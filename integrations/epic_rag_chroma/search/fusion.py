@@ -1,9 +1,9 @@
 """Fusion of the rankings of a hybrid search, by their scores.
 
-    score = (dense + 1.5 keyword) / 2.5
+    score = (dense + 1.1 keyword) / 2.1
 
 dense is the cosine, scaled so that the nearest chunk has 1 and the hundredth 0. keyword is the BM25 score as a share of
-the best chunk's, or of half of what a chunk with every word of the query once would have, if that is more: if even the
+the best chunk's, or of 0.3 of what a chunk with every word of the query once would have, if that is more: if even the
 best chunk shares only a weak word with the query, the keywords count little. Ranks alone (reciprocal rank fusion) do
 not separate such a chunk from one that has all words. `benchmarks/hybrid.py` compares both, docs/search.md has its
 table.
@@ -17,9 +17,9 @@ __all__ = ["FUSION_DEPTH", "KEYWORD_WEIGHT", "LEAST_COVERAGE", "fuse"]
 
 FUSION_DEPTH = 100
 """Depth to which each ranking is read."""
-KEYWORD_WEIGHT = 1.5
+KEYWORD_WEIGHT = 1.1
 """Weight of the keywords, relative to the vectors."""
-LEAST_COVERAGE = 0.5
+LEAST_COVERAGE = 0.3
 """Share of the attainable BM25 score from which on the best chunk has the full weight."""
 
 

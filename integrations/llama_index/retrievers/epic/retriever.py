@@ -85,7 +85,7 @@ class EpicRetriever(BaseRetriever):
     A node has the chunk's id, its exact text, and in `metadata` its place: `path` (relative to the indexed folder),
     `file_path` (absolute), `file_name`, `first_line` and `last_line` or `page`, `heading_path`, `kind`, and `lang` of
     source code. An LLM sees path, lines or page, and headings; an embedding model sees headings. The same chunk is the
-    same node for every query. A node's score is what nodes are ordered by: the fused reciprocal rank in hybrid mode,
+    same node for every query. A node's score is what nodes are ordered by: the fused score in hybrid mode,
     the cosine in dense mode, BM25 in keyword mode, and the reranker's score where there is one.
 
     The first query loads the encoder and opens the index. All methods are thread-safe; async methods use a thread of

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epic_rag_chroma.search.fusion import KEYWORD_WEIGHT, fuse
+from epic_rag_chroma.search.fusion import KEYWORD_WEIGHT, LEAST_COVERAGE, fuse
 
 TOTAL = 1 + KEYWORD_WEIGHT
 
@@ -17,8 +17,8 @@ TOTAL = 1 + KEYWORD_WEIGHT
         ([], [], 0.0, []),
         ([("a", 0.5), ("b", 0.4), ("c", 0.1)], [], 0.0, [("a", 1), ("b", 0.75), ("c", 0)]),
         ([], [("a", 4.0), ("b", 1.0)], 4.0, [("a", KEYWORD_WEIGHT), ("b", KEYWORD_WEIGHT / 4)]),
-        # The best chunk shares an eighth of what the query could have: a quarter of the full weight.
-        ([("a", 0.9), ("b", 0.1)], [("b", 1.0)], 8.0, [("a", 1), ("b", KEYWORD_WEIGHT / 4)]),
+        # The best chunk has a quarter of the share from which on it would have the full weight.
+        ([("a", 0.9), ("b", 0.1)], [("b", LEAST_COVERAGE)], 4.0, [("a", 1), ("b", KEYWORD_WEIGHT / 4)]),
         # The same chunk is first if it has all words.
         ([("a", 0.9), ("b", 0.1)], [("b", 1.0)], 1.0, [("b", KEYWORD_WEIGHT), ("a", 1)]),
         ([("a", 0.5), ("b", 0.5)], [], 0.0, [("a", 1), ("b", 1)]),
