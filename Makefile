@@ -1,4 +1,5 @@
 # make demo    install into .venv, index real documentation, answer three questions
+# make demo-serve   the same, then serve the search page and open it in a browser
 # make test    install the development tools too and run every test
 # make soak    run the long tests at full counts (an hour) and write the table of docs/reliability.md
 # make check   lint, formatting and types
@@ -36,17 +37,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet $(PIP_ARGS) -c constraints.txt
 # Timestamps of successful installations; the next call installs nothing.
 RUN_STAMP := $(VENV)/.epic-rag-installed
+SERVE_STAMP := $(VENV)/.epic-rag-serve-installed
 DEV_STAMP := $(VENV)/.epic-rag-dev-installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test soak check format wheel banks results results-quick bench bench-quick clean distclean
+.PHONY: help demo demo-serve test soak check format wheel banks results results-quick bench bench-quick clean distclean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^Variables:/,$$d'
 
 demo: $(RUN_STAMP)
 	$(BIN)/python demos/examples/demo.py $(DEMO_ARGS)
+
+demo-serve: $(SERVE_STAMP)
+	$(BIN)/python demos/examples/demo.py --serve $(DEMO_ARGS)
 
 # Tests do not use the network: a hub look-up is an error.
 test: export HF_HUB_OFFLINE = 1
@@ -109,7 +114,11 @@ $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[files]'
 	@touch $@
 
+$(SERVE_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[files,serve]'
+	@touch $(RUN_STAMP) $@
+
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing epic-rag and its development tools into $(VENV) (a few minutes the first time) ..."
 	$(INSTALL) -e '.[dev]'
-	@touch $(RUN_STAMP) $@
+	@touch $(RUN_STAMP) $(SERVE_STAMP) $@

@@ -1,9 +1,9 @@
-"""Write the screenshots of the search page: a real folder searched before and after three marks.
+"""Write the screenshots of the search page: this folder searched before and after three marks.
 
-    python docs/page_screenshots.py FOLDER --query TEXT --right PATH:LINE --right PATH:LINE --wrong PATH:LINE [--output docs/images]
+    python docs/page_screenshots.py [--output docs/images]
 
-It indexes the folder, serves it, opens the page in a headless Chromium, marks the hits that contain these lines, and
-prints the ranks that changed, also for a query that was never marked (--check). Needs Chromium and `playwright`.
+It indexes the Markdown files of docs/, serves them, opens the page in a headless Chromium, marks three hits, and prints
+the ranks that changed, also for a query that was never marked. Needs Chromium and `playwright`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
+QUERY = "what happens when the power goes out"
+# Hits to mark: file, and words that the hit has.
+RIGHT = (("reliability.md", "may end at any moment"), ("reliability.md", "killed at any moment"))
+WRONG = ("training.md", "Names of earlier releases")
+NEVER_MARKED = "is my index safe if the computer crashes"
+
+
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("folder", type=Path, nargs="?", default=ROOT / "docs")
-    options.add_argument("--include", default="*.md")
-    options.add_argument("--query", required=True)
-    options.add_argument("--right", action="append", default=[], metavar="PATH:LINE")
-    options.add_argument("--wrong", action="append", default=[], metavar="PATH:LINE")
-    options.add_argument("--check", help="another query, whose ranks are printed too")
     options.add_argument("--output", type=Path, default=ROOT / "docs" / "images")
     return options
 
@@ -49,26 +50,16 @@ def search(page: Any, query: str) -> list[str]:
     return places(page)
 
 
-def find(page: Any, wanted: str) -> int:
-    """Return the place of the hit that contains a line, from 0."""
-    path, _, line = wanted.rpartition(":")
-    for number, place in enumerate(places(page)):
-        name, _, lines = place.rpartition(":")
-        first, _, last = lines.partition("-")
-        if name == path and int(first) <= int(line) <= int(last):
-            return number
-    raise SystemExit(f"no hit contains {wanted}: {', '.join(places(page))}")
-
-
-def mark(page: Any, wanted: str, text: str) -> None:
-    hit = page.locator("article").nth(find(page, wanted))
-    hit.get_by_role("button", name=text).click()
-    page.wait_for_timeout(300)
+def mark(page: Any, path: str, words: str, text: str) -> None:
+    """Press a button of the hit in a file that has these words."""
+    hit = page.locator("article").filter(has=page.locator(".place", has_text=path))
+    hit.filter(has=page.locator(".text", has_text=words)).first.get_by_role("button", name=text).click()
+    page.wait_for_timeout(500)
     if page.locator("dialog[open]").count():
         page.locator("dialog button[value=ok]").click()
     page.wait_for_function("() => /Marked in .*moved/.test(document.querySelector('#said').textContent)")
     page.wait_for_function("() => document.querySelector('#gain').textContent !== ''")
-    page.evaluate("document.querySelector('#said').textContent += ' '")
+    page.wait_for_timeout(500)
 
 
 def compare(title: str, before: list[str], after: list[str]) -> None:
@@ -88,7 +79,7 @@ def main() -> int:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as work:
         index = Path(work, "index")
-        command = epic_rag("index", str(options.folder), "--include", options.include, "--index-dir", str(index))
+        command = epic_rag("index", str(ROOT / "docs"), "--include", "*.md", "--index-dir", str(index))
         subprocess.run(command, check=True, env=environment)
         served = subprocess.Popen(
             epic_rag("serve", "--index-dir", str(index), "--port", "0", "--bank-dir", str(Path(work, "banks"))),
@@ -104,19 +95,17 @@ def main() -> int:
                 browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
                 page = browser.new_page(viewport={"width": 760, "height": 900}, color_scheme="light")
                 page.goto(url[0].rstrip("."))
-                checked = search(page, options.check) if options.check else []
-                before = search(page, options.query)
+                unmarked = search(page, NEVER_MARKED)
+                before = search(page, QUERY)
                 options.output.mkdir(parents=True, exist_ok=True)
-                page.evaluate("scrollTo(0, 0)")
                 page.screenshot(path=options.output / "page-before.png")
-                for text, wanted in (("This answers it", options.right), ("This does not", options.wrong)):
-                    for each in wanted:
-                        mark(page, each, text)
+                mark(page, *WRONG, "This does not")
+                for path, words in RIGHT:
+                    mark(page, path, words, "This answers it")
                 page.evaluate("scrollTo(0, 0)")
                 page.screenshot(path=options.output / "page-after.png")
-                compare(f"{options.query}: before and after the marks", before, places(page))
-                if options.check:
-                    compare(f"{options.check}: never marked", checked, search(page, options.check))
+                compare(f"{QUERY}: before and after three marks", before, places(page))
+                compare(f"{NEVER_MARKED}: never marked", unmarked, search(page, NEVER_MARKED))
                 browser.close()
         finally:
             served.terminate()

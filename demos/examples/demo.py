@@ -21,11 +21,13 @@ import pydoc
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
 import warnings
+import webbrowser
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -255,12 +257,33 @@ def answer(question: Question, index_dir: Path) -> tuple[bool, float]:
     return right, seconds
 
 
+def serve(index_dir: Path, banks: Path, port: str) -> int:
+    """Serve the search page until Ctrl-C, open it in a browser, and return the exit status."""
+    command = shutil.which("epic-rag", path=sysconfig.get_path("scripts")) or "epic-rag"
+    arguments = ["serve", "--index-dir", shown(index_dir), "--bank-dir", shown(banks), "--port", port]
+    print(f"\n$ epic-rag {shlex.join(arguments)}", flush=True)
+    with subprocess.Popen([command, *arguments], stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        try:
+            for line in server.stderr:
+                print(line, end="", file=sys.stderr, flush=True)
+                address = re.search(r"is served at (http://[^\s]+?)\.? ", line)
+                if address:
+                    print(f"The search page: {address[1]}/", flush=True)
+                    webbrowser.open(f"{address[1]}/")
+        except KeyboardInterrupt:
+            server.send_signal(signal.SIGINT)
+        return server.wait()
+
+
 def main() -> int:
     """Run the demo; 0 when every question's first hit is the right file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=PROJECT / ".demo", help="where documents and index go")
     parser.add_argument("--model", help="another checkpoint than the shipped one: a folder or a hub name")
     parser.add_argument("--export-only", action="store_true", help="write the documents and stop")
+    parser.add_argument("--serve", action="store_true", help="serve the search page and open it, instead of asking")
+    parser.add_argument("--port", default="8400", help="port of --serve; 0 for a free one")
     options = parser.parse_args()
     work_dir: Path = options.work_dir.resolve()
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -275,6 +298,8 @@ def main() -> int:
     model = ["--model", options.model] if options.model else []
     try:
         indexed = index([shown(PROJECT / "docs"), shown(work_dir / "docs")], index_dir, model)
+        if options.serve:
+            return serve(index_dir, work_dir / "banks", options.port)
         status = json.loads(epic_rag("status", "--index-dir", shown(index_dir), "--json", capture=True)[0])
         print("read: " + ", ".join(f"{count} {kind}" for kind, count in sorted(status["kinds"].items())), flush=True)
         questions = [each for each in QUESTIONS if not each.answer.endswith(".docx") or "docx" in status["kinds"]]
@@ -286,6 +311,7 @@ def main() -> int:
     queried = ", ".join(f"{seconds:.1f}" for _, seconds in answers)
     print(f"\n{right} of {len(answers)} questions answered with the right file first.")
     print(f"export {exported:.1f} s, index {indexed:.1f} s, queries {queried} s")
+    print("The search page, which learns from marks: run `make demo-serve`, then open http://127.0.0.1:8400/")
     return 0 if right == len(answers) else 1
 
 
