@@ -25,7 +25,7 @@ from epic_rag.files import read_jsonl
 from epic_rag_chroma.search.marks import same_query_key
 from epic_rag_chroma.store.tokenizer import STOP_WORDS, words
 
-FILES = ("squad_sentence", "nl2bash", "climate_fever", "medquad", "docs_questions", "snips_intent")
+FILES = ("squad_sentence", "nl2bash", "medquad", "snips_intent")
 LEAST = 0.9
 
 
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder of NAME.jsonl.gz")
     options.add_argument("--files", default=",".join(FILES), metavar="NAME,...")
     options.add_argument("--model", default="epic-minilm", metavar="NAME")
-    options.add_argument("--count", type=int, default=1500, metavar="N", help="rows of a file, sorted by passage")
+    options.add_argument("--count", type=int, default=600, metavar="N", help="rows of a file, sorted by passage")
     options.add_argument("--output", type=Path, default=Path("runs/bench"), metavar="DIR")
     return options
 

@@ -4,7 +4,7 @@ The folder is the project's `docs/` and the documentation of the installed packa
 description (its README, from the metadata that pip wrote), the output of `pydoc` for the standard library, and a Word,
 a PowerPoint and an EPUB file. Nothing is downloaded. All work is done by the `epic-rag` command.
 
-    python demos/examples/demo.py [--work-dir .demo] [--model NAME_OR_FOLDER] [--export-only]
+    python demos/examples/demo.py [--work-dir .demo] [--model NAME_OR_FOLDER] [--export-only | --serve]
 
 Exit status 1 when a question's right file is not the first hit.
 """
