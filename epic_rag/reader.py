@@ -53,6 +53,7 @@ from epic_rag.metrics import unit_rows
 __all__ = ["FEATURES", "KNOTS", "READER_FILE", "DemonstrationReader", "Evidence", "PreparedDemonstrations"]
 
 Vectors = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 READER_FILE = "reader.safetensors"
 RIDGES = (1.0, 4.0, 16.0, 64.0)
@@ -317,7 +318,7 @@ class LeftOut:
                 break
         return np.asarray(gains, dtype=np.float32)
 
-    def objective(self, gains: npt.NDArray[np.float64]) -> tuple[float, Vectors, Vectors]:
+    def objective(self, gains: Doubles) -> tuple[float, Doubles, Doubles]:
         """Return InfoNCE, its gradient (k,) and the Gauss-Newton part of its Hessian (k, k)."""
         factors = np.concatenate([[1.0], gains]).astype(np.float32)
         pull = self.gram @ factors  # (s, 1 + k)
