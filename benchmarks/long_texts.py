@@ -29,6 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# The package `banks`, which LlamaIndex imports, must not be the script of that name in this folder.
+sys.path.append(sys.path.pop(0))
+
 import llama_index.core
 import numpy as np
 import numpy.typing as npt
@@ -84,18 +87,20 @@ def from_pairs(file: Path, manuals: int, sections: int, queries: int) -> Manuals
     return Manuals(file.name.partition(".")[0], texts, random.Random(_SEED).sample(asked, min(queries, len(asked))))
 
 
-def from_set(folder: Path, queries: int) -> Manuals:
-    """Read a BEIR folder as manuals."""
+def from_set(folder: Path, sections: int, queries: int) -> Manuals:
+    """Read a BEIR folder as manuals: the first sections of each, and the queries that they answer."""
     texts: dict[str, list[str]] = {}
     place: dict[str, tuple[str, int]] = {}
     for row in sorted(read_rows(next(folder.glob("corpus.jsonl*"))), key=lambda row: str(row["_id"])):
         manual = row["_id"].rpartition("-")[0]
+        if len(texts.get(manual, ())) >= sections:
+            continue
         place[row["_id"]] = (manual, len(texts.setdefault(manual, [])))
         texts[manual].append(f"{row.get('title') or ''} {row['text']}".strip())
     relevant: dict[str, set[tuple[str, int]]] = {}
     for line in (folder / "qrels" / "test.tsv").read_text("utf-8").splitlines()[1:]:
         query, passage, grade = line.split("\t")
-        if int(grade) > 0:
+        if int(grade) > 0 and passage in place:
             relevant.setdefault(query, set()).add(place[passage])
     asked = [
         (row["text"], relevant[row["_id"]])
@@ -151,15 +156,19 @@ def ndcg(
 def ways(encoder: EpicEncoder, texts: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
     """Return the vectors of texts by each way."""
     parts = [encoder.windows(text) for text in texts]
-    windows = encoder.encode_document([part for own in parts for part in own])
-    counts = list(map(len, parts))
-    starts = np.cumsum([0, *counts[:-1]])
+    pieces = [part for own in parts for part in own]
+    windows = encoder.encode_document(pieces)
+    starts = np.cumsum([0, *map(len, parts[:-1])])
+
+    def means(weights: Sequence[float]) -> npt.NDArray[np.float32]:
+        return unit_rows(np.add.reduceat(windows * np.array(weights, np.float32)[:, None], starts))
+
     return {
         "cut": encoder.encode_document(texts),
-        "windows, averaged by tokens": encoder.encode_document(texts, long_texts="windows"),
-        "windows, each weighted half as much as the one before": unit_rows(
-            np.add.reduceat(windows * np.concatenate([0.5 ** np.arange(n) for n in counts])[:, None], starts)
-        ).astype(np.float32),
+        "windows, averaged by tokens": means(encoder.count_tokens(pieces)),
+        "windows, each weighted half as much as the one before": means(
+            [0.5**place for own in parts for place in range(len(own))]
+        ),
     }
 
 
@@ -178,7 +187,7 @@ def measure(options: argparse.Namespace) -> int:
     )
     collections = [from_pairs(options.pairs, options.manuals, options.sections, options.queries)]
     if options.set is not None:
-        collections.append(from_set(options.set, options.queries))
+        collections.append(from_set(options.set, options.sections, options.queries))
     found: dict[str, dict[str, float]] = {}
     sizes: dict[str, dict[str, float]] = {}
     for manuals in collections:

@@ -183,7 +183,9 @@ class _Atom:
     cost: SplitCost
 
 
-def chunk_document(document: Document, *, max_tokens: int, overlap: int, count_tokens: CountTokens) -> list[Chunk]:
+def chunk_document(
+    document: Document, *, max_tokens: int, overlap: int, count_tokens: CountTokens, window: int | None = None
+) -> list[Chunk]:
     """Split a document into chunks.
 
     Args:
@@ -191,17 +193,21 @@ def chunk_document(document: Document, *, max_tokens: int, overlap: int, count_t
         max_tokens: Maximum tokens of a chunk, headings included.
         overlap: Maximum tokens that a chunk repeats of the previous one in its section.
         count_tokens: The encoder's token count.
+        window: Maximum tokens of a chunk that consists of whole lines, where it differs from that of parts of a line.
 
     Returns:
         Chunks in order. Every line with text to embed is in at least one.
     """
-    chunker = _Chunker(document, max_tokens, overlap, count_tokens)
+    chunker = _Chunker(document, max_tokens, max(max_tokens, window or 0), overlap, count_tokens)
     return [chunk for section in sections_of(document, chunker.fits) for chunk in chunker.split(section)]
 
 
 class _Chunker:
-    def __init__(self, document: Document, max_tokens: int, overlap: int, count_tokens: CountTokens) -> None:
+    def __init__(
+        self, document: Document, max_tokens: int, window: int, overlap: int, count_tokens: CountTokens
+    ) -> None:
         self._document = document
+        self._window = window
         self._lines = document.lines
         self._read_lines = list(document.lines)
         for number, substitutions in document.substitutions.items():
@@ -241,9 +247,9 @@ class _Chunker:
         total = 0
         for line in range(section.first, section.end):
             total += self._tokens[line]
-            if total > self._max:
+            if total > self._window:
                 return False
-        return total + self._prefix(section.path)[1] <= self._max
+        return total + self._prefix(section.path)[1] <= self._window
 
     def split(self, section: Section) -> list[Chunk]:
         """Split one section into chunks."""
@@ -340,28 +346,23 @@ class _Chunker:
         position = 0
         while position < len(atoms):
             allowed = self._budget_at(units[atoms[position].first].line, budget)
+            whole = allowed + self._window - self._max
             rest = 0
             for atom in atoms[position:]:
                 rest += atom.tokens
                 if rest > allowed * 4:  # far from the end: more does not change the target
                     break
-            if rest <= allowed:
+            if rest <= whole:
                 yield units[atoms[position].first :]
                 return
-            target = rest / math.ceil(rest / allowed)
-            best, best_cost, total = position + 1, (SplitCost.INSIDE + 1, 0.0), 0
-            for end in range(position + 1, len(atoms)):
-                total += atoms[end - 1].tokens
-                if total > allowed:
-                    break
-                if total >= target * 0.5:
-                    cost = (int(atoms[end].cost), abs(total - target))
-                    if cost < best_cost:
-                        best, best_cost = end, cost
-                elif best_cost[0] > SplitCost.INSIDE:
-                    best = end
+            best = _following_line(units, atoms, position, rest, whole)
+            if best is None:
+                best = _within_line(atoms, position, rest, allowed)
             yield units[atoms[position].first : atoms[best - 1].end]
-            # The next chunk repeats as many atoms of this one as the overlap allows.
+            # The next chunk repeats as many atoms of this one as the overlap allows, unless a paragraph begins with it.
+            if best < len(atoms) and atoms[best].cost < SplitCost.SENTENCE:
+                position = best
+                continue
             repeated = 0
             while best - 1 > position and repeated + atoms[best - 1].tokens <= self._overlap:
                 best -= 1
@@ -399,7 +400,7 @@ class _Chunker:
         for group, text, plain, read, tokens in zip(groups, texts, words, embedded, counts, strict=True):
             if not plain.strip():
                 continue
-            if tokens > self._max and (len(group) > 1 or len(text) > 1):
+            if tokens > self._window and (len(group) > 1 or len(text) > 1):
                 middle = len(group) // 2
                 halves = [group[:middle], group[middle:]]
                 if len(group) == 1:
@@ -442,6 +443,48 @@ class _Chunker:
         if group[0].line < section.body and group[0].start == 0 and len(section.path) <= 1:
             return text
         return prefix + text
+
+
+def _following_line(units: Sequence[_Unit], atoms: Sequence[_Atom], position: int, rest: int, whole: int) -> int | None:
+    """Return the atom that begins the next chunk, if a line begins at the right place; None within long lines.
+
+    Args:
+        units: All units of a section.
+        atoms: All of its atoms.
+        position: The first atom of the chunk.
+        rest: The tokens from there on, or more than four chunks of them.
+        whole: Maximum tokens of the chunk.
+    """
+    count = math.ceil(rest / whole)
+    target = rest / count
+    best, best_cost, total = None, (int(SplitCost.INSIDE) + 1, 0.0), 0
+    for end in range(position + 1, len(atoms)):
+        total += atoms[end - 1].tokens
+        if total > whole:
+            break
+        cost = (int(atoms[end].cost), abs(total - target))
+        # Not so early that one more chunk is needed.
+        early = total < max(target * 0.5, rest - (count - 1) * whole)
+        if not early and units[atoms[end].first].start == 0 and cost < best_cost:
+            best, best_cost = end, cost
+    return best
+
+
+def _within_line(atoms: Sequence[_Atom], position: int, rest: int, allowed: int) -> int:
+    """Return the atom that begins the next chunk, also within a long line; arguments as for `_following_line`."""
+    target = rest / math.ceil(rest / allowed)
+    best, best_cost, total = position + 1, (SplitCost.INSIDE + 1, 0.0), 0
+    for end in range(position + 1, len(atoms)):
+        total += atoms[end - 1].tokens
+        if total > allowed:
+            break
+        if total >= target * 0.5:
+            cost = (int(atoms[end].cost), abs(total - target))
+            if cost < best_cost:
+                best, best_cost = end, cost
+        elif best_cost[0] > SplitCost.INSIDE:
+            best = end
+    return best
 
 
 def _inside_runs(costs: list[SplitCost]) -> Iterator[tuple[int, int]]:

@@ -81,5 +81,5 @@ class _RegisteringLoader:
         self._spec.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         if self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)  # type: ignore[arg-type]
+            sys.meta_path.remove(self._finder)
         _register()

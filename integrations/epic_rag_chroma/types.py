@@ -54,8 +54,8 @@ class IndexSettings:
     """Settings of an index: files and chunk sizes.
 
     Args:
-        chunk_tokens: Maximum number of tokens of a chunk by the encoder's tokenizer, heading path included. The default
-            is reduced to the model's maximum length.
+        chunk_tokens: Maximum number of tokens of a chunk by the encoder's tokenizer, heading path included. With the
+            default, chunks of whole lines have up to 254; both are reduced to the model's maximum length.
         chunk_overlap: Maximum number of tokens that a chunk repeats of the previous one.
         include: Patterns in .gitignore's syntax; if there are any, only files that match one are indexed.
         exclude: Patterns in .gitignore's syntax of files and folders to leave out.

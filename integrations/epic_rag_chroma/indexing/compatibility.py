@@ -25,6 +25,8 @@ __all__ = ["check_model", "check_settings", "chunk_sizes"]
 
 # [CLS] and [SEP], or EOS.
 _SPECIAL_TOKENS = 2
+# Tokens of a chunk of whole lines, with the default size and a model that reads so many.
+_DEFAULT_WINDOW = 254
 
 
 def check_model(index_dir: Path, state: IndexState, encoder: EpicEncoder, paths: Sequence[Path]) -> None:
@@ -82,19 +84,23 @@ def _arguments(index_dir: Path, state: IndexState, paths: Sequence[Path]) -> str
     return " ".join(words)
 
 
-def chunk_sizes(settings: IndexSettings, encoder: EpicEncoder) -> tuple[int, int]:
-    """Return chunk size and overlap for a model: the default size is reduced to the model's limit, any other must fit.
+def chunk_sizes(settings: IndexSettings, encoder: EpicEncoder) -> tuple[int, int, int]:
+    """Return chunk size, overlap and window for a model.
+
+    The default size is reduced to the model's limit, any other must fit. With the default size, chunks of whole lines
+    are larger, as far as the model reads them.
 
     Raises:
         ConfigError: If it does not fit.
     """
     limit = encoder.max_document_tokens - _SPECIAL_TOKENS
-    tokens = settings.chunk_tokens
-    if tokens > limit:
-        if tokens != IndexSettings().chunk_tokens:
-            raise ConfigError(
-                f"Chunks of {tokens} tokens exceed the {limit} tokens that {encoder.name} reads of a document. "
-                f"Run `epic-rag index --chunk-tokens {limit}`."
-            )
-        tokens = max(1, limit)
-    return tokens, min(settings.chunk_overlap, tokens // 2)
+    tokens, window = settings.chunk_tokens, settings.chunk_tokens
+    if tokens == IndexSettings().chunk_tokens:
+        tokens = max(1, min(tokens, limit))
+        window = max(tokens, min(limit, _DEFAULT_WINDOW))
+    elif tokens > limit:
+        raise ConfigError(
+            f"Chunks of {tokens} tokens exceed the {limit} tokens that {encoder.name} reads of a document. "
+            f"Run `epic-rag index --chunk-tokens {limit}`."
+        )
+    return tokens, min(settings.chunk_overlap, tokens // 2), window

@@ -101,7 +101,7 @@ class IndexRunner:
                     check_model(self.index_dir, old, encoder, paths)
                     check_settings(self.index_dir, old, settings, paths)
                 settings = settings or (old.settings if old is not None else IndexSettings())
-                chunk_tokens, chunk_overlap = chunk_sizes(settings, encoder)
+                chunk_tokens, chunk_overlap, chunk_window = chunk_sizes(settings, encoder)
                 state = IndexState(
                     model=encoder.name,
                     source=absolute_source(encoder.source),
@@ -134,6 +134,7 @@ class IndexRunner:
                     self.encoder_lock,
                     chunk_tokens,
                     chunk_overlap,
+                    chunk_window,
                     progress,
                     self.batch_chunks or BATCH_CHUNKS,
                 )

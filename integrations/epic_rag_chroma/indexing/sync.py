@@ -254,6 +254,7 @@ class Sync:
         encoder_lock: Held while the encoder is used.
         chunk_tokens: Maximum tokens of a chunk.
         chunk_overlap: Maximum tokens that chunks share.
+        chunk_window: Maximum tokens of a chunk of whole lines.
         progress: Called after each step.
         batch_chunks: Number of chunks that are collected before they are embedded.
     """
@@ -264,6 +265,7 @@ class Sync:
     encoder_lock: threading.Lock
     chunk_tokens: int
     chunk_overlap: int
+    chunk_window: int
     progress: Callable[[IndexProgress], None]
     batch_chunks: int = BATCH_CHUNKS
     added: int = 0
@@ -316,6 +318,7 @@ class Sync:
                 change.document,
                 max_tokens=self.chunk_tokens,
                 overlap=self.chunk_overlap,
+                window=self.chunk_window,
                 count_tokens=self.encoder.count_tokens,
             )
         document = _document_id(file.key)

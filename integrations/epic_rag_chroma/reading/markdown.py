@@ -1,13 +1,15 @@
 """Read Markdown by CommonMark's rules, with tables, front matter, and the JSX of MDX.
 
-markdown-it-py finds the blocks. Markup that nobody sees is not embedded: comments, tags, heading ids, imports, JSX and
-template tags; entities and backslash escapes are embedded as the characters that they stand for.
+markdown-it-py finds the blocks. Markup that nobody sees is not embedded: comments, tags, heading ids, imports, JSX,
+template tags, fences, the marks of code and strong text, the bars of tables, and the targets of links within the same
+documents; entities and backslash escapes are embedded as the characters that they stand for.
 """
 
 from __future__ import annotations
 
 import html
 import re
+from bisect import bisect_right
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -56,6 +58,10 @@ _SHOWN_ATTRIBUTE = re.compile(
     re.IGNORECASE,
 )
 _CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
+_STRONG = re.compile(r"(\*\*|__)(?=\S)([^\n]+?)(?<=\S)\1")
+_BAR = re.compile(r"(?<!\\)\|")
+# A link or picture whose target has no scheme, such as a heading or a file beside this one.
+_LOCAL_LINK = re.compile(r"(!?\[)([^\[\]\n]+)(\]\((?!\w+:|//)[^()\s]*(?:\s+\"[^\"\n]*\")?\))")
 _TAG = re.compile(r"<!--.*?-->|</?[a-zA-Z][^>]*>", re.DOTALL)
 _HTML_HEADING = re.compile(r"<h([1-6])\b[^>]*>(.*?)</h\1\s*>", re.DOTALL | re.IGNORECASE)
 # An id, classes or a comment at the end of a heading, and Kramdown's attributes on a line of their own.
@@ -82,6 +88,7 @@ def read_markdown(lines: list[str], *, mdx: bool = False) -> Document:
     keep_together: list[tuple[int, int]] = []
     repeated_headers: list[RepeatedHeader] = []
     verbatim: set[int] = set()
+    rows: set[int] = set()
     titles: set[int] = set()
     front = read_front_matter(lines)
     if front is not None:
@@ -109,6 +116,10 @@ def read_markdown(lines: list[str], *, mdx: bool = False) -> Document:
         elif token.type in ("fence", "code_block"):
             keep_together.append((first, end))
             verbatim.update(range(first, end))
+            if token.type == "fence":
+                hidden.add(first)
+                if end - first > 1 and lines[end - 1].strip().strip("> ").startswith(token.markup):
+                    hidden.add(end - 1)
             for line in range(first + 1, end):
                 costs[line] = SplitCost.INSIDE if lines[line - 1].strip() else SplitCost.LINE
         elif token.type == "html_block" and token.level == 0:
@@ -121,9 +132,10 @@ def read_markdown(lines: list[str], *, mdx: bool = False) -> Document:
             costs[first] = min(costs[first], SplitCost.ITEM)
         elif token.type == "table_open":
             keep_together.append((first, end))
+            rows.update(range(first, end))
             hidden.add(first + 1)
             if token.level == 0 and end > first + 3:
-                repeated_headers.append(RepeatedHeader(first + 3, end, lines[first]))
+                repeated_headers.append(RepeatedHeader(first + 3, end, " ".join(_BAR.sub(" ", lines[first]).split())))
             for line in range(first + 1, end):
                 # Header, rule and first row stay together.
                 costs[line] = SplitCost.INSIDE if line < first + 3 else SplitCost.ITEM
@@ -139,7 +151,12 @@ def read_markdown(lines: list[str], *, mdx: bool = False) -> Document:
         keep_together=keep_together,
         repeated_headers=repeated_headers,
         display_only=frozenset(hidden),
-        substitutions=_substitutions(lines, verbatim | hidden, titles, mdx=mdx or bool(modules)),
+        substitutions=_with_marks(
+            lines,
+            verbatim | hidden,
+            rows,
+            _substitutions(lines, verbatim | hidden, titles, mdx=mdx or bool(modules)),
+        ),
         metadata={} if front is None else front.metadata,
     )
 
@@ -242,6 +259,49 @@ def _substitutions(
             kept = [one for one in found.get(number, []) if one[1] <= match_id.start()]
             found[number] = [*kept, (match_id.start(), match_id.end(), "")]
     return {number: tuple(some) for number, some in found.items()}
+
+
+def _with_marks(
+    lines: list[str], skipped: set[int], rows: set[int], found: dict[int, tuple[Substitution, ...]]
+) -> dict[int, tuple[Substitution, ...]]:
+    """Add the marks of code and strong text, the bars of tables and the targets of local links to substitutions."""
+    text = "\n".join(" " * len(line) if number in skipped else line for number, line in enumerate(lines))
+    marks: list[Substitution] = []
+
+    def masked(match: re.Match[str]) -> str:
+        length = len(match[1])
+        marks.extend(((match.start(), match.start() + length, ""), (match.end() - length, match.end(), "")))
+        return re.sub(r"[^\n]", "\0", match.group())
+
+    # A blank line ends a paragraph and with it every code span.
+    parts, offset = [], 0
+    for part in re.split(r"(\n[ \t]*\n)", text):
+        start = len(marks)
+        parts.append(_CODE_SPAN.sub(masked, part) if "`" in part else part)
+        marks[start:] = [(first + offset, last + offset, shown) for first, last, shown in marks[start:]]
+        offset += len(part)
+    text = "".join(parts)
+    for match in _STRONG.finditer(text):
+        marks.append((match.start(), match.start() + 2, ""))
+        marks.append((match.end() - 2, match.end(), ""))
+    for match in _LOCAL_LINK.finditer(text):
+        marks += ((match.start(group), match.end(group), "") for group in (1, 3))
+    changed = {number: [*some] for number, some in found.items()}
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line) + 1)
+    marks += (
+        (starts[number] + bar.start(), starts[number] + bar.end(), " ")
+        for number in rows - skipped
+        for bar in _BAR.finditer(text[starts[number] : starts[number + 1]])
+    )
+    for first, last, shown in marks:
+        number = bisect_right(starts, first) - 1
+        some = changed.setdefault(number, [])
+        begin, end = first - starts[number], last - starts[number]
+        if end <= len(lines[number]) and not any(begin < other[1] and other[0] < end for other in some):
+            some.append((begin, end, shown))
+    return {number: tuple(sorted(some)) for number, some in changed.items() if some}
 
 
 def _replacement(match: re.Match[str], closed: set[str], *, mdx: bool) -> str | None:

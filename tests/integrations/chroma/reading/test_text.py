@@ -162,7 +162,7 @@ def words(number: int) -> str:
 BLOCKS = {
     "a.md": {
         "code": ["```sh", *(f"line {n} of\n\ncode" for n in range(5)), "```"],
-        "table": ["| a | b |", "|---|---|", *(f"| {n} | x |" for n in range(4))],
+        "table": ["| a | b |", "|---|---|", *(f"| {n} | w x y z |" for n in range(3))],
         "item": ["- an item", *(f"\n  {words(6)}" for _ in range(3))],
     },
     "a.rst": {
@@ -225,10 +225,17 @@ def test_repeated_header(name: str, header: str, row: str) -> None:
     assert len(rest) > 2
     assert "Port" in first.text
     rules = re.compile(r"^[|+=-]{4,}\n?|\n[|+=-]{4,}$", re.MULTILINE)  # not embedded
-    assert rules.sub("", first.embedded) == rules.sub("", first.text)
+
+    def read(text: str) -> str:
+        """The text that is embedded of a table; in Markdown without its bars."""
+        text = rules.sub("", text) if name in RULED else text
+        return " ".join(text.replace("|", " ").split()) if name == "a.md" else text
+
+    assert read(first.embedded) == read(first.text)
+    assert name != "a.md" or "|" not in first.embedded
     said = next(line for line in header.split("\n") if "Port" in line)
     for chunk in rest:
-        assert chunk.embedded == f"{said}\n{rules.sub('', chunk.text) if name in RULED else chunk.text}"
+        assert read(chunk.embedded) == read(f"{said}\n{read(chunk.text)}")
         assert "Port" not in chunk.text
         assert chunk.tokens <= 30
 
