@@ -307,7 +307,10 @@ def test_lone_surrogates_are_replaced(fake: type[FakeIndexer], cli: Any) -> None
 def test_bank_in_keyword_mode(fake: type[FakeIndexer], cli: Any) -> None:
     fake.hits = (hit(),)
     result = cli("query", "x", "--index-dir", "anywhere", "--mode", "keyword", "--bank", "docs")
-    assert result.err == "note: Keyword search uses no demonstrations. --bank only puts known answers of this query first.\n"
+    assert (
+        result.err
+        == "note: Keyword search uses no demonstrations. --bank only puts known answers of this query first.\n"
+    )
 
 
 def test_model_is_loaded_by_the_indexer_only(fake: type[FakeIndexer], cli: Any) -> None:

@@ -239,8 +239,9 @@ def _seam(previous: Record, row: Record) -> tuple[int, str]:
             # Chunks share whole lines or sentences; a few letters are the same by chance.
             if (not before or before.isspace()) and (length >= _SHORTEST_OVERLAP or before == "\n" or not before):
                 return length, ""
-    if last is not None and first == last:  # parts of one long line
-        return 0, " " if " " in previous.text else ""
+    if last is not None and first == last:  # parts of one long line, divided at white space if there is any
+        ends = previous.text.rpartition("\n")[2] + row.text.partition("\n")[0]
+        return 0, " " if " " in ends else ""
     return 0, "\n"
 
 
