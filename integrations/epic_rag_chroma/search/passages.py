@@ -233,13 +233,15 @@ def _seam(previous: Record, row: Record) -> tuple[int, str]:
     is_exact = _has_its_lines(previous) and _has_its_lines(row)
     if last is not None and first is not None and first > last:
         return 0, "\n" * (first - last if is_exact else 1)
+    is_same_line = last is not None and first == last
     for length in range(min(len(previous.text), len(row.text)), 0, -1):
         if previous.text.endswith(row.text[:length]):
-            before = previous.text[-length - 1 : -length]
-            # Chunks share whole lines or sentences; a few letters are the same by chance.
-            if (not before or before.isspace()) and (length >= _SHORTEST_OVERLAP or before == "\n" or not before):
+            before, after = previous.text[-length - 1 : -length], row.text[length : length + 1]
+            # Chunks share whole lines, sentences or words; of texts without lines, a few letters are equal by chance.
+            is_whole = (not before or before.isspace()) and (not after or after.isspace())
+            if is_whole and (is_same_line or length >= _SHORTEST_OVERLAP or before in ("", "\n")):
                 return length, ""
-    if last is not None and first == last:  # parts of one long line, divided at white space if there is any
+    if is_same_line:  # parts of one long line, divided at white space if there is any
         ends = previous.text.rpartition("\n")[2] + row.text.partition("\n")[0]
         return 0, " " if " " in ends else ""
     return 0, "\n"
