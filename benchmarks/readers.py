@@ -50,7 +50,7 @@ INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u20
 FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\n.*?\n\1[ \t]*\n", re.DOTALL)
 
 
-TEXT = (".txt", ".text", ".info")
+WRITTEN = {"text": (".txt", ".text", ".info"), "latex": (".tex", ".latex", ".ltx")}
 
 
 def words_of(text: str) -> Counter[str]:
@@ -347,7 +347,8 @@ def main(arguments: list[str] | None = None) -> int:
             kind = kind_of(path.name)
             if not path.is_file() or path.is_symlink() or (given.kind and kind not in given.kind):
                 continue
-            if kind != "text" or path.suffix.lower() in TEXT:  # other names may be pictures or programs
+            # Other names may be pictures or programs.
+            if path.suffix.lower() in WRITTEN.get(kind, (path.suffix.lower(),)):
                 by_kind[kind].append(path)
     chosen = [
         path for paths in by_kind.values() for path in random.Random(0).sample(paths, min(given.limit, len(paths)))

@@ -20,11 +20,12 @@ from epic_rag_chroma.reading.containers import DocumentBuilder, Parts, parsing, 
 from epic_rag_chroma.reading.document import (
     BrokenFileError,
     Document,
+    NotTextError,
     SplitCost,
     split_lines,
     text_split_costs,
 )
-from epic_rag_chroma.reading.encoding import decode_labelled
+from epic_rag_chroma.reading.encoding import decode, decode_labelled
 from epic_rag_chroma.reading.html import read_html
 
 __all__ = ["is_stub", "read_email", "read_mailbox"]
@@ -52,6 +53,9 @@ _LinesWithSpans = list[tuple[str, tuple[int, int]]]
 def read_email(data: bytes) -> Document:
     """Read an .eml, .emlx or .mht file."""
     out = DocumentBuilder(_FORMAT)
+    if b"\0" in data[:100]:  # saved as UTF-16 text
+        with suppress(NotTextError):
+            data = decode(data).encode()
     data = _with_line_feeds(data)
     before = 0
     length = _LENGTH.match(data)
@@ -252,14 +256,13 @@ def _base64(payload: str) -> bytes:
 def _alternative(parts: list[Message]) -> list[Message]:
     """Return the alternative to read: the plain text if it has the words of the richest one, which is the last."""
     plain = [part for part in parts if part.get_content_type() == "text/plain" and str(part.get_payload()).strip()]
-    if not plain:
-        return parts[-1:]
-    rich = next(
-        (leaf for part in reversed(parts) for leaf in part.walk() if leaf.get_content_type() == "text/html"), None
-    )
-    if rich is not None and is_stub(_content(plain[0]), " ".join(read_html(_content(rich)).lines)):
-        return parts[-1:]
-    return plain[:1]
+    for part in reversed(parts):
+        leaf = next((leaf for leaf in part.walk() if leaf.get_content_type() == "text/html"), None)
+        if leaf is not None:
+            if not plain or is_stub(_content(plain[0]), " ".join(read_html(_content(leaf)).lines)):
+                return [part]
+            break
+    return plain[:1] or parts[-1:]
 
 
 def is_stub(plain: str, rich: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from functools import cache
+from statistics import median
 from typing import Any
 
 from epic_rag_chroma.reading.containers import MAX_CHARACTERS, parsing, printable, requires
@@ -39,8 +40,13 @@ _MAX_OUTLINE = 10_000
 _MAX_ANNOTATIONS = 10_000
 # A gap between two letters, in heights of the line, that ends a run: cells and columns are that far apart.
 _RUN_GAP = 0.75
+# PDFium overlooks narrow blanks that are drawn as a gap; in letter-spaced text, a blank is twice a usual gap.
+_BLANK = 0.15
+_BLANK_TO_USUAL = 2.0
+_SPACED_LETTERS = 3
 # The letters whose direction is looked at to find that of a page.
 _SAMPLED = 40
+_IDEOGRAPHS = "\u2e80"
 _LIGATURES = str.maketrans(
     {"\ufb00": "ff", "\ufb01": "fi", "\ufb02": "fl", "\ufb03": "ffi", "\ufb04": "ffl", "\ufb05": "st", "\ufb06": "st"}
 )
@@ -136,11 +142,21 @@ def _runs(text: Any) -> tuple[list[Run], list[str], int]:
     runs: list[Run] = []
     turned: list[str] = []
     letters: list[str] = []
+    gaps: list[tuple[int, float, bool]] = []  # before a letter; whether PDFium takes it for a blank
+    guessed = False
     left = bottom = right = top = 0.0
     apart: list[str] | None = None  # the letters of a line in another direction
 
     def end() -> None:
         if letters:
+            if gaps:
+                usual = median(gap for _, gap, _ in gaps)
+                blank = _BLANK * (top - bottom)
+                spaced = usual > blank and len(gaps) >= _SPACED_LETTERS and all(map(str.isalpha, letters))
+                for place, gap, is_blank in reversed(gaps):
+                    if gap > max(blank, _BLANK_TO_USUAL * usual) or (is_blank and not spaced):
+                        letters.insert(place, " ")
+                gaps.clear()
             runs.append(Run("".join(letters).translate(_LIGATURES), left, bottom, right, top))
             letters.clear()
 
@@ -169,7 +185,9 @@ def _runs(text: Any) -> tuple[list[Run], list[str], int]:
             apart.append(letter)
             continue
         if letter.isspace():
-            if letters:
+            if pdfium.FPDFText_IsGenerated(text, index):
+                guessed = True
+            elif letters:
                 letters.append(" ")
             continue
         box_at(text, index, pointer)
@@ -187,11 +205,14 @@ def _runs(text: Any) -> tuple[list[Run], list[str], int]:
             if apart_in_y or x0 - right > gap or (x1 < left - gap and letter < "\u0590"):
                 end()
         if letters:
+            if letters[-1] != " " and (guessed or letter < _IDEOGRAPHS):
+                gaps.append((len(letters), x0 - right, guessed))
             left, right = min(left, x0), max(right, x1)
             bottom, top = min(bottom, y0), max(top, y1)
         else:
             left, bottom, right, top = x0, y0, x1, y1
         letters.append(letter)
+        guessed = False
         if letter == LINE_END_HYPHEN:
             end()
     end()

@@ -132,3 +132,15 @@ def test_outlook() -> None:
     with pytest.raises(BrokenFileError, match="a broken Outlook message"):
         read_document("a.msg", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600))
     assert read_document("a.msg", mail(b"A message as text.")).lines[-1] == "A message as text."
+
+
+@pytest.mark.parametrize("plain", ["", "See the web version.\n"])
+def test_an_invitation_is_read_where_the_calendar_is_the_last_alternative(plain: str) -> None:
+    parts = [
+        ("text/plain", plain),
+        ("text/html", "<p>We meet in the boat house on Monday at ten</p>"),
+        ("text/calendar", "BEGIN:VCALENDAR"),
+    ]
+    body = "".join(f"--b\nContent-Type: {kind}\n\n{text}\n" for kind, text in parts)
+    data = f'Subject: Invitation\nContent-Type: multipart/alternative; boundary="b"\n\n{body}--b--\n'.encode()
+    assert read_document("a.eml", data).lines[-1] == "We meet in the boat house on Monday at ten"

@@ -24,6 +24,9 @@ RIGHT = [
 ]
 THIRD = ["Gulls nested on the roof", "in spring, which made the", "keeper angry, since they", "woke him very early."]
 
+# Of letters of Helvetica at 20 points.
+WIDTHS = {"f": 5.56, "l": 4.44, "c": 10, "r": 6.66, "s": 10, "v": 10, "w": 14.44, "y": 10, "t": 5.56}
+
 
 def lines_of(pdf: bytes) -> list[str]:
     return [line for line in read_document("a.pdf", pdf).lines if line]
@@ -182,3 +185,14 @@ def test_every_word_is_on_its_page(pages: list[list[list[str]]]) -> None:
     for number, page in enumerate(pages, start=1):
         found = [line for line, of_page in zip(document.lines, document.pages, strict=True) if of_page == number]
         assert " ".join(found).split() == [word for line in page for word in line]
+
+
+@pytest.mark.parametrize("spacing", [0, 4])
+def test_blanks_that_are_only_gaps(spacing: float) -> None:
+    text = "flow colors even when they start"
+    placed, x = [], 50.0
+    for letter in text:
+        if letter != " ":
+            placed.append(Placed(x, 700, letter, 20))
+        x += {" ": 6.0}.get(letter, WIDTHS.get(letter, 11.12)) + spacing + (6 if letter == " " and spacing else 0)
+    assert lines_of(placed_pdf([placed])) == [text]
