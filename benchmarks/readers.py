@@ -11,8 +11,8 @@ Extractors that are not installed are named, and their formats are not measured:
     apt-get install poppler-utils pandoc libreoffice-writer-nogui libreoffice-calc-nogui libreoffice-impress-nogui
 
 PDF is compared with Poppler's pdftotext; Word, OpenDocument text, EPUB and LaTeX with pandoc; spreadsheets,
-presentations (without numbers) and RTF with LibreOffice. To measure an earlier version, run this file with that version's folders in
-PYTHONPATH.
+presentations (without numbers) and RTF with LibreOffice. To measure an earlier version, run this
+file with that version's folders in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -249,7 +249,8 @@ def of_libreoffice(name: str, data: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"file.{suffix}"
         path.write_bytes(data)
-        output_of("soffice", "--headless", "--convert-to", target, "--outdir", f"{folder}/out", str(path))
+        profile = f"-env:UserInstallation={Path(folder, 'profile').as_uri()}"  # several may run at once
+        output_of("soffice", profile, "--headless", "--convert-to", target, "--outdir", f"{folder}/out", str(path))
         made = sorted(Path(folder, "out").glob("*"))
         if slides:  # without numbers: LibreOffice draws those of the axes of charts
             return re.sub(r"[\d.,]+", " ", "\n".join(of_pdf("", file.read_bytes()) for file in made))

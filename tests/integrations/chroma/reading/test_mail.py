@@ -144,3 +144,9 @@ def test_an_invitation_is_read_where_the_calendar_is_the_last_alternative(plain:
     body = "".join(f"--b\nContent-Type: {kind}\n\n{text}\n" for kind, text in parts)
     data = f'Subject: Invitation\nContent-Type: multipart/alternative; boundary="b"\n\n{body}--b--\n'.encode()
     assert read_document("a.eml", data).lines[-1] == "We meet in the boat house on Monday at ten"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_message_that_was_saved_as_utf_16(encoding: str) -> None:
+    data = "Subject: Lübeck\nContent-Type: text/plain; charset=utf-8\n\nDie Fähre fährt.\n".encode(encoding)
+    assert [line for line in read_document("a.eml", data).lines if line] == ["Lübeck", "Die Fähre fährt."]
