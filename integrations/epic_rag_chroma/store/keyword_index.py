@@ -67,7 +67,7 @@ class KeywordsUnavailableError(IndexStateError):
 
 
 class Searched(NamedTuple):
-    """What a chunk is found by: the name of its file, the headings above it, and its text."""
+    """Searched fields of a chunk: the name of its file, the headings above it, and its text."""
 
     name: str
     headings: str
