@@ -52,6 +52,7 @@ def search(page: Any, query: str) -> list[str]:
 
 def mark(page: Any, path: str, words: str, text: str) -> None:
     """Press a button of the hit in a file that has these words."""
+    page.evaluate("document.querySelector('#said').textContent = ''")
     hit = page.locator("article").filter(has=page.locator(".place", has_text=path))
     hit.filter(has=page.locator(".text", has_text=words)).first.get_by_role("button", name=text).click()
     page.wait_for_timeout(500)
