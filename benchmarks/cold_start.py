@@ -186,7 +186,7 @@ def measure(options: argparse.Namespace) -> int:
         commands = {
             "imports": [sys.executable, "-c", IMPORTS],
             "query": [*ask, folder],
-            "query with demonstrations": [*ask, folder, "--bank", "docs"],
+            "query with demonstrations": [*ask, folder, "--bank", "docs", "-n", "16"],
             "threads": [str(shutil.which("env")), f"OPENBLAS_NUM_THREADS={os.cpu_count()}", *ask, folder],
             "served query": [*served, folder],
             "large model": [*ask, large_model],

@@ -22,6 +22,9 @@ def test_list(cli: Any) -> None:
     lines = cli("bank", "list").out.splitlines()
     assert [line.split()[0] for line in lines] == list(built_in_banks())
     assert lines[0].endswith(listed[0]["instruction"])
+    assert {line.split()[0] for line in lines if line.split()[2] == "off"} == {
+        bank["name"] for bank in listed if not bank["enabled"]
+    }
 
 
 def test_show(cli: Any) -> None:

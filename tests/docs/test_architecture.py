@@ -77,7 +77,7 @@ def test_the_ways_of_a_document_and_of_a_query(tmp_path: Path, monkeypatch: pyte
     )
     commands = {
         "The way of a document": ["index", "docs", "--model", "model"],
-        "The way of a query": ["query", "undo", "--bank", "docs", "--index-dir", "docs/.epic-rag"],
+        "The way of a query": ["query", "undo", "--bank", "docs", "-n", "4", "--index-dir", "docs/.epic-rag"],
     }
     for heading, command in commands.items():
         status, order = run_profiled(command)

@@ -180,6 +180,7 @@ def test_each_bank_has_a_readme_that_agrees_with_it(name: str) -> None:
     assert f"Demonstrations: {len(bank)};" in text
     assert f"Symmetric: {'yes' if bank.symmetric else 'no'}" in text
     assert bank.origin in text
+    assert ("Off by default" in text) is not bank.enabled
 
 
 @pytest.mark.parametrize("file", [bank_folder("docs").parent / "README.md", GUIDE], ids=["readme", "guide"])
@@ -189,5 +190,6 @@ def test_the_tables_list_every_bank(file: Path) -> None:
     assert sorted(tables) == BANKS
     for name, rest in tables.items():
         assert ("(symmetric)" in rest) is get_task(name).symmetric
+        assert (rest.split("|")[3].strip() == "yes") is load(name).enabled
         if file.name == "README.md":
             assert rest.split("|")[-1].strip() == str(len(load(name)))

@@ -234,7 +234,7 @@ def open_deferred(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> EpicEncod
     "use",
     [
         lambda encoder: encoder.encode_document(["word " * 250] * 17),
-        lambda encoder: encoder.encode_query("x", bank="docs", strategy="epic"),
+        lambda encoder: encoder.encode_query("x", bank="docs", num_demonstrations=4, strategy="epic"),
         lambda encoder: encoder.backbone,
         lambda encoder: encoder.tokenizer("a", return_tensors="pt"),
         lambda encoder: encoder.device,
@@ -335,7 +335,8 @@ def test_a_handful_of_texts_imports_no_torch() -> None:
 import sys
 from epic_rag import EpicEncoder
 encoder = EpicEncoder.from_pretrained(dtype="auto", truncate_dim=64)
-encoder.encode_query(["undo a commit", "x"], bank="docs"), encoder.encode_document("a text"), encoder.fingerprint
+encoder.encode_query(["undo a commit", "x"], bank="docs", num_demonstrations=16)
+encoder.encode_document("a text"), encoder.fingerprint
 encoder.count_tokens(["a"]), encoder.dimension, encoder.encode_query([])
 print(sorted({"torch", "transformers"} & set(sys.modules)))
 """

@@ -60,7 +60,8 @@ def bank(context: typer.Context, quiet: Quiet = False, verbose: Verbose = False)
 def list_banks(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the built-in banks.
 
-    Each line has the name, the number of demonstrations and the instruction.
+    Each line has the name, the number of demonstrations and the instruction. Of a bank that is "off", queries use the
+    instruction alone, unless -n names a number: its demonstrations did not help where they were measured.
 
     Examples:
         epic-rag bank list
@@ -72,7 +73,10 @@ def list_banks(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = F
     if as_json:
         emit_json([{"name": name, **_summary(bank)} for name, bank in banks.items()])
     elif banks:
-        rows = [(name, f"{len(bank):>2}", bank.instruction or "") for name, bank in banks.items()]
+        rows = [
+            (name, f"{len(bank):>2}", "" if bank.enabled else "off", bank.instruction or "")
+            for name, bank in banks.items()
+        ]
         emit(columns(rows, styles=("bold",)))
     else:
         message("note", "No bank ships with this installation. Run `epic-rag bank build` to make one.")
@@ -222,8 +226,8 @@ def add(
     """Add a demonstration to a bank. The next query uses it, and nothing is indexed again.
 
     Examples:
-        epic-rag bank add mybank --passage-of 2
-        epic-rag bank add mybank --query 'rotate the logs' --passage-of guide/logs.md:12
+        epic-rag bank add mybank --passage-of 1
+        epic-rag bank add mybank --query 'rotate the logs' --passage 'logrotate renames the files every night.'
     """
     from epic_rag import DemonstrationBank, EpicEncoder
     from epic_rag.demonstrations import built_in_banks
@@ -459,6 +463,7 @@ def _summary(bank: DemonstrationBank) -> dict[str, Any]:
         "instruction": bank.instruction,
         "symmetric": bank.symmetric,
         "num_demonstrations": len(bank),
+        "enabled": bank.enabled,
         "fingerprint": bank.fingerprint,
         "encoder_fingerprint": bank.encoder_fingerprint,
         "encoder_fingerprints": list(bank.encoder_fingerprints),
@@ -476,7 +481,7 @@ def _lines(name: str, bank: DemonstrationBank) -> list[Text]:
     embedded = f"embedded with {', '.join(fingerprints)}" if fingerprints else "not embedded"
     head = Text()
     head.append(printable(name), style="bold")
-    head.append(f"  {plural(len(bank), 'demonstration')}, {embedded}")
+    head.append(f"  {plural(len(bank), 'demonstration')}, {embedded}{'' if bank.enabled else ', off'}")
     lines = [head]
     for label, value in (("instruction", bank.instruction), ("origin", bank.origin)):
         if value:
