@@ -7,6 +7,7 @@ sets are ranked by mteb's baseline `mteb/baseline-bm25s`, which has the same set
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -82,3 +83,17 @@ class Bm25Index:
                 scores = np.array(self._index.get_scores_from_ids(known), dtype=np.float32)
             scores[scores <= 0] = -np.inf
             yield scores
+
+    def attainable(self, queries: Sequence[str]) -> npt.NDArray[np.float64]:
+        """Return for each query the score of a document of average length that has each of its words once."""
+        counts = {} if self._index is None else self._index.scores
+        known = {} if self._index is None else self._index.vocab_dict
+        found = []
+        for tokens in self._tokens(queries):
+            score = 0.0
+            for token in set(tokens):
+                row = known.get(token)
+                holding = 0 if row is None else int(counts["indptr"][row + 1] - counts["indptr"][row])
+                score += math.log(1 + (self._documents - holding + 0.5) / (holding + 0.5)) / (1 + K1)
+            found.append(score)
+        return np.array(found)

@@ -1,4 +1,8 @@
-"""Collections of the few-shot evaluation: vectors of tasks, exact rankings, nDCG@10 by cosine and fused with BM25."""
+"""Collections of the few-shot evaluation: vectors of tasks, exact rankings, nDCG@10 by cosine and fused with BM25.
+
+Rankings are fused as `epic-rag query` fuses them: cosines, scaled so that the nearest document has 1 and the hundredth
+0, plus 1.5 times the share of the best BM25 score, or of half of the attainable one.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,8 @@ __all__ = ["CollectionFamily", "TaskRanking", "TaskVectors", "families_of_tasks"
 Vectors = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.intp]
 _DEPTH = 100
-_RANK_CONSTANT = 5
+_KEYWORD_WEIGHT = 1.5
+_LEAST_COVERAGE = 0.5
 _CUT = 10
 _DISCOUNTS = 1.0 / np.log2(np.arange(2, _CUT + 2))
 
@@ -80,31 +85,42 @@ class TaskRanking:
             scores = np.stack(list(keywords.scores(split.queries)))
             if self.excluded:
                 scores[self.excluded] = -np.inf
-            self._keywords = _best(scores)
-            self._sums = np.zeros((queries, documents + 1), dtype=np.float32)
+            self._keywords, bm25 = _best(scores)
+            full = np.maximum(bm25[:, 0], _LEAST_COVERAGE * keywords.attainable(split.queries))[:, None]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                self._shares = np.where(np.isfinite(bm25), _KEYWORD_WEIGHT * bm25 / full, 0.0)
+            self._sums = np.zeros((queries, documents + 1))
         self.zero: dict[str, npt.NDArray[np.float64]] = {}
 
-    def ndcg(self, best: Rows) -> dict[str, npt.NDArray[np.float64]]:
-        """Return nDCG@10 of each query, by kind of ranking, of the best documents by cosine (queries, depth)."""
+    def ndcg(self, best: Rows, cosines: Vectors) -> dict[str, npt.NDArray[np.float64]]:
+        """Return nDCG@10 of each query by kind of ranking, given the best documents and cosines (queries, depth)."""
         found = {"dense": self._score(best[:, :_CUT])}
         if self._keywords is not None:
-            found["hybrid"] = self._score(self._fuse(best, self._keywords))
+            found["hybrid"] = self._score(self._fuse(best, cosines, self._keywords))
         return found
 
-    def _fuse(self, dense: Rows, lexical: Rows) -> Rows:
-        """Return the first ten of two rankings by the sum of reciprocal ranks, equal sums in the order of rows."""
-        both = np.concatenate([dense, lexical], axis=1)
-        for ranking in (dense, lexical):
-            weights = (1.0 / (_RANK_CONSTANT + np.arange(1, ranking.shape[1] + 1))).astype(np.float32)
+    def _fuse(self, dense: Rows, cosines: Vectors, lexical: Rows) -> Rows:
+        """Return the first ten of both rankings by their sum, equal ones by cosine, then in the order of rows."""
+        known = np.isfinite(cosines)
+        highest = cosines[:, :1].astype(np.float64)
+        floor = np.where(known, cosines, np.inf).min(axis=1, keepdims=True).astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scaled = np.where(highest > floor, (cosines - floor) / (highest - floor), 1.0)
+        for ranking, scores in ((dense, np.where(known, scaled, 0.0)), (lexical, self._shares)):
             held = np.take_along_axis(self._sums, ranking, axis=1)
-            np.put_along_axis(self._sums, ranking, held + weights, axis=1)
-        self._sums[:, -1] = 0.0
-        both.sort(axis=1)
+            np.put_along_axis(self._sums, ranking, held + scores, axis=1)
+        self._sums[:, -1] = -1.0  # no document
+        both = np.concatenate([dense, lexical], axis=1)
+        nearness = np.concatenate([np.where(known, cosines, -1.0), np.full(lexical.shape, -1.0)], axis=1)
+        order = np.argsort(both, axis=1, kind="stable")  # a document of both rankings stands twice, its cosine first
+        both, nearness = np.take_along_axis(both, order, axis=1), np.take_along_axis(nearness, order, axis=1)
         values = np.take_along_axis(self._sums, both, axis=1)
-        values[:, 1:][both[:, 1:] == both[:, :-1]] = -1.0
-        np.put_along_axis(self._sums, both, np.float32(0.0), axis=1)
-        order = np.argsort(-values, axis=1, kind="stable")[:, :_CUT]
-        return np.take_along_axis(both, order, axis=1)
+        values[:, 1:][both[:, 1:] == both[:, :-1]] = -2.0
+        np.put_along_axis(self._sums, both, 0.0, axis=1)
+        best = np.lexsort((both, -nearness, -values), axis=1)[:, :_CUT]
+        ranked: Rows = np.take_along_axis(both, best, axis=1)
+        ranked[np.take_along_axis(values, best, axis=1) < 0] = self.documents
+        return ranked
 
     def _score(self, ranked: Rows) -> npt.NDArray[np.float64]:
         hits = np.take_along_axis(self._relevant, ranked, axis=1)
@@ -130,7 +146,7 @@ class CollectionFamily:
         if last.excluded:
             scores[last.excluded] = -np.inf
         for collection, ranking in self.rankings.items():
-            yield collection, ranking.ndcg(_best(scores[:, : ranking.documents]))
+            yield collection, ranking.ndcg(*_best(scores[:, : ranking.documents]))
 
 
 def families_of_tasks(
@@ -186,10 +202,10 @@ def _own_rows(own: HeldoutSplit, merged: HeldoutSplit) -> npt.NDArray[np.intp]:
     return np.array([rows[passage_key(text)] for text in own.documents])
 
 
-def _best(scores: npt.NDArray[np.float32]) -> Rows:
-    """Return the rows of each query's highest scores, best first, equal ones in the order of the rows.
+def _best(scores: npt.NDArray[np.float32]) -> tuple[Rows, Vectors]:
+    """Return rows and scores of each query's best documents, best first, equal ones in the order of the rows.
 
-    The number of documents, which is no row, stands for those that are not found.
+    The number of documents, which is no row, stands for those that are not found, with the score -inf.
     """
     import torch
 
@@ -198,5 +214,4 @@ def _best(scores: npt.NDArray[np.float32]) -> Rows:
     values = np.take_along_axis(scores, kept, axis=1)
     kept[~np.isfinite(values)] = scores.shape[1]
     order = np.argsort(-values, axis=1, kind="stable")
-    ranked: Rows = np.take_along_axis(kept, order, axis=1)
-    return ranked
+    return np.take_along_axis(kept, order, axis=1), np.take_along_axis(values, order, axis=1)

@@ -244,16 +244,16 @@ def test_rankings_are_those_of_the_product(seed: int, documents: int, queries: i
     keywords = Bm25Index(texts)
     scores = chance.standard_normal((queries, documents)).astype(np.float32)
     family = CollectionFamily(Centred(scores), {"own": TaskRanking(split, np.arange(documents), keywords)})
-    lexical = np.stack(list(keywords.scores(names)))
+    lexical, attainable = np.stack(list(keywords.scores(names))), keywords.attainable(names)
     [(_, found)] = family.ndcg(scores.copy())
     for query, skip in enumerate(skipped):
         rankings = []
         for row in (scores[query].copy(), lexical[query]):
             row[list(skip)] = -np.inf
             best = [int(place) for place in np.argsort(-row, kind="stable") if np.isfinite(row[place])]
-            rankings.append([f"{place:05}" for place in best[:100]])
-        fused = [int(name) for name, _ in fuse(*rankings)]
-        for kind, ranking in (("dense", [int(name) for name in rankings[0]]), ("hybrid", fused)):
+            rankings.append([(f"{place:05}", float(row[place])) for place in best[:100]])
+        fused = [int(name) for name, _ in fuse(*rankings, attainable=float(attainable[query]))]
+        for kind, ranking in (("dense", [int(name) for name, _ in rankings[0]]), ("hybrid", fused)):
             plain = np.full((1, documents), -np.inf, dtype=np.float32)
             plain[0, ranking] = -np.arange(len(ranking))
             assert found[kind][query] == pytest.approx(ndcg_of_scores(plain, [relevant[query]])[0])
