@@ -88,7 +88,7 @@ _UNSPACED = (
     "\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaadf\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 )
 # In normalized text, all that is neither ASCII nor white space is part of a word.
-_WORD = r"[0-9A-Za-z_\u0080-\U0010ffff]"
+_WORD = r"[^\x00-/:-@\[-^`{-\x7f]"
 _JOINER = r"(?:://|::|->|[.\-'@/\\&:]|,(?=\d))"
 _COMPOUND = re.compile(
     rf"(?:(?<![\w.\-])(?:--?(?=[^\W\d])|\.(?=[^\W\d]))|[@#](?={_WORD})|\$(?=[^\W\d]))?"
