@@ -46,7 +46,7 @@ Mark = Literal["right", "wrong"]
 SEARCH_MODES: Sequence[SearchMode] = ("dense", "hybrid", "keyword")
 DEFAULT_MODE: SearchMode = "hybrid"
 DEFAULT_PER_FILE = 3
-"""Hits of a file that come before its others; `benchmarks/per_file.py` compares it with other numbers."""
+"""Hits of a file that come before its others: of five hits, two are left for other files."""
 
 
 @dataclass(frozen=True)
