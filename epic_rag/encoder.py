@@ -193,7 +193,10 @@ class EpicEncoder:
         limits = {"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens}
         if is_remote(name_or_path):
             _refuse("a remote model", name_or_path, changes)
-            return cls._of_remote(str(name_or_path), truncate_dim, **limits)
+            from epic_rag.remote_model import RemoteModel
+
+            remote = RemoteModel(str(name_or_path), **limits)
+            return cls._of_model(remote, remote.name, str(name_or_path), truncate_dim)
         folder = resolve(
             name_or_path if onnx is None else onnx[0],
             revision=revision,
@@ -203,7 +206,7 @@ class EpicEncoder:
         )
         epic = read_epic_file(folder)
         name, source = identify(name_or_path if onnx is None else onnx[0], folder, epic, revision)
-        from epic_rag.sentence_model import is_onnx_folder, is_simple_folder
+        from epic_rag.sentence_model import SentenceModel, is_onnx_folder, is_simple_folder
 
         if onnx is None and not epic and is_onnx_folder(folder):
             onnx = os.fspath(name_or_path or ""), None
@@ -212,8 +215,21 @@ class EpicEncoder:
         is_other = onnx is not None or (not is_native and backend == "sentence-transformers")
         if is_other or not (is_native or is_simple_folder(folder, name)):
             _refuse("this model", name, {**changes, "several devices": _several(device)})
-            options = {**limits, "trust_remote_code": trust_remote_code, "truncate_dim": truncate_dim}
-            return cls._of_folder(folder, name, source, onnx, device, dtype, options)
+            file = None if onnx is None else onnx[1]
+            model = SentenceModel.open(
+                folder,
+                name=name,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                is_onnx=onnx is not None,
+                onnx_file=file,
+                **limits,
+            )
+            source = source if onnx is None else f"onnx:{source}" + ("" if file is None else f"@{file}")
+            encoder = cls._of_model(model, name, source, truncate_dim)
+            encoder._folder = folder
+            return encoder
         settings = {"dtype": dtype, "truncate_dim": truncate_dim, "trust_remote_code": trust_remote_code}
         load = partial(
             _load_checkpoint, folder, epic, device, name=name, source=source, **settings, **limits, **changes
@@ -244,46 +260,12 @@ class EpicEncoder:
         return encoder
 
     @classmethod
-    def _of_remote(cls, name: str, truncate_dim: int | None, **limits: Any) -> EpicEncoder:
-        from epic_rag.remote_model import RemoteModel
-
-        model = RemoteModel(name, **limits)
-        encoder = cls(model, None, name=model.name, source=name, config=EncoderConfig(strategy="reader"))
-        encoder.truncate_dim = check_width(truncate_dim, model.dimension)
-        return encoder
-
-    @classmethod
-    def _of_folder(
-        cls,
-        folder: Path,
-        name: str,
-        source: str,
-        onnx: tuple[str, str | None] | None,
-        device: DeviceNames | None,
-        dtype: str | torch.dtype | None,
-        options: dict[str, Any],
-    ) -> EpicEncoder:
-        """Load a folder that sentence-transformers runs."""
-        from epic_rag.batching import parse_devices
-        from epic_rag.checkpoint_io import parse_dtype
-        from epic_rag.sentence_model import SentenceModel
-
-        [target] = parse_devices(device)
-        truncate_dim = options.pop("truncate_dim")
-        model = SentenceModel.open(
-            folder,
-            name=name,
-            device=str(target),
-            dtype=parse_dtype(dtype, target),
-            is_onnx=onnx is not None,
-            onnx_file=None if onnx is None else onnx[1],
-            **options,
-        )
-        if onnx is not None:
-            source = f"onnx:{source}" + ("" if onnx[1] is None else f"@{onnx[1]}")
+    def _of_model(cls, model: EmbeddingModel, name: str, source: str, truncate_dim: int | None) -> EpicEncoder:
+        """Make an encoder of a model of another library or service."""
         encoder = cls(model, None, name=name, source=source, config=EncoderConfig(strategy="reader"))
-        encoder.truncate_dim = check_width(model.truncate_dim if truncate_dim is None else truncate_dim, encoder._width)
-        encoder._folder = folder
+        encoder.truncate_dim = check_width(
+            model.truncate_dim if truncate_dim is None else truncate_dim, model.dimension
+        )
         return encoder
 
     def describe(self) -> list[Fact]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
+    from epic_rag.batching import DeviceNames
+
 __all__ = ["SentenceModel", "is_onnx_folder", "is_simple_folder", "is_static_folder"]
 
 _MODULES = "modules.json"
@@ -102,8 +104,8 @@ class SentenceModel(EmbeddingModel):
         folder: Path,
         *,
         name: str,
-        device: str | None = None,
-        dtype: torch.dtype | None = None,
+        device: DeviceNames | None = None,
+        dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,
         onnx_file: str | None = None,
         is_onnx: bool = False,
@@ -115,8 +117,8 @@ class SentenceModel(EmbeddingModel):
         Args:
             folder: A sentence-transformers, Hugging Face or model2vec folder.
             name: Hub name or folder name; the prompts of its family hold if the folder has none.
-            device: Device of torch; None for sentence-transformers' choice.
-            dtype: Number format of the weights; None for float32.
+            device: One device; None takes a GPU if there is one.
+            dtype: Number format of the weights; see `EpicEncoder.from_pretrained`.
             trust_remote_code: Allow Python code in the folder to run.
             onnx_file: ONNX file of the folder; None for `onnx/model.onnx` or the only one.
             is_onnx: Whether to run the transformer by ONNX Runtime.
@@ -130,14 +132,15 @@ class SentenceModel(EmbeddingModel):
         """
         try:
             import sentence_transformers
-            import torch
         except ImportError as error:
             raise MissingExtraError("sentence-transformers", "models", "running this model") from error
         from epic_rag.backbone import quiet
-        from epic_rag.batching import batch_tokens
+        from epic_rag.batching import batch_tokens, parse_devices
+        from epic_rag.checkpoint_io import parse_dtype
 
         prompts, source = _prompts(folder, name)
-        place = device if not is_onnx else "cpu"
+        [target] = parse_devices("cpu" if is_onnx else device)
+        place = str(target)
         try:
             with quiet():
                 if is_onnx or is_static_folder(folder):
@@ -155,7 +158,7 @@ class SentenceModel(EmbeddingModel):
                         prompts=prompts or None,
                         trust_remote_code=trust_remote_code,
                         local_files_only=True,
-                        model_kwargs={"dtype": dtype or torch.float32},
+                        model_kwargs={"dtype": parse_dtype(dtype, target)},
                     )
         except MissingExtraError:
             raise
