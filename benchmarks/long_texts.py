@@ -29,9 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The package `banks`, which LlamaIndex imports, must not be the script of that name in this folder.
-sys.path.append(sys.path.pop(0))
-
 import llama_index.core
 import numpy as np
 import numpy.typing as npt

@@ -35,10 +35,6 @@ from email.policy import default as default_policy
 from pathlib import Path
 from typing import Any
 
-# A script's folder comes first on the path, and modules here have names of packages that LlamaIndex imports.
-if __name__ == "__main__":
-    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
-
 from epic_rag_chroma.chunking import chunk_document
 from epic_rag_chroma.reading.document import BrokenFileError, Document, NotTextError
 from epic_rag_chroma.reading.encoding import decode

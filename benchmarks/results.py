@@ -53,7 +53,7 @@ PLUMBING = {
     ("epic-rag", "ablate"): "--output {step}",
     ("python", "benchmarks/efficiency.py"): "--output {step}",
     ("python", "benchmarks/few_shot_index.py"): "",
-    ("python", "benchmarks/banks.py"): "--cache-dir {cache}",
+    ("python", "benchmarks/built_in_banks.py"): "--cache-dir {cache}",
 }
 # Without hardware support bfloat16 takes many times as long as float32.
 DTYPE = "bfloat16" if has_bfloat16_instructions() else "float32"

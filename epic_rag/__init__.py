@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         FingerprintError,
         MissingExtraError,
         PromptError,
+        RemoteModelError,
         TaskError,
         TrainingError,
     )
@@ -53,6 +54,7 @@ __all__ = [
     "MissingExtraError",
     "PromptError",
     "QueryPrompt",
+    "RemoteModelError",
     "Task",
     "TaskError",
     "TrainingError",

@@ -195,7 +195,9 @@ class EpicEncoder:
             _refuse("a remote model", name_or_path, changes)
             from epic_rag.remote_model import RemoteModel
 
-            remote = RemoteModel(str(name_or_path), **limits)
+            remote = RemoteModel(
+                str(name_or_path), max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens
+            )
             return cls._of_model(remote, remote.name, str(name_or_path), truncate_dim)
         folder = resolve(
             name_or_path if onnx is None else onnx[0],
@@ -322,7 +324,8 @@ class EpicEncoder:
         """Return an encoder that shares the weights, and loads torch by itself when it is needed."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.prompt, other._numpy = copy.copy(self.prompt), copy.copy(self._numpy)
+        if self.external is None:
+            other.prompt, other._numpy = copy.copy(self.prompt), copy.copy(self._numpy)
         return other
 
     @cached_property
@@ -558,14 +561,15 @@ class EpicEncoder:
         items = [texts] if isinstance(texts, str) else list(texts)
         if long_texts == "windows":
             return self._output(self._encode_windows(items, batch_size, show_progress), texts, truncate_dim)
+        return self._output(self._documents(items, batch_size, show_progress), texts, truncate_dim)
+
+    def _documents(self, texts: Sequence[str], batch_size: int | None, show_progress: bool) -> Vectors:
+        """Embed documents at full width, cut at `max_document_tokens`."""
         if self.external is not None:
-            return self._output(
-                self._external_vectors(items, "document", None, batch_size, show_progress), texts, truncate_dim
-            )
+            return self._external_vectors(texts, "document", None, batch_size, show_progress)
         # While one block is embedded the next one is tokenised, and only two are in memory as tokens.
-        blocks = prefetch(self.prompt.documents, items, _BLOCK)
-        found = [self._embed(rows, None, batch_size, show_progress) for rows in blocks]
-        return self._output(np.concatenate(found), texts, truncate_dim)
+        blocks = prefetch(self.prompt.documents, texts, _BLOCK)
+        return np.concatenate([self._embed(rows, None, batch_size, show_progress) for rows in blocks])
 
     def windows(self, text: str) -> list[str]:
         """Return the parts of a document that the model reads one at a time: of like length, divided at white space.
@@ -590,9 +594,7 @@ class EpicEncoder:
         """Encode documents by their windows; return the unit rows of their vectors' means, weighted by tokens."""
         parts = [self.windows(text) for text in texts]
         windows = [part for own in parts for part in own]
-        vectors = self.encode_document(
-            windows, batch_size=batch_size, show_progress=show_progress, truncate_dim=self._width
-        )
+        vectors = self._documents(windows, batch_size, show_progress)
         if len(windows) == len(texts):
             return vectors
         if "document" not in self._noted:

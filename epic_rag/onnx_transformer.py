@@ -36,7 +36,7 @@ class OnnxTransformer(InputModule):
     tokenizer: Any
 
     def __init__(self, session: Any, tokenizer: Any, max_seq_length: int, do_lower_case: bool = False) -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)
         self.session = session
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
@@ -55,7 +55,7 @@ class OnnxTransformer(InputModule):
         self._dimension = int(outputs[name].shape[-1])
 
     @classmethod
-    def load(cls, folder: str | Path, file: str | None = None, **_: Any) -> OnnxTransformer:
+    def open(cls, folder: Path, file: str | None = None) -> OnnxTransformer:
         """Open a folder's ONNX file.
 
         Args:
@@ -67,10 +67,9 @@ class OnnxTransformer(InputModule):
             MissingExtraError: If ONNX Runtime is not installed.
         """
         try:
-            import onnxruntime
+            import onnxruntime  # type: ignore[import-untyped]
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "onnx", "running ONNX files") from error
-        folder = Path(folder)
         found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.onnx"))
         chosen = file or next((name for name in _USUAL if name in found), found[0] if len(found) == 1 else None)
         if chosen is None or not (folder / chosen).is_file():
@@ -88,7 +87,7 @@ class OnnxTransformer(InputModule):
         longest = limits.get("max_seq_length") or min(_DEFAULT_MAX_TOKENS, int(tokenizer.model_max_length))
         return cls(session, tokenizer, int(longest), bool(limits.get("do_lower_case")))
 
-    def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **_: Any) -> dict[str, torch.Tensor]:
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Any]:
         """Tokenise texts behind a prompt, padded to the longest; (n, tokens) arrays."""
         texts = [f"{prompt or ''}{text}" for text in inputs]
         if self.do_lower_case:

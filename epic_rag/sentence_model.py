@@ -430,7 +430,7 @@ def _onnx_modules(folder: Path, file: str | None) -> list[Any]:
 
     from epic_rag.onnx_transformer import OnnxTransformer
 
-    transformer = OnnxTransformer.load(folder, file)
+    transformer = OnnxTransformer.open(folder, file)
     try:
         entries = json.loads((folder / _MODULES).read_text(encoding="utf-8"))[1:]
     except OSError:

@@ -149,7 +149,7 @@ class EpicEmbeddingFunction(EmbeddingFunction[Documents]):
             }
         )
         if encoder is not None:
-            self._encoder = self._checked(encoder)
+            self.__dict__["_encoder"] = self._checked(encoder)
 
     def __call__(self, input: Documents) -> Embeddings:
         """Embed documents.

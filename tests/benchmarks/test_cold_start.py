@@ -34,8 +34,8 @@ def test_it_measures_every_process(
     cold_start.measure(cold_start.parser().parse_args([*options, "--output", str(tmp_path / "out")]))
     record = json.loads((tmp_path / "out" / "cold_start.json").read_text())
     assert {len(values) for values in record["seconds"].values()} == {2}
-    assert len(record["seconds"]) == len(record["peak_bytes"]) == 12
-    assert len(record["bars"]) == 6
+    assert len(record["seconds"]) == len(record["peak_bytes"]) == 15
+    assert len(record["bars"]) == 8
     assert record["chunks"] > 0
     assert all(seconds > 0 for values in record["seconds"].values() for seconds in values)
     table = capsys.readouterr().out

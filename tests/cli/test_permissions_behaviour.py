@@ -19,7 +19,7 @@ from tests.helpers.users import NOBODY, as_another_user, make_readable
 
 PAIRS = [{"query": f"term {number}", "positive": f"definition of the term {number}"} for number in range(24)]
 # Private by purpose: the queries that somebody typed.
-PRIVATE = {"query_history"}
+PRIVATE = {"query_history", "last_query.json", "epic-rag"}
 # Chroma's SQLite never lets a group write.
 OTHERS = {"chroma.sqlite3"}
 

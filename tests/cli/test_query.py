@@ -242,10 +242,10 @@ PLAIN = SearchRequest(prompt=QueryPrompt(task="docs"))
         (["--strategy", "task-vector"], {"prompt": QueryPrompt(task="docs", strategy="task-vector")}),
         (["-n", "0"], {"prompt": QueryPrompt(task="docs", num_demonstrations=0)}),
         # A bank has its own instruction, so the default task is not added.
-        (["--bank", "mine"], {"prompt": QueryPrompt(bank="mine")}),
+        (["--bank", "qa"], {"prompt": QueryPrompt(bank="qa")}),
         (
-            ["--bank", "mine", "--task", "qa", "--num-demonstrations", "4", "--strategy", "epic"],
-            {"prompt": QueryPrompt(task="qa", bank="mine", num_demonstrations=4, strategy="epic")},
+            ["--bank", "qa", "--task", "qa", "--num-demonstrations", "4", "--strategy", "epic"],
+            {"prompt": QueryPrompt(task="qa", bank="qa", num_demonstrations=4, strategy="epic")},
         ),
         (["--mode", "keyword"], {"mode": "keyword"}),
         (["--all"], {"collapse": False}),

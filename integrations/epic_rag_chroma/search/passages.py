@@ -233,13 +233,17 @@ def _seam(previous: Record, row: Record) -> tuple[int, str]:
     is_exact = _has_its_lines(previous) and _has_its_lines(row)
     if last is not None and first is not None and first > last:
         return 0, "\n" * (first - last if is_exact else 1)
+    # Lines that are the same do not make more of them shared.
+    most = last - first if is_exact and last is not None and first is not None else len(row.text)
     is_same_line = last is not None and first == last
     for length in range(min(len(previous.text), len(row.text)), 0, -1):
-        if previous.text.endswith(row.text[:length]):
+        breaks = row.text.count("\n", 0, length)
+        if breaks <= most and previous.text.endswith(row.text[:length]):
             before, after = previous.text[-length - 1 : -length], row.text[length : length + 1]
             # Chunks share whole lines, sentences or words; of texts without lines, a few letters are equal by chance.
             is_whole = (not before or before.isspace()) and (not after or after.isspace())
-            if is_whole and (is_same_line or length >= _SHORTEST_OVERLAP or before in ("", "\n")):
+            is_long = is_same_line or length >= _SHORTEST_OVERLAP or 0 < breaks == most
+            if is_whole and (is_long or before in ("", "\n")):
                 return length, ""
     if is_same_line:  # parts of one long line, divided at white space if there is any
         ends = previous.text.rpartition("\n")[2] + row.text.partition("\n")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_rates_of_layers(config: Config, tiny_bidirectional_encoder: EpicEncoder
 
 @pytest.mark.parametrize("kind", ["tiny_encoder", "tiny_bidirectional_encoder"])
 def test_frozen_layers_stay(config: Config, kind: str, request: pytest.FixtureRequest) -> None:
-    encoder: EpicEncoder = request.getfixturevalue(kind)
+    encoder: EpicEncoder = copy.deepcopy(request.getfixturevalue(kind))
     before = {name: value.clone() for name, value in encoder.backbone.state_dict().items()}
     trainer = Trainer(config(frozen_layers=1), encoder)
     trainer.train_step(sample_batch(trainer.datasets, trainer.config, 0))
@@ -187,7 +188,7 @@ def test_decay_at_the_end(config: Config) -> None:
 
 
 def test_average_of_weights(config: Config, tiny_encoder: EpicEncoder) -> None:
-    backbone = tiny_encoder.backbone
+    backbone = copy.deepcopy(tiny_encoder.backbone)
     average = WeightAverage(backbone, 0.9)
     weight = backbone.projector.linear.weight
     expected = weight.detach().clone()

@@ -125,7 +125,7 @@ def test_crash_while_embedding_loses_no_document(
     collection = script.open_collection(client, "documents", embedding)
     script.replace(client, collection, script.ingest([Document(text="old", id_="a")], embedding))
 
-    def crash(texts: list[str]) -> None:
+    def crash(texts: list[str], **settings: object) -> None:
         raise MemoryError
 
     with monkeypatch.context() as broken:

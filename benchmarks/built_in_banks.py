@@ -1,8 +1,8 @@
 """Build the built-in banks, and measure what each brings on sets that it was not made from.
 
-    python benchmarks/banks.py build --data DIR [--only NAME,...]
-    python benchmarks/banks.py embed
-    python benchmarks/banks.py evaluate --data DIR --eval DIR [--model NAME] [--sizes 16,64,128] [--cache-dir DIR]
+    python benchmarks/built_in_banks.py build --data DIR [--only NAME,...]
+    python benchmarks/built_in_banks.py embed
+    python benchmarks/built_in_banks.py evaluate --data DIR --eval DIR [--model NAME] [--sizes 16,64] [--cache-dir DIR]
 
 `build` keeps the first demonstrations of each bank, which are written by hand and are a mixed choice, and appends
 demonstrations that are drawn from openly licensed training pairs (`SOURCES` has files, licences and filters) with a
@@ -274,7 +274,9 @@ def scores(families, vectors) -> dict[tuple[str, str], np.ndarray]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks/banks.py", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/built_in_banks.py", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("command", choices=("build", "embed", "evaluate"))
     parser.add_argument("--data", type=Path, metavar="DIR", help="files of training pairs")
     parser.add_argument("--eval", type=Path, metavar="DIR", help="evaluation sets")
