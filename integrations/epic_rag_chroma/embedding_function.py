@@ -18,6 +18,7 @@ from chromadb.api.types import Documents, EmbeddingFunction, Embeddings, Space
 from chromadb.utils.embedding_functions import register_embedding_function
 
 from epic_rag.checkpoints import EPIC_FILE, check_width, read_epic_file, resolve
+from epic_rag.embedding_model import is_remote, split_onnx
 from epic_rag.errors import ConfigError, FingerprintError, PromptError
 from epic_rag.query_prompt import QueryPrompt
 from epic_rag.tasks import get_task
@@ -307,6 +308,10 @@ def _check_checkpoint(source: str | None, truncate_dim: int | None) -> None:
     """
     if truncate_dim is not None and truncate_dim < 1:
         raise ConfigError(f"truncate_dim is {truncate_dim}. Use 1 or more.")
+    if is_remote(source):
+        return  # asked with the first text, as a server may start later
+    onnx = split_onnx(source)
+    source = source if onnx is None else onnx[0]
     if source is not None and source.count("/") == 1 and not os.path.isdir(source):
         return  # a name of the hub, which may have to be downloaded
     folder = resolve(source)

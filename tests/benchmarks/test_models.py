@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -17,8 +19,9 @@ from transformers import AutoModel
 
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag.demonstrations import Demonstration
-from epic_rag.errors import CheckpointError, ConfigError, PromptError
-from epic_rag_chroma import NO_CHROMA, ChromaIndexer
+from epic_rag.errors import CheckpointError, ConfigError, PromptError, RemoteModelError
+from epic_rag_chroma import NO_CHROMA, ChromaIndexer, EpicEmbeddingFunction
+from llama_index.embeddings.epic import EpicEmbedding
 
 
 def replica(name: str, folder: Path) -> Path:
@@ -128,6 +131,42 @@ def test_widths_and_lengths(tmp_path: Path) -> None:
     assert EpicEncoder.from_pretrained(folder, max_document_tokens=1000).max_document_tokens == 128
     with pytest.raises(ConfigError, match="Pass 1 or more"):
         EpicEncoder.from_pretrained(folder, max_document_tokens=0)
+
+
+def test_llama_index_and_chroma(tmp_path: Path) -> None:
+    folder = replica("Qwen3", tmp_path)
+    encoder = EpicEncoder.from_pretrained(folder)
+    embedding = EpicEmbedding(model=str(folder))
+    function = EpicEmbeddingFunction(model=str(folder))
+    for texts in (["one text"], TEXTS[2:4]):
+        expected = encoder.encode_document(texts)
+        np.testing.assert_allclose(embedding.get_text_embedding_batch(texts), expected, atol=LIMIT)
+        np.testing.assert_allclose(function(texts), expected, atol=LIMIT)
+    np.testing.assert_allclose(embedding.get_query_embedding("a"), encoder.encode_query("a"), atol=LIMIT)
+    np.testing.assert_allclose(function.embed_query(["a"])[0], encoder.encode_query("a"), atol=LIMIT)
+    again = pickle.loads(pickle.dumps(embedding))
+    np.testing.assert_allclose(again.get_query_embedding("a"), encoder.encode_query("a"), atol=LIMIT)
+    copied = copy.copy(encoder)
+    np.testing.assert_allclose(copied.encode_query("a"), encoder.encode_query("a"), atol=LIMIT)
+
+
+def test_a_long_text_is_embedded_in_windows(tmp_path: Path) -> None:
+    encoder = EpicEncoder.from_pretrained(replica("bge-small", tmp_path))
+    long = "Stop the server and copy the files back. " * 40
+    whole, cut = encoder.encode_document(long, long_texts="windows"), encoder.encode_document(long)
+    assert not np.allclose(whole, cut, atol=1e-3)
+
+
+def test_names_for_chroma(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(exported.parent)
+    expected = EpicEncoder.from_pretrained(exported).encode_document("a")
+    function = EpicEmbeddingFunction(model=f"onnx:{exported.name}")
+    np.testing.assert_allclose(function(["a"])[0], expected, atol=LIMIT)
+    assert function.get_config()["model"] == f"onnx:{exported}"
+    with pytest.raises(CheckpointError, match="There is no checkpoint nowhere"):
+        EpicEmbeddingFunction(model="onnx:nowhere")
+    with pytest.raises(RemoteModelError, match="does not answer"):
+        EpicEmbeddingFunction(model="ollama:tiny@http://127.0.0.1:9")(["a"])
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from epic_rag.embedding_model import split_onnx
 from epic_rag.errors import DataError
 
 __all__ = [
@@ -137,4 +138,7 @@ def merge_roots(paths: Sequence[Path], kept: Iterable[str], index_dir: Path, rem
 def absolute_source(source: str | os.PathLike[str]) -> str:
     """Return a checkpoint's name unchanged, a checkpoint's folder as an absolute path."""
     text = os.fspath(source)
+    onnx = split_onnx(text)
+    if onnx is not None and os.path.isdir(onnx[0]):
+        return f"onnx:{os.path.abspath(onnx[0])}" + ("" if onnx[1] is None else f"@{onnx[1]}")
     return os.path.abspath(text) if os.path.isdir(text) else text
