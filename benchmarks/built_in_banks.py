@@ -111,7 +111,7 @@ SOURCES = {
     "sts": Source(("coco_captions_val2017",), "captions of MS COCO val2017, CC BY 4.0", words=(6, 30)),
     "intent": Source(("snips_same_intent",), "SNIPS, CC0", words=(4, 20)),
 }
-"""Where the built-in banks come from; a bank that is missing here is written by hand."""
+"""Sources of the built-in banks; a bank that is missing here is written by hand."""
 
 TASKS = {
     "docs": ("manuals_git_apache#git", "manuals_git_apache#httpd"),

@@ -219,7 +219,7 @@ def of_text(name: str, data: bytes) -> str:
 
 
 def output_of(program: str, *arguments: str, data: bytes = b"") -> str:
-    """What a program prints for data on its standard input."""
+    """Return the output of a program for data on its standard input."""
     if shutil.which(program) is None:
         raise ImportError(program, name=program)
     done = subprocess.run([program, *arguments], input=data, capture_output=True, timeout=600)

@@ -42,7 +42,7 @@ SearchMode = Literal["dense", "hybrid", "keyword"]
 StaleState = Literal["changed", "deleted"]
 """A file with another size or modification time than when it was indexed, or one that is gone."""
 Mark = Literal["right", "wrong"]
-"""What a bank's examples know of a hit: it answers the query, or it does not."""
+"""Mark of a hit by a bank's examples: it answers the query, or it does not."""
 SEARCH_MODES: Sequence[SearchMode] = ("dense", "hybrid", "keyword")
 DEFAULT_MODE: SearchMode = "hybrid"
 DEFAULT_PER_FILE = 3

@@ -38,7 +38,7 @@ __all__ = [
 DATABASE_FILE = "index.sqlite"
 """The index."""
 APPLICATION_ID, APPLICATION_ID_AT = b"EPIC", slice(68, 72)
-"""What SQLite's header says of the program that made a database, and where."""
+"""Application id in SQLite's header, and its place there."""
 OLD_INDEX_FILE, OLD_INDEX_MARK = "index.json", b"epic-rag-index"
 """File of an index of format 2, and what its first 400 bytes contain; other programs use the name as well."""
 REBUILD_FILE = "rebuild.sqlite"
