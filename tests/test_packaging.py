@@ -77,7 +77,15 @@ def metadata(wheel: zipfile.ZipFile, names: set[str]) -> email.message.Message:
 
 def test_only_our_packages_land_in_site_packages(names: set[str]) -> None:
     tops = {name.split("/")[0] for name in names}
-    expected = {"epic_rag", "epic_rag_chroma", "epic_rag_cli", "epic_rag_demos", "epic_rag_server", "llama_index"}
+    expected = {
+        "epic_rag",
+        "epic_rag_chroma",
+        "epic_rag_cli",
+        "epic_rag_demos",
+        "epic_rag_ray",
+        "epic_rag_server",
+        "llama_index",
+    }
     assert tops == {*expected, f"epic_rag-{epic_rag.__version__}.dist-info"}
 
 
@@ -95,6 +103,7 @@ def test_every_module_and_data_file_of_the_packages_is_in_the_wheel(names: set[s
     packages = (
         "epic_rag",
         "integrations/epic_rag_chroma",
+        "integrations/epic_rag_ray",
         "integrations/epic_rag_server",
         "integrations/llama_index",
         "cli/epic_rag_cli",
@@ -137,6 +146,7 @@ def test_the_shipped_checkpoints_are_under_95_megabytes_together() -> None:
     [
         "epic_rag",
         "epic_rag_chroma",
+        "epic_rag_ray",
         "epic_rag_server",
         "epic_rag_cli",
         "epic_rag_demos",

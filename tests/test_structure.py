@@ -17,20 +17,22 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {
     "epic_rag": ROOT,
     "epic_rag_chroma": ROOT / "integrations",
+    "epic_rag_ray": ROOT / "integrations",
     "epic_rag_server": ROOT / "integrations",
     "llama_index": ROOT / "integrations",
     "epic_rag_cli": ROOT / "cli",
     "epic_rag_demos": ROOT / "demos",
 }
-"""The six import packages and the folders that hold them."""
+"""The import packages and the folders that hold them."""
 
 LAYERS = {
     "epic_rag": set(),
     "epic_rag_demos": set(),
     "epic_rag_chroma": {"epic_rag"},
     "llama_index": {"epic_rag", "epic_rag_chroma"},
+    "epic_rag_ray": {"epic_rag", "epic_rag_chroma"},
     "epic_rag_server": {"epic_rag", "epic_rag_chroma"},
-    "epic_rag_cli": {"epic_rag", "epic_rag_chroma", "epic_rag_server"},
+    "epic_rag_cli": {"epic_rag", "epic_rag_chroma", "epic_rag_ray", "epic_rag_server"},
 }
 """Each package, and the others that it may import."""
 
@@ -107,6 +109,7 @@ def test_packages_import_only_those_below(package: str) -> None:
         ("epic_rag.training", ("epic_rag.evaluation",)),
         ("epic_rag_chroma", ("typer",)),
         ("llama_index", ("typer",)),
+        ("epic_rag_ray", ("typer", "llama_index")),
         ("epic_rag_server", ("typer", "llama_index", "chromadb")),
     ],
 )

@@ -170,7 +170,7 @@ def reset_verbosity() -> None:
     _State.level, _State.explicit = Verbosity.NORMAL, False
 
 
-_PACKAGES = ("epic_rag", "epic_rag_chroma", "epic_rag_cli", "epic_rag_server")
+_PACKAGES = ("epic_rag", "epic_rag_chroma", "epic_rag_cli", "epic_rag_ray", "epic_rag_server")
 
 # Read when the libraries are imported, so they have to be set before.
 _ENVIRONMENT = {

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     )
     from epic_rag_chroma.federation import FederatedIndex
     from epic_rag_chroma.indexer import ChromaIndexer
+    from epic_rag_chroma.indexing.documents import (
+        ChunkRecord,
+        DocumentSplitter,
+        SplitDocument,
+        find_documents,
+        select_documents,
+    )
     from epic_rag_chroma.query_server import (
         LOCAL_QUERY_PATH,
         ServedModel,
@@ -58,6 +65,7 @@ if TYPE_CHECKING:
         SkippedFile,
         StaleState,
     )
+    from epic_rag_chroma.walk.files import FoundFile
 
 __all__ = [
     "DEFAULT_MODE",
@@ -72,12 +80,15 @@ __all__ = [
     "ChromaIndexer",
     "ChromaServer",
     "ChromaServerError",
+    "ChunkRecord",
     "Combination",
     "Comparison",
     "Condition",
+    "DocumentSplitter",
     "Embedded",
     "EpicEmbeddingFunction",
     "FederatedIndex",
+    "FoundFile",
     "Hit",
     "IndexLockedError",
     "IndexMismatchError",
@@ -101,11 +112,14 @@ __all__ = [
     "ServerAnswer",
     "SkippedFile",
     "Span",
+    "SplitDocument",
     "StaleState",
     "announce_server",
+    "find_documents",
     "parse_filters",
     "query_running_server",
     "search_request_of",
+    "select_documents",
 ]
 
 _NAMES = {
@@ -113,6 +127,13 @@ _NAMES = {
     "errors": ("ChromaServerError", "IndexLockedError", "IndexMismatchError", "IndexNotFoundError", "IndexStateError"),
     "federation": ("FederatedIndex",),
     "indexer": ("ChromaIndexer",),
+    "indexing.documents": (
+        "ChunkRecord",
+        "DocumentSplitter",
+        "SplitDocument",
+        "find_documents",
+        "select_documents",
+    ),
     "query_server": (
         "LOCAL_QUERY_PATH",
         "ServedModel",
@@ -148,6 +169,7 @@ _NAMES = {
         "SkippedFile",
         "StaleState",
     ),
+    "walk.files": ("FoundFile",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -13,12 +13,11 @@ A text is embedded once: if any file has a chunk with the same embedded text, it
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -28,8 +27,8 @@ import numpy.typing as npt
 
 from epic_rag.errors import MissingExtraError
 from epic_rag_chroma.chunking import Chunk, chunk_document
-from epic_rag_chroma.reading.document import HEADING_SEPARATOR, BrokenFileError, Document, NotTextError
-from epic_rag_chroma.reading.file_types import kind_of, language_of
+from epic_rag_chroma.indexing.documents import DIGEST_LENGTH, chunk_records, document_id
+from epic_rag_chroma.reading.document import BrokenFileError, Document, NotTextError
 from epic_rag_chroma.reading.worker import IsolatedReader
 from epic_rag_chroma.store.database import IndexDatabase, Record
 from epic_rag_chroma.store.paths import DocumentKey, FileStamp
@@ -49,7 +48,6 @@ BATCH_CHUNKS = 512
 # Chunks that are embedded and stored at a time.
 _WRITE_CHUNKS = 64
 _DELETED_AT_ONCE = 100
-_DIGEST_LENGTH = 32
 # Entry of a file of which only some chunks are stored.
 _INCOMPLETE = FileEntry("", 0)
 
@@ -155,7 +153,7 @@ def _detect_change(
         return Skipped(f"cannot be read: {error.strerror}", keep=True)
     except NotTextError as error:
         return Skipped(str(error), keep=False)
-    digest = hashlib.sha256(data).hexdigest()[:_DIGEST_LENGTH]
+    digest = hashlib.sha256(data).hexdigest()[:DIGEST_LENGTH]
     if entry is not None and entry.digest == digest:
         return Unchanged(stamp, checked_ns)
     try:
@@ -321,7 +319,7 @@ class Sync:
                 window=self.chunk_window,
                 count_tokens=self.encoder.count_tokens,
             )
-        document = _document_id(file.key)
+        document = document_id(file.key)
         stored = set() if file.entry is None else self.database.ids_by_document([document])[document]
         entry = FileEntry(change.digest, len(chunks), change.stamp, change.checked_ns)
         pending = _PendingFile(file.key, entry, stored)
@@ -418,7 +416,7 @@ class Sync:
             self.progress(IndexProgress("deleting", start, len(keys), keys[start][1]))
             some = keys[start : start + _DELETED_AT_ONCE]
             with self.database.transaction():
-                ids = self.database.ids_by_document([_document_id(key) for key in some])
+                ids = self.database.ids_by_document([document_id(key) for key in some])
                 self.database.delete({chunk for chunks in ids.values() for chunk in chunks})
                 self.database.delete_files(some)
             for key in some:
@@ -434,47 +432,9 @@ class Sync:
         self.progress(IndexProgress("indexing", max(0, self._done - math.ceil(waiting)), self._total, path))
 
 
-def _document_id(key: DocumentKey) -> str:
-    return _hash(*key)
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_DIGEST_LENGTH]
-
-
 def _pending_chunks(
     file: _PendingFile, chunks: list[Chunk], front_matter: dict[str, str | list[str]]
 ) -> Iterator[_PendingChunk]:
-    """Yield the chunks of a file with ids and metadata.
-
-    An id is derived from the file, the embedded text and the shown text, so an unchanged chunk keeps its id.
-    """
-    root, path = file.key
-    document = _document_id(file.key)
-    seen: Counter[tuple[str, str]] = Counter()
-    for position, chunk in enumerate(chunks, start=1):
-        content = (chunk.embedded, chunk.text)
-        chunk_id = _hash(document, *content, str(seen[content]))
-        seen[content] += 1
-        embedded_hash = _hash(chunk.embedded)
-        metadata: dict[str, Any] = {
-            "path": path,
-            "root": root,
-            "doc_id": document,
-            "content_hash": file.entry.digest,
-            "chunks": len(chunks),
-            "position": position,
-            "heading_path": HEADING_SEPARATOR.join(chunk.heading_path),
-            "first_line": chunk.first_line,
-            "last_line": chunk.last_line,
-            "page": chunk.page,
-            "kind": kind_of(path),
-            "lang": language_of(path),
-            "embedded_hash": embedded_hash,
-            "front_matter": json.dumps(front_matter, ensure_ascii=False) if front_matter else None,
-            # What is searched, where that is not the shown text: escapes decoded, without markup.
-            "words": chunk.words if chunk.words != chunk.text else None,
-        }
-        # Chroma cannot store None, and stored metadata is compared with this.
-        metadata = {name: value for name, value in metadata.items() if value is not None}
-        yield _PendingChunk(file, chunk_id, chunk, metadata, embedded_hash)
+    """Yield the chunks of a file with ids and metadata."""
+    for record in chunk_records(file.key, file.entry.digest, chunks, front_matter):
+        yield _PendingChunk(file, record.id, record.chunk, record.metadata, record.embedded_hash)
