@@ -45,8 +45,11 @@ if TYPE_CHECKING:
     from epic_rag_chroma.search.request import SearchRequest, SearchSettings
     from epic_rag_chroma.search.reranking import Reranker
     from epic_rag_chroma.search.searcher import Embedded
+    from epic_rag_chroma.sharded import ShardedCollection
+    from epic_rag_chroma.store.database import Record
     from epic_rag_chroma.store.keyword_index import KeywordsUnavailableError
-    from epic_rag_chroma.store.server import LOCAL, NO_CHROMA, ChromaServer
+    from epic_rag_chroma.store.server import LOCAL, NO_CHROMA, ChromaServer, parse_server, request_headers
+    from epic_rag_chroma.store.shards import ShardInDoubtError, Shards, shard_of
     from epic_rag_chroma.types import (
         DEFAULT_MODE,
         DEFAULT_PER_FILE,
@@ -60,10 +63,12 @@ if TYPE_CHECKING:
         IndexSettings,
         IndexStatus,
         Mark,
+        ModelInfo,
         SearchFilters,
         SearchMode,
         SkippedFile,
         StaleState,
+        WriteCounts,
     )
     from epic_rag_chroma.walk.files import FoundFile
 
@@ -102,7 +107,9 @@ __all__ = [
     "IndexedPassage",
     "KeywordsUnavailableError",
     "Mark",
+    "ModelInfo",
     "QueryWords",
+    "Record",
     "Reranker",
     "SearchFilters",
     "SearchMode",
@@ -110,16 +117,23 @@ __all__ = [
     "SearchSettings",
     "ServedModel",
     "ServerAnswer",
+    "ShardInDoubtError",
+    "ShardedCollection",
+    "Shards",
     "SkippedFile",
     "Span",
     "SplitDocument",
     "StaleState",
+    "WriteCounts",
     "announce_server",
     "find_documents",
     "parse_filters",
+    "parse_server",
     "query_running_server",
+    "request_headers",
     "search_request_of",
     "select_documents",
+    "shard_of",
 ]
 
 _NAMES = {
@@ -149,8 +163,11 @@ _NAMES = {
     "search.request": ("SearchRequest", "SearchSettings"),
     "search.reranking": ("Reranker",),
     "search.searcher": ("Embedded",),
+    "sharded": ("ShardedCollection",),
+    "store.database": ("Record",),
     "store.keyword_index": ("KeywordsUnavailableError",),
-    "store.server": ("LOCAL", "NO_CHROMA", "ChromaServer"),
+    "store.server": ("LOCAL", "NO_CHROMA", "ChromaServer", "parse_server", "request_headers"),
+    "store.shards": ("ShardInDoubtError", "Shards", "shard_of"),
     "types": (
         "DEFAULT_MODE",
         "DEFAULT_PER_FILE",
@@ -164,10 +181,12 @@ _NAMES = {
         "IndexStatus",
         "IndexedPassage",
         "Mark",
+        "ModelInfo",
         "SearchFilters",
         "SearchMode",
         "SkippedFile",
         "StaleState",
+        "WriteCounts",
     ),
     "walk.files": ("FoundFile",),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ from epic_rag_chroma.types import (
     IndexReport,
     IndexSettings,
     IndexStatus,
+    ModelInfo,
     RunState,
     StaleState,
 )
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from epic_rag_chroma.search.index_reader import IndexSnapshot
     from epic_rag_chroma.search.request import SearchSettings
     from epic_rag_chroma.search.searcher import Embedded, Encode, Vectors
+    from epic_rag_chroma.store.database import Record
     from epic_rag_chroma.store.state import IndexState
 
 __all__ = ["ChromaIndexer", "marking_bank"]
@@ -163,6 +165,51 @@ class ChromaIndexer:
         self.close()
         return self._runner().run(
             resolved, settings, remove=removed, rebuild=rebuild, progress=progress or _no_progress, wait=wait
+        )
+
+    def load_rows(
+        self,
+        rows: Iterable[Sequence[Record]],
+        info: ModelInfo,
+        *,
+        parts: str,
+        settings: IndexSettings | None = None,
+        rebuild: bool = False,
+        progress: Callable[[int], None] | None = None,
+        wait: float | None = 0.0,
+    ) -> IndexReport:
+        """Make the index equal to rows that were embedded elsewhere, such as those of Parquet files. Loads no model.
+
+        Rows that the index has already stay as they are, others are added, changed and deleted. Queries work meanwhile,
+        and a run that was interrupted is continued by the next one.
+
+        Args:
+            rows: All rows, in batches. Metadata are those of an index (docs/chroma.md); `path` is a relative path.
+            info: The encoder of their vectors.
+            parts: Folder or address of the files that hold them; the index remembers it.
+            settings: Chunk sizes that they were made with, for `status`.
+            rebuild: Replace an index of another encoder, or of folders.
+            progress: Called with the number of rows that were read so far.
+            wait: How many seconds to wait for another process that writes to the index; None without limit.
+
+        Returns:
+            Counts of documents; `chunks_reused` is the number of rows that were added or changed.
+
+        Raises:
+            ConfigError: If a vector has another length than `info` says.
+            IndexLockedError: If another process is writing to the index.
+            IndexMismatchError: If the index has vectors of another encoder.
+            IndexStateError: If it holds files of folders, or cannot be read or written. Stored data stays intact.
+        """
+        self.close()
+        return self._runner().load_rows(
+            rows,
+            info,
+            parts,
+            settings or IndexSettings(),
+            rebuild=rebuild,
+            progress=progress or (lambda _: None),
+            wait=wait,
         )
 
     def plan(
@@ -303,6 +350,7 @@ class ChromaIndexer:
             state=run_state,
             kinds=dict(sorted(Counter(kind_of(path) for _, path in files).items())),
             collection="" if state.chroma == NO_CHROMA else collection_name(state.chroma),
+            parts=state.parts,
         )
 
     def stale_files(self, *, max_files: int | None = None) -> dict[str, StaleState] | None:
@@ -319,7 +367,8 @@ class ChromaIndexer:
             IndexNotFoundError: If there is no index.
             IndexStateError: If it cannot be read.
         """
-        self._check_owner()
+        if self._state().parts is not None:
+            return {}  # of documents that were read elsewhere
         files = self._reader.read(lambda index: index.database.file_times(), needs_vectors=False)
         if max_files is not None and len(files) > max_files:
             return None

@@ -28,11 +28,13 @@ __all__ = [
     "IndexStatus",
     "IndexedPassage",
     "Mark",
+    "ModelInfo",
     "RunState",
     "SearchFilters",
     "SearchMode",
     "SkippedFile",
     "StaleState",
+    "WriteCounts",
 ]
 
 # Default name of the index folder, inside the first indexed path.
@@ -231,7 +233,8 @@ class IndexStatus:
     index without a copy; `collection` is the name of the copy's collection. `last_run` has the counts of the last
     complete run of the indexer (IndexReport's numbers by name), None before there was one. `state` is "running" during
     a run and "interrupted" after one that did not finish: what it stored is used, and the next run completes it.
-    `kinds` counts the files of each format.
+    `kinds` counts the files of each format. `parts` is the folder or address of the Parquet files that the index is
+    filled from, None for an index of folders.
     """
 
     index_dir: str
@@ -249,6 +252,54 @@ class IndexStatus:
     state: RunState = "complete"
     kinds: dict[str, int] = field(default_factory=dict)
     collection: str = ""
+    parts: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The encoder that made vectors.
+
+    Args:
+        fingerprint: Its fingerprint; vectors of different ones cannot be compared.
+        model: Its display name.
+        source: Name or folder that it is loaded from; "" if unknown.
+        dimension: Length of a vector.
+        truncate_dim: The dimension that vectors are truncated to; None for all of them.
+    """
+
+    fingerprint: str
+    model: str
+    source: str
+    dimension: int
+    truncate_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class WriteCounts:
+    """Result of writing rows that were embedded elsewhere; `+` adds.
+
+    Args:
+        written: Rows that are new.
+        changed: Rows that were there with other text, metadata or vector.
+        unchanged: Rows that were there as they are.
+        deleted: Rows that are gone.
+        left_out: Rows of shards in doubt, which a later run writes.
+    """
+
+    written: int = 0
+    changed: int = 0
+    unchanged: int = 0
+    deleted: int = 0
+    left_out: int = 0
+
+    def __add__(self, other: WriteCounts) -> WriteCounts:
+        return WriteCounts(
+            self.written + other.written,
+            self.changed + other.changed,
+            self.unchanged + other.unchanged,
+            self.deleted + other.deleted,
+            self.left_out + other.left_out,
+        )
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ def _table(state: IndexStatus) -> list[Text]:
     if state.chroma:
         rows.append(("chroma", state.chroma))
     rows += [("root", root) for root in state.roots]
+    if state.parts is not None:
+        rows.append(("parquet", state.parts))
     rows.append(("model", f"{state.model} ({state.fingerprint}, {state.dimension} dimensions)"))
     rows.append(("files", f"{state.files:,}"))
     if state.kinds:

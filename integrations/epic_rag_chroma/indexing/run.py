@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -27,9 +28,10 @@ from epic_rag_chroma.errors import (
     IndexStateError,
 )
 from epic_rag_chroma.indexing.compatibility import check_model, check_settings, chunk_sizes
+from epic_rag_chroma.indexing.rows import load_rows
 from epic_rag_chroma.indexing.sync import BATCH_CHUNKS, Sync, plan_sync
 from epic_rag_chroma.reading.worker import IsolatedReader
-from epic_rag_chroma.store.database import IndexDatabase, delete_database
+from epic_rag_chroma.store.database import IndexDatabase, Record, delete_database
 from epic_rag_chroma.store.layout import check_owner, index_folder
 from epic_rag_chroma.store.lock import chroma_lock, write_lock
 from epic_rag_chroma.store.migration import check_migrated, delete_old, is_old_index, migrate, old_place
@@ -37,7 +39,7 @@ from epic_rag_chroma.store.paths import DATABASE_FILE, REBUILD_FILE, absolute_so
 from epic_rag_chroma.store.server import NO_CHROMA, ChromaServer, ServerPlace, new_place, require_known
 from epic_rag_chroma.store.state import CHUNKER_VERSION, IndexState
 from epic_rag_chroma.store.vectors import write_vectors
-from epic_rag_chroma.types import IndexPlan, IndexProgress, IndexReport, IndexSettings
+from epic_rag_chroma.types import IndexPlan, IndexProgress, IndexReport, IndexSettings, ModelInfo
 from epic_rag_chroma.walk.files import scan_roots
 
 if TYPE_CHECKING:
@@ -96,6 +98,11 @@ class IndexRunner:
                 place = new_place(self.server, old_chroma)
                 if isinstance(place, ServerPlace):
                     require_known(self.index_dir, place.server, is_named=self.server is not None)
+                if old is not None and old.parts is not None and not rebuild:
+                    raise IndexStateError(
+                        f"The index in {self.index_dir} is filled from the Parquet files in {old.parts}. Run `epic-rag "
+                        f"index --from-parquet {shlex.quote(old.parts)}`, or index folders with another --index-dir."
+                    )
                 encoder = self.load(old)
                 if old is not None and not rebuild:
                     check_model(self.index_dir, old, encoder, paths)
@@ -161,6 +168,69 @@ class IndexRunner:
                 }
                 now = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 state = replace(state, roots=tuple(found.roots), updated_at=now, last_run=counts)
+                database.finish_run(state)
+                if database is not current:
+                    database.close()
+                    current.replace_by(self.index_dir / REBUILD_FILE)
+                write_vectors(current)
+                self._update_mirror(current, state, place)
+            return report
+
+    def load_rows(
+        self,
+        rows: Iterable[Sequence[Record]],
+        info: ModelInfo,
+        parts: str,
+        settings: IndexSettings,
+        *,
+        rebuild: bool,
+        progress: Callable[[int], None],
+        wait: float | None,
+    ) -> IndexReport:
+        """Make the index equal to rows that were embedded elsewhere; see `ChromaIndexer.load_rows`."""
+        started = time.monotonic()
+        with (
+            _folder_errors(self.index_dir),
+            index_folder(self.index_dir),
+            write_lock(self.index_dir, wait=wait),
+        ):
+            current, old, old_chroma = self._open(rebuild=rebuild)
+            with ExitStack() as opened:
+                if current is not None:
+                    opened.callback(current.close)
+                place = new_place(self.server, old_chroma)
+                if isinstance(place, ServerPlace):
+                    require_known(self.index_dir, place.server, is_named=self.server is not None)
+                if old is not None and not rebuild:
+                    _check_rows(self.index_dir, old, info, parts)
+                state = IndexState(
+                    model=info.model,
+                    source=info.source,
+                    fingerprint=info.fingerprint,
+                    dimension=info.dimension,
+                    truncate_dim=info.truncate_dim,
+                    settings=settings,
+                    roots=(),
+                    updated_at=None if old is None else old.updated_at,
+                    last_run=None if old is None else old.last_run,
+                    chroma=old_chroma or place,
+                    parts=parts,
+                )
+                if current is None:
+                    current = IndexDatabase.open(self.index_dir / DATABASE_FILE)
+                    opened.callback(current.close)
+                database = current
+                if rebuild:
+                    database = IndexDatabase.open(self.index_dir / REBUILD_FILE)
+                    opened.callback(database.close)
+                with database.transaction():
+                    database.save_state(state)
+                counts = load_rows(database, rows, info, progress)
+                report = replace(counts, chunks_total=database.count(), seconds=time.monotonic() - started)
+                numbers = {name: value for name, value in asdict(report).items() if name != "skipped"}
+                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                last_run = {**numbers, "skipped": 0, "seconds": round(report.seconds, 3)}
+                state = replace(state, updated_at=now, last_run=last_run)
                 database.finish_run(state)
                 if database is not current:
                     database.close()
@@ -257,6 +327,21 @@ class IndexRunner:
         known = {root for root, _ in entries} - found.missing
         with IsolatedReader() as reader:
             return plan_sync(entries, known, found.scans, found.skipped, reader)
+
+
+def _check_rows(index_dir: Path, state: IndexState, info: ModelInfo, parts: str) -> None:
+    """Check that rows embedded elsewhere belong to an index."""
+    where = f"--from-parquet {shlex.quote(parts)} --index-dir {shlex.quote(str(index_dir))}"
+    if state.parts is None:
+        raise IndexStateError(
+            f"The index in {index_dir} holds files of folders, which Parquet files would replace. Use another "
+            "--index-dir."
+        )
+    if state.fingerprint != info.fingerprint:
+        raise IndexMismatchError(
+            f"The index was built with {state.model} ({state.fingerprint}), the vectors in {parts} are of {info.model} "
+            f"({info.fingerprint}). Run `epic-rag index --rebuild {where}`."
+        )
 
 
 @contextmanager

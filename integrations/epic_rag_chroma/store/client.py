@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlsplit
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from chromadb.api import ClientAPI, ServerAPI
     from chromadb.api.models.Collection import Collection
 
-__all__ = ["PATIENCE", "RUN_PATIENCE", "ServerClient", "Session", "folder_client", "is_transient"]
+__all__ = ["PATIENCE", "RUN_PATIENCE", "ServerClient", "Session", "folder_client", "is_not_started", "is_transient"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,18 +64,26 @@ class Session(httpx.Client):
         server: The server.
         patience: For how many seconds a failing request is retried; can be set later.
         first_pause: Seconds before the first retry; further pauses grow exponentially.
+        headers: Headers with credentials; None for those of the environment.
 
     Raises:
         ConfigError: If the credentials in the environment are invalid.
     """
 
-    def __init__(self, server: ChromaServer, patience: float, *, first_pause: float = 0.1) -> None:
+    def __init__(
+        self,
+        server: ChromaServer,
+        patience: float,
+        *,
+        first_pause: float = 0.1,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.url = f"{server.url}/api/v2/tenants/{quote(server.tenant, safe='')}/databases/"
         self.url += quote(server.database, safe="")
         self._server = server
         self.patience = patience
         self._first_pause = first_pause
-        headers = request_headers()
+        headers = request_headers() if headers is None else headers
         # "Bearer TOKEN" and TOKEN, the longer ones first.
         secrets = {part for value in headers.values() for part in (value, value.rpartition(" ")[2])}
         self._secrets = sorted(secrets, key=len, reverse=True)
@@ -198,6 +206,11 @@ class Session(httpx.Client):
         return f"The connection to {url} was lost ({_reason(error)}). Check the server's log and run the command again."
 
 
+def is_not_started(error: ChromaServerError) -> bool:
+    """Return whether no server got the request, so that repeating it is safe."""
+    return isinstance(error.__cause__, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout))
+
+
 def is_transient(error: ChromaServerError) -> bool:
     """Return whether a later attempt may succeed: the server was away, busy, or cannot use a collection."""
     cause = error.__cause__
@@ -254,6 +267,7 @@ class ServerClient:
         check_patience: For how many seconds the requests that check the server are retried.
         check_seconds: Time limit of each of them.
         first_pause: See `Session`.
+        headers: See `Session`.
 
     Raises:
         ChromaServerError: If the server does not answer, is not a Chroma server with API v2, refuses the credentials,
@@ -268,6 +282,7 @@ class ServerClient:
         *,
         check_seconds: float = 10.0,
         first_pause: float = 0.1,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         from chromadb.api import ServerAPI
         from chromadb.config import Settings, System
@@ -285,7 +300,10 @@ class ServerClient:
         self._system = System(settings)
         self._api: ServerAPI = self._system.instance(cast(Any, ServerAPI))
         cast(Any, self._api)._session.close()
-        self._session = cast(Any, self._api)._session = Session(server, check_patience, first_pause=first_pause)
+        self._session = cast(Any, self._api)._session = Session(
+            server, check_patience, first_pause=first_pause, headers=headers
+        )
+        self._heartbeat = f"{server.url}/api/v2/heartbeat"
         self._where: dict[str, Any] = {"tenant": server.tenant, "database": server.database}
         try:
             self._check_server(server, check_seconds)
@@ -314,6 +332,34 @@ class ServerClient:
             if len(models) < _PAGE:
                 return
             offset += _PAGE
+
+    def find_collection(self, name: str) -> Collection | None:
+        """Return a collection by its name; None if there is none."""
+        try:
+            return self._collection(self._api.get_collection(name, **self._where))
+        except ChromaServerError as error:
+            if error.status != 404:
+                raise
+            return None
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a server that was restarted answers again.
+
+        Raises:
+            ChromaServerError: If it does not answer in that time.
+        """
+        usual, self._session.patience = self._session.patience, 0.0
+        try:
+            tenacity.Retrying(
+                retry=tenacity.retry_if_exception(
+                    lambda error: isinstance(error, ChromaServerError) and is_transient(error)
+                ),
+                stop=tenacity.stop_after_delay(seconds),
+                wait=tenacity.wait_random(0.1, 0.4),
+                reraise=True,
+            )(self._session.request, "GET", self._heartbeat)
+        finally:
+            self._session.patience = usual
 
     def create_collection(
         self, name: str, *, metadata: dict[str, Any], configuration: Any, embedding_function: Any

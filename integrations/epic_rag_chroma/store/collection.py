@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -36,7 +35,7 @@ import sqlite3
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -47,6 +46,14 @@ import numpy.typing as npt
 from epic_rag.errors import EpicError
 from epic_rag.files import write_atomically
 from epic_rag_chroma.errors import ChromaServerError, IndexStateError
+from epic_rag_chroma.store.chroma_rows import (
+    HNSW,
+    METADATA_BYTES,
+    OWNER,
+    RequestSplitter,
+    row_bytes,
+    storable,
+)
 from epic_rag_chroma.store.paths import BROKEN_FOLDER, CHROMA_FOLDER, absolute_source
 from epic_rag_chroma.store.server import Place, ServerPlace, collection_name
 
@@ -61,24 +68,13 @@ __all__ = ["Mirror", "delete_collections", "open_collection", "sync_collection"]
 
 logger = logging.getLogger(__name__)
 
-_OWNER = "epic-rag"
 # In Chroma's folder: the graph's files as the last sync has left them.
 _STAMPS_FILE = "epic-rag.json"
-_HNSW: dict[str, Any] = {
-    "space": "cosine",
-    "max_neighbors": 32,
-    "ef_construction": 200,
-    "ef_search": 400,
-    "batch_size": 100,
-    "sync_threshold": 100,
-}
+_HNSW: dict[str, Any] = dict(HNSW)
 # New collections that one sync makes on a server that fails again and again.
 _ATTEMPTS = 6
 _PAGE = 1000
 _SAMPLES = 8
-# Size of a request. Chroma accepts 40 MiB, proxies often less; see `_Sync._send`.
-_REQUEST_BYTES = 8 * 2**20
-_METADATA_BYTES = 1000
 # Cosine distance of a stored vector to itself, at most.
 _SAME = 1e-3
 _CHECK_SECONDS = 2.0
@@ -128,7 +124,7 @@ def sync_collection(
     function = EpicEmbeddingFunction.build_from_config(
         {"model": absolute_source(source), "truncate_dim": truncate_dim, "fingerprint": fingerprint}
     )
-    metadata = {"owner": _OWNER, "model": model, "fingerprint": fingerprint, **_index_mark(place)}
+    metadata = {"owner": OWNER, "model": model, "fingerprint": fingerprint, **_index_mark(place)}
     for attempt in range(_ATTEMPTS):
         is_open = False
         try:
@@ -241,7 +237,7 @@ class _Sync:
         self._place = place
         self._client = client
         self._max_rows = min(_PAGE, int(client.get_max_batch_size()))
-        self._max_bytes = _REQUEST_BYTES
+        self._requests = RequestSplitter(self._max_rows)
 
     def update(self, collection_id: str, fingerprint: str) -> bool:
         """Apply the rows that have changed; return False if the collection has to be made again."""
@@ -298,12 +294,12 @@ class _Sync:
 
         def update(part: Sequence[Record]) -> None:
             metadatas = [
-                {**dict.fromkeys(there[row.id] or {}), **_storable(row.metadata)}  # None removes a key
+                {**dict.fromkeys(there[row.id] or {}), **storable(row.metadata)}  # None removes a key
                 for row in part
             ]
             collection.update(ids=[row.id for row in part], metadatas=cast(Any, metadatas))
 
-        self._send(changed, lambda _: _METADATA_BYTES, update)
+        self._requests.send(changed, lambda _: METADATA_BYTES, update)
         self._upsert(collection, [record for row, record in rows.items() if row not in there])
 
     def _upsert(self, collection: Collection, records: Sequence[Record]) -> None:
@@ -312,30 +308,10 @@ class _Sync:
                 ids=[row.id for row in part],
                 embeddings=cast(Any, np.stack([row.vector for row in part])),
                 documents=[row.text for row in part],
-                metadatas=cast(Any, [_storable(row.metadata) for row in part]),
+                metadatas=cast(Any, [storable(row.metadata) for row in part]),
             )
 
-        # A byte of a vector takes 4/3 bytes in base64 (if the server supports it) or about 5 as digits.
-        self._send(records, lambda row: 5 * row.vector.nbytes + 2 * len(row.text) + _METADATA_BYTES, upsert)
-
-    def _send(
-        self, records: Sequence[Record], size: Callable[[Record], int], send: Callable[[Sequence[Record]], None]
-    ) -> None:
-        """Send rows in requests that are not too large for Chroma and for proxies."""
-        start = 0
-        while start < len(records):
-            end, total = start, 0
-            while end < len(records) and end - start < self._max_rows and (end == start or total < self._max_bytes):
-                total += size(records[end])
-                end += 1
-            try:
-                send(records[start:end])
-            except ChromaServerError as error:
-                if error.status != 413 or end - start == 1:
-                    raise
-                self._max_bytes = total // 2
-                continue
-            start = end
+        self._requests.send(records, row_bytes, upsert)
 
     def _has_all_rows(self, collection: Collection) -> bool:
         """Return whether a collection has as many rows as the database, and perhaps others'."""
@@ -413,7 +389,7 @@ def _index_mark(place: Place) -> dict[str, str]:
 
 def _owned(client: ClientAPI | ServerClient, place: Place) -> list[Collection]:
     """Return the index's collections, but not those of others in the same database."""
-    mark = {"owner": _OWNER, "index": None, **_index_mark(place)}
+    mark = {"owner": OWNER, "index": None, **_index_mark(place)}
     return [
         each
         for each in client.list_collections()
@@ -526,12 +502,3 @@ def _set_aside(index_dir: Path) -> bool:
 def _fact(error: EpicError) -> str:
     """Return the fact of an error message without the remedy."""
     return re.split(r"; |\. ", str(error))[0]
-
-
-def _storable(metadata: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    kept = {
-        key: value
-        for key, value in metadata.items()
-        if value is not None and not (isinstance(value, float) and math.isnan(value))
-    }
-    return kept or {"owner": _OWNER}  # Chroma refuses an empty mapping

@@ -36,6 +36,7 @@ class IndexState:
         chunker_version: Version of the rules that split files into chunks.
         chroma: Place of the Chroma mirror: `LOCAL` for the index folder, `NO_CHROMA` for none, or a place on a server.
         last_run: Counts of the last complete run.
+        parts: Folder or address of the Parquet files that the index is filled from; None for an index of folders.
     """
 
     model: str
@@ -49,11 +50,15 @@ class IndexState:
     chunker_version: int = CHUNKER_VERSION
     chroma: ServerPlace | str = LOCAL
     last_run: dict[str, float] | None = None
+    parts: str | None = None
 
     def to_json(self) -> str:
         """Return the state as JSON."""
         chroma = self.chroma if isinstance(self.chroma, str) else self.chroma.to_json()
-        return json.dumps({**asdict(self), "chroma": chroma})
+        values = {**asdict(self), "chroma": chroma}
+        if self.parts is None:
+            del values["parts"]  # releases without it read every other index
+        return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str) -> IndexState:

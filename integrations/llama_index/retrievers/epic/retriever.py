@@ -47,6 +47,7 @@ from epic_rag_chroma import (
     SearchFilters,
     SearchMode,
     SearchRequest,
+    ShardedCollection,
 )
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class RetrieverSettings(PromptSettings, total=False):
 class EpicRetriever(BaseRetriever):
     """Retrieve from an index folder: dense, by keywords or both, with demonstrations, filters and a reranker.
 
+    A `ShardedCollection` on a Chroma server takes the place of an index folder; its mode is dense.
+
     A node has the chunk's id, its exact text, and in `metadata` its place: `path` (relative to the indexed folder),
     `file_path` (absolute), `file_name`, `first_line` and `last_line` or `page`, `heading_path`, `kind`, and `lang` of
     source code. An LLM sees path, lines or page, and headings; an embedding model sees headings. The same chunk is the
@@ -93,7 +96,7 @@ class EpicRetriever(BaseRetriever):
 
     Args:
         index_dir: The index folder; see `epic-rag index` and `ChromaIndexer.index`. Several folders of one model are
-            searched as one; see `FederatedIndex`.
+            searched as one; see `FederatedIndex`. Or a `ShardedCollection`, which has an encoder of its own.
         encoder: An encoder, or a function that loads one; None for the model that the index was built with.
         chroma: Address of the Chroma server that holds the vectors, if it is not the one that the index names.
         callback_manager: As in every LlamaIndex retriever, and so the next three.
@@ -123,7 +126,7 @@ class EpicRetriever(BaseRetriever):
 
     def __init__(
         self,
-        index_dir: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        index_dir: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | ShardedCollection,
         *,
         encoder: EpicEncoder | Callable[[], EpicEncoder] | None = None,
         chroma: str | ChromaServer | None = None,
@@ -139,7 +142,14 @@ class EpicRetriever(BaseRetriever):
             objects=objects,
             verbose=verbose,
         )
-        folders = [index_dir] if isinstance(index_dir, (str, os.PathLike)) else index_dir
+        self._collection = index_dir if isinstance(index_dir, ShardedCollection) else None
+        if isinstance(index_dir, ShardedCollection):
+            if encoder is not None or chroma is not None:
+                raise ConfigError("A ShardedCollection has its own encoder and server. Pass them to it.")
+            settings.setdefault("mode", "dense")
+            folders: Sequence[str | os.PathLike[str]] = []
+        else:
+            folders = [index_dir] if isinstance(index_dir, (str, os.PathLike)) else index_dir
         self._index_dirs = [Path(folder).resolve() for folder in folders]
         self._encoder = encoder
         self._chroma = chroma
@@ -148,8 +158,10 @@ class EpicRetriever(BaseRetriever):
         self._open()
 
     def _open(self) -> None:
-        self._indexer: ChromaIndexer | FederatedIndex
-        if len(self._index_dirs) == 1:
+        self._indexer: ChromaIndexer | FederatedIndex | ShardedCollection
+        if self._collection is not None:
+            self._indexer = self._collection
+        elif len(self._index_dirs) == 1:
             self._indexer = ChromaIndexer(self._index_dirs[0], encoder=self._encoder, chroma=self._chroma)
         else:
             self._indexer = FederatedIndex(self._index_dirs, encoder=self._encoder, chroma=self._chroma)
@@ -158,8 +170,8 @@ class EpicRetriever(BaseRetriever):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="epic-retriever")
 
     @property
-    def indexer(self) -> ChromaIndexer | FederatedIndex:
-        """The index, or all of them."""
+    def indexer(self) -> ChromaIndexer | FederatedIndex | ShardedCollection:
+        """The index, or all of them, or the collection."""
         return self._indexer
 
     @property
