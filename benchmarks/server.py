@@ -2,10 +2,11 @@
 
     python benchmarks/server.py --model epic-minilm --texts docs_sections.jsonl.gz --minutes 10 --output DIR
 
-`epic-rag serve` runs in a process of its own. 32 clients send the texts in requests of 1 to 64; side by side with it,
-this process encodes the same texts in one call. Meanwhile single queries are timed, and single queries on an idle
-server against this process. Then the clients send requests of all kinds for --minutes, and the server's memory and
-errors are counted. Writes server.json and server.md to DIR.
+`epic-rag serve` runs in a process of its own. By turns, this process encodes the texts in one call, 32 clients send
+them in requests of 1 to 64, and they send them again while single queries are timed (those are further work, so this
+run does not count for the throughput). Single queries are also timed on an idle server, and in this process: in blocks,
+since the threads of a process that has just computed keep a core busy for milliseconds. Then the clients send requests
+of all kinds for --minutes, and the server's memory and errors are counted. Writes server.json and server.md to DIR.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ from epic_rag.evaluation.report import markdown_table
 CLIENTS = 32
 SIZES = (1, 1, 1, 2, 4, 8, 16, 32, 64)
 PROBE_SECONDS = 0.25
-SINGLE_QUERIES = 60
+SINGLE_QUERIES = 40
+BLOCKS = 3
 ROUTES = ("/v1/embeddings", "/embed", "/v1/rerank", "/v2/embed")
 
 
 def parser() -> argparse.ArgumentParser:
-    options = encoding_options((__doc__ or "").split("\n\n")[0], 2000)
+    options = encoding_options((__doc__ or "").split("\n\n")[0], 1000)
     options.add_argument("--minutes", type=float, default=10.0, help="duration of the load whose memory is measured")
     return options
 
@@ -75,8 +77,8 @@ def requests_of(texts: list[str], seed: int) -> list[list[str]]:
     return found
 
 
-async def run_clients(client: httpx.AsyncClient, requests: list[list[str]], probes: list[float]) -> float:
-    """Send requests by 32 clients, and single queries beside them; return the seconds of the requests."""
+async def run_clients(client: httpx.AsyncClient, requests: list[list[str]], probes: list[float] | None) -> float:
+    """Send requests by 32 clients, and single queries beside them unless probes is None; return the seconds."""
     waiting = iter(requests)
 
     async def send() -> None:
@@ -84,7 +86,7 @@ async def run_clients(client: httpx.AsyncClient, requests: list[list[str]], prob
             response = await client.post("/v1/embeddings", json={"input": texts, "encoding_format": "base64"})
             response.raise_for_status()
 
-    async def probe() -> None:
+    async def probe(probes: list[float]) -> None:
         start = time.perf_counter()
         response = await client.post("/v1/embeddings", json={"input": f"query {start}", "input_type": "query"})
         response.raise_for_status()
@@ -93,12 +95,12 @@ async def run_clients(client: httpx.AsyncClient, requests: list[list[str]], prob
     start = time.perf_counter()
     clients = asyncio.gather(*(send() for _ in range(CLIENTS)))
     probing = []
-    while not clients.done():
+    while probes is not None and not clients.done():
         # At fixed times, whether or not the last one has been answered: a slow answer does not hide the next one.
         await asyncio.wait([clients], timeout=PROBE_SECONDS)
-        probing.append(asyncio.create_task(probe()))
-    seconds = time.perf_counter() - start
+        probing.append(asyncio.create_task(probe(probes)))
     await clients
+    seconds = time.perf_counter() - start
     await asyncio.gather(*probing)
     return seconds
 
@@ -157,7 +159,7 @@ def measure(options: argparse.Namespace) -> int:
 
             return asyncio.run(run())
 
-        using(lambda client: run_clients(client, requests_of(texts[:200], 0), []))
+        using(lambda client: run_clients(client, requests_of(texts[:200], 0), None))
         for run in range(options.runs):
             say(f"run {run + 1} of {options.runs}")
             start = time.perf_counter()
@@ -165,20 +167,25 @@ def measure(options: argparse.Namespace) -> int:
             local.append(time.perf_counter() - start)
             before = metric(url, "epic_rag_tokens_total")
             requests = requests_of(texts, run)
-            http.append(using(lambda client, requests=requests: run_clients(client, requests, probes)))
+            http.append(using(lambda client, requests=requests: run_clients(client, requests, None)))
             # The model is busy all the time, so this is the time of a full batch.
             full = httpx.get(f"{url}/info").json()["max_batch_tokens"]
             batches.append(full * http[-1] / (metric(url, "epic_rag_tokens_total") - before))
+            using(lambda client, requests=requests: run_clients(client, requests, probes))
         single_http, single_local = [], []
         with httpx.Client(base_url=url, timeout=60) as client:
-            for number in range(SINGLE_QUERIES):
-                start = time.perf_counter()
-                encoder.encode_query(f"how do I undo commit {number}")
-                single_local.append(time.perf_counter() - start)
-                start = time.perf_counter()
-                body = {"input": f"how do I undo commit {number}", "input_type": "query", "encoding_format": "base64"}
+
+            def send(query: str) -> None:
+                body = {"input": query, "input_type": "query", "encoding_format": "base64"}
                 client.post("/v1/embeddings", json=body).raise_for_status()
-                single_http.append(time.perf_counter() - start)
+
+            for block in range(BLOCKS):
+                for work, times in ((encoder.encode_query, single_local), (send, single_http)):
+                    time.sleep(1)
+                    for number in range(SINGLE_QUERIES):
+                        start = time.perf_counter()
+                        work(f"how do I undo commit {number} of {block}")
+                        times.append(time.perf_counter() - start)
         say(f"load of {options.minutes:g} minutes")
         statuses, sizes = using(
             lambda client: run_mixed(client, texts, 60 * options.minutes, lambda: process.memory_info().rss)
