@@ -435,12 +435,24 @@ def load_recipe(
         MissingExtraError: If PyYAML is needed and not installed.
     """
     values = recipe_values(name_or_path)
+    model = values.get("model")
     for setting in settings:
         change_setting(values, setting)
+    if model is not None and not _is_copy_of(model, values):
+        # What the file says of its own model is not true of another one.
+        for name in {"base_model", "license"} - {setting.partition("=")[0].strip() for setting in settings}:
+            values.pop(name, None)
     values.setdefault("model", default_model)
     if output is not None:
         values["output"] = output
     return TrainingConfig.from_dict(values, origin=name_or_path)
+
+
+def _is_copy_of(model: object, values: Mapping[str, Any]) -> bool:
+    """Return whether the model of a run has the name of another one, as a folder with a copy of it has."""
+    name = str(model).rstrip("/").rpartition("/")[2]
+    given = str(values.get("model")).rstrip("/").rpartition("/")[2]
+    return given == name or str(values.get("gguf_file") or "").startswith(name)
 
 
 def recipe_values(name_or_path: str) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from epic_rag.checkpoints import EPIC_FILE, HEAD_FOLDER, is_int8, list_checkpoints, read_epic_file
+from epic_rag.checkpoints import EPIC_FILE, HEAD_FOLDER, is_int8, list_checkpoints, read_epic_file, resolve
 from epic_rag.errors import CheckpointError, DataError, EpicError
 from epic_rag.training.config import LAST_COMMIT_WITH_DELETED_SETTINGS, TaskConfig, deleted_settings
 
-__all__ = ["held_out_figures", "main", "write_model_card"]
+__all__ = ["held_out_figures", "main", "stated_license", "write_model_card"]
 
 _HERE = Path(__file__).parent
 _TAGS = ["retrieval", "embeddings", "feature-extraction", "in-context-learning", "epic"]
@@ -72,6 +72,22 @@ def write_model_card(folder: str | os.PathLike[str], *, figures: str = "") -> Pa
     )
     (home / "README.md").write_text(f"{str(card).strip()}\n", encoding="utf-8")
     return home / "README.md"
+
+
+def stated_license(model: str) -> str:
+    """Return the licence that a model's own files state; "" if they state none.
+
+    Args:
+        model: A folder, a shipped checkpoint, or a hub name that was downloaded.
+    """
+    try:
+        folder = resolve(model, local_files_only=True)
+        stated = read_epic_file(folder).get("license")
+        if not stated and (folder / "README.md").is_file():
+            stated = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
+    except (EpicError, OSError, ValueError):
+        return ""
+    return stated if isinstance(stated, str) else ""
 
 
 def held_out_figures(entry: Mapping[str, Any]) -> str:

@@ -465,7 +465,7 @@ class Trainer:
 
     def _write_final(self, target: Path) -> None:
         # Not at the top: `python -m epic_rag.training.model_card` would find the module imported already.
-        from epic_rag.training.model_card import held_out_figures, write_model_card
+        from epic_rag.training.model_card import held_out_figures, stated_license, write_model_card
 
         config, prompt = self.config, self.prompt
         base = config.base_model or public_name(config.model)
@@ -488,7 +488,7 @@ class Trainer:
                 # Widths that vectors may be truncated to; no other was trained for.
                 matryoshka_dims=sorted(set(config.matryoshka_dims)) or None,
                 description=config.description,
-                license=config.license,
+                license=config.license or stated_license(config.model),
                 base_model=base,
                 training=self.record(),
             ),

