@@ -24,6 +24,7 @@ SCHEMAS = (
     "status",
     "index",
     "index-dry-run",
+    "index-collection",
     "index-watch",
     "config",
     "models",

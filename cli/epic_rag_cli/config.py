@@ -51,7 +51,8 @@ _PROJECT_TABLE = re.compile(rb"^[ \t]*\[tool\.epic-rag[.\]]", re.MULTILINE)
 _MAX_BYTES = 2**20
 # Options of one run, and options that only the user may choose.
 _NOT_IN_TABLES = frozenset(
-    {"remove", "rebuild", "dry-run", "watch", "batch", "open", "yes", "quiet", "verbose", "config", "help"}
+    {"from-parquet", "collection", "shards"}
+    | {"remove", "rebuild", "dry-run", "watch", "batch", "open", "yes", "quiet", "verbose", "config", "help"}
 )
 _RESTRICTED = frozenset({"chroma", "follow-links", "rerank"})
 # Names that are folders relative to the file if there is such a folder.

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from epic_rag_ray.chunks import FileChunker
+    from epic_rag_ray.datasink import ChromaDatasink
     from epic_rag_ray.encoder import EpicBatchEncoder
     from epic_rag_ray.engine import Cluster
     from epic_rag_ray.job import PipelineReport, PipelineSettings, RunProgress, read_progress, run_pipeline
     from epic_rag_ray.parts import VectorInfo, VectorParts, embedding_vectors, row_metadata
     from epic_rag_ray.storage import Storage
+    from epic_rag_ray.stores import fill_chroma, fill_index, records
 
 __all__ = [
+    "ChromaDatasink",
     "Cluster",
     "EpicBatchEncoder",
     "FileChunker",
@@ -27,18 +30,23 @@ __all__ = [
     "VectorInfo",
     "VectorParts",
     "embedding_vectors",
+    "fill_chroma",
+    "fill_index",
     "read_progress",
+    "records",
     "row_metadata",
     "run_pipeline",
 ]
 
 _NAMES = {
     "chunks": ("FileChunker",),
+    "datasink": ("ChromaDatasink",),
     "encoder": ("EpicBatchEncoder",),
     "engine": ("Cluster",),
     "job": ("PipelineReport", "PipelineSettings", "RunProgress", "read_progress", "run_pipeline"),
     "parts": ("VectorInfo", "VectorParts", "embedding_vectors", "row_metadata"),
     "storage": ("Storage",),
+    "stores": ("fill_chroma", "fill_index", "records"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

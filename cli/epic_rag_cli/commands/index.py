@@ -117,6 +117,33 @@ def index(
         int | None,
         typer.Option("--chunk-tokens", metavar="N", min=1, help="Maximum tokens in a chunk."),
     ] = None,
+    from_parquet: Annotated[
+        str | None,
+        typer.Option(
+            "--from-parquet",
+            metavar="DIR",
+            help="Fill the index in --index-dir, or the server's --collection, with the vectors of Parquet files that "
+            "`epic-rag index --to DIR` wrote. No model is loaded, and only what differs is written.",
+        ),
+    ] = None,
+    collection: Annotated[
+        str | None,
+        typer.Option(
+            "--collection",
+            metavar="NAME",
+            help="With --chroma URL: store the rows on the server alone, in collections of that name.",
+        ),
+    ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            "--shards",
+            metavar="N",
+            min=1,
+            help="Number of collections that the rows of --collection are spread over.",
+            show_default="those that exist, or 1",
+        ),
+    ] = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Embed everything again, with the model and settings given now.")
     ] = False,
@@ -153,6 +180,7 @@ def index(
         epic-rag index docs --chunk-tokens 120 --rebuild
         epic-rag index --remove notes.md --index-dir docs
         epic-rag index --dry-run
+        epic-rag index --from-parquet vectors --index-dir docs/.epic-rag
     """
     if math.isnan(wait):
         raise typer.BadParameter("nan is not a number of seconds", param_hint="'--wait'")
@@ -164,6 +192,24 @@ def index(
         raise usage_error("--remove and --watch exclude each other. Remove first, then watch.")
     if dry_run and rebuild:
         raise usage_error("--dry-run and --rebuild exclude each other: a rebuild embeds every file.")
+    if from_parquet is None and (collection is not None or shards is not None):
+        raise usage_error("--collection and --shards belong to --from-parquet")
+    if from_parquet is not None:
+        if paths or remove or watch or dry_run or model or include or exclude or chunk_tokens:
+            raise usage_error("--from-parquet takes no paths, and no options for reading or embedding files")
+        from epic_rag_cli.parquet import fill_from_parquet
+
+        fill_from_parquet(
+            from_parquet,
+            index_dir,
+            chroma=NO_CHROMA if no_chroma else chroma,
+            collection=collection,
+            shards=shards,
+            rebuild=rebuild,
+            wait=wait,
+            as_json=as_json,
+        )
+        return
     places = paths or []
     for path in places:  # before a model is loaded or a folder is made
         if not path.exists():
