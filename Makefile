@@ -9,6 +9,7 @@
 # make results-quick   the same commands on tiny generated data with a tiny random model; changes no document
 # make bench   run the speed benchmarks and write the tables of benchmarks/README.md (an hour, on an idle machine)
 # make bench-quick   the same commands on tiny generated data with a tiny random model; checks no times
+# make layouts   measure the layouts of docs/scale.md and write its tables (a quarter of an hour, on an idle machine)
 # make clean   remove the output of these targets, except the virtual environment
 # make distclean   remove .venv as well
 #
@@ -20,6 +21,7 @@
 #              CPU one: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   RESULTS_ARGS  added to the results' command: RESULTS_ARGS="--data DIR --minilm DIR --llm DIR --only heldout,report"
 #   BENCH_ARGS added to the benchmarks' command: BENCH_ARGS="--smollm2 DIR --data DIR --only throughput,report"
+#   LAYOUTS_ARGS  added to the layouts' command: LAYOUTS_ARGS="--data DIR --only chroma,report"
 #   DEMO_ARGS  added to the demo's command, for instance DEMO_ARGS="--model some-folder"
 
 PYTHON ?= python3
@@ -31,6 +33,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 DEMO_ARGS ?=
 RESULTS_ARGS ?=
 BENCH_ARGS ?=
+LAYOUTS_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -42,7 +45,8 @@ DEV_STAMP := $(VENV)/.epic-rag-dev-installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-serve test soak check format wheel banks results results-quick bench bench-quick clean distclean
+.PHONY: help demo demo-serve test soak check format wheel banks results results-quick bench bench-quick layouts \
+  clean distclean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^Variables:/,$$d'
@@ -91,6 +95,10 @@ bench: $(DEV_STAMP)
 bench-quick: export HF_HUB_OFFLINE = 1
 bench-quick: $(DEV_STAMP)
 	$(BIN)/python benchmarks/bench.py --quick
+
+layouts: export HF_HUB_OFFLINE = 1
+layouts: $(DEV_STAMP)
+	$(BIN)/python benchmarks/scale.py $(LAYOUTS_ARGS)
 
 # setuptools puts everything in build/ into the wheel, also files that were deleted since.
 wheel: $(BIN)/python

@@ -33,6 +33,7 @@ STAGES = (
     "cold_start",
     "vector_search",
     "growth",
+    "scale",
     "report",
 )
 PAIRS = "docs_questions.jsonl.gz"
@@ -72,6 +73,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
         "cold_start": ["cold_start.py", "--output", str(options.output)],
         "vector_search": ["vector_search.py", "--output", str(options.output)],
         "growth": ["growth.py", "--output", str(options.output)],
+        "scale": ["scale.py", "--data", str(options.data), "--output", str(options.output / "scale")],
     }
 
 
@@ -136,6 +138,7 @@ def quick_commands(folder: Path) -> dict[str, list[str]]:
         ],
         "vector_search": ["vector_search.py", "--sizes", "200", "--dim", "16", "--queries", "3", "--output", out],
         "growth": ["growth.py", "--model", model, "--sizes", "20", "--output", out],
+        "scale": ["scale.py", "--quick", "--output", str(folder / "scale")],
     }
 
 

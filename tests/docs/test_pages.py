@@ -340,6 +340,15 @@ def write_docs(folder: str) -> str:
 
 
 Prepare = Callable[[PageRun, str, ExitStack], Any]
+
+
+def compare_scale(page_run: PageRun) -> None:
+    printed = page_run.output("python").splitlines()
+    assert printed[0] == "2 chunks in Parquet files"
+    assert printed[1].startswith("2 chunks in 4 shards of ")
+    assert printed[2:] == ["git.md", "git.md"]
+
+
 PREPARED: dict[str, Prepare] = {
     "README.md": prepare_readme,
     "demos/epic_rag_demos/README.md": prepare_demonstrations,
@@ -350,6 +359,7 @@ PREPARED: dict[str, Prepare] = {
     "docs/evaluation.md": prepare_evaluation,
     "docs/llama_index.md": prepare_llama_index,
     "docs/query.md": prepare_query,
+    "docs/scale.md": prepare_server,
     "docs/server.md": prepare_http_server,
     "docs/training.md": prepare_training,
 }
@@ -362,6 +372,7 @@ COMPARED: dict[str, Callable[[PageRun], None]] = {
     "docs/evaluation.md": compare_evaluation,
     "docs/llama_index.md": compare_llama_index,
     "docs/query.md": compare_query,
+    "docs/scale.md": compare_scale,
     "docs/search.md": compare_search,
     "docs/server.md": compare_http_server,
     "docs/training.md": compare_training,
