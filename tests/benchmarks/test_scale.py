@@ -31,7 +31,7 @@ def test_generated_vectors_are_as_close_to_each_other_as_those_they_are_fitted_t
     np.testing.assert_array_equal(drawn[:100], generator.draw(900, 5)[:100])
     real, made = neighbour_cosines(vectors), neighbour_cosines(drawn)
     assert made[0] == pytest.approx(real[0], abs=0.01)
-    assert made[1:] == pytest.approx(real[1:], abs=0.03)
+    assert made[1:] == pytest.approx(real[1:], abs=0.05)
     queries = generator.queries(drawn, 40)
     wanted = float((unit(vectors[:50] + 0.1) * vectors[:50]).sum(axis=1).mean())
     assert float((queries @ drawn.T).max(axis=1).mean()) == pytest.approx(wanted, abs=0.05)
@@ -87,7 +87,7 @@ def test_every_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_the_report_goes_between_the_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = tmp_path / "scale.md"
+    page = tmp_path / "page.md"
     page.write_text("above\n<!-- begin scale -->\nold\n<!-- end scale -->\nbelow\n")
     result = {"rows": 10, "text_bytes": 5, "seconds": 1, "unchanged_seconds": 1, "sqlite_bytes": 9, "vectors_bytes": 8}
     (tmp_path / "local.json").write_text(json.dumps({"result": {**result, "hybrid_ms": 3}}))
