@@ -1,7 +1,6 @@
 """Tasks run by Ray Data on the actors of a cluster, or one after another in this process without Ray.
 
-A worker is a class that is made once an actor and called with a task, a dictionary of plain values, which it answers
-with another. Ray runs a task again if its actor dies, so a worker that writes must be idempotent. Tasks and results
+A `Worker` is made once an actor and called with a task, a dictionary of plain values, which it answers with another. Ray runs a task again if its actor dies, so a worker that writes must be idempotent. Tasks and results
 are small: the rows themselves go from file to file and never through Ray's object store.
 """
 
@@ -11,19 +10,30 @@ import logging
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
 from epic_rag.errors import ConfigError, EpicError, MissingExtraError, reason_of
 
-__all__ = ["Cluster", "Task", "run_tasks"]
+__all__ = ["Cluster", "Task", "Worker", "run_tasks"]
 
 Task = dict[str, Any]
 logger = logging.getLogger(__name__)
+
+
+class Worker(Protocol):
+    """Runs tasks."""
+
+    def __call__(self, task: Task) -> Task:
+        """Run a task and return its result."""
+
+    def close(self) -> None:
+        """Release what the worker holds."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,8 @@ class Cluster:
             return
         # Read when Ray is imported: nothing is reported to its makers.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if self.address == "local":  # its processes print to the terminal
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         try:
             import ray
             import ray.data
@@ -86,6 +97,9 @@ class Cluster:
                 f"The Ray cluster {self.address} cannot be reached ({reason_of(error)}). Check the address and that "
                 "it runs, or use --ray local."
             ) from error
+        for handler in logging.getLogger("ray.data").handlers:
+            if type(handler).__name__ == "PlainRayHandler":  # that of the terminal; the others write to files
+                handler.setLevel(logging.ERROR)
         try:
             yield
         finally:
@@ -106,7 +120,7 @@ class Cluster:
 
 
 def run_tasks(
-    worker: Callable[..., Callable[[Task], Task]],
+    worker: Callable[..., Worker],
     arguments: dict[str, Any],
     tasks: Sequence[Task],
     cluster: Cluster,
@@ -116,7 +130,7 @@ def run_tasks(
     """Run tasks and yield their results as they are ready, in any order.
 
     Args:
-        worker: A class, or a function that returns a callable; called once an actor.
+        worker: A class of workers; called once an actor.
         arguments: Its keyword arguments.
         tasks: The tasks.
         cluster: Where to run; must be connected.
@@ -128,8 +142,8 @@ def run_tasks(
     if not tasks:
         return
     if cluster.address is None:
-        run = worker(**arguments)
-        yield from map(run, tasks)
+        with closing(worker(**arguments)) as run:
+            yield from map(run, tasks)
         return
     import ray.data
 
@@ -148,8 +162,11 @@ def run_tasks(
         udf_modifying_row_count=False,
     )
     try:
-        for row in dataset.iter_rows():
-            yield pickle.loads(row["result"])
+        with warnings.catch_warnings():
+            # Ray reads its own deprecated settings.
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.")
+            for row in dataset.iter_rows():
+                yield pickle.loads(row["result"])
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, EpicError):
@@ -164,7 +181,7 @@ def run_tasks(
 class _Actor:
     """A worker behind Ray's interface of tables."""
 
-    def __init__(self, worker: Callable[..., Callable[[Task], Task]], arguments: dict[str, Any]) -> None:
+    def __init__(self, worker: Callable[..., Worker], arguments: dict[str, Any]) -> None:
         self._run = worker(**arguments)
 
     def __call__(self, table: pa.Table) -> pa.Table:

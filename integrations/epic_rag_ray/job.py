@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from epic_rag.errors import ConfigError, DataError, FingerprintError
-from epic_rag_chroma import IndexLockedError, IndexSettings, SkippedFile
+from epic_rag_chroma import DocumentSplitter, IndexLockedError, IndexSettings, SkippedFile
 from epic_rag_ray.catalogue import Rows, compare, find_duplicates, hex_ids, live_rows, stored_rows
 from epic_rag_ray.encoder import load_encoder
 from epic_rag_ray.engine import Cluster, Task, run_tasks
@@ -277,9 +277,7 @@ class _Run:
         encoder = load_encoder(
             settings.model, dtype=settings.dtype, device=settings.device, truncate_dim=settings.truncate_dim
         )
-        from epic_rag_chroma import DocumentSplitter
-
-        DocumentSplitter(encoder, settings.index)  # checks the sizes of chunks before anything is read
+        DocumentSplitter(encoder, settings.index).close()  # checks the sizes of chunks before anything is read
         info = VectorInfo(
             encoder.fingerprint,
             encoder.name,
@@ -397,6 +395,8 @@ class _Run:
                 kept[duplicates.row] = False
             delta = compare(rows, np.flatnonzero(kept), stored)
         tasks = _embedding_tasks(rows, stored, delta.write, delta.source, settings.rows, generation)
+        existing = set(storage.list("parts", ".parquet"))
+        tasks = [task for task in tasks if part_name(generation, task["number"]) not in existing]
         arguments = {**common, "vectors": self._info.dtype, "device": settings.device}
         totals: Counter[str] = Counter()
         lost: list[str] = []
@@ -414,7 +414,7 @@ class _Run:
             added=counts["added"],
             changed=counts["changed"],
             deleted=len(gone),
-            unchanged=len(previous) - len(gone) - counts["changed"],
+            unchanged=previous.filter(pc.equal(previous["reason"], "")).num_rows - len(gone) - counts["changed"],
             skipped=tuple(skipped),
             rows=int(kept.sum()) - len(lost),
             embedded=totals["embedded"],

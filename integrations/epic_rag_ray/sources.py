@@ -39,6 +39,8 @@ _SUFFIXES = {
     "application/pdf": ".pdf",
 }
 _MOST_LINE_BYTES = 32 * 2**20
+# What is read at a time; as much is lost before the damage of an archive.
+_BUFFER = 2**16
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def read_archive(source: SourceFile) -> Iterator[ArchivedDocument]:
 
 
 def _read_json_lines(stream: pa.NativeFile) -> Iterator[ArchivedDocument]:
-    lines = io.BufferedReader(_Raw(stream), 2**20)
+    lines = io.BufferedReader(_Raw(stream), _BUFFER)
     number = 0
     while line := lines.readline(_MOST_LINE_BYTES):
         number += 1
@@ -247,7 +249,7 @@ def _read_warc(stream: pa.NativeFile) -> Iterator[ArchivedDocument]:
         raise MissingExtraError("warcio", "ray", "reading WARC files") from error
     limit = max(DocumentSplitter.byte_limit(f"page{suffix}") for suffix in _SUFFIXES.values())
     number = 0
-    for record in ArchiveIterator(io.BufferedReader(_Raw(stream), 2**20)):
+    for record in ArchiveIterator(io.BufferedReader(_Raw(stream), _BUFFER)):
         number += 1
         if record.rec_type not in ("response", "resource", "conversion"):
             continue

@@ -95,6 +95,10 @@ class ChunkWriter:
             "seconds": time.monotonic() - started,
         }
 
+    def close(self) -> None:
+        """End the process that reads damaged and hostile files."""
+        self._chunker.close()
+
     def _tables(self, task: Task, outcomes: list[tuple[int, Outcome]]) -> Iterator[pa.Table]:
         records: list[ChunkRecord] = []
         numbers: list[int] = []
@@ -185,6 +189,9 @@ class PartWriter:
             "failures": {"no finite vector": len(lost)} if lost else {},
             "lost": lost,
         }
+
+    def close(self) -> None:
+        """Do nothing: there is only the model."""
 
     def _rows(self, task: Task) -> pa.Table:
         """Return the rows of a task in its order, which is that of the files."""
