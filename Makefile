@@ -10,6 +10,7 @@
 # make bench   run the speed benchmarks and write the tables of benchmarks/README.md (an hour, on an idle machine)
 # make bench-quick   the same commands on tiny generated data with a tiny random model; checks no times
 # make layouts   measure the layouts of docs/scale.md and write its tables (a quarter of an hour, on an idle machine)
+# make scale   measure the pipeline of docs/ray.md at full counts (20 minutes, on an idle machine)
 # make clean   remove the output of these targets, except the virtual environment
 # make distclean   remove .venv as well
 #
@@ -22,6 +23,7 @@
 #   RESULTS_ARGS  added to the results' command: RESULTS_ARGS="--data DIR --minilm DIR --llm DIR --only heldout,report"
 #   BENCH_ARGS added to the benchmarks' command: BENCH_ARGS="--smollm2 DIR --data DIR --only throughput,report"
 #   LAYOUTS_ARGS  added to the layouts' command: LAYOUTS_ARGS="--data DIR --only chroma,report"
+#   SCALE_ARGS added to the command of scale: SCALE_ARGS="--texts FILE.jsonl.gz --only scaling,kills"
 #   DEMO_ARGS  added to the demo's command, for instance DEMO_ARGS="--model some-folder"
 
 PYTHON ?= python3
@@ -34,6 +36,7 @@ DEMO_ARGS ?=
 RESULTS_ARGS ?=
 BENCH_ARGS ?=
 LAYOUTS_ARGS ?=
+SCALE_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -46,7 +49,7 @@ DEV_STAMP := $(VENV)/.epic-rag-dev-installed
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo demo-serve test soak check format wheel banks results results-quick bench bench-quick layouts \
-  clean distclean
+  scale clean distclean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^Variables:/,$$d'
@@ -99,6 +102,10 @@ bench-quick: $(DEV_STAMP)
 layouts: export HF_HUB_OFFLINE = 1
 layouts: $(DEV_STAMP)
 	$(BIN)/python benchmarks/scale.py $(LAYOUTS_ARGS)
+
+scale: export HF_HUB_OFFLINE = 1
+scale: $(DEV_STAMP)
+	$(BIN)/python benchmarks/ray_pipeline.py $(SCALE_ARGS)
 
 # setuptools puts everything in build/ into the wheel, also files that were deleted since.
 wheel: $(BIN)/python

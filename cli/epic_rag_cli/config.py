@@ -51,7 +51,7 @@ _PROJECT_TABLE = re.compile(rb"^[ \t]*\[tool\.epic-rag[.\]]", re.MULTILINE)
 _MAX_BYTES = 2**20
 # Options of one run, and options that only the user may choose.
 _NOT_IN_TABLES = frozenset(
-    {"from-parquet", "collection", "shards"}
+    {"from-parquet", "collection", "shards", "to", "ray", "actors", "cpus", "gpus", "vectors", "duplicates"}
     | {"remove", "rebuild", "dry-run", "watch", "batch", "open", "yes", "quiet", "verbose", "config", "help"}
 )
 _RESTRICTED = frozenset({"chroma", "follow-links", "rerank"})

@@ -8,9 +8,9 @@ collide in the first half are embedded once more and never taken for one another
 from __future__ import annotations
 
 import binascii
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -109,11 +109,15 @@ def stored_rows(parts: VectorParts | None) -> Rows:
     )
 
 
-def _load(names: Sequence[str], read: object, select: object) -> Rows:
-    columns: dict[str, list[npt.NDArray[np.generic]]] = {field.name: [] for field in fields(Rows)[1:]}
+def _load(
+    names: Sequence[str],
+    read: Callable[[str], pa.Table],
+    select: Callable[[str, pa.Table], npt.NDArray[np.bool_]],
+) -> Rows:
+    columns: dict[str, list[npt.NDArray[Any]]] = {field.name: [] for field in fields(Rows)[1:]}
     for number, name in enumerate(names):
-        table: pa.Table = read(name)  # type: ignore[operator]
-        rows = np.flatnonzero(select(name, table)).astype(np.int32)  # type: ignore[operator]
+        table = read(name)
+        rows = np.flatnonzero(select(name, table)).astype(np.int32)
         columns["file"].append(np.full(len(rows), number, np.int32))
         columns["row"].append(rows)
         columns["id"].append(_halves(table["id"])[rows])
@@ -124,7 +128,7 @@ def _load(names: Sequence[str], read: object, select: object) -> Rows:
     empty = {"file": np.zeros(0, np.int32), "row": np.zeros(0, np.int32), "id": np.zeros((0, 2), np.uint64)}
     empty |= {"text": empty["id"], "hash": np.zeros(0, np.uint64), "tokens": empty["row"]}
     joined = {name: np.concatenate([empty[name], *arrays]) for name, arrays in columns.items()}
-    return Rows(list(names), **joined)  # type: ignore[arg-type]
+    return Rows(list(names), **joined)
 
 
 def find_duplicates(storage: Storage, rows: Rows, stored: Rows, *, near: bool) -> Duplicates:
@@ -191,7 +195,7 @@ def _verified(storage: Storage, rows: Rows, pairs: Numbers) -> Iterator[tuple[in
         texts: dict[int, str] = {}
         for number in np.unique(rows.file[needed]):
             inside = needed[rows.file[needed] == number]
-            table = storage.read_table(rows.files[number], ["text", "embedded"]).take(pa.array(rows.row[inside]))
+            table = storage.read_rows(rows.files[number], rows.row[inside], ["text", "embedded"])
             embedded = pc.coalesce(table["embedded"], table["text"]).to_pylist()
             texts.update(zip(inside.tolist(), embedded, strict=True))
         for row, kept in some.tolist():

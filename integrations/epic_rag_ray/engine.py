@@ -1,7 +1,8 @@
 """Tasks run by Ray Data on the actors of a cluster, or one after another in this process without Ray.
 
-A `Worker` is made once an actor and called with a task, a dictionary of plain values, which it answers with another. Ray runs a task again if its actor dies, so a worker that writes must be idempotent. Tasks and results
-are small: the rows themselves go from file to file and never through Ray's object store.
+A `Worker` is made once an actor and called with a task, a dictionary of plain values; it returns another. Ray runs a
+task again if its actor dies, so a worker that writes must be idempotent. Tasks and results are small: the rows
+themselves go from file to file and never through Ray's object store.
 """
 
 from __future__ import annotations
@@ -147,24 +148,26 @@ def run_tasks(
         return
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
     # Each table is a block, and each block a task of its own.
     tables = [pa.table({"task": pa.array([pickle.dumps(task)], pa.binary())}) for task in tasks]
-    dataset = ray.data.from_arrow(tables).map_batches(
-        _Actor,
-        fn_constructor_kwargs={"worker": worker, "arguments": arguments},
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.size(), len(tasks))),
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=cluster.cpus,
-        num_gpus=gpus or None,
-        udf_modifying_row_count=False,
-    )
     try:
         with warnings.catch_warnings():
             # Ray reads its own deprecated settings.
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.")
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            dataset = ray.data.from_arrow(tables).map_batches(
+                _Actor,
+                fn_constructor_kwargs={"worker": worker, "arguments": arguments},
+                # A task waits for whichever actor is idle first: tasks take seconds, and handing one over does not.
+                compute=ray.data.ActorPoolStrategy(
+                    size=min(cluster.size(), len(tasks)), max_tasks_in_flight_per_actor=1
+                ),
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=cluster.cpus,
+                num_gpus=gpus or None,
+                udf_modifying_row_count=False,
+            )
             for row in dataset.iter_rows():
                 yield pickle.loads(row["result"])
     except Exception as error:

@@ -95,7 +95,7 @@ class PipelineSettings:
     index: IndexSettings = field(default_factory=IndexSettings)
     vectors: VectorDtype = "float32"
     duplicates: DuplicateRule = "near"
-    rows: int = 4096
+    rows: int = 2048
     dtype: str | None = None
     device: str | None = None
     truncate_dim: int | None = None
@@ -363,7 +363,7 @@ class _Run:
             return PipelineReport(generation=self._generation - 1, unchanged=unchanged, skipped=skipped, rows=rows)
         table = _plan_table(planned, previous, self._actors)
         schema = _PLAN_SCHEMA.with_metadata({"gone": json.dumps(gone)})
-        self._storage.write_tables(_plan_file(self._generation), [table.cast(_PLAN_SCHEMA)], schema)
+        self._storage.write_tables(_plan_file(self._generation), [table.cast(schema)], schema)
         report = self._generate(self._generation)
         return replace(report, skipped=(*skipped, *report.skipped))
 
@@ -605,7 +605,7 @@ def _plan_table(planned: Sequence[SourceFile], previous: pa.Table, actors: int) 
     """Divide sources into tasks, archives alone."""
     digests = dict(zip(previous["address"].to_pylist(), previous["digest"].to_pylist(), strict=True))
     most = max(1, min(_TASK_SOURCES, -(-len(planned) // (actors * _TASKS_PER_ACTOR))))
-    rows: list[dict[str, Any]] = []
+    numbers: list[int] = []
     number, count, size = -1, 0, 0
     for source in planned:
         alone = is_archive(source.path)
@@ -613,8 +613,15 @@ def _plan_table(planned: Sequence[SourceFile], previous: pa.Table, actors: int) 
             number, count, size = number + 1, 0, 0
         # Nothing joins the task of an archive.
         count, size = (most, _TASK_BYTES) if alone else (count + 1, size + source.size)
-        rows.append({**asdict(source), "number": number, "digest": digests.get(source.address) or ""})
-    return pa.Table.from_pylist(rows, _PLAN_SCHEMA)
+        numbers.append(number)
+    columns: dict[str, list[Any]] = {
+        "number": numbers,
+        "digest": [digests.get(source.address) or "" for source in planned],
+    }
+    for each in _PLAN_SCHEMA.names[1:]:
+        if each != "digest":
+            columns[each] = [getattr(source, each) for source in planned]
+    return pa.table([pa.array(columns[each.name], each.type) for each in _PLAN_SCHEMA], schema=_PLAN_SCHEMA)
 
 
 def _reading_tasks(plan: pa.Table, generation: int, storage: Storage) -> list[Task]:

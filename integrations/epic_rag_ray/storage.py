@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
@@ -149,6 +151,26 @@ class Storage:
             known = set(file.schema_arrow.names)
             wanted = None if columns is None else [column for column in columns if column in known]
             return file.read(columns=wanted, use_threads=False)
+
+    def read_rows(self, name: str, rows: npt.NDArray[np.integer[Any]], columns: Sequence[str]) -> pa.Table:
+        """Read some rows of a Parquet file, in their order; only the row groups that hold them are read.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+        order = np.argsort(rows, kind="stable")
+        wanted = rows[order]
+        with self._parquet(name) as file:
+            sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+            edges = np.concatenate([[0], np.cumsum(sizes)])
+            groups = np.searchsorted(edges, wanted, side="right") - 1
+            tables = [file.schema_arrow.empty_table().select(columns)]
+            for number in np.unique(groups):
+                group = file.read_row_group(int(number), columns=list(columns), use_threads=False)
+                tables.append(group.select(columns).take(pa.array(wanted[groups == number] - edges[number])))
+        places = np.empty(len(rows), np.int64)
+        places[order] = np.arange(len(rows))
+        return pa.concat_tables(tables).take(pa.array(places))
 
     def read_batches(self, name: str, rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield a Parquet file in tables of at most `rows` rows; errors are those of `read_table`."""

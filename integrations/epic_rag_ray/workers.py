@@ -169,8 +169,8 @@ class PartWriter:
         is_copy = task["part"] >= 0
         for number in np.unique(task["part"][is_copy]):
             rows = np.flatnonzero(task["part"] == number)
-            stored = self._storage.read_table(task["parts"][number], [VECTOR_COLUMN])
-            vectors[rows] = embedding_vectors(stored.take(pa.array(task["part_row"][rows])))
+            stored = self._storage.read_rows(task["parts"][number], task["part_row"][rows], [VECTOR_COLUMN])
+            vectors[rows] = embedding_vectors(stored)
         to_embed = np.flatnonzero(~is_copy)
         if len(to_embed):
             texts = pc.coalesce(table["embedded"], table["text"]).take(pa.array(to_embed)).to_pylist()
@@ -199,7 +199,7 @@ class PartWriter:
         tables = []
         for number in np.unique(task["file"]):
             rows = task["row"][task["file"] == number]
-            tables.append(self._storage.read_table(task["files"][number], columns).take(pa.array(rows)))
+            tables.append(self._storage.read_rows(task["files"][number], rows, columns))
         return pa.concat_tables(tables).combine_chunks()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -163,6 +163,45 @@ def index(
     watch: Annotated[
         bool, typer.Option("--watch", help="Keep running and index again after each change, until Ctrl-C.")
     ] = False,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="PATH_OR_URL",
+            help="Write vectors to Parquet files in a folder (local, s3://, gs://, ...) instead of an index; PATHs may "
+            "be such addresses as well. A run that was interrupted goes on, and a later one embeds only what is new.",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="With --to: run on a Ray cluster, `auto` or its address; `local` starts one on this machine.",
+            show_default="this process",
+        ),
+    ] = None,
+    actors: Annotated[
+        int | None,
+        typer.Option(
+            "--actors", metavar="N", min=1, help="With --ray: number of models.", show_default="one a GPU or a CPU"
+        ),
+    ] = None,
+    cpus: Annotated[
+        int, typer.Option("--cpus", metavar="N", min=1, help="With --ray: CPUs, and threads, of a model.")
+    ] = 1,
+    gpus: Annotated[float, typer.Option("--gpus", metavar="N", min=0, help="With --ray: GPUs of a model.")] = 0,
+    vectors: Annotated[
+        Literal["float32", "float16"], typer.Option("--vectors", help="With --to: number format of the stored vectors.")
+    ] = "float32",
+    duplicates: Annotated[
+        Literal["near", "exact", "keep"],
+        typer.Option(
+            "--duplicates",
+            help="With --to: leave out chunks whose text another one has, or nearly has (near), those with the same "
+            "text (exact), or none (keep).",
+        ),
+    ] = "near",
     as_json: Json = False,
     config_file: ConfigFile = None,
     quiet: Quiet = False,
@@ -181,9 +220,45 @@ def index(
         epic-rag index --remove notes.md --index-dir docs
         epic-rag index --dry-run
         epic-rag index --from-parquet vectors --index-dir docs/.epic-rag
+        epic-rag index docs --to vectors --ray local
     """
     if math.isnan(wait):
         raise typer.BadParameter("nan is not a number of seconds", param_hint="'--wait'")
+    if ray is not None and to is None:
+        raise usage_error("--ray needs --to PATH_OR_URL, the folder of the vectors")
+    if to is not None:
+        if remove or rebuild or dry_run or watch:
+            raise usage_error("--to excludes --remove, --rebuild, --dry-run and --watch, which change an index folder")
+        if from_parquet is not None:
+            raise usage_error("--to and --from-parquet exclude each other. Use one of them.")
+        if (collection is None) != (chroma is None) or (shards is not None and collection is None):
+            raise usage_error("With --to, name both --chroma URL and --collection NAME, or neither")
+        from epic_rag_chroma import IndexSettings
+        from epic_rag_cli.pipeline import index_to_parquet
+        from epic_rag_ray import Cluster
+
+        settings = IndexSettings(
+            include=tuple(include or ()), exclude=tuple(exclude or ()), follow_links=bool(follow_links)
+        )
+        if chunk_tokens is not None:
+            overlap = min(settings.chunk_overlap, chunk_tokens // 10)
+            settings = dataclasses.replace(settings, chunk_tokens=chunk_tokens, chunk_overlap=overlap)
+        index_to_parquet(
+            paths or [],
+            to,
+            model=model,
+            dtype=dtype,
+            device=device,
+            settings=settings,
+            vectors=vectors,
+            duplicates=duplicates,
+            cluster=Cluster(ray, actors, cpus, gpus),
+            chroma=chroma,
+            collection=collection,
+            shards=shards,
+            as_json=as_json,
+        )
+        return
     if watch and dry_run:
         raise usage_error("--dry-run and --watch exclude each other. Use one of them.")
     if no_chroma and chroma not in (None, NO_CHROMA):
@@ -193,7 +268,7 @@ def index(
     if dry_run and rebuild:
         raise usage_error("--dry-run and --rebuild exclude each other: a rebuild embeds every file.")
     if from_parquet is None and (collection is not None or shards is not None):
-        raise usage_error("--collection and --shards belong to --from-parquet")
+        raise usage_error("--collection and --shards belong to --from-parquet and --to")
     if from_parquet is not None:
         if paths or remove or watch or dry_run or model or include or exclude or chunk_tokens:
             raise usage_error("--from-parquet takes no paths, and no options for reading or embedding files")

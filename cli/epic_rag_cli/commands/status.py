@@ -30,6 +30,12 @@ _COUNTS = ("added", "changed", "renamed", "deleted", "unchanged", "skipped")
 def status(
     index_dir: IndexDirs = None,
     chroma: Chroma = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", metavar="PATH_OR_URL", help="Show the vectors and the last run of `epic-rag index --to` instead."
+        ),
+    ] = None,
     as_json: Json = False,
     config_file: ConfigFile = None,
     quiet: Quiet = False,
@@ -44,7 +50,13 @@ def status(
         epic-rag status
         epic-rag status --index-dir docs/.epic-rag --json
         epic-rag status --index-dir docs --index-dir notes
+        epic-rag status --to vectors
     """
+    if to is not None:
+        from epic_rag_cli.pipeline import show_run
+
+        show_run(to, as_json=as_json)
+        return
     from epic_rag_chroma import ChromaIndexer
 
     states = [ChromaIndexer(folder, chroma=chroma).status() for folder in find_indexes(index_dir)]

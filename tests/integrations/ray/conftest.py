@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,8 @@ from tests.helpers import free_encoder
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Cluster]:
+    # Ray's workers let other processes go first, and wait for long on a busy machine.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
     cluster = Cluster("local", actors=2)
     with cluster.connected():
         from ray import cloudpickle

@@ -19,6 +19,9 @@ from tests.helpers.free_encoder import calls, free_encoder
 from tests.helpers.indexes import write_tree
 from tests.helpers.parts import contents
 
+# Ray reads its own deprecated settings.
+pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning")
+
 
 def corpus(folder: Path, count: int) -> Path:
     return write_tree(folder, {f"{number}.txt": f"text number{number} of {number * 7}" for number in range(count)})

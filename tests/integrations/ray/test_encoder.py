@@ -12,6 +12,8 @@ from epic_rag.errors import ConfigError
 from epic_rag_ray import Cluster, EpicBatchEncoder, VectorInfo, embedding_vectors
 from tests.helpers.free_encoder import free_encoder
 
+# Ray reads its own deprecated settings.
+pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning")
 TEXTS = ["undo the last commit", "", "the quick brown fox " * 30, "undo the last commit", "install it"]
 
 
