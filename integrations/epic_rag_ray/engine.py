@@ -171,14 +171,26 @@ def run_tasks(
             for row in dataset.iter_rows():
                 yield pickle.loads(row["result"])
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, EpicError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is not None:
-            raise cause from error
+        origin = _origin(error)
+        if isinstance(origin, EpicError):
+            raise origin from error
         raise EpicError(
-            f"The run on Ray failed: {reason_of(error)}. What was stored stays; run the same command again to go on."
+            f"The run on Ray failed: {type(origin).__name__}: {reason_of(origin)}. What was stored stays; run the same "
+            "command again to go on."
         ) from error
+
+
+def _origin(error: BaseException) -> BaseException:
+    """Return the error of the project inside those that Ray wraps around it, or else the innermost one."""
+    from ray.exceptions import RayError
+
+    # Ray's errors are instances of the class of their cause, too.
+    while isinstance(error, RayError) or not isinstance(error, EpicError):
+        inner = getattr(error, "cause", None) or error.__cause__
+        if not isinstance(inner, BaseException) or inner is error:
+            break
+        error = inner
+    return error
 
 
 class _Actor:
