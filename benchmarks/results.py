@@ -1,7 +1,7 @@
 """Run the commands of docs/results.md and write its tables. `make results` runs this.
 
     python benchmarks/results.py --data DIR --minilm DIR --llm DIR --plain DIR
-                                 [--only STAGE,...] [--output DIR]
+                                 [--only STAGE,...] [--output DIR] [--cache-dir DIR]
     python benchmarks/results.py --quick
 
 The stages and their commands are in benchmarks/results/STAGE.yaml. Every step of a stage has a folder under the output
@@ -57,6 +57,7 @@ PLUMBING = {
 }
 # Without hardware support bfloat16 takes many times as long as float32.
 DTYPE = "bfloat16" if has_bfloat16_instructions() else "float32"
+TABLES = ("all", "heldout", "fewshot")
 # Placeholders for folders in the commands of the document.
 SHOWN = {
     "data": "data",
@@ -85,7 +86,7 @@ class Step:
         stage: The stage's name.
         name: The step's name.
         command: With placeholders like {data}.
-        table: "all" for the printed table, "heldout" for a short one of held-out scores.
+        table: "all" for the printed table, "heldout" or "fewshot" for short ones of the JSON.
         quick: Arguments that make the command small, added under `--quick`.
     """
 
@@ -110,12 +111,14 @@ class Run:
         places: Values of {data} and the other placeholders; None for a folder that was not given.
         shipped: Label (or "") and source of each shipped checkpoint.
         quick: Whether everything is tiny, and commands run in this process.
+        cache: Folder of vectors and cells; None for one under the output folder.
     """
 
     output: Path
     places: Mapping[str, str | None]
     shipped: Sequence[tuple[str, str]]
     quick: bool = False
+    cache: Path | None = None
 
 
 def load_stage(name: str, folder: Path = ROOT / "benchmarks" / "results") -> list[Step]:
@@ -130,7 +133,7 @@ def load_stage(name: str, folder: Path = ROOT / "benchmarks" / "results") -> lis
     steps = []
     for step, values in content["steps"].items():
         unknown = sorted(values.keys() - known)
-        if unknown or values.get("table", "all") not in ("all", "heldout"):
+        if unknown or values.get("table", "all") not in TABLES:
             raise ConfigError(
                 f"{path}, step {step}: unknown {unknown or values['table']}. Known are {', '.join(sorted(known))}."
             )
@@ -210,7 +213,7 @@ def run_step(step: Step, run: Run) -> Finished:
         return finished
     folder.mkdir(parents=True, exist_ok=True)
     state.unlink(missing_ok=True)
-    plumbing = PLUMBING[words[0], words[1]].format(step=folder, cache=run.output / "cache")
+    plumbing = PLUMBING[words[0], words[1]].format(step=folder, cache=run.cache or run.output / "cache")
     call = [*words, *shlex.split(plumbing)]
     say(f"{step.title}: {shlex.join(call)}")
     started = time.monotonic()
@@ -266,34 +269,50 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--float-weights", default=environment("EPIC_RAG_FLOAT_WEIGHTS"), metavar="DIR", help="epic-smollm2 before int8"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/results"), metavar="DIR", help="of all steps")
-    parser.add_argument("--only", metavar="STAGE,...", help=f"of {', '.join((*STAGES, REPORT))}")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "results.md", metavar="FILE.md")
+    parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join((*STAGES, REPORT))}, or a step STAGE-STEP")
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="of vectors and cells; OUTPUT/cache if it is not given"
+    )
+    parser.add_argument(
+        "--document",
+        type=Path,
+        action="append",
+        metavar="FILE.md",
+        help="repeat it for several; docs/results.md and README.md if it is not given",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny models, generated data, a temporary folder")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.document = options.document or [ROOT / "docs" / "results.md", ROOT / "README.md"]
+    return options
 
 
-def chosen_stages(only: str | None) -> list[str]:
-    """Return the stages to run, in order.
+def chosen_steps(only: str | None) -> tuple[list[Step], bool]:
+    """Return the steps to run, in order, and whether to write the report.
+
+    Args:
+        only: Names of stages or steps (STAGE-STEP), and "report"; None for everything.
 
     Raises:
-        ConfigError: There is no such stage.
+        ConfigError: There is no such stage or step.
     """
-    known = (*STAGES, REPORT)
-    wanted = known if only is None else tuple(name.strip() for name in only.split(",") if name.strip())
-    unknown = [name for name in wanted if name not in known]
+    steps = [step for stage in STAGES for step in load_stage(stage)]
+    known = {*STAGES, REPORT, *(step.title for step in steps)}
+    wanted = known if only is None else {name.strip() for name in only.split(",") if name.strip()}
+    unknown = sorted(wanted - known)
     if unknown or not wanted:
-        raise ConfigError(f"--only names {', '.join(unknown) or 'no stage'}. Use one or more of {', '.join(known)}.")
-    return [name for name in known if name in wanted]
+        names = ", ".join((*STAGES, REPORT))
+        raise ConfigError(f"--only names {', '.join(unknown) or 'no stage'}. Use one or more of {names}.")
+    return [step for step in steps if {step.stage, step.title} & wanted], REPORT in wanted
 
 
-def run_stages(stages: Sequence[str], run: Run, document: Path) -> None:
-    """Run stages and write the tables of them and of earlier runs.
+def run_steps(steps: Sequence[Step], run: Run, documents: Sequence[Path] | None) -> None:
+    """Run steps and, given documents, write the tables of them and of earlier runs.
 
     Raises:
         EpicError: Something is missing or has failed; what is finished stays.
     """
-    finished = [run_step(step, run) for stage in stages if stage != REPORT for step in load_stage(stage)]
-    if REPORT not in stages:
+    finished = [run_step(step, run) for step in steps]
+    if documents is None:
         return
     found = {item.title: item for item in finished}
     for stage in STAGES:
@@ -302,16 +321,16 @@ def run_stages(stages: Sequence[str], run: Run, document: Path) -> None:
             if step.title not in found and (folder / "state.json").is_file():
                 shown = fill(step.command, SHOWN, run.shipped, stage)
                 found[step.title] = Finished(step.title, tuple(shown), folder, step.table)
-    for line in write_report(list(found.values()), document):
+    for line in write_report(list(found.values()), documents):
         say(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        stages = chosen_stages(options.only)
+        steps, report = chosen_steps(options.only)
         if options.quick:
-            return quick(stages)
+            return quick(steps, report=report)
         places = {
             "data": options.data,
             "minilm": options.minilm,
@@ -323,22 +342,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "dtype": DTYPE,
         }
         shipped = [("", info.name) for info in list_checkpoints()]
-        run_stages(stages, Run(options.output, places, shipped), options.document)
+        run = Run(options.output, places, shipped, cache=options.cache_dir)
+        run_steps(steps, run, options.document if report else None)
     except EpicError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def quick(stages: Sequence[str]) -> int:
-    """Run stages on tiny models and data, and print the document.
+def quick(steps: Sequence[Step], *, report: bool) -> int:
+    """Run steps on tiny models and data, and print the document.
 
     Raises:
         EpicError: A command failed, or its table did not arrive in the document.
     """
     from results_quick import make_tiny_world
 
-    steps = [step for stage in stages if stage != REPORT for step in load_stage(stage)]
     with tempfile.TemporaryDirectory(prefix="epic-rag-results-") as folder:
         places = make_tiny_world(Path(folder), [step.command for step in steps])
         run = Run(
@@ -349,10 +368,10 @@ def quick(stages: Sequence[str]) -> int:
         )
         document = Path(folder) / "results.md"
         document.write_text(placeholder_document([step.title for step in steps]), encoding="utf-8")
-        run_stages(stages, run, document)
+        run_steps(steps, run, [document] if report else None)
         written = document.read_text(encoding="utf-8")
-        missing = [step.title for step in steps if REPORT in stages and f"<!-- end {step.title}" not in written]
-        if missing or (REPORT in stages and written.count("| ---") < len(steps)):
+        missing = [step.title for step in steps if report and f"<!-- end {step.title}" not in written]
+        if missing or (report and written.count("| ---") < len(steps)):
             raise EpicError(f"The document lacks tables of {', '.join(missing) or 'some steps'}.")
         print(written)
     return 0

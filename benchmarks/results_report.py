@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from results_few_shot import few_shot_summary, few_shot_tables
+
 from epic_rag.errors import DataError
 from epic_rag.evaluation.heldout import Comparison
 from epic_rag.evaluation.report import difference, markdown_table, percent, pool_comparisons
 from epic_rag.files import write_atomically
 
+PLOT = "result.svg"
 SHOWN = {"own": "own", "shuffled": "passages shuffled", "foreign": "another task's"}
 
 
@@ -25,7 +28,7 @@ class Finished:
         title: The name of its place in a document.
         command: The command as a reader would type it.
         folder: Its files: table.md, perhaps result.json.
-        table: "all" for the printed table, "heldout" for a short one of held-out scores.
+        table: "all" for the printed table, "heldout" or "fewshot" for short ones of the JSON.
     """
 
     title: str
@@ -104,34 +107,63 @@ def heldout_table(result: dict[str, Any]) -> str:
     return markdown_table(header, rows, text_columns=3)
 
 
+def has_plot(step: Finished) -> bool:
+    return step.table == "fewshot" and (step.folder / PLOT).is_file()
+
+
+def result_of(step: Finished) -> dict[str, Any]:
+    """Read a step's JSON."""
+    found: dict[str, Any] = json.loads((step.folder / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
 def block_of(step: Finished) -> str:
     """Return a step's block: the command and the table."""
-    if step.table == "heldout":
-        table = heldout_table(json.loads((step.folder / "result.json").read_text(encoding="utf-8")))
-    else:
+    if step.table == "all":
         table = (step.folder / "table.md").read_text(encoding="utf-8").strip()
-    return f"```text\n{wrapped(step.command)}\n```\n\n{table}"
+    else:
+        table = heldout_table(result_of(step)) if step.table == "heldout" else few_shot_tables(result_of(step))
+    plot = f"\n\n![Gain by the number of demonstrations](images/{step.title}.svg)" if has_plot(step) else ""
+    return f"```text\n{wrapped(step.command)}\n```{plot}\n\n{table}"
 
 
-def write_report(steps: Sequence[Finished], document: Path) -> list[str]:
-    """Put every step's block into a document that has a place for it.
+def write_report(steps: Sequence[Finished], documents: Sequence[Path]) -> list[str]:
+    """Put every step's block into the documents that have a place for it.
+
+    A few-shot evaluation has a second, shorter block, TITLE-summary, and a plot, which goes into the folder `images`
+    beside the first document.
 
     Returns:
-        A line of text for each step.
+        A line of text for each block.
 
     Raises:
         DataError: There is no such document, or its markers are not in order.
     """
-    if not document.is_file():
-        raise DataError(f"No document {document}. Check --document.")
-    text = document.read_text(encoding="utf-8")
+    missing = [str(document) for document in documents if not document.is_file()]
+    if missing:
+        raise DataError(f"No document {missing[0]}. Check --document.")
+    texts = {document: document.read_text(encoding="utf-8") for document in documents}
     lines = []
     for step in steps:
-        new = replace_between(text, step.title, block_of(step))
-        if new is None:
-            lines.append(f"{document} has no place for {step.title}, which is {' and '.join(markers(step.title))}")
-            continue
-        text = new
-        lines.append(f"{step.title} is in {document}")
-    write_atomically(document, text)
+        blocks = {step.title: block_of(step)}
+        if step.table == "fewshot":
+            blocks[f"{step.title}-summary"] = few_shot_summary(result_of(step))
+            images = documents[0].parent / "images"
+            if has_plot(step):
+                images.mkdir(exist_ok=True)
+                write_atomically(images / f"{step.title}.svg", (step.folder / PLOT).read_bytes())
+        for title, block in blocks.items():
+            places = []
+            for document, text in texts.items():
+                new = replace_between(text, title, block)
+                if new is not None:
+                    texts[document] = new
+                    places.append(document)
+            if places:
+                lines.append(f"{title} is in {', '.join(map(str, places))}")
+            elif title == step.title:
+                place = " and ".join(markers(title))
+                lines.append(f"{', '.join(map(str, documents))} has no place for {title}, which is {place}")
+    for document, text in texts.items():
+        write_atomically(document, text)
     return lines

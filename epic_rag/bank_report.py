@@ -2,8 +2,9 @@
 
 The pairs are dealt into folds. Each fold's queries are moved by the pairs of the other folds and ranked, so that no
 query sees its own passage. They are ranked among all passages of the pairs and, if given, the passages of an index,
-where the gain is what a user of that index can expect. Wrong pairs are those whose passage fits its query no better
-than the passages of other pairs do. `DemonstrationBank.evaluate` calls this module.
+where the gain is what a user of that index can expect of a bank that is prepared against it. Wrong pairs are those
+whose passage fits its query no better than the passages of other pairs do. `DemonstrationBank.evaluate` calls this
+module.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def evaluate_pairs(
         if len(shown) and reader is None:
             moved[tested] = apply_task_vector(pairs[tested, 0], [shown] * int(tested.sum()))
         elif len(shown) and reader is not None:
-            moved[tested] = reader.prepare(shown).apply(pairs[tested, 0])
+            moved[tested] = reader.prepare(shown, corpus).apply(pairs[tested, 0])
     if width < dim:
         moved, cut = unit_rows(moved[:, :width]), unit_rows(pairs.reshape(2 * n, dim)[:, :width])
         pairs = cut.reshape(n, 2, width)

@@ -5,10 +5,12 @@ demonstrations and their embeddings *under the fingerprint of an encoder*, or of
 
     bank.json                 format version, task, instruction, demonstrations as text, fingerprints of the vectors
     embeddings.safetensors    (k, 2, dim) float32: query, passage; one tensor per encoder
+    prepared.safetensors      optional: the demonstrations as encoders' readers have read them, a hash of bank.json
 
 Vectors of another encoder are never used: a bank that has none of the encoder's is embedded again from its texts.
-A bank never changes but by `embed`: `add`, `remove`, `subset` and `merge` return new ones, with the vectors that are
-known.
+Texts and vectors of a bank with `prepared.safetensors` are read when they are first needed, which a query does not.
+A bank never changes but by `embed` and `prepare`: `add`, `remove`, `subset` and `merge` return new ones, with the
+vectors that are known.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +33,14 @@ import numpy.typing as npt
 from epic_rag.bank_report import BankReport, evaluate_pairs
 from epic_rag.errors import BankError, DataError, FingerprintError, PromptError, TaskError
 from epic_rag.files import describe_os_error, read_jsonl, write_atomically
-from epic_rag.reader import DemonstrationReader
+from epic_rag.reader import DemonstrationReader, PreparedDemonstrations
 from epic_rag.tasks import get_task
 
 __all__ = [
     "SELECTIONS",
     "BankEncoder",
     "BankEvaluator",
+    "BankReader",
     "Demonstration",
     "DemonstrationBank",
     "Selection",
@@ -56,6 +59,7 @@ SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 
 BANK_FILE = "bank.json"
 EMBEDDINGS_FILE = "embeddings.safetensors"
+PREPARED_FILE = "prepared.safetensors"
 FORMAT_VERSION = 1
 _FIRST_TENSOR = "embeddings"
 _FORM = '{"query": "...", "passage": "..."}'
@@ -78,6 +82,14 @@ class BankEncoder(Protocol):
 
     def embed_demonstrations(self, bank: DemonstrationBank) -> Vectors:
         """Return (k, 2, dim) float32 vectors of a bank's demonstrations."""
+
+
+class BankReader(BankEncoder, Protocol):
+    """The part of an encoder that prepares a bank."""
+
+    @property
+    def reader(self) -> DemonstrationReader:
+        """Reader of demonstrations for strategy "reader"."""
 
 
 class BankEvaluator(BankEncoder, Protocol):
@@ -144,6 +156,7 @@ class DemonstrationBank:
         self.embeddings: Vectors | None = None
         self.encoder_fingerprint: str | None = None
         self._others: dict[str, Vectors] = {}
+        self._prepared: dict[tuple[str, str], PreparedDemonstrations] = {}
 
     def __len__(self) -> int:
         return len(self.demonstrations)
@@ -213,32 +226,10 @@ class DemonstrationBank:
         folder = _locate(folder_or_name)
         file = folder / BANK_FILE
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            if data.get("format_version") != FORMAT_VERSION:
-                raise BankError(
-                    f"{file} has format version {data.get('format_version')}, this release reads {FORMAT_VERSION}. "
-                    "Run `pip install -U epic-rag`."
-                )
-            bank = cls(
-                [(item["query"], item["passage"]) for item in data["demonstrations"]],
-                instruction=data.get("instruction"),
-                task=data.get("task"),
-                symmetric=data.get("symmetric"),
-                origin=str(data.get("origin", "")),
-                enabled=data.get("enabled") is not False,
-                negatives=[(item["query"], item["passage"]) for item in data.get("negatives", ())],
-            )
-        except PermissionError as error:
+            content = file.read_bytes()
+        except OSError as error:
             raise BankError(f"{describe_os_error(error)}. Make it readable or pass another bank.") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise BankError(
-                f"{file} is not a demonstration bank ({type(error).__name__}: {error}). "
-                "Make one with `epic-rag bank build PAIRS.jsonl --out FOLDER`."
-            ) from error
-        vectors = folder / EMBEDDINGS_FILE
-        fingerprint = data.get("encoder_fingerprint")
-        if isinstance(fingerprint, str) and vectors.is_file():
-            bank._set_vectors(_read_vectors(vectors, encoder=fingerprint, bank=bank.fingerprint, count=len(bank)))
+        bank = _read_prepared(folder, content) or _parse_bank(folder, content)
         if encoder is not None:
             bank.embed(encoder)
         return bank
@@ -281,7 +272,12 @@ class DemonstrationBank:
             (target / EMBEDDINGS_FILE).unlink(missing_ok=True)
         text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
         # A lone surrogate has no UTF-8; its backslash escape is valid JSON and reads back as the same character.
-        write_atomically(target / BANK_FILE, text.encode("utf-8", "backslashreplace"))
+        content = text.encode("utf-8", "backslashreplace")
+        if self._prepared:
+            _write_prepared(target / PREPARED_FILE, self, content)
+        else:
+            (target / PREPARED_FILE).unlink(missing_ok=True)
+        write_atomically(target / BANK_FILE, content)
 
     def embed(self, encoder: BankEncoder, *others: BankEncoder) -> None:
         """Embed the demonstrations with an encoder, in place.
@@ -309,6 +305,32 @@ class DemonstrationBank:
                 found = each.embed_demonstrations(self)
             vectors[each.fingerprint] = found
         self._set_vectors(vectors)
+        self._prepared = {key: prepared for key, prepared in self._prepared.items() if key[0] in vectors}
+
+    def prepare(self, encoder: BankReader, corpus: Vectors | None = None) -> None:
+        """Read the demonstrations with an encoder's reader, in place, and embed them if they are not.
+
+        `save` stores the result. A query with the stored bank then needs neither texts nor vectors, which pays for
+        hundreds of demonstrations and more. Prepared against the passages of an index, they move queries as far as
+        helps there. A changed bank has to be prepared again.
+
+        Args:
+            encoder: Its reader reads them. What other encoders' readers have read is kept.
+            corpus: (m, d) vectors of the passages of an index by this encoder; None if they are not known.
+        """
+        if encoder.fingerprint not in self.encoder_fingerprints:
+            self.embed(encoder)
+        pairs = np.ascontiguousarray(self._vectors_by_encoder()[encoder.fingerprint], dtype=np.float32)
+        self._prepared[encoder.fingerprint, encoder.reader.fingerprint] = encoder.reader.prepare(pairs, corpus)
+
+    def prepared_for(self, encoder: str, reader: str) -> PreparedDemonstrations | None:
+        """Return the demonstrations as read by `prepare`; None if they were not.
+
+        Args:
+            encoder: The encoder's fingerprint.
+            reader: That of its reader.
+        """
+        return self._prepared.get((encoder, reader))
 
     def select(
         self,
@@ -533,6 +555,96 @@ class DemonstrationBank:
         self.embeddings = None if self.encoder_fingerprint is None else self._others.pop(self.encoder_fingerprint)
 
 
+class _StoredBank(DemonstrationBank):
+    """A bank folder whose texts and vectors are read when they are first needed.
+
+    Args:
+        folder: The folder.
+        content: Its `bank.json`.
+        facts: `count`, `bank` (the fingerprint) and the fields of the constructor.
+        prepared: The demonstrations as read, by fingerprints of encoder and reader.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        content: bytes,
+        facts: Mapping[str, Any],
+        prepared: Mapping[tuple[str, str], PreparedDemonstrations],
+    ) -> None:
+        self._folder, self._content, self._facts = folder, content, facts
+        self.task, self.instruction, self.symmetric = facts["task"], facts["instruction"], facts["symmetric"]
+        self.origin, self.enabled = facts["origin"], facts["enabled"]
+        self._prepared = dict(prepared)
+
+    @cached_property
+    def _whole(self) -> DemonstrationBank:
+        return _parse_bank(self._folder, self._content)
+
+    @cached_property
+    def demonstrations(self) -> tuple[Demonstration, ...]:
+        """The demonstrations."""
+        return self._whole.demonstrations
+
+    @cached_property
+    def negatives(self) -> tuple[Demonstration, ...]:
+        """The pairs whose passage does not answer the query."""
+        return self._whole.negatives
+
+    @cached_property
+    def embeddings(self) -> Vectors | None:
+        """Vectors of the encoder `encoder_fingerprint`."""
+        return self._whole.embeddings
+
+    @cached_property
+    def encoder_fingerprint(self) -> str | None:
+        """Fingerprint of the encoder of `embeddings`."""
+        return self._whole.encoder_fingerprint
+
+    @cached_property
+    def _others(self) -> dict[str, Vectors]:
+        return self._whole._others
+
+    def __len__(self) -> int:
+        return int(self._facts["count"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the texts, the instruction and the symmetry; not of the vectors."""
+        return str(self._facts["bank"])
+
+
+def _parse_bank(folder: Path, content: bytes) -> DemonstrationBank:
+    """Read a bank's texts from its `bank.json`, and its vectors."""
+    file = folder / BANK_FILE
+    try:
+        data = json.loads(content.decode("utf-8"))
+        if data.get("format_version") != FORMAT_VERSION:
+            raise BankError(
+                f"{file} has format version {data.get('format_version')}, this release reads {FORMAT_VERSION}. "
+                "Run `pip install -U epic-rag`."
+            )
+        bank = DemonstrationBank(
+            [(item["query"], item["passage"]) for item in data["demonstrations"]],
+            instruction=data.get("instruction"),
+            task=data.get("task"),
+            symmetric=data.get("symmetric"),
+            origin=str(data.get("origin", "")),
+            enabled=data.get("enabled") is not False,
+            negatives=[(item["query"], item["passage"]) for item in data.get("negatives", ())],
+        )
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise BankError(
+            f"{file} is not a demonstration bank ({type(error).__name__}: {error}). "
+            "Make one with `epic-rag bank build PAIRS.jsonl --out FOLDER`."
+        ) from error
+    vectors = folder / EMBEDDINGS_FILE
+    fingerprint = data.get("encoder_fingerprint")
+    if isinstance(fingerprint, str) and vectors.is_file():
+        bank._set_vectors(_read_vectors(vectors, encoder=fingerprint, bank=bank.fingerprint, count=len(bank)))
+    return bank
+
+
 def built_in_banks() -> dict[str, Path]:
     """Return names and folders of the banks that ship with the package, sorted by name."""
     spec = importlib.util.find_spec("epic_rag_demos")
@@ -638,3 +750,50 @@ def _read_vectors(file: Path, *, encoder: str, bank: str, count: int) -> dict[st
         key.removeprefix(f"{_FIRST_TENSOR}."): array for key, array in sorted(tensors.items()) if key != _FIRST_TENSOR
     }
     return {encoder: tensors[_FIRST_TENSOR], **others}
+
+
+def _write_prepared(file: Path, bank: DemonstrationBank, content: bytes) -> None:
+    """Write demonstrations as read, with the facts that a query needs and a hash of the bank's `bank.json`."""
+    from safetensors.numpy import save
+
+    facts = {
+        "count": len(bank),
+        "bank": bank.fingerprint,
+        **{name: getattr(bank, name) for name in ("task", "instruction", "symmetric", "origin", "enabled")},
+    }
+    tensors: dict[str, Vectors] = {}
+    readers = []
+    for number, (key, prepared) in enumerate(bank._prepared.items()):
+        readers.append(key)
+        tensors |= {f"{number}.{name}": array for name, array in prepared.to_arrays().items()}
+    metadata = {"source": _hash_of(content), "facts": json.dumps(facts), "readers": json.dumps(readers)}
+    write_atomically(file, save(tensors, metadata=metadata))
+
+
+def _read_prepared(folder: Path, content: bytes) -> DemonstrationBank | None:
+    """Return a bank that was prepared, if its `bank.json` is the same since."""
+    file = folder / PREPARED_FILE
+    if not file.is_file():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as stored:
+            metadata: dict[str, str] = stored.metadata() or {}
+            if metadata.get("source") != _hash_of(content):
+                return None
+            facts = json.loads(metadata["facts"])
+            prepared = {}
+            names = set(stored.keys())
+            for number, (encoder, reader) in enumerate(json.loads(metadata["readers"])):
+                own = [name for name in names if name.startswith(f"{number}.")]
+                arrays = {name.partition(".")[2]: stored.get_tensor(name) for name in own}
+                prepared[encoder, reader] = PreparedDemonstrations.from_arrays(arrays)
+        return _StoredBank(folder, content, facts, prepared)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s cannot be read (%s); the demonstrations will be read again", file, error)
+        return None
+
+
+def _hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

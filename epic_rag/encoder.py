@@ -795,6 +795,9 @@ class EpicEncoder:
 
     def _read_demonstrations(self, bank: DemonstrationBank, k: int, selection: Selection, vectors: Vectors) -> Vectors:
         """Move queries by k demonstrations of a bank, which are prepared once."""
+        ready = bank.prepared_for(self.fingerprint, self.reader.fingerprint) if k == len(bank) else None
+        if ready is not None:
+            return ready.apply(vectors)
         embedded = self.embedded(bank)
         stored = embedded.embeddings
         assert stored is not None

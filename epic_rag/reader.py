@@ -24,6 +24,10 @@ moved by what the others say about it (leave-one-out, in closed form for all M_k
 against the other demonstrations' passages, and with a smaller weight against their passages and queries, plus
 (l / n) |g - prior|^2. So a bank of few or useless pairs keeps the prior.
 
+**Against an index.** How far queries should move depends on what they are ranked among: a shift towards passages helps
+most where other questions are indexed, too. Given the passages of an index, a left-out demonstration is ranked among
+those that it finds first there, instead of the others' passages and queries, from 4 demonstrations on.
+
 **Queries of another task.** A query whose cosine with the mean of the demonstrations' queries lies 1.5 standard
 deviations below theirs moves less, and one at 3 stays where it is.
 
@@ -39,6 +43,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -80,6 +85,12 @@ _LEAST_ADAPTED = 16
 _LEFT_OUT, _OTHERS = 256, 256
 _WITH_QUERIES = 0.25
 _HOLD = 100.0
+# Against an index, which has harder and more candidates.
+_LEAST_AGAINST = 4
+_FOUND = 64
+_LARGEST_CORPUS = 50_000
+_HOLD_MEAN, _HOLD_MAPS = 10.0, 30.0
+_WARMER = 1.5
 _NEWTON_STEPS = 6
 _FAR, _NEAR = 3.0, 1.5
 
@@ -168,6 +179,29 @@ class PreparedDemonstrations:
     linear: Vectors | None
     query_range: QueryRange | None = None
 
+    def to_arrays(self) -> dict[str, Vectors]:
+        """Return all numbers by name, to be stored."""
+        arrays = {"offset": self.offset}
+        if self.linear is not None:
+            arrays["linear"] = self.linear
+        if self.query_range is not None:
+            arrays["axis"] = self.query_range.axis
+            arrays["range"] = np.array([self.query_range.far, self.query_range.near], dtype=np.float32)
+        return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Vectors]) -> PreparedDemonstrations:
+        """Return what `to_arrays` has returned.
+
+        Raises:
+            KeyError: If an array is missing.
+        """
+        known = None
+        if "axis" in arrays:
+            far, near = map(float, arrays["range"])
+            known = QueryRange(arrays["axis"], far, near)
+        return cls(arrays["offset"], arrays.get("linear"), known)
+
     def apply(self, queries: Vectors) -> Vectors:
         """Move queries.
 
@@ -251,16 +285,18 @@ class DemonstrationReader:
         found = [np.interp(np.log(n), places, row) for row in self.gains]
         return np.array(found, dtype=np.float32)
 
-    def prepare(self, pairs: Vectors) -> PreparedDemonstrations:
+    def prepare(self, pairs: Vectors, corpus: Vectors | None = None) -> PreparedDemonstrations:
         """Read demonstrations; their order does not matter.
 
         Args:
             pairs: (n, 2, dim) unit vectors: query, passage; n at least 1.
+            corpus: (m, d) unit vectors of the passages that queries will be ranked among, d at most dim; of more than
+                50,000 an evenly spaced choice is used. None if they are not known.
 
         Returns:
             The correction; zero where the pairs cannot be told from random ones.
         """
-        features, evidence = prepare_features(pairs)
+        features, evidence = prepare_features(pairs, corpus=corpus)
         gains = self.gains_for(len(pairs))
         if features.left_out is not None:
             gains = features.left_out.adapt(gains)
@@ -287,6 +323,7 @@ class LeftOut:
         passages: Number of candidates that are passages.
         weights: (s,) with mean 1.
         temperature: Temperature of InfoNCE.
+        hold: (k,) weights of the distances from prior gains, before they are divided by s.
     """
 
     own: Vectors
@@ -296,21 +333,19 @@ class LeftOut:
     passages: int
     weights: Vectors
     temperature: float
+    hold: Doubles
 
     def adapt(self, prior: Vectors) -> Vectors:
         """Return (k,) gains that minimise InfoNCE plus the distance from prior gains, by damped Newton steps."""
-        hold = _HOLD / len(self.own)
+        hold = self.hold / len(self.own)
         gains = prior.astype(np.float64)
         value, slope, curvature = self.objective(gains)
         for _ in range(_NEWTON_STEPS):
-            step = np.linalg.solve(curvature + hold * np.eye(len(gains)), slope + hold * (gains - prior))
+            step = np.linalg.solve(curvature + np.diag(hold), slope + hold * (gains - prior))
             for _ in range(4):
                 tried = gains - step
                 tried_value, tried_slope, tried_curvature = self.objective(tried)
-                if (
-                    tried_value + hold / 2 * ((tried - prior) ** 2).sum()
-                    <= value + hold / 2 * ((gains - prior) ** 2).sum()
-                ):
+                if tried_value + hold @ (tried - prior) ** 2 / 2 <= value + hold @ (gains - prior) ** 2 / 2:
                     gains, value, slope, curvature = tried, tried_value, tried_slope, tried_curvature
                     break
                 step = step / 2
@@ -333,7 +368,10 @@ class LeftOut:
         change = change[:, 1:] / self.temperature  # (s, k, c)
         share = self.weights / len(self.own)
         value, slope, curvature = 0.0, np.zeros(len(gains)), np.zeros((len(gains), len(gains)))
-        for weight, width in ((1 - _WITH_QUERIES, self.passages), (_WITH_QUERIES, self.scores.shape[2])):
+        parts = [(1.0, self.passages)]
+        if self.passages < self.scores.shape[2]:
+            parts = [(1 - _WITH_QUERIES, self.passages), (_WITH_QUERIES, self.scores.shape[2])]
+        for weight, width in parts:
             part = relative[:, :width]
             highest = np.maximum(part.max(axis=1, keepdims=True), 0.0)
             found = np.exp(part - highest)
@@ -368,12 +406,15 @@ class DemonstrationFeatures:
     query_range: QueryRange | None = None
 
 
-def prepare_features(pairs: Vectors, *, leave_out: bool = True) -> tuple[DemonstrationFeatures, Evidence]:
+def prepare_features(
+    pairs: Vectors, *, leave_out: bool = True, corpus: Vectors | None = None
+) -> tuple[DemonstrationFeatures, Evidence]:
     """Compute what `DemonstrationReader` weighs by its gains; see there.
 
     Args:
         pairs: (n, 2, dim) unit vectors: query, passage.
         leave_out: Also compute what gains are adapted by.
+        corpus: (m, d) unit vectors of the passages of an index; None if they are not known.
     """
     n, _, dim = pairs.shape
     # A canonical order makes sums and choices below independent of the given one.
@@ -425,7 +466,8 @@ def prepare_features(pairs: Vectors, *, leave_out: bool = True) -> tuple[Demonst
     again = (between > _NEAR_PASSAGE) | (queries @ queries[sample].T > _NEAR_PASSAGE)  # (n, sample)
     alone = np.flatnonzero(again.sum(axis=0) == 1)
     query_range = QueryRange.of(queries) if n >= _LEAST_ADAPTED else None
-    if len(alone) < _LEAST_ADAPTED or not leave_out:
+    known = corpus is not None and len(corpus) > 0
+    if len(alone) < (_LEAST_AGAINST if known else _LEAST_ADAPTED) or not leave_out:
         return DemonstrationFeatures(mean, middle, maps, None, query_range), evidence
 
     # Each demonstration as the others move it. A ridge fit without one row differs from the fit with it by the row's
@@ -449,6 +491,25 @@ def prepare_features(pairs: Vectors, *, leave_out: bool = True) -> tuple[Demonst
             taken = (projected / shrunk) @ whole * (root * found[:, picked]).T  # (s, n)
             directions[:, place] += taken.sum(axis=1, keepdims=True) / root[rows] * passage
     directions[:, 1:] *= evidence.confidence
+    relative = np.asarray(weight[:, 0] / weight.mean(), dtype=np.float32)
+    if corpus is not None and known:
+        # An index may hold shortened vectors.
+        width = corpus.shape[1]
+        directions, passage = directions[..., :width], unit_rows(passage[:, :width])
+        shown, masked = _found_in_corpus(directions, corpus)
+        cosines = np.einsum("sd,scd->sc", passage, shown)
+        likely = (cosines - between.mean()) / max(float(between.std()), _LEAST_SPREAD) > evidence.fits[rows][:, None]
+        left_out = LeftOut(
+            own=np.einsum("skd,sd->sk", directions, passage),
+            scores=directions @ shown.transpose(0, 2, 1),
+            gram=directions @ directions.transpose(0, 2, 1),
+            masked=masked | likely | (cosines > _NEAR_PASSAGE),
+            passages=shown.shape[1],
+            temperature=_WARMER * temperature,
+            hold=np.array([_HOLD_MEAN] + [_HOLD_MAPS] * len(maps)),
+            weights=relative,
+        )
+        return DemonstrationFeatures(mean, middle, maps, left_out, query_range), evidence
     others = np.linspace(0, len(sample) - 1, min(len(sample), _OTHERS)).astype(int)
     shown = np.concatenate([passages[sample[others]], queries[sample[others]]])  # (c, dim)
     masked = right[rows][:, others]
@@ -459,10 +520,26 @@ def prepare_features(pairs: Vectors, *, leave_out: bool = True) -> tuple[Demonst
         gram=directions @ directions.transpose(0, 2, 1),
         masked=np.concatenate([masked | itself, masked | itself], axis=1),
         passages=len(others),
-        weights=np.asarray(weight[:, 0] / weight.mean(), dtype=np.float32),
         temperature=temperature,
+        hold=np.full(len(FEATURES), _HOLD),
+        weights=relative,
     )
     return DemonstrationFeatures(mean, middle, maps, left_out, query_range), evidence
+
+
+def _found_in_corpus(directions: Vectors, corpus: Vectors) -> tuple[Vectors, npt.NDArray[np.bool_]]:
+    """Return the passages (s, c, d) that queries find, as they are and moved by the mean, and which stand twice."""
+    if len(corpus) > _LARGEST_CORPUS:
+        corpus = corpus[np.linspace(0, len(corpus) - 1, _LARGEST_CORPUS).astype(int)]
+    most = min(_FOUND, len(corpus))
+    rows = []
+    for queries in (directions[:, 0], unit_rows(directions[:, 0] + _STEP * directions[:, 1])):
+        parts = [queries[start : start + 64] @ corpus.T for start in range(0, len(queries), 64)]
+        rows.append(np.concatenate([np.argpartition(part, -most, axis=1)[:, -most:] for part in parts]))
+    found = np.sort(np.concatenate(rows, axis=1), axis=1)
+    twice = np.zeros(found.shape, dtype=bool)
+    twice[:, 1:] = found[:, 1:] == found[:, :-1]
+    return np.asarray(corpus[found], dtype=np.float32), twice
 
 
 def _standardised(cosines: Vectors) -> Vectors:

@@ -132,6 +132,7 @@ def evaluate_few_shot(
     report = FewShotReport(request, model=store.revision, tasks=[_describe(task) for task in tasks])
     readers = {"reader": reader or DemonstrationReader.universal(), "universal": DemonstrationReader.universal()}
     results = _Results(store.folder)
+    using = {"reader-against", *readers}
     arms = list(_arms(request, trained=readers["reader"].kind == "trained"))
     families_of = families_of_tasks(vectors, request.collections, bm25=request.bm25)
     for number, (known, families) in enumerate(zip(vectors, families_of, strict=True)):
@@ -148,12 +149,12 @@ def evaluate_few_shot(
                     facts = [
                         *_facts(store, request, family, report.tasks, number),
                         report.tasks[(number + 1) % len(vectors)] if control == "foreign" else None,
-                        readers[method].fingerprint if method in readers else None,
+                        readers[method.removesuffix("-against")].fingerprint if method in using else None,
                     ]
                     report.cells += results.get(
                         f"{known.split.name}-{method}-{control}-{n}",
                         facts,
-                        partial(_score_arm, method, control, n, known, family, moved, request.draws),
+                        partial(_score_arm, method, control, n, known, family, moved, readers["reader"], request.draws),
                     )
         for family in families if request.wordings else ():
             facts = [*_facts(store, request, family, report.tasks, number), readers["reader"].fingerprint]
@@ -167,7 +168,7 @@ def evaluate_few_shot(
     return report
 
 
-_VERSION = 2
+_VERSION = 3
 """Version of the methods: another one discards stored results."""
 
 
@@ -248,19 +249,23 @@ def _score_arm(
     known: TaskVectors,
     family: CollectionFamily,
     moved: Callable[[int], tuple[Vectors | None, Vectors, npt.NDArray[np.intp]]],
+    reader: DemonstrationReader,
     draws: int,
 ) -> list[FewShotCell]:
     """Score a method by n demonstrations of one task in collections that share documents."""
     gains: dict[tuple[Collection, str], list[npt.NDArray[np.float64]]] = {}
+    documents = family.documents.documents
     for draw in range(draws):
         queries, pairs, rows = moved(draw)
         if queries is not None:
-            scores = queries.astype(np.float32) @ family.documents.documents.T
+            ranked = family.ndcg(queries.astype(np.float32) @ documents.T)
+        elif method == "reader-against":
+            ranked = _ranked_against(reader, known.queries, pairs, family)
         else:
             place = next(iter(family.rankings.values())).place
             placed = np.where(rows < 0, -1, place[rows])
-            scores = scores_in_collection(method, known.queries, pairs, placed, family.documents)
-        for collection, found in family.ndcg(scores):
+            ranked = family.ndcg(scores_in_collection(method, known.queries, pairs, placed, family.documents))
+        for collection, found in ranked:
             for kind, values in found.items():
                 zero = family.rankings[collection].zero[kind]
                 gains.setdefault((collection, kind), []).append(100 * (values - zero))
@@ -268,6 +273,16 @@ def _score_arm(
         _cell(known.split.name, collection, kind, method, control, n, each)
         for (collection, kind), each in gains.items()
     ]
+
+
+def _ranked_against(
+    reader: DemonstrationReader, queries: Vectors, pairs: Vectors, family: CollectionFamily
+) -> Iterable[tuple[Collection, dict[str, npt.NDArray[np.float64]]]]:
+    """Yield each collection's nDCG@10 of queries that are moved by demonstrations prepared against it."""
+    for collection, ranking in family.rankings.items():
+        documents = family.documents.documents[: ranking.documents]
+        moved = reader.prepare(pairs, documents).apply(queries)
+        yield collection, family.ndcg_in(collection, moved @ documents.T)
 
 
 def _score_wordings(
@@ -315,7 +330,8 @@ def _cell(
 def _arms(request: FewShotRequest, *, trained: bool) -> Iterable[tuple[str, Control]]:
     # Without a trained reader, "reader" is the universal one.
     yield from ((method, "none") for method in request.methods if trained or method != "universal")
-    yield from (("reader", control) for control in request.controls if control != "none")
+    controlled = "reader-against" if "reader-against" in request.methods else "reader"
+    yield from ((controlled, control) for control in request.controls if control != "none")
 
 
 def _demonstrations(
@@ -347,5 +363,6 @@ def _describe(task: HeldoutSplit) -> dict[str, object]:
         "queries": len(task.queries),
         "documents": len(task.documents),
         "pool": len(task.pool),
+        "other_queries": len(task.other_queries),
         "revision": task.revision,
     }

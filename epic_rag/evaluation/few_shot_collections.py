@@ -145,8 +145,24 @@ class CollectionFamily:
         last = list(self.rankings.values())[-1]
         if last.excluded:
             scores[last.excluded] = -np.inf
+        # A larger collection's best documents are among those of the smaller one and of its further documents.
+        kept, values = np.zeros((len(scores), 0), dtype=np.intp), np.zeros((len(scores), 0), dtype=np.float32)
+        start = 0
         for collection, ranking in self.rankings.items():
-            yield collection, ranking.ndcg(*_best(scores[:, : ranking.documents]))
+            rows, found = _highest(scores[:, start : ranking.documents])
+            kept = np.concatenate([kept, rows + start], axis=1)
+            values = np.concatenate([values, found], axis=1)
+            order = np.argsort(-values, axis=1, kind="stable")[:, :_DEPTH]  # equal ones in the order of the rows
+            kept, values = np.take_along_axis(kept, order, axis=1), np.take_along_axis(values, order, axis=1)
+            start = ranking.documents
+            yield collection, ranking.ndcg(np.where(np.isfinite(values), kept, ranking.documents), values)
+
+    def ndcg_in(self, collection: Collection, scores: Vectors) -> dict[str, npt.NDArray[np.float64]]:
+        """Return one collection's nDCG@10; its (queries, documents) scores are written to."""
+        ranking = self.rankings[collection]
+        if ranking.excluded:
+            scores[ranking.excluded] = -np.inf
+        return ranking.ndcg(*_best(scores))
 
 
 def families_of_tasks(
@@ -207,11 +223,16 @@ def _best(scores: npt.NDArray[np.float32]) -> tuple[Rows, Vectors]:
 
     The number of documents, which is no row, stands for those that are not found, with the score -inf.
     """
+    kept, values = _highest(scores)
+    order = np.argsort(-values, axis=1, kind="stable")
+    kept, values = np.take_along_axis(kept, order, axis=1), np.take_along_axis(values, order, axis=1)
+    return np.where(np.isfinite(values), kept, scores.shape[1]), values
+
+
+def _highest(scores: npt.NDArray[np.float32]) -> tuple[Rows, Vectors]:
+    """Return rows and scores of each query's best documents, in the order of the rows."""
     import torch
 
     depth = min(_DEPTH, scores.shape[1])
-    kept = np.sort(torch.topk(torch.from_numpy(scores), depth, dim=1).indices.numpy(), axis=1)
-    values = np.take_along_axis(scores, kept, axis=1)
-    kept[~np.isfinite(values)] = scores.shape[1]
-    order = np.argsort(-values, axis=1, kind="stable")
-    return np.take_along_axis(kept, order, axis=1), np.take_along_axis(values, order, axis=1)
+    kept = np.sort(torch.topk(torch.from_numpy(scores), depth, dim=1, sorted=False).indices.numpy(), axis=1)
+    return kept, np.take_along_axis(scores, kept, axis=1)

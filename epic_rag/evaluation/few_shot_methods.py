@@ -1,7 +1,8 @@
 """Methods of the few-shot evaluation: the encoder's strategies, and baselines that need demonstrations alone.
 
-Most methods move queries, whatever they are ranked in (`moved_queries`). Three depend on the collection
-(`scores_in_collection`): a prior on documents, centred vectors, and a memory of known pairs.
+Most methods move queries, whatever they are ranked in (`moved_queries`). Some depend on the collection
+(`scores_in_collection`): the reader that is prepared against it, a prior on documents, centred vectors, and a memory of
+known pairs.
 
 The adapter of LlamaIndex (`EmbeddingAdapterFinetuneEngine` of llama-index-finetuning 0.4) is its training loop on
 stored vectors: that package is deprecated and needs the clients of three cloud services, so it is no dependency. A
@@ -26,6 +27,7 @@ Vectors = npt.NDArray[np.float32]
 
 METHODS = (
     "reader",
+    "reader-against",
     "universal",
     "task-vector",
     "ridge",
@@ -35,8 +37,8 @@ METHODS = (
     "llama-index",
     "llama-index-tuned",
 )
-"""Names of the methods; those after the third are baselines."""
-IN_COLLECTION = ("memory", "prior", "centring")
+"""Names of the methods; those after "universal" are baselines. "reader-against" is prepared against the collection, as
+`epic-rag bank build --against` does it."""
 _MEMORY_WEIGHT = 0.2
 _MEMORY_NEIGHBOURS = 10
 _RIDGE = 16.0
@@ -108,7 +110,7 @@ def scores_in_collection(
     """Score documents by a method that depends on the collection.
 
     Args:
-        method: One of `IN_COLLECTION`.
+        method: "memory", "prior" or "centring".
         queries: (m, dim) unit rows.
         pairs: (n, 2, dim) unit vectors of demonstrations.
         rows: (n,) rows of the demonstrations' passages among the documents; -1 where it is none of them.

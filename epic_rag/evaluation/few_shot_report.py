@@ -43,7 +43,7 @@ class FewShotRequest:
         draws: Draws of demonstrations for each number; a draw's smaller number is a prefix of its larger one.
         collections: Collections that queries are ranked in.
         methods: Names from `METHODS`.
-        controls: Names from `CONTROLS` that are scored for the method "reader".
+        controls: Names from `CONTROLS`, which are scored for "reader-against", or for "reader" if it is not a method.
         seed: Seed of the draws.
         bm25: Also score rankings that are fused with BM25.
         wordings: Also score the reader with other wordings of the instruction, and without one.
@@ -138,6 +138,30 @@ class FewShotReport:
             "losses": float((draws < -_LOSS).mean()),
         }
 
+    def summaries(self) -> list[dict[str, object]]:
+        """Return `summary` of the cells of each collection, ranking, method, control and number of demonstrations.
+
+        "same" is the mean gain of the tasks that have enough pairs for every number; None if there is no such task.
+        """
+        groups: dict[tuple[object, ...], list[FewShotCell]] = {}
+        for cell in self.cells:
+            groups.setdefault((cell.collection, cell.ranking, cell.method, cell.control, cell.n), []).append(cell)
+        sizes: dict[tuple[object, ...], set[int]] = {}
+        for cell in self.cells:
+            sizes.setdefault((cell.task, cell.method, cell.control), set()).add(cell.n)
+        every = {key: max((found for other, found in sizes.items() if other[1:] == key[1:]), key=len) for key in sizes}
+        found = []
+        for key, cells in groups.items():
+            same = [
+                cell.gain
+                for cell in cells
+                if sizes[cell.task, cell.method, cell.control] == every[cell.task, cell.method, cell.control]
+            ]
+            named = dict(zip(("collection", "ranking", "method", "control", "n"), key, strict=True))
+            values = {name: round(value, 4) for name, value in self.summary(cells).items()}
+            found.append({**named, **values, "same": round(float(np.mean(same)), 4) if same else None})
+        return found
+
     def select(self, **wanted: object) -> list[FewShotCell]:
         """Return the cells whose fields have these values."""
         return [cell for cell in self.cells if all(getattr(cell, name) == value for name, value in wanted.items())]
@@ -226,6 +250,8 @@ class FewShotReport:
             "versions": versions(),
             "settings": dataclasses.asdict(self.request),
             "tasks": self.tasks,
+            "wordings": list(WORDINGS) if self.request.wordings else [],
+            "summary": self.summaries(),
             "zero_shot": {name: round(value, 3) for name, value in self.zero_shot.items()},
             "cells": [
                 {

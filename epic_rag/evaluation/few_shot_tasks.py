@@ -10,6 +10,10 @@ A task is a `HeldoutSplit` with a large pool. It is made of
 Rows that share a query, a passage or a group are kept on one side, so that a demonstration shares nothing with a test
 query. In a set of labels both sides have the same labels, and no message in common. A demonstration's passage is one of
 the documents, as a pair that a user has confirmed in their own index is.
+
+The other queries of a collection with queries are up to 300 of each file or set of judged queries: of rows that are
+neither tests nor demonstrations in a file, and those that are no tests in a set, which has too few. Messages with
+labels have none, as another message is a document already.
 """
 
 from __future__ import annotations
@@ -53,7 +57,8 @@ __all__ = [
 
 SOURCE_MARK = "#"
 """Separates a file of pairs from the `source` whose rows are the task."""
-_OTHER_QUERIES = 150
+_OTHER_QUERIES = 300
+_OTHER_ROWS = 150
 
 
 def parse_pairs_source(text: str) -> tuple[Path, str | None]:
@@ -110,7 +115,7 @@ def few_shot_task_of_pairs(
         used += 1
     test = query_rows(test_rows, wanted)
     others: list[Pair] = []
-    while used < len(order) - 1 and len(others) < min(_OTHER_QUERIES, len(pairs) // 10):
+    while used < len(order) - 1 and len(others) < min(_OTHER_ROWS, len(pairs) // 10):
         others += components[order[used]]
         used += 1
     rest = [pair for number in order[used:] for pair in components[number]]
@@ -129,7 +134,9 @@ def few_shot_task_of_pairs(
         instruction=instruction or GENERIC_INSTRUCTION,
         revision=content_revision([path]),
     )
-    return _with_other_queries(split, [pair.query for pair in others])
+    shown = {normalize_text(pair.query) for pair in free}
+    beyond = [pair for pair in rest[pool:] if normalize_text(pair.query) not in shown]
+    return _with_other_queries(split, [pair.query for pair in [*others, *beyond]])
 
 
 def few_shot_task_of_set(
@@ -258,7 +265,7 @@ def _of_judgements(found: LocalSet, *, queries: int, pool: int, documents: int, 
         if passage_key(text) not in rows and (len(corpus) < documents or passage_key(text) in answers):
             rows[passage_key(text)] = len(corpus)
             corpus.append(text)
-    return HeldoutSplit(
+    split = HeldoutSplit(
         name=found.name,
         instruction="",
         revision=found.revision,
@@ -271,9 +278,10 @@ def _of_judgements(found: LocalSet, *, queries: int, pool: int, documents: int, 
         excluded=tuple(() for _ in tests),
         pool=tuple(pairs[:pool]),
     )
+    return _with_other_queries(split, [query for query, _ in shown])
 
 
 def _with_other_queries(split: HeldoutSplit, texts: Sequence[str]) -> HeldoutSplit:
     tested = {normalize_text(query) for query in split.queries}
     unique = {normalize_text(text): text for text in texts if normalize_text(text) not in tested}
-    return replace(split, other_queries=tuple(unique.values()))
+    return replace(split, other_queries=tuple(unique.values())[:_OTHER_QUERIES])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 import results
+import results_few_shot
 import results_report
 
 from epic_rag.errors import ConfigError, DataError, EpicError
+from epic_rag.evaluation.few_shot_report import CONTROLS, FewShotCell, FewShotReport, FewShotRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,11 +41,14 @@ def test_a_folder_that_was_not_given(place: str, said: str) -> None:
 
 
 def test_stages_that_there_are_not(tmp_path: Path) -> None:
-    assert results.chosen_stages("report, heldout") == ["heldout", "report"]
-    assert results.chosen_stages(None)[-1] == "report"
+    steps, report = results.chosen_steps("report, heldout, fewshot-gains")
+    assert ({step.stage for step in steps}, report) == ({"heldout", "fewshot"}, True)
+    assert [step.name for step in steps if step.stage == "fewshot"] == ["gains"]
+    assert results.chosen_steps(None)[1]
+    assert not results.chosen_steps("heldout")[1]
     for only in ("poems", " , "):
         with pytest.raises(ConfigError, match="Use one or more of ablations, efficiency"):
-            results.chosen_stages(only)
+            results.chosen_steps(only)
     (tmp_path / "poems.yaml").write_text("steps:\n  one:\n    command: x\n    colour: red\n")
     with pytest.raises(ConfigError, match=r"poems.yaml, step one: unknown \['colour'\]"):
         results.load_stage("poems", tmp_path)
@@ -154,16 +160,16 @@ def test_the_report(tmp_path: Path) -> None:
     command = ("epic-rag", "eval", "--controls")
     steps = [results_report.Finished(f"heldout-{name}", command, folder) for name in ("one", "two")]
     steps.append(results_report.Finished("heldout-three", command, folder, "heldout"))
-    said = results_report.write_report(steps, document)
+    said = results_report.write_report(steps, [document])
     text = document.read_text()
     assert "-->\n```text\nepic-rag eval --controls\n```\n\n| a |\n| --- |\n<!-- end heldout-one -->" in text
     assert "| ours  | pooled     | own         | 50.00 |" in text
     assert text.endswith("<!-- end heldout-three -->\n\nWords.\n")
     assert "has no place for heldout-two, which is <!-- begin heldout-two -->" in said[1]
-    results_report.write_report(steps, document)
+    results_report.write_report(steps, [document])
     assert document.read_text() == text
     with pytest.raises(DataError, match="No document"):
-        results_report.write_report(steps, tmp_path / "none.md")
+        results_report.write_report(steps, [document, tmp_path / "none.md"])
 
 
 def test_quick(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -186,3 +192,75 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.out == ""
     assert captured.err.startswith("error: --only names poems. Use one or more of ablations")
     assert captured.err.count("\n") == 1
+
+
+def _few_shot_json(**gains: float) -> dict[str, Any]:
+    """Return the JSON of two tasks, whose gains depend on method and control alone."""
+    methods = ("reader-against", "reader", "task-vector", "llama-index")
+    request = FewShotRequest(
+        sizes=(8, 128), draws=2, collections=("own", "pooled-with-queries"), methods=methods, wordings=True
+    )
+    tasks: list[dict[str, object]] = [{"name": "a"}, {"name": "b"}]
+    report = FewShotReport(dataclasses.replace(request, controls=CONTROLS), "m", tasks)
+    arms: list[tuple[str, Any]] = [(method, "none") for method in methods]
+    arms += [("reader-against", control) for control in CONTROLS[1:]] + [("wording-1", "none")]
+    for task in ("a", "b"):
+        for collection in request.collections:
+            for ranking in ("dense", "hybrid"):
+                report.zero_shot[f"{task}/{collection}/{ranking}"] = 50.0
+                for method, control in arms:
+                    gain = gains.get(method if control == "none" else control, 1.0)
+                    for n in (8, 128):
+                        by_query = (gain, gain + (task == "b"))
+                        cell = FewShotCell(task, collection, ranking, method, control, n, by_query, (by_query[1],) * 2)
+                        report.cells.append(cell)
+    result: dict[str, Any] = json.loads(json.dumps(report.to_json()))
+    return result
+
+
+def test_the_short_tables_of_a_few_shot_evaluation() -> None:
+    result = _few_shot_json(
+        **{"reader-against": 4.0, "reader": 3.0, "shuffled": 0.0, "wrong-25": 2.0, "llama-index": 5}
+    )
+    tables = results_few_shot.few_shot_tables(result)
+    assert "2 tasks. `reader-against`, mean of tasks" in tables
+    lines = {tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in tables.splitlines()}
+    assert ("reader-against", "own documents", "+4.50", "+4.50") in lines
+    assert ("reader", "mixed, with queries", "+3.50", "+3.50") in lines
+    assert ("reader-against, foreign", "own documents", "+1.50", "+1.50") in lines
+    assert ("b", "own documents", "50.00", "+5.00", "+5.00") in lines
+    assert ("own documents, n = 8", "≥ 0.4", "+4.50 (n = 8)", "met") in lines
+    assert ("mixed, with queries, n = 128", "≥ 6", "+4.50 (n = 128)", "missed by 1.50") in lines
+    assert ("own documents: shuffled (size)", "≤ 0.2", "+0.50 (n = 8)", "missed by 0.30") in lines
+    assert (
+        "own documents: share of the gain with 25% wrong pairs",
+        "≥ 0.7",
+        "+0.56 (n = 128)",
+        "missed by 0.14",
+    ) in lines
+    assert (
+        "own documents: lead over LlamaIndex's adapter, n = 128",
+        "≥ 0.5",
+        "-1.00 (llama-index)",
+        "missed by 1.50",
+    ) in lines
+    assert "Given a query, retrieve the text that belongs to it" in tables
+    summary = results_few_shot.few_shot_summary(result).splitlines()
+    assert [cell.strip() for cell in summary[2].split("|")[1:-1]] == ["own documents", "50.00", "+4.50", "+4.50"]
+    assert "passages shuffled" in summary[-1]
+
+
+def test_a_few_shot_evaluation_goes_into_two_documents(tmp_path: Path) -> None:
+    step = tmp_path / "step"
+    step.mkdir()
+    (step / "result.json").write_text(json.dumps(_few_shot_json()))
+    (step / "result.svg").write_text("<svg/>")
+    long, short = tmp_path / "results.md", tmp_path / "README.md"
+    long.write_text(results_report.placeholder_document(["fewshot-gains"]))
+    short.write_text(results_report.placeholder_document(["fewshot-gains-summary"]))
+    steps = [results_report.Finished("fewshot-gains", ("epic-rag", "eval"), step, "fewshot")]
+    said = results_report.write_report(steps, [long, short])
+    assert said == [f"fewshot-gains is in {long}", f"fewshot-gains-summary is in {short}"]
+    assert "(images/fewshot-gains.svg)" in long.read_text()
+    assert (tmp_path / "images" / "fewshot-gains.svg").read_text() == "<svg/>"
+    assert short.read_text().count("|") > 10

@@ -108,6 +108,10 @@ def test_build_against_an_index(cli: Any, indexed: Path, other_checkpoint: Path)
     assert result.status == 0, result.err
     chunks = json.loads(cli("status", "--json", "--index-dir", indexed).out)["chunks"]
     assert f"among {13 + chunks} passages" in result.err
+    # It is stored as fitted to the index, and in its texts like any other.
+    assert Path("mine", "prepared.safetensors").is_file()
+    assert len(DemonstrationBank.load("./mine").demonstrations) == 13
+    assert cli("query", "anything", "--bank", "./mine", "--index-dir", indexed).status == 0
     other = cli(
         "bank", "build", file, "--out", "o", "--task", "docs", "--against", indexed, "--model", other_checkpoint
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from epic_rag import (
     get_task,
 )
 from epic_rag.demonstrations import SELECTIONS
+from epic_rag.reader import DemonstrationReader
 from tests.conftest import make_encoder
 from tests.helpers.banks import embedded
 
@@ -761,3 +763,76 @@ def test_negatives_stay_with_the_bank_and_move_no_query(tmp_path: Path, tiny_enc
     assert both.negatives == (wrong, Demonstration("a", "b"))
     with pytest.raises(BankError):
         loaded.with_negatives([("a", " ")])
+
+
+# Prepared banks
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tiny_encoder: EpicEncoder) -> Path:
+    bank = DemonstrationBank(FILE_PAIRS, instruction="find the section", negatives=[("a", "b")], origin="here")
+    bank.prepare(tiny_encoder)
+    bank.save(tmp_path / "prepared")
+    return tmp_path / "prepared"
+
+
+def test_a_query_with_a_prepared_bank_reads_neither_texts_nor_vectors(
+    prepared: Path, tiny_encoder: EpicEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = embedded(DemonstrationBank(FILE_PAIRS, instruction="find the section"), tiny_encoder)
+    expected = tiny_encoder.encode_query(["undo", "a café"], bank=plain, strategy="reader")
+    with monkeypatch.context() as patched:
+        patched.setattr("epic_rag.demonstrations._parse_bank", lambda *_: pytest.fail("texts are read"))
+        patched.setattr("epic_rag.demonstrations._read_vectors", lambda *_, **__: pytest.fail("vectors are read"))
+        patched.setattr(DemonstrationReader, "prepare", lambda *_: pytest.fail("prepared again"))
+        found = tiny_encoder.encode_query(["undo", "a café"], bank=prepared, strategy="reader")
+        loaded = DemonstrationBank.load(prepared)
+        facts = (len(loaded), loaded.fingerprint, loaded.instruction, loaded.origin, loaded.enabled)
+    np.testing.assert_array_equal(found, expected)
+    assert facts == (len(plain), plain.fingerprint, "find the section", "here", True)
+    # What else is asked for is read then.
+    assert loaded.demonstrations == plain.demonstrations
+    assert loaded.negatives == (Demonstration("a", "b"),)
+    np.testing.assert_array_equal(loaded.embeddings_for(tiny_encoder.fingerprint), plain.embeddings)
+    few = tiny_encoder.encode_query("undo", bank=loaded, num_demonstrations=2, strategy="reader")
+    np.testing.assert_array_equal(
+        few, tiny_encoder.encode_query("undo", bank=plain, num_demonstrations=2, strategy="reader")
+    )
+    task_vector = [tiny_encoder.encode_query("undo", bank=each, strategy="task-vector") for each in (loaded, plain)]
+    np.testing.assert_array_equal(*task_vector)
+
+
+def test_a_prepared_bank_is_changed_like_any_other(prepared: Path, tiny_encoder: EpicEncoder, tmp_path: Path) -> None:
+    loaded = DemonstrationBank.load(prepared)
+    loaded.enabled = False
+    loaded.save(tmp_path / "off")
+    again = DemonstrationBank.load(tmp_path / "off")
+    assert not again.enabled
+    assert again.prepared_for(tiny_encoder.fingerprint, tiny_encoder.reader.fingerprint) is not None
+    more = loaded.add([("c", "d")], tiny_encoder)
+    assert more.prepared_for(tiny_encoder.fingerprint, tiny_encoder.reader.fingerprint) is None
+    more.save(prepared)
+    assert sorted(os.listdir(prepared)) == ["bank.json", "embeddings.safetensors"]
+    assert len(DemonstrationBank.load(prepared)) == len(loaded) + 1
+
+
+@pytest.mark.parametrize("fault", ["edited", "cut", "other reader", "no facts"])
+def test_prepared_demonstrations_that_do_not_belong_to_the_texts_are_not_used(
+    prepared: Path, fault: str, tiny_encoder: EpicEncoder
+) -> None:
+    file = prepared / "prepared.safetensors"
+    if fault == "edited":
+        texts = (prepared / "bank.json").read_text("utf-8")
+        (prepared / "bank.json").write_text(texts.replace("press Ctrl+Z", "press Escape"), encoding="utf-8")
+    elif fault == "cut":
+        file.write_bytes(file.read_bytes()[:200])
+    elif fault == "no facts":
+        from safetensors.numpy import save_file
+
+        source = hashlib.sha256((prepared / "bank.json").read_bytes()).hexdigest()
+        save_file({"0.offset": np.zeros(32, np.float32)}, file, metadata={"source": source})
+    loaded = DemonstrationBank.load(prepared)
+    other = "another" if fault == "other reader" else tiny_encoder.reader.fingerprint
+    assert loaded.prepared_for(tiny_encoder.fingerprint, other) is None
+    assert len(loaded.demonstrations) == len(FILE_PAIRS)
+    assert ("Escape" in loaded.demonstrations[0].passage) == (fault == "edited")

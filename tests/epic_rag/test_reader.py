@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from epic_rag import CheckpointError, DemonstrationBank, EpicEncoder
 from epic_rag.metrics import unit_rows
-from epic_rag.reader import FEATURES, KNOTS, READER_FILE, DemonstrationReader, Evidence, prepare_features
+from epic_rag.reader import (
+    FEATURES,
+    KNOTS,
+    READER_FILE,
+    DemonstrationReader,
+    Evidence,
+    PreparedDemonstrations,
+    prepare_features,
+)
 from tests.conftest import make_encoder
 
 Vectors = npt.NDArray[np.float32]
@@ -338,3 +346,47 @@ def test_it_needs_neither_torch_nor_transformers() -> None:
     code = "import sys, epic_rag.reader; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+# Against an index
+
+
+def test_against_an_index_of_questions_queries_move_further() -> None:
+    """Among other questions, a shift towards passages brings more than among passages alone."""
+    chance = np.random.default_rng(3)
+    topics = unit_rows(chance.standard_normal((400, 32)).astype(np.float32))
+    kind = np.eye(32, dtype=np.float32)[0] * 0.6
+    queries, passages = (
+        unit_rows(topics + sign * kind + 0.15 * chance.standard_normal((400, 32)).astype(np.float32))
+        for sign in (-1, 1)
+    )
+    pairs = np.stack([queries, passages], axis=1)[:40]
+    shifts = {}
+    for name, corpus in (("passages", passages), ("both", np.concatenate([passages, queries[40:]]))):
+        shifts[name] = float(UNIVERSAL.prepare(pairs, corpus).apply(queries[300:])[:, 0].mean())
+    assert shifts["both"] > shifts["passages"] + 0.02
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 70, 60_000])
+def test_an_index_may_be_of_any_size_and_hold_shortened_vectors(count: int) -> None:
+    chance = np.random.default_rng(count)
+    pairs = np.stack([unit_rows(chance.standard_normal((20, 16)).astype(np.float32)) for _ in range(2)], axis=1)
+    pairs[:, 1] = unit_rows(pairs[:, 0] + 0.5 * pairs[:, 1])
+    for width in (16, 8):
+        corpus = unit_rows(chance.standard_normal((count, width)).astype(np.float32)).reshape(count, width)
+        moved = UNIVERSAL.prepare(pairs, corpus).apply(pairs[:, 0])
+        assert np.isfinite(moved).all()
+        np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1.0, atol=1e-5)
+    without = UNIVERSAL.prepare(pairs).apply(pairs[:, 0])
+    assert np.array_equal(moved, without) == (count == 0)
+
+
+def test_stored_numbers_are_those_that_were_prepared() -> None:
+    for n in (1, 5, 30):
+        pairs = unit_rows(np.random.default_rng(n).standard_normal((2 * n, 16)).astype(np.float32)).reshape(n, 2, 16)
+        pairs[:, 1] = unit_rows(pairs[:, 0] + 0.3 * pairs[:, 1])
+        prepared = UNIVERSAL.prepare(pairs)
+        again = PreparedDemonstrations.from_arrays(prepared.to_arrays())
+        np.testing.assert_allclose(again.apply(pairs[:, 0]), prepared.apply(pairs[:, 0]), atol=1e-6)
+    with pytest.raises(KeyError):
+        PreparedDemonstrations.from_arrays({"linear": np.zeros((2, 2), dtype=np.float32)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,7 @@ __all__ = ["app"]
 
 _BANK_FILE = "bank.json"
 _SHOWN = 10
+_LEAST_PREPARED = 100
 
 app = new_group("bank")
 
@@ -142,7 +144,8 @@ def build(
         typer.Option(
             "--against",
             metavar="INDEX",
-            help="Measure the expected gain among the passages of this index; without --model, with its model.",
+            help="Fit the bank to the passages of this index, and measure the expected gain among them; without "
+            "--model, with its model.",
         ),
     ] = None,
     force: Annotated[
@@ -156,8 +159,9 @@ def build(
     A file of pairs becomes the bank folder --out; a bank folder is embedded with the given model, in place or into
     --out. Pass the folder to `epic-rag query --bank`. With several models, the bank stores embeddings of each of
     them; embeddings of other models are deleted. With ten pairs or more, the expected gain is printed: each pair is
-    ranked with the help of the others. Pairs that do not fit, or occur twice, are listed by line. Demonstrations that
-    make results worse are off: queries use the instruction alone, unless -n names their number.
+    ranked with the help of the others. With --against, queries move as far as helps among the passages of an index;
+    build the bank again after it has changed. Pairs that do not fit, or occur twice, are listed by line.
+    Demonstrations that make results worse are off: queries use the instruction alone, unless -n names their number.
 
     Examples:
         epic-rag bank build pairs.jsonl --out mybank --instruction 'Given a question, retrieve the answer'
@@ -195,7 +199,7 @@ def build(
             built.enabled = force or not harms
         if harms and not force:
             message("warning", f"The demonstrations of {target} are off. Correct the pairs, or pass --force.")
-        built.save(target)
+        _save(built, target, encoders, None if corpus is None else corpus[0])
         emit([printable(str(target))])
 
 
@@ -256,7 +260,7 @@ def add(
     changed = loaded.add([(query, passage)], encoder)
     if len(changed) == len(loaded):
         message("note", "The bank has this demonstration already.")
-    changed.save(target)
+    _save(changed, target, [encoder], None)
     message("note", f"{printable(name)} has {plural(len(changed), 'demonstration')}.")
     emit([printable(str(target))])
 
@@ -328,7 +332,10 @@ def suggest(
     report = proposed.evaluate(encoder, np.stack(others) if others else None)
     message("note", _gain_line(report))
     if report.helps:
-        message("note", "These pairs improve results for queries like headings. Confirm them, then build a bank.")
+        message(
+            "note",
+            "These pairs improve results for queries like headings. Confirm them, then build a bank with --against.",
+        )
     else:
         message("note", "A bank of these pairs is not recommended. Queries of your own users are better examples.")
     emit([json.dumps({"query": pair.query, "passage": pair.passage}, ensure_ascii=False) for pair in pairs])
@@ -378,6 +385,16 @@ def _passage_of(hit: str, index_dir: list[Path] | None) -> str:
             return passage.text
     reason = f"has no text at line {line}" if found else "is not in the index"
     raise BankError(f"{path} {reason}. Pass the path and a line as `epic-rag query` prints them.")
+
+
+def _save(bank: DemonstrationBank, target: Path, encoders: Sequence[EpicEncoder], corpus: Vectors | None) -> None:
+    """Write a bank; prepared by encoders that read demonstrations, if it is large, and against an index's passages."""
+    for number, encoder in enumerate(encoders):
+        # The passages are the first encoder's.
+        against = corpus if number == 0 and corpus is not None and len(corpus) else None
+        if against is not None or (encoder.strategy == "reader" and len(bank) >= _LEAST_PREPARED):
+            bank.prepare(encoder, against)
+    bank.save(target)
 
 
 def _gain_line(report: BankReport) -> str:

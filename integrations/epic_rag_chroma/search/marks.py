@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from epic_rag_chroma.store.tokenizer import words
@@ -62,11 +63,18 @@ def same_query_key(query: str) -> tuple[str, ...]:
 def find_marks(query: str, bank: DemonstrationBank) -> Marks:
     """Return the marks of a query by a bank's pairs and negatives, the first ones of many."""
     key = same_query_key(query)
-    right, wrong = (
-        tuple(each.passage for each in pairs if same_query_key(each.query) == key)[:_MOST]
-        for pairs in (bank.demonstrations, bank.negatives)
-    )
+    right, wrong = (tuple(passages.get(key, ())[:_MOST]) for passages in _passages_by_key(bank))
     return Marks(right, wrong)
+
+
+@lru_cache(maxsize=8)
+def _passages_by_key(bank: DemonstrationBank) -> tuple[dict[tuple[str, ...], list[str]], ...]:
+    """Return the passages of a bank's pairs and of its negatives by `same_query_key`."""
+    found: tuple[dict[tuple[str, ...], list[str]], ...] = ({}, {})
+    for passages, pairs in zip(found, (bank.demonstrations, bank.negatives), strict=True):
+        for each in pairs:
+            passages.setdefault(same_query_key(each.query), []).append(each.passage)
+    return found
 
 
 class MarkedRanking:
