@@ -126,11 +126,11 @@ $(BIN)/python:
 
 $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing epic-rag into $(VENV) (a few minutes the first time) ..."
-	$(INSTALL) -e '.[files]'
+	$(INSTALL) -e '.[cli]'
 	@touch $@
 
 $(SERVE_STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[files,serve]'
+	$(INSTALL) -e '.[serve]'
 	@touch $(RUN_STAMP) $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python

@@ -211,6 +211,31 @@ class DemonstrationBank:
             raise DataError(f"{file} has no demonstrations. Write lines of the form {_FORM}.")
         return cls(pairs, instruction=instruction, task=task, symmetric=symmetric)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the texts of the demonstrations and what they are for, as JSON values."""
+        return {
+            "task": self.task,
+            "instruction": self.instruction,
+            "symmetric": self.symmetric,
+            "demonstrations": [{"query": item.query, "passage": item.passage} for item in self.demonstrations],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DemonstrationBank:
+        """Make a bank of what `to_dict` returned.
+
+        Raises:
+            BankError: If it is something else.
+        """
+        try:
+            pairs = [(item["query"], item["passage"]) for item in data["demonstrations"]]
+        except (KeyError, TypeError) as error:
+            raise BankError(
+                f"bank is {data!r}, which to_dict() did not write ({type(error).__name__}: {error}). "
+                "Pass a DemonstrationBank, a bank folder or a built-in name."
+            ) from error
+        return cls(pairs, instruction=data.get("instruction"), task=data.get("task"), symmetric=data.get("symmetric"))
+
     @classmethod
     def load(cls, folder_or_name: str | os.PathLike[str], encoder: BankEncoder | None = None) -> DemonstrationBank:
         """Load a bank folder or a built-in bank.

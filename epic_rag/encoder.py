@@ -88,6 +88,7 @@ class EpicEncoder:
         external: The model of another library or service that embeds texts; None for a checkpoint of epic-rag.
         takes_instructions: Whether queries are put behind an instruction; a model that was not trained to follow one
             ignores those of tasks and banks.
+        folder: The model's files, and its reader; None for a model without files.
         truncate_dim: Number of dimensions to keep; None for all.
         padding_side: "right", or "left" for causal models. Vectors do not depend on it.
     """
@@ -120,7 +121,7 @@ class EpicEncoder:
         self._load: Callable[[], tuple[Checkpoint, list[torch.device]]] | None = None
         self._weights_hash: str | None = None
         self._banks: OrderedDict[tuple[str, str], DemonstrationBank] = OrderedDict()
-        self._folder: Path | None = None
+        self.folder: Path | None = None
         self._noted: set[str] = set()
         # Prepared demonstrations by identity of a bank's vectors, which are kept so that no other array has it.
         self._prepared: OrderedDict[
@@ -198,7 +199,9 @@ class EpicEncoder:
             remote = RemoteModel(
                 str(name_or_path), max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens
             )
-            return cls._of_model(remote, remote.name, str(name_or_path), truncate_dim)
+            encoder = cls._of_model(remote, remote.name, remote.source, truncate_dim)
+            encoder.folder = remote.reader_folder
+            return encoder
         folder = resolve(
             name_or_path if onnx is None else onnx[0],
             revision=revision,
@@ -230,7 +233,7 @@ class EpicEncoder:
             )
             source = source if onnx is None else f"onnx:{source}" + ("" if file is None else f"@{file}")
             encoder = cls._of_model(model, name, source, truncate_dim)
-            encoder._folder = folder
+            encoder.folder = folder
             return encoder
         settings = {"dtype": dtype, "truncate_dim": truncate_dim, "trust_remote_code": trust_remote_code}
         load = partial(
@@ -242,9 +245,9 @@ class EpicEncoder:
             if opened is not None:
                 encoder = cls(*opened, name=name, source=source, config=EncoderConfig.from_dict(epic))
                 stored_dim = epic.get("truncate_dim")
-                encoder.truncate_dim = check_width(stored_dim if truncate_dim is None else truncate_dim, encoder._width)
+                encoder.truncate_dim = check_width(stored_dim if truncate_dim is None else truncate_dim, encoder.width)
                 encoder._load = load
-                encoder._folder = folder
+                encoder.folder = folder
                 return encoder
         from epic_rag.batching import Replicas
 
@@ -254,7 +257,7 @@ class EpicEncoder:
         encoder.takes_instructions = is_native or not (folder / "modules.json").is_file()
         encoder.truncate_dim = loaded.truncate_dim
         encoder._weights_hash = loaded.weights_hash
-        encoder._folder = folder
+        encoder.folder = folder
         encoder.replicas = Replicas(others)
         if others:
             # At loading rather than with the first texts: weights that do not fit a device are an error of loading.
@@ -276,7 +279,7 @@ class EpicEncoder:
             return self.external.describe()
         stored, guessed = "checkpoint", "guessed"
         model = self.backbone if self._numpy is None else self._numpy
-        is_own = self._folder is None or (self._folder / EPIC_FILE).is_file()
+        is_own = self.folder is None or (self.folder / EPIC_FILE).is_file()
         source = stored if is_own else "the folder's files"
         facts = [
             Fact("run by", "epic-rag", source),
@@ -335,7 +338,7 @@ class EpicEncoder:
         Raises:
             CheckpointError: If the checkpoint's file is damaged.
         """
-        return DemonstrationReader.universal() if self._folder is None else DemonstrationReader.load(self._folder)
+        return DemonstrationReader.universal() if self.folder is None else DemonstrationReader.load(self.folder)
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -378,7 +381,7 @@ class EpicEncoder:
     @property
     def dimension(self) -> int:
         """Width of the vectors."""
-        return self.truncate_dim or self._width
+        return self.truncate_dim or self.width
 
     @property
     def device(self) -> torch.device:
@@ -635,7 +638,7 @@ class EpicEncoder:
         Returns:
             (k, 2, dim) float32 at full width: query (zero-shot, with the bank's instruction), passage.
         """
-        width = self._width
+        width = self.width
         zero_shot = QueryPrompt(instruction=self._instruction(QueryPrompt(), bank) or "")
         passages = [item.passage for item in bank.demonstrations]
         queries = self.encode_query([item.query for item in bank.demonstrations], zero_shot, truncate_dim=width)
@@ -685,7 +688,7 @@ class EpicEncoder:
         return count
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
         """Width of the vectors before truncation."""
         if self.external is not None:
             return self.external.dimension
@@ -868,7 +871,7 @@ class EpicEncoder:
         return rows, None
 
     def _output(self, vectors: Vectors, texts: str | Sequence[str], truncate_dim: int | None) -> Vectors:
-        width = check_width(truncate_dim, self._width) or self.dimension
+        width = check_width(truncate_dim, self.width) or self.dimension
         if width < vectors.shape[1]:
             vectors = unit_rows(vectors[:, :width])
         return vectors[0] if isinstance(texts, str) else vectors

@@ -18,6 +18,9 @@ prints it and exits with status 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "BankError",
     "CheckpointError",
@@ -65,8 +68,8 @@ class FingerprintError(EpicError):
     """Stored vectors were computed by another checkpoint."""
 
 
-class MissingExtraError(EpicError):
-    """An optional package is not installed.
+class MissingExtraError(EpicError, ImportError):
+    """An optional package is not installed; an ImportError, too, as programs expect of an import.
 
     Args:
         package: The package that could not be imported.
@@ -92,6 +95,23 @@ class RemoteModelError(EpicError):
 
 class TrainingError(EpicError):
     """Training cannot start, or failed in a way that continuing would hide."""
+
+
+@contextmanager
+def needs_extra(extra: str, purpose: str, package: str | None = None) -> Iterator[None]:
+    """Raise a `MissingExtraError` if a module that the block imports is not installed.
+
+    A package that is installed and broken raises what it raises.
+
+    Args:
+        extra: The extra of epic-rag that brings it.
+        purpose: See `MissingExtraError`.
+        package: Its name in the message; None for the name of the module that is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(package or error.name or "a package", extra, purpose) from error
 
 
 def reason_of(error: BaseException) -> str:

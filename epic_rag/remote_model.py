@@ -12,6 +12,7 @@ Options follow the URL as in a query string: `openai:nv-embedqa@http://host:8000
     query_prompt      text before a query; by default that of the model's family
     document_prompt   text before a document
     max_tokens        longest text in tokens that the service reads
+    reader            folder with a reader that `epic-rag train reader` wrote
 
 Keys come from the environment only. The fingerprint holds the model's name, not its URL, and what the model returned
 for three fixed texts: a service that has changed its model behind a name is noticed.
@@ -28,8 +29,9 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import httpx
 import numpy as np
@@ -37,6 +39,7 @@ import numpy as np
 from epic_rag.embedding_model import REMOTE_KINDS, EmbeddingModel, Fact, Role, Vectors, join_unique
 from epic_rag.errors import ConfigError, RemoteModelError, reason_of
 from epic_rag.model_conventions import fill_instruction, find_convention
+from epic_rag.reader import READER_FILE
 
 __all__ = ["RemoteModel", "RemoteName"]
 
@@ -55,7 +58,7 @@ _KEYS = {
 _BATCHES = {"openai": 256, "ollama": 64, "tei": 32, "cohere": 96}
 # Characters in a request: OpenAI takes 300,000 tokens, text-embeddings-inference a body of 2 MB.
 _BATCH_CHARACTERS = 400_000
-_OPTIONS = ("dimensions", "roles", "query_prompt", "document_prompt", "max_tokens")
+_OPTIONS = ("dimensions", "roles", "query_prompt", "document_prompt", "max_tokens", "reader")
 _PROBES = (
     "How do I restore a backup of the database?",
     "Stop the server, copy the files of the last night back and start it again.",
@@ -125,6 +128,9 @@ class RemoteName:
         for name in ("dimensions", "max_tokens"):
             if name in options and not (options[name].isdecimal() and int(options[name]) > 0):
                 raise ConfigError(f"{name} is {options[name]!r}. Pass a number above 0.")
+        folder = options.get("reader")
+        if folder is not None and not (Path(folder) / READER_FILE).is_file():
+            raise ConfigError(f"reader is {folder!r}, which has no {READER_FILE}. Run `epic-rag train reader`.")
         return cls(kind, model, url.rstrip("/"), options)
 
 
@@ -153,6 +159,7 @@ class RemoteModel(EmbeddingModel):
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.remote = remote = RemoteName.parse(name)
+        self._given = name
         key = next((os.environ[each] for each in _KEYS[remote.kind] if os.environ.get(each)), None)
         self._client = httpx.Client(
             headers={"authorization": f"Bearer {key}"} if key else {}, timeout=_SECONDS, transport=transport
@@ -267,6 +274,20 @@ class RemoteModel(EmbeddingModel):
     def device(self) -> str:
         """Address of the service."""
         return self.remote.url
+
+    @property
+    def reader_folder(self) -> Path | None:
+        """Folder of the reader that the name asks for."""
+        folder = self.remote.options.get("reader")
+        return None if folder is None else Path(folder).resolve()
+
+    @property
+    def source(self) -> str:
+        """The name, with an absolute path of the reader: an index opens it from any directory."""
+        if self.reader_folder is None:
+            return self._given
+        options = {**self.remote.options, "reader": str(self.reader_folder)}
+        return f"{self._given.partition('?')[0]}?{urlencode(options, safe='/:', quote_via=quote)}"
 
     def _ask_limits(self) -> tuple[str, int, int]:
         """Return the served model's name, its longest text in tokens and the most texts in a request."""

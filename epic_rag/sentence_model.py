@@ -21,6 +21,7 @@ import numpy as np
 from epic_rag.embedding_model import EmbeddingModel, Fact, Role, Vectors
 from epic_rag.errors import CheckpointError, ConfigError, MissingExtraError, reason_of
 from epic_rag.model_conventions import fill_instruction, find_convention
+from epic_rag.reader import READER_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -240,7 +241,7 @@ class SentenceModel(EmbeddingModel):
             digest = hashlib.sha256()
             for file in sorted({file for pattern in _DECIDING for file in self.folder.rglob(pattern)}):
                 place = file.relative_to(self.folder)
-                if any(part.startswith(".") for part in place.parts) or not file.is_file():
+                if any(part.startswith(".") for part in place.parts) or not file.is_file() or place.name == READER_FILE:
                     continue
                 digest.update(f"{place.as_posix()}\0".encode())
                 if place.name == _SETTINGS:
@@ -314,8 +315,8 @@ def is_static_folder(folder: Path) -> bool:
 
 def is_onnx_folder(folder: Path) -> bool:
     """Return whether a folder's weights are ONNX files only."""
-    weights = (*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.gguf"))
-    return not weights and any(folder.rglob("*.onnx"))
+    weights = {path.name for pattern in ("*.safetensors", "*.bin", "*.gguf") for path in folder.glob(pattern)}
+    return not weights - {READER_FILE} and any(folder.rglob("*.onnx"))
 
 
 def is_simple_folder(folder: Path, name: str) -> bool:

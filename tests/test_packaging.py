@@ -5,7 +5,7 @@ from __future__ import annotations
 import configparser
 import email
 import email.message
-import importlib.metadata
+import importlib
 import re
 import shutil
 import subprocess
@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 import epic_rag
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT, list_checkpoints
-from tests.test_structure import SOURCES, imports, modules
+from tests.helpers.extras import project, tomllib
+from tests.test_structure import SOURCES
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1024 * 1024
@@ -77,16 +76,7 @@ def metadata(wheel: zipfile.ZipFile, names: set[str]) -> email.message.Message:
 
 def test_only_our_packages_land_in_site_packages(names: set[str]) -> None:
     tops = {name.split("/")[0] for name in names}
-    expected = {
-        "epic_rag",
-        "epic_rag_chroma",
-        "epic_rag_cli",
-        "epic_rag_demos",
-        "epic_rag_ray",
-        "epic_rag_server",
-        "llama_index",
-    }
-    assert tops == {*expected, f"epic_rag-{epic_rag.__version__}.dist-info"}
+    assert tops == {*SOURCES, f"epic_rag-{epic_rag.__version__}.dist-info"}
 
 
 def test_llama_index_stays_a_namespace(names: set[str]) -> None:
@@ -100,18 +90,11 @@ def test_llama_index_stays_a_namespace(names: set[str]) -> None:
 
 
 def test_every_module_and_data_file_of_the_packages_is_in_the_wheel(names: set[str]) -> None:
-    packages = (
-        "epic_rag",
-        "integrations/epic_rag_chroma",
-        "integrations/epic_rag_ray",
-        "integrations/epic_rag_server",
-        "integrations/llama_index",
-        "cli/epic_rag_cli",
-    )
+    packages = [(root / name).relative_to(ROOT).as_posix() for name, root in SOURCES.items()]
     expected = {
         re.sub(r"^(integrations|cli|demos)/", "", name)
         for name in committed_files()
-        if name.startswith(tuple(f"{package}/" for package in (*packages, "demos/epic_rag_demos")))
+        if name.startswith(tuple(f"{package}/" for package in packages))
     }
     assert len(expected) > 100
     assert {name for name in names if ".dist-info/" not in name} == expected
@@ -142,17 +125,7 @@ def test_the_shipped_checkpoints_are_under_95_megabytes_together() -> None:
 
 
 @pytest.mark.parametrize(
-    "package",
-    [
-        "epic_rag",
-        "epic_rag_chroma",
-        "epic_rag_ray",
-        "epic_rag_server",
-        "epic_rag_cli",
-        "epic_rag_demos",
-        "llama_index/embeddings/epic",
-        "llama_index/retrievers/epic",
-    ],
+    "package", [*(set(SOURCES) - {"llama_index"}), "llama_index/embeddings/epic", "llama_index/retrievers/epic"]
 )
 def test_packages_are_marked_as_typed(names: set[str], package: str) -> None:
     assert f"{package}/py.typed" in names
@@ -167,7 +140,7 @@ def test_the_command_is_declared(wheel: zipfile.ZipFile, names: set[str]) -> Non
     [path] = [name for name in names if name.endswith(".dist-info/entry_points.txt")]
     parser = configparser.ConfigParser()
     parser.read_string(wheel.read(path).decode())
-    assert dict(parser["console_scripts"]) == {"epic-rag": "epic_rag_cli.main:main"}
+    assert dict(parser["console_scripts"]) == {"epic-rag": "epic_rag_cli.__main__:main"}
 
 
 def test_metadata_says_version_python_licence_and_extras(metadata: email.message.Message, names: set[str]) -> None:
@@ -176,7 +149,17 @@ def test_metadata_says_version_python_licence_and_extras(metadata: email.message
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert f"epic_rag-{epic_rag.__version__}.dist-info/licenses/LICENSE" in names
-    assert {"train", "eval", "files", "serve", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+    assert set(metadata.get_all("Provides-Extra", [])) == set(project()["optional-dependencies"])
+
+
+def test_the_distribution_for_llama_index_is_a_name_for_the_extra() -> None:
+    file = ROOT / "integrations/llama-index-embeddings-epic/pyproject.toml"
+    settings = tomllib.loads(file.read_text("utf-8"))
+    assert settings["project"]["version"] == epic_rag.__version__
+    assert settings["project"]["dependencies"] == [f"epic-rag[llama-index]=={epic_rag.__version__}"]
+    hub = settings["tool"]["llamahub"]
+    module = importlib.import_module(hub["import_path"])
+    assert set(hub["class_authors"]) == set(module.__all__)
 
 
 def test_runtime_requirements_have_no_pin_and_no_address(metadata: email.message.Message) -> None:
@@ -184,21 +167,6 @@ def test_runtime_requirements_have_no_pin_and_no_address(metadata: email.message
     requirements = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert any(line.startswith("torch>=") for line in requirements)
     assert [line for line in requirements if "==" in line or "@" in line] == []
-
-
-def test_imported_packages_are_requirements(metadata: email.message.Message) -> None:
-    brought_by = {"datasets": "mteb", "scikit-learn": "mteb", "tokenizers": "transformers"}
-    known = {canonicalize_name(Requirement(line).name) for line in metadata.get_all("Requires-Dist", [])}
-    assert set(brought_by.values()) <= known
-    homes = importlib.metadata.packages_distributions()
-    missing = {
-        f"{module} imports {source}"
-        for module, path in modules().items()
-        for source, _, _ in imports(path)
-        if (top := source.split(".")[0]) not in {*sys.stdlib_module_names, *SOURCES, "tomllib"}
-        and not {canonicalize_name(home) for home in homes.get(top, [top])} & {*known, *brought_by}
-    }
-    assert missing == set()
 
 
 def test_the_licence_is_the_whole_apache_licence() -> None:

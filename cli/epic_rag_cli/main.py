@@ -185,6 +185,8 @@ def _report_usage_error(error: Any) -> int:
 
 
 def _unexpected_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"The command needs {error.name}, which is not installed. Run `pip install 'epic-rag[all]'`."
     if isinstance(error, OSError) and error.strerror:
         return f"{describe_os_error(error)}. Make it accessible or use another path, then run the command again."
     fact = f"{type(error).__name__}: {error}"

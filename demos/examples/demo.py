@@ -90,7 +90,7 @@ OFFICE = {
 
 
 def write_office_files(folder: Path) -> int:
-    """Write a Word, a PowerPoint and an EPUB file and return their number; only EPUB without epic-rag[files]."""
+    """Write a Word, a PowerPoint (by python-docx and python-pptx) and an EPUB file; return their number."""
     folder.mkdir(parents=True, exist_ok=True)
     chapters = "".join(f"<h1>{heading}</h1><p>{text}</p>" for heading, text in OFFICE["handbook"])
     with zipfile.ZipFile(folder / "handbook.epub", "w") as book:
@@ -111,7 +111,7 @@ def write_office_files(folder: Path) -> int:
         import docx
         import pptx
     except ImportError:
-        print("Word and PowerPoint files are left out: install epic-rag[files] to read them.", flush=True)
+        print("Word and PowerPoint files are left out: install python-docx and python-pptx to write them.", flush=True)
         return 1
     document = docx.Document()
     for heading, text in OFFICE["travel"]:

@@ -341,7 +341,7 @@ def embed_task(
         # Equal texts are embedded once: a label can be the passage of a thousand rows.
         unique = list(dict.fromkeys(positives))
         place = {text: number for number, text in enumerate(unique)}
-        width = encoder.backbone.dimension
+        width = encoder.width
         vectors = {
             "queries": encoder.encode_query(queries, instruction=instruction, truncate_dim=width),
             "passages": encoder.encode_document(unique, truncate_dim=width)[[place[text] for text in positives]],

@@ -4,9 +4,9 @@
 section. `_Chunker` then packs the lines of a section into chunks of similar size. A line that is longer than a chunk (a
 paragraph in one line, minified code) is divided by `split_long_line`, into sentences where there are any.
 
-LlamaIndex's parsers are not used for sections and lines, because a hit must name the lines that show its text: they
-return stripped strings without positions, and the Markdown parser knows neither underlined titles nor ~~~ fences. Its
-`SentenceSplitter` is used for long lines.
+LlamaIndex's parsers are not used, because a hit must name the lines that show its text: they return stripped strings
+without positions, and the Markdown parser knows neither underlined titles nor ~~~ fences. Long lines are divided where
+its `SentenceSplitter` divides them, without the packages and the seconds that importing it takes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ _COUNTED_LINES = 1024
 # Longer lines are divided before they are tokenised, in windows of this many characters.
 _WINDOW = 4000
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])")
+# What a sentence that is too long is divided into: phrases, words, characters.
+_PHRASE = re.compile(r"[^,.;\u3002\uff1f\uff01]+[,.;\u3002\uff1f\uff01]?|[,.;\u3002\uff1f\uff01]")
+_WORD = re.compile(r" [^ ]*|[^ ]+")
 _UNSPACED = re.compile(r"[^\s,.;\u3002\uff01\uff1f]{400,}")
 
 
@@ -509,7 +512,7 @@ def split_long_line(line: str, budget: int, count: CountTokens) -> Iterator[tupl
     for start, end in _windows(line):
         window = line[start:end]
         if _UNSPACED.search(window):
-            # Without words (encoded data), SentenceSplitter would count the tokens of every single character.
+            # Without words (encoded data), the tokens of every single character would be counted.
             step = max(1, len(window) * size // max(1, count([window])[0]))
             yield from ((start + at, min(start + at + step, end)) for at in range(0, len(window), step))
         else:
@@ -517,28 +520,35 @@ def split_long_line(line: str, budget: int, count: CountTokens) -> Iterator[tupl
 
 
 def _sentences(text: str, size: int, count: CountTokens) -> list[tuple[int, int]]:
-    from llama_index.core.node_parser import SentenceSplitter
-
-    splitter = SentenceSplitter(
-        chunk_size=size,
-        chunk_overlap=0,
-        tokenizer=lambda part: range(count([part])[0]),
-        chunking_tokenizer_fn=_split_sentences,  # the default loads nltk, which takes seconds
-    )
-    try:
-        parts = splitter.split_text(text)
-    except ValueError:  # a single character has more tokens than a part may have
-        return [(0, len(text))]
-    spans = []
-    position = 0
-    for part in parts:
-        # Without overlap, only stripped white space separates the parts.
-        start = text.find(part, position)
-        if start < 0:
+    """Divide a text into parts (start, end) of at most `size` tokens, filled with whole sentences where they fit."""
+    spans, start, end, total = [], 0, 0, 0
+    for piece, tokens in _pieces(text, count([text])[0], size, count):
+        if tokens > size:  # a single character has more tokens than a part may have
             return [(0, len(text))]
-        spans.append((start, start + len(part)))
-        position = start + len(part)
-    return spans or [(0, len(text))]
+        if total + tokens > size and end > start:
+            spans.append((start, end))
+            start, total = end, 0
+        end += len(piece)
+        total += tokens
+    spans.append((start, end))
+    stripped = [
+        (first + len(part) - len(part.lstrip()), first + len(part.rstrip()))
+        for first, last in spans
+        if (part := text[first:last]).strip()
+    ]
+    return stripped or [(0, len(text))]
+
+
+def _pieces(text: str, tokens: int, size: int, count: CountTokens) -> Iterator[tuple[str, int]]:
+    """Yield the consecutive pieces of a text with their tokens: sentences, and smaller ones where these are long."""
+    if tokens > size:
+        for split in (_split_sentences, _PHRASE.findall, _WORD.findall, list):
+            parts = split(text)
+            if len(parts) > 1:
+                for part, number in zip(parts, count(parts), strict=True):
+                    yield from _pieces(part, number, size, count)
+                return
+    yield text, tokens
 
 
 def _split_sentences(text: str) -> list[str]:

@@ -5,17 +5,13 @@ Needs the extra `serve`. `epic-rag serve` is the command; `create_app` returns t
 
 from __future__ import annotations
 
-from epic_rag.errors import MissingExtraError
+from epic_rag.errors import needs_extra
 
-try:
-    import starlette  # noqa: F401
-except ImportError as error:
-    raise MissingExtraError("starlette", "serve", "the server") from error
-
-from epic_rag_server.app import Server, create_app
-from epic_rag_server.banks import BankStore
-from epic_rag_server.local_queries import LocalQueries
-from epic_rag_server.security import AccessPolicy
-from epic_rag_server.service import Service
+with needs_extra("serve", "the server"):
+    from epic_rag_server.app import Server, create_app
+    from epic_rag_server.banks import BankStore
+    from epic_rag_server.local_queries import LocalQueries
+    from epic_rag_server.security import AccessPolicy
+    from epic_rag_server.service import Service
 
 __all__ = ["AccessPolicy", "BankStore", "LocalQueries", "Server", "Service", "create_app"]

@@ -147,7 +147,7 @@ def test_a_used_port(cli: Any, tiny_checkpoint: Path) -> None:
 
 
 def test_the_extra_is_named_when_it_is_missing(process: Any, tmp_path: Path, tiny_checkpoint: Path) -> None:
-    (tmp_path / "starlette.py").write_text("raise ImportError\n")
+    (tmp_path / "starlette.py").write_text("raise ModuleNotFoundError(name=__name__)\n")
     result = process(
         "serve", "--model", tiny_checkpoint, env={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     )

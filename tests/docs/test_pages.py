@@ -29,7 +29,12 @@ from tests.helpers.model_files import make_adapter, make_hub_cache, write_gguf
 from tests.helpers.pages import ROOT, PageRun, blocks
 from tests.helpers.servers import ChromaProcess, close_plain, free_port, plain_client
 
-PAGES = ["README.md", "demos/epic_rag_demos/README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "demos/epic_rag_demos/README.md",
+    "integrations/llama-index-embeddings-epic/README.md",
+    *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")),
+]
 WITH_EXAMPLES = sorted(
     page
     for page in PAGES
@@ -212,6 +217,20 @@ def compare_llama_index(page_run: PageRun) -> None:
     assert all(re.search(r"(machine\.md|tap\.py)", line) for line in printed)
 
 
+def compare_langchain(page_run: PageRun) -> None:
+    *ids, nearest, first, second = page_run.output("python").splitlines()
+    assert len(ids) == 2
+    assert {*ids, nearest} <= {"error-e7", "descaling", "changes"}
+    assert all(line.startswith("machine.md ") for line in (first, second))
+    assert "Descale" in page_run.names["context"]
+    assert {each.metadata["kind"] for each in page_run.names["only_text"]} == {"markdown"}
+
+
+def compare_haystack(page_run: PageRun) -> None:
+    assert page_run.output("python").strip() in ("Error E7", "Descaling")
+    assert page_run.names["again"].to_dict() == page_run.names["query"].to_dict()
+
+
 def prepare_training(page_run: PageRun, text: str, stack: ExitStack) -> None:
     """A folder to index."""
     Path("manual").mkdir()
@@ -370,6 +389,8 @@ COMPARED: dict[str, Callable[[PageRun], None]] = {
     "docs/demonstrations.md": compare_demonstrations,
     "docs/encoder.md": compare_encoder,
     "docs/evaluation.md": compare_evaluation,
+    "docs/haystack.md": compare_haystack,
+    "docs/langchain.md": compare_langchain,
     "docs/llama_index.md": compare_llama_index,
     "docs/query.md": compare_query,
     "docs/scale.md": compare_scale,

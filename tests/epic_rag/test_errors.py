@@ -32,7 +32,7 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
         parents = [(level, parent) for level, parent in parents if level < depth]
         drawn[name] = parents[-1][1] if parents else "Exception"
         parents.append((depth, name))
-    assert drawn == {kind.__name__: kind.__base__.__name__ for kind in ERRORS}
+    assert drawn == {kind.__name__: kind.__bases__[0].__name__ for kind in ERRORS}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ERRORS if kind is not MissingExtraError])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import http.server
 import json
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,74 +14,20 @@ import pytest
 from epic_rag import DemonstrationBank, EpicEncoder
 from epic_rag.demonstrations import Demonstration
 from epic_rag.errors import ConfigError, RemoteModelError
+from epic_rag.reader import DemonstrationReader
 from epic_rag.remote_model import RemoteModel, RemoteName
 from epic_rag_chroma import NO_CHROMA, ChromaIndexer
 from tests.conftest import make_encoder
+from tests.helpers.remote_service import RemoteService, remote_service
 from tests.integrations.server.conftest import serving
 
 TEXTS = ["How do I restore a backup?", "a text", "", "a text", "Stop the server and copy the files back. " * 30]
 
 
-class Service:
-    """A service with the wire shapes of Ollama and OpenAI, whose answers a test can replace.
-
-    Attributes:
-        answers: Status, headers and body of the next answers, before real ones.
-        requests: Path and body of each request.
-        shift: Added to every vector: another model behind the same name.
-    """
-
-    def __init__(self) -> None:
-        self.answers: list[tuple[int, dict[str, str], bytes]] = []
-        self.requests: list[tuple[str, dict[str, Any]]] = []
-        self.keys: list[str | None] = []
-        self.shift = 0.0
-        self.as_base64 = False
-        service = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                service.requests.append((self.path, body))
-                service.keys.append(self.headers.get("authorization"))
-                status, headers, answer = service.answers.pop(0) if service.answers else service.answer(self.path, body)
-                self.send_response(status)
-                for name, value in {**headers, "content-length": str(len(answer))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *_: Any) -> None:
-                """Print nothing."""
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def vector(self, text: str) -> list[float]:
-        values = np.random.default_rng(abs(hash(text)) % 2**32).normal(size=16)
-        values[3] += 2.0
-        return [float(value) for value in values + self.shift * np.arange(16)]
-
-    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
-        vectors = [self.vector(text) for text in body["input"]]
-        if path == "/api/embed":
-            return 200, {}, json.dumps({"model": body["model"], "embeddings": vectors}).encode()
-        items: list[Any] = list(vectors)
-        if self.as_base64:
-            items = [base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode() for vector in vectors]
-        data = [{"index": index, "embedding": item} for index, item in enumerate(items)]
-        return 200, {}, json.dumps({"data": data[::-1]}).encode()
-
-
 @pytest.fixture
-def service() -> Iterator[Service]:
-    made = Service()
-    thread = threading.Thread(target=made.server.serve_forever)
-    thread.start()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
-    thread.join()
+def service() -> Iterator[RemoteService]:
+    with remote_service() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +57,7 @@ def test_vectors_of_a_real_server_are_those_of_its_encoder(shape: str, tmp_path:
             np.testing.assert_allclose(remote.encode_query("a text"), local.encode_query("a text"), atol=1e-5)
 
 
-def test_index_query_and_bank_through_a_remote_model(service: Service, tmp_path: Path) -> None:
+def test_index_query_and_bank_through_a_remote_model(service: RemoteService, tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     for number in range(5):
@@ -137,7 +80,7 @@ def test_index_query_and_bank_through_a_remote_model(service: Service, tmp_path:
     assert not any("Text number" in text for text in texts)
 
 
-def test_equal_texts_are_sent_once_and_an_empty_one_as_a_space(service: Service) -> None:
+def test_equal_texts_are_sent_once_and_an_empty_one_as_a_space(service: RemoteService) -> None:
     encoder = EpicEncoder.from_pretrained(f"openai:tiny@{service.url}/v1")
     service.requests.clear()
     vectors = encoder.encode_document(["b", "a", "b", ""])
@@ -146,13 +89,13 @@ def test_equal_texts_are_sent_once_and_an_empty_one_as_a_space(service: Service)
     assert encoder.encode_document([]).shape == (0, 16)
 
 
-def test_base64_answers_are_decoded(service: Service) -> None:
+def test_base64_answers_are_decoded(service: RemoteService) -> None:
     service.as_base64 = True
     encoder = EpicEncoder.from_pretrained(f"openai:tiny@{service.url}/v1")
     np.testing.assert_allclose(encoder.encode_query("a"), normalised([service.vector("a")])[0], atol=1e-6)
 
 
-def test_prompts_roles_and_dimensions(service: Service) -> None:
+def test_prompts_roles_and_dimensions(service: RemoteService) -> None:
     nomic = EpicEncoder.from_pretrained(f"ollama:nomic-embed-text:v1.5@{service.url}")
     nomic.encode_query("a")
     nomic.encode_document("a")
@@ -171,7 +114,7 @@ def test_prompts_roles_and_dimensions(service: Service) -> None:
     assert service.requests[-1][1]["input"] == ["Instruct: Find code\nQuery:a"]
 
 
-def test_fingerprint_is_independent_of_the_url_and_notices_another_model(service: Service) -> None:
+def test_fingerprint_is_independent_of_the_url_and_notices_another_model(service: RemoteService) -> None:
     first = EpicEncoder.from_pretrained(f"openai:tiny@{service.url}/v1").fingerprint
     other_url = service.url.replace("127.0.0.1", "localhost")
     assert EpicEncoder.from_pretrained(f"openai:tiny@{other_url}/v1").fingerprint == first
@@ -181,7 +124,7 @@ def test_fingerprint_is_independent_of_the_url_and_notices_another_model(service
 
 
 def test_key_comes_from_the_environment_and_is_in_nothing_that_is_stored(
-    service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    service: RemoteService, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1234")
     encoder = EpicEncoder.from_pretrained(f"openai:tiny@{service.url}/v1")
@@ -194,7 +137,7 @@ def test_key_comes_from_the_environment_and_is_in_nothing_that_is_stored(
     assert "sk-secret" not in str(encoder.describe()) + encoder.source
 
 
-def test_transient_failures_are_tried_again_as_the_service_asks(service: Service) -> None:
+def test_transient_failures_are_tried_again_as_the_service_asks(service: RemoteService) -> None:
     encoder = EpicEncoder.from_pretrained(f"openai:tiny@{service.url}/v1")
     service.answers = [(503, {}, b"busy"), (429, {"retry-after": "1"}, b"slow down")]
     sent, started = len(service.requests), time.monotonic()
@@ -217,7 +160,7 @@ def test_transient_failures_are_tried_again_as_the_service_asks(service: Service
         ((200, {}, json.dumps({"data": [{"index": 0, "embedding": [0.0] * 16}]}).encode()), "zero or not finite"),
     ],
 )
-def test_errors_are_a_fact_and_a_remedy(service: Service, answer: Any, message: str) -> None:
+def test_errors_are_a_fact_and_a_remedy(service: RemoteService, answer: Any, message: str) -> None:
     encoder = EpicEncoder.from_pretrained(f"openai:tiny@{service.url}/v1")
     service.answers = [answer]
     with pytest.raises(RemoteModelError, match=message):
@@ -239,6 +182,7 @@ def test_a_service_that_is_not_there() -> None:
         ("openai:m@http://host?colour=red", "Unknown option colour"),
         ("openai:m@http://host?roles=both", "roles is 'both'"),
         ("openai:m@http://host?dimensions=none", "dimensions is 'none'"),
+        ("openai:m@http://host?reader=nowhere", "nowhere', which has no reader.safetensors"),
     ],
 )
 def test_names_that_cannot_be_read(name: str, message: str) -> None:
@@ -255,6 +199,23 @@ def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert RemoteName.parse("openai:a/b@http://host:8000/v1/").url == "http://host:8000/v1"
 
 
-def test_settings_that_only_a_checkpoint_takes_are_refused(service: Service) -> None:
+def test_settings_that_only_a_checkpoint_takes_are_refused(service: RemoteService) -> None:
     with pytest.raises(ConfigError, match="num_layers"):
         EpicEncoder.from_pretrained(f"ollama:tiny@{service.url}", num_layers=2)
+
+
+def test_a_reader_of_its_own_is_named_behind_the_url(
+    service: RemoteService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my reader").mkdir()
+    gains = DemonstrationReader.universal().gains * 2
+    DemonstrationReader(gains).save("my reader")
+    plain = EpicEncoder.from_pretrained(f"ollama:tiny@{service.url}")
+    trained = EpicEncoder.from_pretrained(f"ollama:tiny@{service.url}?reader=my%20reader&max_tokens=64")
+    assert (plain.reader.kind, trained.reader.kind) == ("universal", "trained")
+    assert trained.external.max_query_tokens == 64  # type: ignore[union-attr]
+    assert trained.fingerprint == plain.fingerprint
+    assert trained.query_fingerprint != plain.query_fingerprint
+    monkeypatch.chdir("/")  # the source of an index
+    assert EpicEncoder.from_pretrained(trained.source).query_fingerprint == trained.query_fingerprint

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from epic_rag.errors import MissingExtraError
+from epic_rag.errors import needs_extra
 from epic_rag_cli.commands.serve import (
     DEFAULT_HOST,
     AllowHost,
@@ -85,14 +85,11 @@ def mcp(
         arguments += ["--allow-examples", allow_examples] if allow_examples else []
         emit(_configurations(arguments))
         return
-    try:
-        import mcp.types  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("mcp", "mcp", "`epic-rag mcp`") from error
-    import anyio
+    with needs_extra("mcp", "`epic-rag mcp`"):
+        import anyio
 
-    from epic_rag_server import AccessPolicy, BankStore, Server
-    from epic_rag_server.mcp import http_app, mcp_server, run_stdio
+        from epic_rag_server import AccessPolicy, BankStore, Server
+        from epic_rag_server.mcp import http_app, mcp_server, run_stdio
 
     policy = AccessPolicy(bind=host, hosts=allow_host or (), api_key=api_key(api_key_env))
 

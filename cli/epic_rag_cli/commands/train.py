@@ -125,12 +125,15 @@ def _train_reader(
 
     from epic_rag import EpicEncoder
     from epic_rag.checkpoints import is_shipped, resolve
+    from epic_rag.embedding_model import is_remote, split_onnx
     from epic_rag.training.reader_training import ReaderTrainingOptions, train_reader
 
     if data is None:
         raise usage_error("`train reader` needs pairs. Pass --data FILE or FOLDER.")
-    folder = resolve(model)
-    if output is None and is_shipped(folder):
+    if output is None and is_remote(model):
+        raise usage_error("A remote model has no folder. Pass --output DIR, and put ?reader=DIR behind its name.")
+    onnx = split_onnx(model)
+    if output is None and is_shipped(resolve(model if onnx is None else onnx[0])):
         raise usage_error("A shipped model stays as it is. Pass --output DIR for the reader.")
     encoder = EpicEncoder.from_pretrained(model, dtype="auto")
     with tqdm(disable=not sys.stderr.isatty()) as bar:
@@ -154,7 +157,8 @@ def _train_reader(
             raise Interrupted(
                 "Interrupted. Run the same command again; with --cache-dir, embedded tasks are kept."
             ) from None
-    target = folder if output is None else output
+    target = encoder.folder if output is None else output
+    assert target is not None  # only a remote model has no folder
     target.mkdir(parents=True, exist_ok=True)
     file = reader.save(target)
     if as_json:

@@ -152,7 +152,7 @@ def warn_of_missing_parser() -> None:
     if importlib.util.find_spec(_PACKAGE) is None:
         logger.warning(
             "source code is split by blank lines and indentation because tree-sitter-language-pack is not installed. "
-            "Run `pip install 'epic-rag[files]'` to split it by its syntax."
+            "Run `pip install 'epic-rag[index]'` to split it by its syntax."
         )
 
 

@@ -13,10 +13,10 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
-from epic_rag.errors import EpicError, MissingExtraError
+from epic_rag.errors import EpicError, needs_extra
 from epic_rag_chroma.reading.document import (
     BrokenFileError,
     Document,
@@ -49,13 +49,9 @@ __all__ = [
 ]
 
 
-@contextmanager
-def requires(package: str, purpose: str) -> Iterator[None]:
-    """Raise a `MissingExtraError` if the import in the block fails; the purpose is that of the error."""
-    try:
-        yield
-    except ImportError as error:
-        raise MissingExtraError(package, "files", purpose) from error
+def requires(package: str, purpose: str) -> AbstractContextManager[None]:
+    """Return `needs_extra` for a package that reads a format."""
+    return needs_extra("index", purpose, package)
 
 
 def parse_xml(data: bytes, purpose: str) -> _Element:

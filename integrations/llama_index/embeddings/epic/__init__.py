@@ -4,6 +4,9 @@
 folder above this one may hold an `__init__.py`.
 """
 
-from llama_index.embeddings.epic.embedding import EpicEmbedding
+from epic_rag.errors import needs_extra
+
+with needs_extra("llama-index", "EpicEmbedding"):
+    from llama_index.embeddings.epic.embedding import EpicEmbedding
 
 __all__ = ["EpicEmbedding"]

@@ -21,10 +21,7 @@ import json
 import logging
 import os
 import pickle
-import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -46,7 +43,8 @@ from typing_extensions import Unpack
 from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.demonstrations import DemonstrationBank, Selection
 from epic_rag.encoder import EpicEncoder
-from epic_rag.errors import BankError, FingerprintError, PromptError
+from epic_rag.errors import FingerprintError, PromptError
+from epic_rag.lazy_encoder import LazyEncoder, encoder_settings, is_symmetric, load_prompt
 from epic_rag.query_prompt import PromptSettings, QueryPrompt, QueryStrategy
 from epic_rag.tasks import get_task
 from llama_index.embeddings.epic._cache import Role, RoleKeyedCache
@@ -60,40 +58,6 @@ Bank = Annotated[DemonstrationBank, WithJsonSchema({"type": "object", "title": "
 
 _ENCODER_FIELDS = ("model", "max_query_tokens", "max_document_tokens", "device", "dtype", "truncate_dim")
 _PROMPT_FIELDS = ("task", "bank", "instruction", "num_demonstrations", "strategy", "selection")
-
-
-class LazyEncoder:
-    """An encoder that is loaded at its first use, with the lock and the thread of its callers.
-
-    Args:
-        settings: Values of `_ENCODER_FIELDS`.
-        encoder: The encoder, if it is loaded already.
-    """
-
-    def __init__(self, settings: Mapping[str, Any], encoder: EpicEncoder | None = None) -> None:
-        self.settings = settings
-        # Re-entrant: callers hold it while they encode, and loading happens inside. EpicEncoder is not thread-safe.
-        self.lock = threading.RLock()
-        # One thread for async callers. Not `asyncio.to_thread`: LlamaIndex starts all batches at once, and each would
-        # block a thread of the event loop's shared pool while it waits for the lock. A single thread also keeps
-        # torch to one team of OpenMP workers. It starts with the first call.
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="epic-embedding")
-        self._encoder = encoder
-
-    def load(self) -> EpicEncoder:
-        """Return the encoder; load it first if necessary.
-
-        Raises:
-            CheckpointError: If the checkpoint is missing or broken.
-        """
-        with self.lock:
-            if self._encoder is None:
-                options = dict(self.settings)
-                self._encoder = EpicEncoder.from_pretrained(options.pop("model"), **options)
-            return self._encoder
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LazyEncoder:
-        return self  # weights are read-only: copies share them
 
 
 class EpicEmbedding(BaseEmbedding):
@@ -202,19 +166,12 @@ class EpicEmbedding(BaseEmbedding):
         if info.field_name == "device" and isinstance(value, (list, tuple)):
             return ",".join(map(str, value))
         if info.field_name == "bank" and isinstance(value, Mapping):
-            return _bank_from_dict(value)
+            return DemonstrationBank.from_dict(value)
         return value
 
     @field_serializer("bank")
     def _bank_to_dict(self, bank: DemonstrationBank | str | None) -> dict[str, Any] | str | None:
-        if not isinstance(bank, DemonstrationBank):
-            return bank
-        return {
-            "task": bank.task,
-            "instruction": bank.instruction,
-            "symmetric": bank.symmetric,
-            "demonstrations": [{"query": item.query, "passage": item.passage} for item in bank.demonstrations],
-        }
+        return bank.to_dict() if isinstance(bank, DemonstrationBank) else bank
 
     @field_validator("embeddings_cache")
     @classmethod
@@ -245,14 +202,7 @@ class EpicEmbedding(BaseEmbedding):
             embed_batch_size: As the field.
             **prompt: The fields `task`, `bank`, `instruction`, `num_demonstrations`, `strategy` and `selection`.
         """
-        settings = {
-            "model": encoder.source,
-            "max_query_tokens": encoder.max_query_tokens,
-            "max_document_tokens": encoder.max_document_tokens,
-            "device": ",".join(map(str, encoder.devices)),
-            "dtype": str(encoder.dtype).removeprefix("torch."),
-            "truncate_dim": encoder.truncate_dim,
-        }
+        settings = encoder_settings(encoder)
         fields = {**settings, **prompt, "embed_batch_size": embed_batch_size}
         return cls.model_validate(fields, context=LazyEncoder(settings, encoder))
 
@@ -355,7 +305,7 @@ class EpicEmbedding(BaseEmbedding):
     @property
     def symmetric(self) -> bool:
         """True if documents are embedded like queries, as in paraphrase search and clustering."""
-        return self._is_symmetric(self._ready())
+        return is_symmetric(self._ready())
 
     @property
     def document_fingerprint(self) -> str:
@@ -388,22 +338,16 @@ class EpicEmbedding(BaseEmbedding):
             if self._prompt is not None:
                 return self._prompt
             encoder = self._lazy.load()
-            prompt = QueryPrompt(**self._fields(_PROMPT_FIELDS))
-            prompt = replace(prompt, bank=prompt.resolve_bank())
+            prompt = load_prompt(QueryPrompt(**self._fields(_PROMPT_FIELDS)))
             current = f"{encoder.fingerprint}-{_query_fingerprint(prompt)}"
             if self.fingerprint is not None:
-                self._compare(self.fingerprint, current, symmetric=self._is_symmetric(prompt))
+                self._compare(self.fingerprint, current, symmetric=is_symmetric(prompt))
             # Frozen for users; these two follow from the other fields.
             derived = {"model_name": encoder.name, "fingerprint": current}
             self.__dict__.update(derived)
             self.__pydantic_fields_set__.update(derived)
             self._prompt = prompt
             return prompt
-
-    def _is_symmetric(self, prompt: QueryPrompt) -> bool:
-        if prompt.task is not None:
-            return get_task(prompt.task).symmetric
-        return isinstance(prompt.bank, DemonstrationBank) and prompt.bank.symmetric
 
     def _compare(self, stored: str, current: str, *, symmetric: bool) -> None:
         if stored in (current, _encoder_part(current)):
@@ -451,30 +395,20 @@ class EpicEmbedding(BaseEmbedding):
         prompt = self._ready()
         cache: RoleKeyedCache | None = self.embeddings_cache
         if cache is None:
-            return self._encode(role, texts, prompt)
+            return self._lazy.embed(role, texts, prompt)
         key = str(self.fingerprint) if role == "query" else self.document_fingerprint
         names = [*texts]
-        if role == "document" and not self._is_symmetric(prompt):
+        if role == "document" and not is_symmetric(prompt):
             # Earlier versions cut long texts under the same key.
             with self._lazy.lock:
                 encoder = self._lazy.load()
                 names = [text if len(encoder.windows(text)) == 1 else f"windows\0{text}" for text in texts]
         found = cache.lookup(role, key, names)
         missing = [number for number, vector in enumerate(found) if vector is None]
-        fresh = self._encode(role, [texts[number] for number in missing], prompt)
+        fresh = self._lazy.embed(role, [texts[number] for number in missing], prompt)
         cache.store_vectors(role, key, [names[number] for number in missing], fresh)
         remaining = iter(fresh)
         return [next(remaining) if vector is None else vector for vector in found]
-
-    def _encode(self, role: Role, texts: list[str], prompt: QueryPrompt) -> list[Embedding]:
-        with self._lazy.lock:
-            encoder = self._lazy.load()
-            if role == "document" and not self._is_symmetric(prompt):
-                rows = encoder.encode_document(texts, long_texts="windows")
-            else:
-                rows = encoder.encode_query(texts, prompt)
-        vectors: list[Embedding] = rows.tolist()
-        return vectors
 
 
 def _upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -491,19 +425,6 @@ def _upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("selection") == "nearest-early":
         values["selection"] = "nearest"
     return values
-
-
-def _bank_from_dict(value: Mapping[str, Any]) -> DemonstrationBank:
-    try:
-        pairs = [(item["query"], item["passage"]) for item in value["demonstrations"]]
-    except (KeyError, TypeError) as error:
-        raise BankError(
-            f"bank is {value!r}, which to_dict() did not write ({type(error).__name__}: {error}). "
-            "Pass a DemonstrationBank, a bank folder or a built-in name."
-        ) from error
-    return DemonstrationBank(
-        pairs, instruction=value.get("instruction"), task=value.get("task"), symmetric=value.get("symmetric")
-    )
 
 
 def _query_fingerprint(prompt: QueryPrompt) -> str:

@@ -4,6 +4,9 @@
 folder above this one may hold an `__init__.py`.
 """
 
-from llama_index.retrievers.epic.retriever import EpicRetriever, to_search_filters
+from epic_rag.errors import needs_extra
+
+with needs_extra("llama-index", "EpicRetriever"):
+    from llama_index.retrievers.epic.retriever import EpicRetriever, to_search_filters
 
 __all__ = ["EpicRetriever", "to_search_filters"]

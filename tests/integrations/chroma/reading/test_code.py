@@ -207,7 +207,7 @@ def test_missing_parser(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
         source.warn_of_missing_parser()
         source.warn_of_missing_parser()
     source.warn_of_missing_parser.cache_clear()
-    assert caplog.text.count("epic-rag[files]") == 1
+    assert caplog.text.count("epic-rag[index]") == 1
 
 
 @pytest.mark.parametrize(

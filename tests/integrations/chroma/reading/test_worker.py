@@ -164,9 +164,9 @@ def test_reasons(hostile: None, reader: IsolatedReader) -> None:
 
 
 def test_missing_package_in_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pypdfium2.py").write_text("raise ImportError")
+    (tmp_path / "pypdfium2.py").write_text("raise ModuleNotFoundError(name=__name__)")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with IsolatedReader() as reader, pytest.raises(MissingExtraError, match=r"epic-rag\[files\]") as caught:
+    with IsolatedReader() as reader, pytest.raises(MissingExtraError, match=r"epic-rag\[index\]") as caught:
         reader.read("a.pdf", b"")
     assert caught.value.package == "pypdfium2"
 
