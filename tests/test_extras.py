@@ -134,7 +134,7 @@ def test_an_import_names_the_extra_that_is_missing(bare: dict[str, str]) -> None
         "from epic_rag_chroma import EpicEmbeddingFunction": "index",
         "from llama_index.embeddings.epic import EpicEmbedding": "llama-index",
         "from llama_index.retrievers.epic import EpicRetriever": "llama-index",
-        "import epic_rag_ray": "ray",
+        "from epic_rag_ray import run_pipeline": "ray",
         "import epic_rag_server": "serve",
         "import epic_rag_langchain": "langchain",
         "import epic_rag_haystack": "haystack",

@@ -119,7 +119,7 @@ def test_long_headings() -> None:
     assert chunks[-1].embedded.startswith("B\n\n")
 
 
-@settings(deadline=None)  # the first long line imports LlamaIndex
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 30), st.sampled_from(["", "# ", "- ", "    ", "| "])), max_size=40),
     st.integers(4, 40),
@@ -174,6 +174,43 @@ def test_long_line() -> None:
     assert all(chunk.text.endswith("long.") for chunk in chunks)
     assert chunks[0].text.startswith("# A\n\nSentence number 0")
     assert {(chunk.first_line, chunk.last_line) for chunk in chunks[1:]} == {(3, 3)}
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["word", "Two words", "x" * 30, "\u732b" * 9, "a,b;c", " ", "  ", ". ", "! ", "\u3002", ", ", "? No", "\t"]
+        ),
+        max_size=40,
+    ).map("".join),
+    st.integers(1, 12),
+    st.booleans(),
+)
+def test_a_long_line_is_divided_as_llama_index_divides_it(text: str, size: int, by_characters: bool) -> None:
+    """Chunks of earlier releases were made by `SentenceSplitter`: unchanged text must keep its chunks."""
+    from llama_index.core.node_parser import SentenceSplitter
+
+    from epic_rag_chroma import chunking
+
+    def tokens(texts: Sequence[str]) -> list[int]:
+        if by_characters:
+            return [sum(not character.isspace() for character in each) for each in texts]
+        return [sum(-(-len(word) // 5) for word in each.split()) for each in texts]
+
+    splitter = SentenceSplitter(
+        chunk_size=size,
+        chunk_overlap=0,
+        tokenizer=lambda part: range(tokens([part])[0]),
+        chunking_tokenizer_fn=chunking._split_sentences,
+    )
+    try:
+        expected = [part for part in splitter.split_text(text) if part] or [text]
+    except ValueError:  # a single character has more tokens than a part may have
+        expected = [text]
+    spans = chunking._sentences(text, size, tokens)
+    assert [text[start:end] for start, end in spans] == expected
+    assert all(left <= right for (_, left), (right, _) in pairwise(spans))
 
 
 @pytest.mark.parametrize("text", ["x" * 50_000, "猫" * 3_000, "ab " * 20_000, "\U0001f600" * 2_000, "a.b," * 5_000])
