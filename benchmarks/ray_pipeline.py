@@ -409,7 +409,7 @@ def chroma_rows(url: str, name: str) -> dict[str, tuple[str, Any]]:
     client = chromadb.HttpClient(host="127.0.0.1", port=int(url.rpartition(":")[2]))
     found: dict[str, tuple[str, Any]] = {}
     for listed in client.list_collections():
-        if not (listed.name == name or listed.name.startswith(f"{name}-") or listed.name.startswith(f"{name}_")):
+        if not listed.name.startswith(f"{name}."):  # its shards
             continue
         collection = client.get_collection(listed.name)
         for start in range(0, collection.count(), 1000):
@@ -609,9 +609,6 @@ def driver(work: Path, roots: list[str], out: Path, arguments: Facts, *, watch: 
 def run_driver(task: str, result: str) -> None:
     import pickle
 
-    import torch
-
-    torch.set_num_threads(1)
     roots, out, arguments = pickle.loads(Path(task).read_bytes())
     report = run_pipeline(roots, out, **arguments)
     Path(result).write_text(json.dumps({**asdict(report), "skipped": []}))

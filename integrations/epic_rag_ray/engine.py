@@ -154,7 +154,9 @@ def run_tasks(
         with warnings.catch_warnings():
             # Ray reads its own deprecated settings.
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.")
-            ray.data.DataContext.get_current().enable_progress_bars = False
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False
+            context.raise_original_map_exception = True
             dataset = ray.data.from_arrow(tables).map_batches(
                 _Actor,
                 fn_constructor_kwargs={"worker": worker, "arguments": arguments},

@@ -228,6 +228,7 @@ def chunk_records(
     """
     root, path = key
     document = document_id(key)
+    kind, lang = kind_of(name or path), language_of(name or path)
     seen: Counter[tuple[str, str]] = Counter()
     for position, chunk in enumerate(chunks, start=1):
         content = (chunk.embedded, chunk.text)
@@ -245,8 +246,8 @@ def chunk_records(
             "first_line": chunk.first_line,
             "last_line": chunk.last_line,
             "page": chunk.page,
-            "kind": kind_of(name or path),
-            "lang": language_of(name or path),
+            "kind": kind,
+            "lang": lang,
             "embedded_hash": embedded_hash,
             "front_matter": json.dumps(front_matter, ensure_ascii=False) if front_matter else None,
             # What is searched, where that is not the shown text: escapes decoded, without markup.

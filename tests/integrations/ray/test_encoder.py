@@ -87,7 +87,7 @@ def test_actors_of_ray_write_the_same_vectors(
         compute=ray.data.ActorPoolStrategy(size=2),
         batch_size=20,
         batch_format="pyarrow",
-        num_cpus=1,
+        num_cpus=0.5,  # the tasks that write need one, too
         udf_modifying_row_count=False,
     ).write_parquet(str(tmp_path / "vectors"))
     files = sorted((tmp_path / "vectors").glob("*.parquet"))
