@@ -65,12 +65,12 @@ def _translated(condition: Condition) -> Where | None:
     if operator is None or condition.of_front_matter or condition.key in _COMPUTED:
         return None
     value = condition.value
-    values = list(value) if isinstance(value, tuple) else [value]
+    values: list[Any] = list(value) if isinstance(value, tuple) else [value]
     if condition.key in NUMERIC_KEYS:
         # Stored as whole numbers, which Chroma compares with whole numbers only.
         if not all(isinstance(each, (int, float)) and float(each).is_integer() for each in values):
             return None
-        values = [int(each) for each in values if isinstance(each, (int, float))]
+        values = [int(each) for each in values]
     elif not all(isinstance(each, str) and each.isascii() for each in values):
         return None  # equal in Unicode's composed form, which rows need not have
     if not values:
