@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,8 @@ __all__ = ["ShardedCollection"]
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+Changes: TypeAlias = "tuple[Iterable[Sequence[Record]], Collection[str]]"
+"""Rows that are new or differ, in batches, and ids that are gone."""
 
 # How often shards in doubt are made again by one `sync`.
 _ATTEMPTS = 6
@@ -154,6 +156,8 @@ class ShardedCollection:
         info: ModelInfo,
         *,
         shards: int | None = None,
+        version: str = "",
+        changes: Callable[[str], Changes | None] | None = None,
         progress: Callable[[int], None] | None = None,
         patience: float = RUN_PATIENCE,
     ) -> WriteCounts:
@@ -166,6 +170,9 @@ class ShardedCollection:
             rows: Returns all rows in batches; called once for each attempt.
             info: The encoder of their vectors.
             shards: Number of shards; None for that of an existing collection, or 1.
+            version: Name of this state of the rows, which the collection keeps.
+            changes: Returns what has changed since the version that the collection has: rows that are new or differ,
+                and ids that are gone. Then only these are read and sent. None, or a result of None, compares all rows.
             progress: Called with the number of rows that were read so far.
             patience: Seconds to wait for a server that went away.
 
@@ -186,22 +193,20 @@ class ShardedCollection:
                     opened.begin(info, shards, has_all_rows=True)
                     hashes: list[npt.NDArray[np.uint64]] = []
                     counts, done = WriteCounts(), 0
-                    for batch in rows():
+                    changed = changes(opened.version) if changes is not None and opened.version else None
+                    for batch in rows() if changed is None else changed[0]:
                         hashes.append(_hashes(row.id for row in batch))
                         counts += opened.write(batch)
                         done += len(batch)
                         if progress is not None:
                             progress(done)
-                    known = np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, np.uint64)
-                    gone = [
-                        row_id
-                        for page in opened.ids()
-                        for row_id, is_known in zip(page, np.isin(_hashes(page), known), strict=True)
-                        if not is_known
-                    ]
+                    gone = _unknown(opened.ids(), hashes) if changed is None else changed[1]
                     counts = replace(counts, deleted=opened.delete(gone))
-                    total = replace(total + counts, unchanged=counts.unchanged, left_out=0)
-                    opened.end()
+                    unchanged = counts.unchanged
+                    if changed is not None:
+                        unchanged = opened.count() - counts.written - counts.changed
+                    total = replace(total + counts, unchanged=unchanged, left_out=0)
+                    opened.end(version)
                 return total
             except ShardInDoubtError as error:
                 if attempt + 1 == _ATTEMPTS:
@@ -305,6 +310,17 @@ class ShardedCollection:
                 f"by {encoder.name} ({encoder.fingerprint}). Pass the encoder that made the vectors."
             )
         return encoder
+
+
+def _unknown(pages: Iterable[Sequence[str]], hashes: Sequence[npt.NDArray[np.uint64]]) -> list[str]:
+    """Return the ids of some pages that have none of some hashes."""
+    known = np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, np.uint64)
+    return [
+        row_id
+        for page in pages
+        for row_id, is_known in zip(page, np.isin(_hashes(page), known), strict=True)
+        if not is_known
+    ]
 
 
 class _Snapshot:

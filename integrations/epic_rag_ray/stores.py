@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -118,7 +119,8 @@ def fill_chroma(
     """Make a collection on a Chroma server equal to the live rows of a folder of parts.
 
     It may be repeated at any time: rows that are there are not sent again, rows that are gone are deleted, and shards
-    whose server was killed in a write are made again.
+    whose server was killed in a write are made again. The collection remembers the generation of the parts that it was
+    filled from, so that the next call reads the later ones only.
 
     Args:
         parts: The folder, or its address.
@@ -138,9 +140,29 @@ def fill_chroma(
         ChromaServerError: If the server cannot be reached, refuses, or fails again and again.
     """
     live = parts if isinstance(parts, VectorParts) else VectorParts(parts)
+
+    def changes(version: str) -> tuple[Iterator[list[Record]], list[str]] | None:
+        generation = int(version.partition(":")[0])
+        if generation not in live.generations or version != _version(live, generation):
+            return None  # of other parts, or of ones that were deleted and made again
+        return _batches(live, since=generation), live.deleted(since=generation)
+
     with ShardedCollection(server, collection, headers=headers) as target:
-        return target.sync(lambda: _batches(live), model_info(live.info), shards=shards, progress=progress)
+        return target.sync(
+            lambda: _batches(live),
+            model_info(live.info),
+            shards=shards,
+            version=_version(live, live.generations[-1]),
+            changes=changes,
+            progress=progress,
+        )
 
 
-def _batches(parts: VectorParts) -> Iterator[list[Record]]:
-    return (records(table) for table in parts.tables(rows=ROWS))
+def _batches(parts: VectorParts, since: int = 0) -> Iterator[list[Record]]:
+    return (records(table) for table in parts.tables(since=since, rows=ROWS))
+
+
+def _version(parts: VectorParts, generation: int) -> str:
+    """Return the generation and a hash of the record of its run, which no other run has."""
+    run = parts.storage.read_bytes(f"runs/{generation:06d}.json")
+    return f"{generation}:{hashlib.sha256(run).hexdigest()[:16]}"

@@ -88,7 +88,7 @@ def test_every_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_the_report_goes_between_the_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
-    page.write_text("above\n<!-- begin scale -->\nold\n<!-- end scale -->\nbelow\n")
+    page.write_text("above\n<!-- begin scale -->\nlast year\n<!-- end scale -->\nbelow\n")
     result = {"rows": 10, "text_bytes": 5, "seconds": 1, "unchanged_seconds": 1, "sqlite_bytes": 9, "vectors_bytes": 8}
     (tmp_path / "local.json").write_text(json.dumps({"result": {**result, "hybrid_ms": 3}}))
     options = scale.parser().parse_args(["--output", str(tmp_path)])
@@ -98,4 +98,4 @@ def test_the_report_goes_between_the_markers(tmp_path: Path, monkeypatch: pytest
     assert text.startswith("above\n<!-- begin scale -->\n")
     assert text.endswith("<!-- end scale -->\nbelow\n")
     assert text.count("An index folder as measured") == 1
-    assert "old" not in text
+    assert "last year" not in text

@@ -85,6 +85,10 @@ class _Shard:
     def state(self) -> ShardState:
         return cast(ShardState, (self.collection.metadata or {}).get("state", "complete"))
 
+    @property
+    def version(self) -> str:
+        return str((self.collection.metadata or {}).get("version", ""))
+
 
 class Shards:
     """The shards of one name on a Chroma server. Must be closed. Not thread-safe.
@@ -97,6 +101,7 @@ class Shards:
 
     Attributes:
         info: The encoder of the vectors.
+        version: The version of the rows that the last `end` has named, if all shards have it; "" otherwise.
 
     Raises:
         ChromaServerError: If the server cannot be reached, or refuses.
@@ -120,6 +125,7 @@ class Shards:
         self._in_doubt: set[int] = set()
         self._pool: ThreadPoolExecutor | None = None
         self.info: ModelInfo | None = None
+        self.version = ""
 
     def __enter__(self) -> Shards:
         return self
@@ -166,6 +172,7 @@ class Shards:
             )
         self._shards = [_Shard(number, cast(Any, collection)) for number, collection in enumerate(found)]
         self._count = count
+        self.version = self._common_version()
         self.info = _info(metadata)
         return self.info
 
@@ -186,7 +193,7 @@ class Shards:
         if shards is not None and not 1 <= shards <= MAX_SHARDS:
             raise ConfigError(f"{shards} shards are not possible. Use 1 to {MAX_SHARDS}.")
         count = shards or 1
-        first = self._find(0, 1) or self._find(0, 2)
+        first = self._find(0, 1) or self._find(0, 2) or self._find_any()
         if first is not None:
             metadata = first.metadata or {}
             count = int(metadata.get("shards", 1))
@@ -219,6 +226,8 @@ class Shards:
             if shard is None:
                 shard = _Shard(number, self._create(number))
             self._shards.append(shard)
+        self.version = self._common_version()
+        for shard in self._shards:
             self._set_state(shard, "writing")
 
     def join(self, info: ModelInfo) -> None:
@@ -231,8 +240,11 @@ class Shards:
         if self.open().fingerprint != info.fingerprint:
             raise IndexMismatchError(f"{self.name} on {self.server} has vectors of another encoder. Run it again.")
 
-    def end(self) -> None:
+    def end(self, version: str = "") -> None:
         """Mark the shards as complete.
+
+        Args:
+            version: What they hold now, for `version`; "" if that is not known.
 
         Raises:
             ShardInDoubtError: If some are in doubt. The others are complete.
@@ -241,7 +253,7 @@ class Shards:
             if self._is_marked(shard):
                 self._in_doubt.add(shard.number)
             else:
-                self._set_state(shard, "complete")
+                self._set_state(shard, "complete", version)
         self.check()
 
     def check(self) -> None:
@@ -396,13 +408,20 @@ class Shards:
         self._client.wait(max(1.0, end - time.monotonic()))
         self._set_state(shard, "in doubt")
 
-    def _set_state(self, shard: _Shard, state: ShardState) -> None:
-        if shard.state != state:
-            shard.collection.modify(metadata=self._metadata(shard.number, state))
+    def _set_state(self, shard: _Shard, state: ShardState, version: str | None = None) -> None:
+        version = shard.version if version is None else version
+        if (shard.state, shard.version) != (state, version):
+            shard.collection.modify(metadata=self._metadata(shard.number, state, version))
 
-    def _metadata(self, number: int, state: ShardState) -> dict[str, Any]:
+    def _common_version(self) -> str:
+        versions = {shard.version for shard in self._shards}
+        return versions.pop() if len(versions) == 1 else ""
+
+    def _metadata(self, number: int, state: ShardState, version: str = "") -> dict[str, Any]:
         assert self.info is not None
         info = {name: value for name, value in asdict(self.info).items() if value is not None}
+        if version:
+            info["version"] = version
         return {"owner": OWNER, "collection": self.name, "shards": self._count, "shard": number, "state": state, **info}
 
     def _is_sound(self, shard: _Shard) -> bool:
@@ -457,6 +476,14 @@ class Shards:
                 f"{self.server} has a collection {name} that is not a shard of epic-rag. Use another collection name."
             )
         return found
+
+    def _find_any(self) -> ChromaCollection | None:
+        """Return one of the shards, if the first is missing."""
+        mark = {"owner": OWNER, "collection": self.name}
+        return next(
+            (each for each in self._client.list_collections() if mark.items() <= dict(each.metadata or {}).items()),
+            None,
+        )
 
     def _stored(self, shard: _Shard, ids: list[str]) -> dict[str, Record]:
         rows = shard.collection.get(ids=ids, include=["documents", "metadatas", "embeddings"])

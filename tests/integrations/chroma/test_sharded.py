@@ -30,7 +30,7 @@ from epic_rag_chroma.errors import IndexMismatchError, IndexNotFoundError
 from epic_rag_chroma.store.database import IndexDatabase
 from llama_index.retrievers.epic import EpicRetriever
 from tests.helpers.indexes import write_tree
-from tests.helpers.servers import ChromaProcess
+from tests.helpers.servers import ChromaProcess, plain_client
 from tests.helpers.vector_rows import INFO, assert_stored, make_rows
 
 PAGES = {
@@ -208,3 +208,37 @@ def test_sync_makes_the_collection_equal_to_the_rows(chroma: ChromaProcess) -> N
         assert made.query("x", embedded=np.ones(32, dtype=np.float32)) == []
         with pytest.raises(IndexMismatchError, match="not of"):
             made.sync(list, replace(INFO, fingerprint="f2"))
+
+
+def test_only_the_changes_since_the_last_version_are_read(chroma: ChromaProcess) -> None:
+    rows, read, asked = make_rows(90), [], []
+
+    def changes(version: str) -> tuple[list[list[Record]], list[str]] | None:
+        asked.append(version)
+        return ([make_rows(3, first=88)], ["id-0", "id-1"]) if version == "1" else None
+
+    def all_rows() -> list[list[Record]]:
+        read.append("all")
+        return [rows]
+
+    with ShardedCollection(chroma.url, "versions") as made:
+        made.sync(all_rows, INFO, shards=3, version="1", changes=changes)
+        assert (read, asked) == (["all"], [])
+        counts = made.sync(all_rows, INFO, version="2", changes=changes)
+        assert counts == WriteCounts(written=1, unchanged=88, deleted=2)
+        assert (read, asked) == (["all"], ["1"])
+        wanted = [*rows[2:], *make_rows(1, first=90)]
+        assert_stored(made._opened()[0].get([row.id for row in [*rows, *wanted]]), wanted)
+        # A version that is not known any more, and one that is not known at all: all rows are compared.
+        assert made.sync(all_rows, INFO, version="3", changes=changes) == WriteCounts(
+            written=2, unchanged=88, deleted=1
+        )
+        made.sync(all_rows, INFO)
+        made.sync(all_rows, INFO, version="1", changes=changes)
+        assert (len(read), asked) == (4, ["1", "2"])
+        # One shard that is made again has no version.
+        with plain_client(chroma.url) as client:
+            client.delete_collection("versions.1")
+        assert made.sync(all_rows, INFO, version="2", changes=changes).written > 0
+        assert (len(read), asked) == (5, ["1", "2"])
+        assert_stored(made._opened()[0].get([row.id for row in rows]), rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,7 +197,9 @@ def test_a_killed_run_is_continued(corpus: tuple[Path, Path], tmp_path: Path) ->
     assert dump(index) == rows
 
 
-def test_a_server_from_parts(corpus: tuple[Path, Path], chroma: ChromaProcess, tiny_checkpoint: Path) -> None:
+def test_a_server_from_parts(
+    corpus: tuple[Path, Path], chroma: ChromaProcess, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     folder, parts = corpus
     rows = live(parts)
     progress: list[int] = []
@@ -204,11 +207,25 @@ def test_a_server_from_parts(corpus: tuple[Path, Path], chroma: ChromaProcess, t
     assert progress[-1] == len(rows)
     assert fill_chroma(parts, chroma.url, "docs") == WriteCounts(unchanged=len(rows))
     (folder / "guide.md").unlink()
+    (folder / "new.md").write_text("# New\n\nA new page.\n")
     embed(folder, parts, tiny_checkpoint)
-    gone = len(rows) - len(live(parts))
-    assert fill_chroma(parts, chroma.url, "docs") == WriteCounts(unchanged=len(rows) - gone, deleted=gone)
-    with ShardedCollection(chroma.url, "docs") as collection:  # loads the model that the parts name
-        assert collection.query("encode texts", k=1)[0].path in {"src/tool.py", "notes.txt"}
+    progress.clear()
+    gone = len(rows) + 1 - len(live(parts))
+    counts = WriteCounts(written=1, unchanged=len(rows) - gone, deleted=gone)
+    assert fill_chroma(parts, chroma.url, "docs", progress=progress.append) == counts
+    assert progress == [1]  # of the new generation alone
+    # Other parts at the same address are compared as a whole.
+    shutil.rmtree(parts)
+    embed(folder, parts, tiny_checkpoint)
+    progress.clear()
+    counts = fill_chroma(parts, chroma.url, "docs", progress=progress.append)
+    assert counts == WriteCounts(unchanged=len(live(parts)))
+    assert progress[-1] == len(live(parts))
+    # Both load the model that the parts name.
+    with ShardedCollection(chroma.url, "docs") as collection, ChromaIndexer(tmp_path / "index") as indexer:
+        fill_index(parts, indexer)
+        expected = indexer.query("encode texts", mode="dense", k=3)
+        assert [hit.id for hit in collection.query("encode texts", k=3)] == [hit.id for hit in expected] != []
 
 
 def test_waiting_is_bounded(corpus: tuple[Path, Path], tmp_path: Path) -> None:

@@ -150,6 +150,16 @@ def test_collections_of_others_are_left_alone(chroma: ChromaProcess) -> None:
     fill(chroma.url, "torn", make_rows(9), 3)
     with plain_client(chroma.url) as client:
         client.delete_collection("torn.1")
+        client.delete_collection("torn.0")
+    with (
+        Shards(ChromaServer(chroma.url), "torn") as opened,
+        pytest.raises(IndexNotFoundError, match=r"has no collection torn"),
+    ):
+        opened.open()
+    # The number of shards is that of the shard that is left.
+    assert fill(chroma.url, "torn", make_rows(9), None).written == sum(shard_of(f"id-{n}", 3) != 2 for n in range(9))
+    with plain_client(chroma.url) as client:
+        client.delete_collection("torn.1")
     with (
         Shards(ChromaServer(chroma.url), "torn") as opened,
         pytest.raises(IndexStateError, match=r"1 of the 3 shards of torn are missing on .*torn\.1 for instance"),
