@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epic_rag.errors import ConfigError
-from epic_rag_chroma.errors import IndexMismatchError
+from epic_rag_chroma.errors import ChromaServerError, IndexMismatchError
 from epic_rag_chroma.indexer import marking_bank
 from epic_rag_chroma.search.conditions import Combination, Condition
 from epic_rag_chroma.search.filters import Filter, parse_where
@@ -272,8 +272,14 @@ class ShardedCollection:
             encode = replace_queries(encode, embedded, info.dimension)
         with self._lock:
             self._filters = request.filters
-            # The snapshot applies the filters.
-            return self._searcher.search(texts, replace(request, filters=None), encode, bank=marking_bank(request))
+            plain = replace(request, filters=None)  # the snapshot applies them
+            try:
+                return self._searcher.search(texts, plain, encode, bank=marking_bank(request))
+            except ChromaServerError as error:
+                if error.status != 404:
+                    raise
+            self.close()  # a shard was made again
+            return self._searcher.search(texts, plain, encode, bank=marking_bank(request))
 
     def read(self, query: Callable[[IndexSnapshot], Answer], *, needs_vectors: bool = True) -> Answer:
         """Call a function with the rows, as `IndexReader.read` does; for `Searcher`."""

@@ -242,3 +242,14 @@ def test_only_the_changes_since_the_last_version_are_read(chroma: ChromaProcess)
         assert made.sync(all_rows, INFO, version="2", changes=changes).written > 0
         assert (len(read), asked) == (5, ["1", "2"])
         assert_stored(made._opened()[0].get([row.id for row in rows]), rows)
+
+
+def test_a_shard_that_is_made_again_is_found(chroma: ChromaProcess) -> None:
+    rows = make_rows(40)
+    with ShardedCollection(chroma.url, "again") as made, ShardedCollection(chroma.url, "again") as reader:
+        made.sync(lambda: [rows], INFO, shards=2)
+        expected = reader.query("x", k=40, embedded=rows[0].vector)
+        with plain_client(chroma.url) as client:
+            client.delete_collection("again.1")
+        made.sync(lambda: [rows], INFO)
+        assert reader.query("x", k=40, embedded=rows[0].vector) == expected != []
