@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from epic_rag.errors import CheckpointError, ConfigError, reason_of
 from epic_rag.files import describe_os_error
+from epic_rag.model_conventions import find_languages
 from epic_rag.query_prompt import QUERY_STRATEGIES, QueryStrategy
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ __all__ = [
     "identify",
     "is_int8",
     "is_shipped",
+    "languages_of",
     "list_checkpoints",
     "read_epic_file",
+    "read_model_card",
     "resolve",
 ]
 
@@ -69,6 +72,7 @@ class EncoderConfig:
         description: One sentence about the checkpoint.
         license: SPDX identifier of the weights' licence.
         base_model: The model that training started from.
+        languages: ISO 639-1 codes of the languages that the model was trained on.
     """
 
     default_instruction: str | None = None
@@ -80,6 +84,7 @@ class EncoderConfig:
     description: str | None = None
     license: str | None = None
     base_model: str | None = None
+    languages: list[str] | None = None
 
     @classmethod
     def from_dict(cls, epic: Mapping[str, Any]) -> EncoderConfig:
@@ -112,6 +117,7 @@ class CheckpointInfo:
         size_bytes: Size of its files.
         description: One sentence.
         default: Whether it is loaded when no name is given.
+        languages: Languages that it was trained on; see `languages_of`.
     """
 
     name: str
@@ -121,6 +127,7 @@ class CheckpointInfo:
     size_bytes: int
     description: str
     default: bool
+    languages: tuple[str, ...] = ()
 
 
 def list_checkpoints() -> list[CheckpointInfo]:
@@ -137,6 +144,7 @@ def list_checkpoints() -> list[CheckpointInfo]:
                 size_bytes=sum(item.stat().st_size for item in file.parent.rglob("*") if item.is_file()),
                 description=str(data.get("description", "")),
                 default=file.parent.name == DEFAULT_CHECKPOINT,
+                languages=languages_of(file.parent.name, None, data)[0],
             )
         )
     return found
@@ -209,6 +217,45 @@ def identify(
         # The hub's name, unless a revision was requested: only the downloaded folder is sure to be that one.
         name, source = os.fspath(name_or_path), os.fspath(name_or_path) if revision is None else str(folder)
     return str(epic.get("name") or name), source
+
+
+def read_model_card(folder: Path) -> dict[str, Any]:
+    """Return the metadata at the top of a folder's model card; empty if there is none."""
+    import yaml
+
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        data = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else {}
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def languages_of(name: str, folder: Path | None, epic: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+    """Return the languages that a model was trained on, and where that is stated.
+
+    Args:
+        name: Its name: a hub name, the name of a folder or of a remote model.
+        folder: Its files; None for a remote model.
+        epic: Contents of the folder's `epic.json`.
+
+    Returns:
+        ISO 639-1 codes in the order of the source, or "multilingual"; none if nothing states them.
+    """
+    stated = epic.get("languages")
+    source = EPIC_FILE
+    if not stated and folder is not None:
+        stated, source = read_model_card(folder).get("language"), "model card"
+    codes = [stated] if isinstance(stated, str) else stated if isinstance(stated, list) else []
+    # YAML reads the code of Norwegian as a truth value.
+    found = ("no" if code is False else str(code).lower() for code in codes)
+    languages = tuple(dict.fromkeys(code for code in found if code not in ("", "code")))
+    if languages:
+        return languages, source
+    for known in (name, str(epic.get("base_model") or "")):
+        if languages := find_languages(known):
+            return languages, f"guessed from the name {known.rsplit('/', 1)[-1]}"
+    return (), "not stated"
 
 
 def check_width(truncate_dim: int | None, dimension: int) -> int | None:

@@ -2,7 +2,8 @@
 
 A sentence-transformers folder may have its prompts in `config_sentence_transformers.json`; these take precedence. Many
 older folders, and every remote service, have none: their model cards say what stands before a query and a document, and
-without it the vectors are worse and nothing says so. `find_convention` looks the model up by its name.
+without it the vectors are worse and nothing says so. `find_convention` looks the model up by its name. `find_languages`
+does the same for the languages that a model was trained on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["CONVENTIONS", "Convention", "fill_instruction", "find_convention", "has_instruction"]
+__all__ = [
+    "CONVENTIONS",
+    "LANGUAGES",
+    "LANGUAGE_NAMES",
+    "MULTILINGUAL",
+    "Convention",
+    "fill_instruction",
+    "find_convention",
+    "find_languages",
+    "has_instruction",
+]
 
 _SEARCH = "Represent this sentence for searching relevant passages: "
 _WEB = "Given a web search query, retrieve relevant passages that answer the query"
@@ -97,6 +108,35 @@ CONVENTIONS: tuple[Convention, ...] = (
         "model card of google/embeddinggemma-300m",
     ),
 )
+MULTILINGUAL = "multilingual"
+"""Stands for many languages, in model cards and in `LANGUAGES`."""
+# Languages by a pattern of the name, as the model cards of the hub state them; the first one that fits counts.
+LANGUAGES: tuple[tuple[str, str], ...] = (
+    (
+        r"multilingual|[-_]m3\b|labse|arctic-embed(2|.*-v2|.*2\.0)|qwen3-embedding|embedding-?gemma|nomic-embed-text-v2"
+        r"|jina-embeddings-v[3-9]|text-embedding-3|embed-v4|gte-qwen|bge-multilingual",
+        MULTILINGUAL,
+    ),
+    (r"(^|[-_])zh([-_]|$)", "zh"),
+    (
+        r"(^|[-_])(en|english)([-_]|$)|^all-(minilm|mpnet|distilroberta|roberta)|(^|[-_])e5-(small|base|large)"
+        r"|^gte-(small|base|large)|^gtr-t5|uae-large|mxbai-embed-(large|xsmall)|arctic-embed|nomic-embed-text"
+        r"|modernbert-embed|smollm|potion-(base|retrieval)|^multi-qa-|^msmarco-",
+        "en",
+    ),
+)
+LANGUAGE_NAMES = {
+    "am": "Amharic", "ar": "Arabic", "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali", "ca": "Catalan",
+    "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English", "es": "Spanish", "et": "Estonian",
+    "fa": "Persian", "fi": "Finnish", "fr": "French", "gu": "Gujarati", "he": "Hebrew", "hi": "Hindi",
+    "hu": "Hungarian", "hy": "Armenian", "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ka": "Georgian",
+    "km": "Khmer", "kn": "Kannada", "ko": "Korean", "lo": "Lao", "lt": "Lithuanian", "mk": "Macedonian",
+    "ml": "Malayalam", "mr": "Marathi", "my": "Burmese", "ne": "Nepali", "nl": "Dutch", "no": "Norwegian",
+    "or": "Odia", "pa": "Punjabi", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian",
+    "si": "Sinhala", "sr": "Serbian", "sv": "Swedish", "ta": "Tamil", "te": "Telugu", "th": "Thai", "tr": "Turkish",
+    "uk": "Ukrainian", "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese",
+}  # fmt: skip
+"""English names of languages by their ISO 639-1 codes."""
 # Prompts that hold an instruction, which another one can replace.
 _INSTRUCTIONS = (
     re.compile(r"(?P<before>^Instruct: )(?P<instruction>.*?)(?P<after>\nQuery: ?$)", re.DOTALL),
@@ -112,6 +152,16 @@ def find_convention(name: str) -> Convention | None:
     """
     base = name.rstrip("/").rsplit("/", 1)[-1].lower()
     return next((entry for entry in CONVENTIONS if re.search(entry.pattern, base)), None)
+
+
+def find_languages(name: str) -> tuple[str, ...]:
+    """Return the languages of the model with this name, as ISO 639-1 codes or "multilingual"; none if unknown.
+
+    Args:
+        name: See `find_convention`.
+    """
+    base = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    return next(((language,) for pattern, language in LANGUAGES if re.search(pattern, base)), ())
 
 
 def has_instruction(prompt: str) -> bool:

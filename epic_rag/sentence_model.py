@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from epic_rag.checkpoints import read_model_card
 from epic_rag.embedding_model import EmbeddingModel, Fact, Role, Vectors
 from epic_rag.errors import CheckpointError, ConfigError, MissingExtraError, reason_of
 from epic_rag.model_conventions import fill_instruction, find_convention
@@ -266,7 +267,7 @@ class SentenceModel(EmbeddingModel):
         poolings = [
             str(getattr(module, "pooling_mode", "")) for module in self.model if hasattr(module, "pooling_mode")
         ]
-        card = _front_matter(self.folder)
+        card = read_model_card(self.folder)
         similarity = _read_object(self.folder / _SETTINGS).get("similarity_fn_name")
         facts = [
             Fact("run by", "ONNX Runtime" if "OnnxTransformer" in kinds else "sentence-transformers", "installed"),
@@ -396,18 +397,6 @@ def _read_object(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def _front_matter(folder: Path) -> dict[str, Any]:
-    """Return the metadata of a folder's model card."""
-    import yaml
-
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        data = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else {}
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
         return {}
     return data if isinstance(data, dict) else {}
 

@@ -55,6 +55,7 @@ def write_model_card(folder: str | os.PathLike[str], *, figures: str = "") -> Pa
         ModelCardData(
             library_name="epic-rag",
             license=epic.get("license") or None,
+            language=epic.get("languages") or None,
             # Hubs take "owner/name" for a model.
             base_model=base if str(base).count("/") == 1 else None,
             pipeline_tag="sentence-similarity",

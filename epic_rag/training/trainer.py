@@ -490,6 +490,7 @@ class Trainer:
                 description=config.description,
                 license=config.license or stated_license(config.model),
                 base_model=base,
+                languages=list(self.encoder.languages) or None,
                 training=self.record(),
             ),
         )

@@ -27,6 +27,7 @@ __all__ = [
     "IndexSettings",
     "IndexStatus",
     "IndexedPassage",
+    "LanguageMismatch",
     "Mark",
     "ModelInfo",
     "RunState",
@@ -92,6 +93,21 @@ class SkippedFile:
 
 
 @dataclass(frozen=True)
+class LanguageMismatch:
+    """Most of an index is in a language that its model was not trained on.
+
+    Args:
+        language: ISO 639-1 code of the language.
+        share: Share of the chunks that are in it, by a sample.
+        model_languages: Codes of the languages that the model was trained on.
+    """
+
+    language: str
+    share: float
+    model_languages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class IndexReport:
     """Result of a run of the indexer.
 
@@ -106,6 +122,8 @@ class IndexReport:
         seconds: Duration.
         renamed: Number of files with the content of a deleted file; counted neither as added nor as deleted.
         chunks_reused: Number of chunks of new, changed and renamed files that already had vectors.
+        language_mismatch: Language of most of the index if the model was not trained on it; None too if its languages
+            are unknown, and after a run that embedded nothing.
     """
 
     added: int
@@ -118,6 +136,7 @@ class IndexReport:
     seconds: float
     renamed: int = 0
     chunks_reused: int = 0
+    language_mismatch: LanguageMismatch | None = None
 
 
 @dataclass(frozen=True)

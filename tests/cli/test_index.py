@@ -406,3 +406,45 @@ def test_quiet_and_verbose(one_process: Any, docs: Path, tiny_checkpoint: Path) 
 def test_before_and_after_the_command(cli: Any, indexed: Path, arguments: list[str]) -> None:
     result = cli(*arguments, "--index-dir", "docs/.epic-rag", "--json")
     assert (result.status, json.loads(result.out)["files"]) == (0, 4)
+
+
+GERMAN = "# Ordner\n\nDie Dateien liegen in einem Ordner, und man kann sie mit diesem Befehl kopieren.\n"
+CODE = "def copy(source, target):\n    return shutil.copytree(source, target)\n"
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "files", "language"),
+    [
+        (["en"], {"a.md": GERMAN}, "German"),
+        (["en", "fr"], {"a.md": GERMAN, "b.md": "# Ordner\n\nFür die Dateien, die nicht kopiert sind.\n", "c.py": CODE}, "German"),
+        (["en"], {"a.md": "# 目录\n\n可以使用此命令复制目录中的文件。\n"}, "Chinese"),
+        (["en"], {"a.md": "# फ़ोल्डर\n\nफ़ाइलें इस फ़ोल्डर में हैं।\n"}, "Hindi"),
+        (["en", "de"], {"a.md": GERMAN}, None),
+        (["multilingual"], {"a.md": GERMAN}, None),
+        (None, {"a.md": GERMAN}, None),
+        (["en"], {"a.md": GERMAN, "b.py": CODE}, None),
+        (["en"], {"a.md": "# Folder\n\nThe files are in a folder, and this command copies them.\n"}, None),
+    ],
+)  # fmt: skip
+def test_a_language_that_the_model_was_not_trained_on(
+    cli: Any, tiny_checkpoint: Path, trained_on: list[str] | None, files: dict[str, str], language: str | None
+) -> None:
+    shutil.copytree(tiny_checkpoint, "model")
+    epic = json.loads(Path("model/epic.json").read_text())
+    Path("model/epic.json").write_text(json.dumps({**epic, "languages": trained_on}))
+    Path("folder").mkdir()
+    for name, text in files.items():
+        Path("folder", name).write_text(text)
+    result = cli("index", "folder", "--model", "model", "--json")
+    found = json.loads(result.out)["language_mismatch"]
+    if language is None:
+        assert (found, result.err) == (None, "")
+        return
+    assert found["model_languages"] == trained_on
+    assert found["share"] > 0.5
+    assert result.err.startswith(
+        f"note: About {found['share']:.0%} of the text is {language}, and tiny was trained on English"
+    )
+    assert result.err.endswith("--model intfloat/multilingual-e5-small`.\n")
+    # A run that embeds nothing does not repeat it.
+    assert cli("index", "folder").err == ""

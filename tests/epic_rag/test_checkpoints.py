@@ -341,3 +341,29 @@ def test_code_in_a_folder_does_not_run_unasked(tiny_checkpoint: Path, tmp_path: 
     with pytest.raises(CheckpointError, match="does not load as a model"):
         EpicEncoder.from_pretrained(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "epic", "expected"),
+    [
+        ("bge-small-en", "language: [de, fr]", {"languages": ["es"]}, (("es",), "epic.json")),
+        ("bge-small-en", "language: [de, fr, de]", {}, (("de", "fr"), "model card")),
+        ("bge-small-en", "language: DE", {}, (("de",), "model card")),
+        ("m", "language:\n- no\n- sv\n- code", {}, (("no", "sv"), "model card")),  # YAML reads `no` as false
+        ("bge-small-en", "license: mit", {}, (("en",), "guessed from the name bge-small-en")),
+        ("m", "", {"base_model": "BAAI/bge-small-zh-v1.5"}, (("zh",), "guessed from the name bge-small-zh-v1.5")),
+        ("m", "language: {en: 1}", {}, ((), "not stated")),
+        ("m", "language: [", {}, ((), "not stated")),
+    ],
+)
+def test_languages(
+    name: str, card: str, epic: dict[str, object], expected: tuple[tuple[str, ...], str], tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n\n# A model\n")
+    assert checkpoints.languages_of(name, tmp_path, epic) == expected
+    assert checkpoints.languages_of(name, None, {"languages": ["en"]}) == (("en",), "epic.json")
+
+
+def test_shipped_checkpoints_state_their_languages() -> None:
+    assert {info.languages for info in list_checkpoints()} == {("en",)}
+    assert EpicEncoder.from_pretrained().languages == ("en",)

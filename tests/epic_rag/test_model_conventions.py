@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from epic_rag.model_conventions import CONVENTIONS, fill_instruction, find_convention, has_instruction
+from epic_rag.model_conventions import (
+    CONVENTIONS,
+    fill_instruction,
+    find_convention,
+    find_languages,
+    has_instruction,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,3 +53,27 @@ def test_instruct_models_take_instructions_and_others_do_not() -> None:
 
 def test_every_convention_names_its_source() -> None:
     assert all(entry.source for entry in CONVENTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "languages"),
+    [
+        ("sentence-transformers/all-MiniLM-L6-v2", ("en",)),
+        ("BAAI/bge-small-en-v1.5", ("en",)),
+        ("BAAI/bge-base-zh-v1.5", ("zh",)),
+        ("bge-m3:latest", ("multilingual",)),
+        ("intfloat/e5-small-v2", ("en",)),
+        ("/models/multilingual-e5-small/", ("multilingual",)),
+        ("sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2", ("multilingual",)),
+        ("snowflake-arctic-embed2", ("multilingual",)),
+        ("Snowflake/snowflake-arctic-embed-m-v1.5", ("en",)),
+        ("nomic-embed-text-v2-moe", ("multilingual",)),
+        ("ibm-granite/granite-embedding-small-english-r2", ("en",)),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", ("en",)),
+        ("my-model", ()),
+        ("zhongguo", ()),
+        ("", ()),
+    ],
+)
+def test_languages_by_name(name: str, languages: tuple[str, ...]) -> None:
+    assert find_languages(name) == languages

@@ -331,6 +331,23 @@ def index(
         )
     if not as_json and verbosity() is not Verbosity.QUIET:
         emit([report_summary(report)])
+    _note_language(indexer, report)
+
+
+def _note_language(indexer: ChromaIndexer, report: IndexReport) -> None:
+    """Print a note if most of the index is in a language that its model was not trained on."""
+    found = report.language_mismatch
+    if found is None:
+        return
+    from epic_rag.model_conventions import LANGUAGE_NAMES
+
+    known = " and ".join(LANGUAGE_NAMES.get(code, code) for code in found.model_languages)
+    message(
+        "note",
+        f"About {found.share:.0%} of the text is {LANGUAGE_NAMES[found.language]}, and {indexer.encoder.name} was "
+        f"trained on {known}. Use `--mode keyword`, or index again with a multilingual model: "
+        "`epic-rag index --rebuild --model intfloat/multilingual-e5-small`.",
+    )
 
 
 def _settings(
@@ -433,6 +450,7 @@ def watch_index(
             elif verbosity() is not Verbosity.QUIET:
                 emit([f"{_now()[11:19]}  {report_summary(report)}"])
             if rounds == 1:
+                _note_language(indexer, report)
                 roots = ", ".join(display_path(root) for root in _roots(indexer, places))
                 message("note", f"Watching {roots}. Press Ctrl-C to stop.")
     except KeyboardInterrupt:

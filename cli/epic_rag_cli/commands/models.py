@@ -49,6 +49,7 @@ def models(context: typer.Context, as_json: Json = False, quiet: Quiet = False, 
                 f"{info.dimension} dimensions",
                 f"{info.parameters / 1e6:.1f}M parameters",
                 size(info.size_bytes),
+                ", ".join(info.languages) or "languages unknown",
                 info.description,
             )
             for info in found

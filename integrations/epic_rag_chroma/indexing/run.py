@@ -32,6 +32,7 @@ from epic_rag_chroma.indexing.rows import load_rows
 from epic_rag_chroma.indexing.sync import BATCH_CHUNKS, Sync, plan_sync
 from epic_rag_chroma.reading.worker import IsolatedReader
 from epic_rag_chroma.store.database import IndexDatabase, Record, delete_database
+from epic_rag_chroma.store.language_detection import main_language
 from epic_rag_chroma.store.layout import check_owner, index_folder
 from epic_rag_chroma.store.lock import chroma_lock, write_lock
 from epic_rag_chroma.store.migration import check_migrated, delete_old, is_old_index, migrate, old_place
@@ -39,7 +40,7 @@ from epic_rag_chroma.store.paths import DATABASE_FILE, REBUILD_FILE, absolute_so
 from epic_rag_chroma.store.server import NO_CHROMA, ChromaServer, ServerPlace, new_place, require_known
 from epic_rag_chroma.store.state import CHUNKER_VERSION, IndexState
 from epic_rag_chroma.store.vectors import write_vectors
-from epic_rag_chroma.types import IndexPlan, IndexProgress, IndexReport, IndexSettings, ModelInfo
+from epic_rag_chroma.types import IndexPlan, IndexProgress, IndexReport, IndexSettings, LanguageMismatch, ModelInfo
 from epic_rag_chroma.walk.files import scan_roots
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ __all__ = ["IndexRunner"]
 
 logger = logging.getLogger(__name__)
 
+# Parts of a report that are no numbers.
+_NO_COUNTS = ("skipped", "language_mismatch")
+# Chunks whose language is detected after a run; a share of one half is known to within 0.1.
+_SAMPLED_CHUNKS = 100
 # Errors of a folder that cannot be written to, as opposed to bugs.
 _FOLDER_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
@@ -160,9 +165,10 @@ class IndexRunner:
                     seconds=time.monotonic() - started,
                     renamed=sync.renamed,
                     chunks_reused=sync.chunks_reused,
+                    language_mismatch=_language_mismatch(database, encoder) if sync.chunks_embedded else None,
                 )
                 counts = {
-                    **{name: value for name, value in asdict(report).items() if name != "skipped"},
+                    **{name: value for name, value in asdict(report).items() if name not in _NO_COUNTS},
                     "skipped": len(report.skipped),
                     "seconds": round(report.seconds, 3),
                 }
@@ -227,7 +233,7 @@ class IndexRunner:
                     database.save_state(state)
                 counts = load_rows(database, rows, info, progress)
                 report = replace(counts, chunks_total=database.count(), seconds=time.monotonic() - started)
-                numbers = {name: value for name, value in asdict(report).items() if name != "skipped"}
+                numbers = {name: value for name, value in asdict(report).items() if name not in _NO_COUNTS}
                 now = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 last_run = {**numbers, "skipped": 0, "seconds": round(report.seconds, 3)}
                 state = replace(state, updated_at=now, last_run=last_run)
@@ -342,6 +348,18 @@ def _check_rows(index_dir: Path, state: IndexState, info: ModelInfo, parts: str)
             f"The index was built with {state.model} ({state.fingerprint}), the vectors in {parts} are of {info.model} "
             f"({info.fingerprint}). Run `epic-rag index --rebuild {where}`."
         )
+
+
+def _language_mismatch(database: IndexDatabase, encoder: EpicEncoder) -> LanguageMismatch | None:
+    """Return the language of most of the chunks if the encoder was not trained on it."""
+    known = encoder.languages
+    # Other spellings than two letters stand for more than one language, or for one that has other codes besides.
+    if not known or not all(len(code) == 2 for code in known):
+        return None
+    found = main_language(database.sample(_SAMPLED_CHUNKS))
+    if found is None or found[0] in known or (found[0] == "no" and {"nb", "nn"} & set(known)):
+        return None
+    return LanguageMismatch(found[0], round(found[1], 2), known)
 
 
 @contextmanager

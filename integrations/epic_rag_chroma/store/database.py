@@ -406,6 +406,17 @@ class IndexDatabase:
             ).fetchall()
         return [_record(row) for row in rows]
 
+    def sample(self, count: int) -> list[str]:
+        """Return the texts of at most this number of chunks, at even distances."""
+        with self._errors():
+            first, last = self._connection.execute("SELECT min(number), max(number) FROM chunks").fetchone()
+            if first is None:
+                return []
+            step = (last - first + 1) / count
+            select = "SELECT number, text FROM chunks WHERE number >= ? ORDER BY number LIMIT 1"
+            places = sorted({first + int(step * place) for place in range(count)})
+            return list(dict(self._connection.execute(select, (place,)).fetchone() for place in places).values())
+
     def scan(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield number and metadata of all chunks."""
         with self._errors():
