@@ -14,15 +14,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-__all__ = [
-    "ENGLISH",
-    "FUNCTION_WORDS",
-    "OTHER_STOP_WORDS",
-    "STOP_WORDS",
-    "spoken_language",
-    "stems_of",
-    "text_language",
-]
+__all__ = ["ENGLISH", "FUNCTION_WORDS", "STOP_WORDS", "spoken_language", "stems_of", "text_language"]
 
 ENGLISH = "english"
 _STOP_WORDS = """
@@ -73,17 +65,6 @@ _FUNCTION_WORDS = {
     "turkish": "ama bir bu cok da daha de degil gibi her icin ile ise kadar ki mi mu nasil ne nerede o olan olarak "
     "sonra su ve veya",
 }
-# Words that a query is searched without in scripts other than Latin, as `normalize` writes them.
-_OTHER_STOP_WORDS = """
-    а без бы в во все вы да для до его если еще же за и из или их к как какая какие какой ко когда которая
-    которые который ли мне мой мы на над не нет них но о об он она они оно от по под при с со так также такой
-    там то того тоже только у уже чем что чтобы эта эти это этот этого я где кто почему чего
-    अगर अपना अपनी अपने आप इन इस इसका इसकी इसके इसे उन उस उसका उसकी उसके उसे एक एवं ऐसा और कब कर करता करती करते
-    करना करने करें कहां का कि किस किसी किया की कुछ के कैसे को कोई कौन क्या क्यों गई गए गया जब जहां जा जाता जाती
-    जाते जाना जाने जैसा जैसे जो तक तथा तब तो था थी थे द्वारा न नहीं ने पर फिर बाद भी मुझे में मैं मेरा मेरी मेरे
-    यदि यह यहां या ये रहा रही रहे लिए वह वहां वाला वाली वाले वे सकता सकती सकते सकें सभी साथ से हम हां ही हुआ हुई
-    हुए हूं है हैं हो होगा होता होती होते होना होने"""  # noqa: RUF001
-OTHER_STOP_WORDS = frozenset(_OTHER_STOP_WORDS.split())
 FUNCTION_WORDS = {language: frozenset(words.split()) for language, words in _FUNCTION_WORDS.items()}
 _LANGUAGES_OF = {
     word: tuple(name for name, its in (*FUNCTION_WORDS.items(), (ENGLISH, STOP_WORDS)) if word in its)

@@ -28,14 +28,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from epic_rag_chroma.store.languages import (
-    ENGLISH,
-    FUNCTION_WORDS,
-    OTHER_STOP_WORDS,
-    STOP_WORDS,
-    stems_of,
-    text_language,
-)
+from epic_rag_chroma.store.languages import ENGLISH, FUNCTION_WORDS, STOP_WORDS, stems_of, text_language
 
 __all__ = [
     "SPLIT_RUN",
@@ -472,7 +465,7 @@ def _query_words(text: str) -> tuple[QueryWord, ...]:
     stop_words: dict[QueryWord, None] = {}
     compounds = _compounds(text)
     spoken = text_language(compound.casefold() for compound in compounds)
-    skipped = STOP_WORDS | OTHER_STOP_WORDS | FUNCTION_WORDS.get(spoken, frozenset())
+    skipped = STOP_WORDS | FUNCTION_WORDS.get(spoken, frozenset())
     for compound in compounds:
         found = _analyse(compound)
         if not found.sequence:

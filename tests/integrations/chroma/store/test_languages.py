@@ -54,11 +54,8 @@ def test_a_question_finds_its_text(tmp_path: Path, query: str, code: str, place:
         ("Wie ändere ich das Passwort in der Einstellung?", ["andere", "passwort", "einstellung"]),
         ("Comment changer le mot de passe dans les paramètres ?", ["changer", "mot", "passe", "parametres"]),
         ("¿Cómo se cambia la contraseña de un usuario?", ["cambia", "contrasena", "usuario"]),
-        ("मैं पासवर्ड को कैसे बदल सकता हूँ?", ["पासवर्ड", "बदल"]),
-        ("Как изменить пароль пользователя?", ["изменить", "пароль", "пользователя"]),
         # Nothing but stop words is searched for as it is.
         ("wie ist das", ["wie", "ist", "das"]),
-        ("यह क्या है", ["यह", "क्या", "है"]),
     ],
 )
 def test_stop_words_of_a_query(query: str, content: list[str]) -> None:
