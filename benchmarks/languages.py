@@ -65,7 +65,7 @@ _HELP = re.compile(
 _MANUAL = re.compile(r"usr/share/man/(?P<language>[a-z]{2})(?:_(?!TW)[A-Z]{2})?/man[1578]/(?P<page>[^/]+)\.gz$")
 _DIALOGUE = re.compile(r"^Template: (.+)$", re.MULTILINE)
 _TRANSLATION = re.compile(
-    r"^Description-(?!zh_TW)([a-z]{2})(?:_[A-Z]{2})?(?:\.UTF-8)?: (.*)\n((?: .*\n?)+)", re.MULTILINE
+    r"^Description(?:-(?!zh_TW)([a-z]{2})(?:_[A-Z]{2})?(?:\.UTF-8)?)?: (.*)\n((?: .*\n?)+)", re.MULTILINE
 )
 
 
@@ -115,11 +115,11 @@ def installer_pairs(packages: Sequence[Path]) -> dict[str, dict[str, Pair]]:
                 named = _DIALOGUE.search(dialogue)
                 if named is None:
                     continue
-                for language, title, explanation in _TRANSLATION.findall(dialogue):
+                for code, title, explanation in _TRANSLATION.findall(dialogue):
+                    language = code or "en"
                     passage = "\n".join(line.strip() for line in explanation.splitlines() if line.strip() != ".")
-                    if len(passage) >= (
-                        LEAST_CHARACTERS if language not in ("zh", "ja", "ko") else LEAST_CHARACTERS // 3
-                    ):
+                    least = LEAST_CHARACTERS // 3 if language in ("zh", "ja", "ko") else LEAST_CHARACTERS
+                    if len(passage) >= least:
                         pair = Pair(named[1], title.strip(), passage[:MOST_CHARACTERS])
                         found[language].setdefault(named[1], pair)
     return found

@@ -36,7 +36,6 @@ from epic_rag.checkpoints import (
     check_width,
     fingerprint_of,
     identify,
-    languages_of,
     read_epic_file,
     resolve,
 )
@@ -274,18 +273,11 @@ class EpicEncoder:
         )
         return encoder
 
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """ISO 639-1 codes of the languages that the model was trained on, or "multilingual"; none if unknown."""
-        return languages_of(self.name, self._folder, vars(self.config))[0]
-
     def describe(self) -> list[Fact]:
         """Return what is known of the model, each fact with its source."""
-        codes, stated = languages_of(self.name, self._folder, vars(self.config))
-        languages = Fact("languages", ", ".join(codes) or "unknown", stated)
         if self.external is not None:
-            return [*self.external.describe(), languages]
-        stored = "checkpoint"
+            return self.external.describe()
+        stored, guessed = "checkpoint", "guessed"
         model = self.backbone if self._numpy is None else self._numpy
         is_own = self.folder is None or (self.folder / EPIC_FILE).is_file()
         source = stored if is_own else "the folder's files"
@@ -302,11 +294,12 @@ class EpicEncoder:
             Fact("longest query", f"{self.max_query_tokens} tokens", source),
             Fact("longest text", f"{self.max_document_tokens} tokens", source),
             Fact("dimensions", str(self.dimension), source),
-            Fact("similarity", "cosine", stored if is_own else "guessed"),
+            Fact("similarity", "cosine", stored if is_own else guessed),
             Fact("licence", self.config.license or "unknown", stored if self.config.license else "not stated"),
         ]
-        base = [Fact("base model", self.config.base_model, stored)] if self.config.base_model else []
-        return [*facts, *base, languages]
+        if self.config.base_model:
+            facts.append(Fact("base model", self.config.base_model, stored))
+        return facts
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: str | None = None) -> None:
         """Write a checkpoint folder that `from_pretrained` opens, and `AutoModel` and `SentenceTransformer` too.

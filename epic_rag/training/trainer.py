@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from epic_rag.backbone import Backbone
 from epic_rag.batching import parse_devices
-from epic_rag.checkpoints import EncoderConfig
+from epic_rag.checkpoints import EncoderConfig, languages_of
 from epic_rag.encoder import EpicEncoder
 from epic_rag.errors import ConfigError, MissingExtraError, TrainingError
 from epic_rag.prompt import PromptBuilder, PromptTemplate
@@ -469,6 +469,7 @@ class Trainer:
 
         config, prompt = self.config, self.prompt
         base = config.base_model or public_name(config.model)
+        languages, _ = languages_of(self.encoder.name, self.encoder.folder, vars(self.encoder.config))
         encoder = EpicEncoder(
             self.encoder.backbone.eval() if self.adapter is None else self.adapter.merged(),
             PromptBuilder(
@@ -490,7 +491,7 @@ class Trainer:
                 description=config.description,
                 license=config.license or stated_license(config.model),
                 base_model=base,
-                languages=list(self.encoder.languages) or None,
+                languages=list(languages) or None,
                 training=self.record(),
             ),
         )

@@ -82,10 +82,13 @@ def show(
         epic-rag models show epic-minilm --json
     """
     from epic_rag import EpicEncoder
+    from epic_rag.checkpoints import languages_of
 
     encoder = EpicEncoder.from_pretrained(model, device="cpu", trust_remote_code=trust_remote_code)
     facts = [("name", encoder.name, "argument"), ("fingerprint", encoder.fingerprint, "computed")]
     facts += [(fact.name, fact.value, fact.source) for fact in encoder.describe()]
+    languages, source = languages_of(encoder.name, encoder.folder, vars(encoder.config))
+    facts.append(("languages", ", ".join(languages) or "unknown", source))
     if as_json:
         emit_json([{"name": name, "value": value, "source": source} for name, value, source in facts])
     else:

@@ -19,6 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from epic_rag.checkpoints import languages_of
 from epic_rag.files import describe_os_error
 from epic_rag_chroma.errors import (
     ChromaServerError,
@@ -352,7 +353,7 @@ def _check_rows(index_dir: Path, state: IndexState, info: ModelInfo, parts: str)
 
 def _language_mismatch(database: IndexDatabase, encoder: EpicEncoder) -> LanguageMismatch | None:
     """Return the language of most of the chunks if the encoder was not trained on it."""
-    known = encoder.languages
+    known, _ = languages_of(encoder.name, encoder.folder, vars(encoder.config))
     # Other spellings than two letters stand for more than one language, or for one that has other codes besides.
     if not known or not all(len(code) == 2 for code in known):
         return None
