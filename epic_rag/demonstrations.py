@@ -606,29 +606,13 @@ class _StoredBank(DemonstrationBank):
     def _whole(self) -> DemonstrationBank:
         return _parse_bank(self._folder, self._content)
 
-    @cached_property
-    def demonstrations(self) -> tuple[Demonstration, ...]:
-        """The demonstrations."""
-        return self._whole.demonstrations
-
-    @cached_property
-    def negatives(self) -> tuple[Demonstration, ...]:
-        """The pairs whose passage does not answer the query."""
-        return self._whole.negatives
-
-    @cached_property
-    def embeddings(self) -> Vectors | None:
-        """Vectors of the encoder `encoder_fingerprint`."""
-        return self._whole.embeddings
-
-    @cached_property
-    def encoder_fingerprint(self) -> str | None:
-        """Fingerprint of the encoder of `embeddings`."""
-        return self._whole.encoder_fingerprint
-
-    @cached_property
-    def _others(self) -> dict[str, Vectors]:
-        return self._whole._others
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute that is not read yet."""
+        if name not in ("demonstrations", "negatives", "embeddings", "encoder_fingerprint", "_others"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        value = getattr(self._whole, name)
+        setattr(self, name, value)
+        return value
 
     def __len__(self) -> int:
         return int(self._facts["count"])

@@ -371,7 +371,7 @@ def test_against_an_index_of_questions_queries_move_further() -> None:
 def test_an_index_may_be_of_any_size_and_hold_shortened_vectors(count: int) -> None:
     chance = np.random.default_rng(count)
     pairs = np.stack([unit_rows(chance.standard_normal((20, 16)).astype(np.float32)) for _ in range(2)], axis=1)
-    pairs[:, 1] = unit_rows(pairs[:, 0] + 0.5 * pairs[:, 1])
+    pairs[:, 1] = unit_rows(pairs[:, 0] + 0.5 * pairs[:, 1] + 0.6 * np.eye(16, dtype=np.float32)[0])
     for width in (16, 8):
         corpus = unit_rows(chance.standard_normal((count, width)).astype(np.float32)).reshape(count, width)
         moved = UNIVERSAL.prepare(pairs, corpus).apply(pairs[:, 0])
@@ -379,6 +379,17 @@ def test_an_index_may_be_of_any_size_and_hold_shortened_vectors(count: int) -> N
         np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1.0, atol=1e-5)
     without = UNIVERSAL.prepare(pairs).apply(pairs[:, 0])
     assert np.array_equal(moved, without) == (count == 0)
+
+
+def test_an_index_changes_nothing_for_messages_of_the_same_label() -> None:
+    """Queries and passages are of one kind: many passages of the index are right, and none is known to be."""
+    chance = np.random.default_rng(0)
+    labels = chance.standard_normal((12, 32)).astype(np.float32)
+    messages = unit_rows(labels[np.arange(240) % 12] + 0.6 * chance.standard_normal((240, 32)).astype(np.float32))
+    pairs = np.stack([messages[:60], messages[12:72]], axis=1)
+    for n in (8, 60):
+        with_index, without = UNIVERSAL.prepare(pairs[:n], messages), UNIVERSAL.prepare(pairs[:n])
+        np.testing.assert_array_equal(with_index.apply(messages), without.apply(messages))
 
 
 def test_stored_numbers_are_those_that_were_prepared() -> None:
