@@ -1,7 +1,7 @@
 """Detection of the language of whole texts: by the letters of its script, in Latin script by function words.
 
-It covers more languages than the keyword index has stems for. `benchmarks/languages.py` measures it on translations into
-50 languages; single words and names are too short for it.
+It covers more languages than the keyword index has stems for. `benchmarks/languages.py` measures it on translations
+into 50 languages; single words and names are too short for it.
 """
 
 from __future__ import annotations
