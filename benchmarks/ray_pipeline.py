@@ -280,7 +280,8 @@ def kills(options: argparse.Namespace, work: Path) -> tuple[Facts, list[list[str
                 break
             if not planned:
                 process.wait()
-            elif planned[0] == "driver":
+                break
+            if planned[0] == "driver":
                 stop_tree(process)
                 killed.append(planned.pop(0))
                 process = start_driver(work, [str(docs)], out, arguments)
@@ -288,6 +289,8 @@ def kills(options: argparse.Namespace, work: Path) -> tuple[Facts, list[list[str
                 with suppress(psutil.NoSuchProcess):
                     chance.choice(actors).kill()
                     killed.append(planned.pop(0))
+            else:
+                continue
             say(f"kills: {len(killed)} in this run, {len(planned)} left")
         if process.returncode != 0:
             raise RuntimeError((work / "driver.err").read_text()[-3000:])

@@ -92,7 +92,8 @@ class Cluster:
             wanted = None if self.actors is None else max(self.actors * self.cpus, _cpus())
             options |= {"include_dashboard": False, "num_cpus": wanted}
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+            with _silent_stderr():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise EpicError(
                 f"The Ray cluster {self.address} cannot be reached ({reason_of(error)}). Check the address and that "
@@ -114,7 +115,7 @@ class Cluster:
             return self.actors
         import ray
 
-        resources = ray.cluster_resources()
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         if self.gpus:
             return max(1, int(resources.get("GPU", 0) / self.gpus))
         return max(1, int(resources.get("CPU", 1)) // self.cpus)
@@ -204,6 +205,19 @@ class _Actor:
     def __call__(self, table: pa.Table) -> pa.Table:
         results = [pickle.dumps(self._run(pickle.loads(task))) for task in table["task"].to_pylist()]
         return pa.table({"result": pa.array(results, pa.binary())})
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what native code writes to file descriptor 2 during the block."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 def _cpus() -> int:

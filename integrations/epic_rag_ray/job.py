@@ -328,6 +328,7 @@ class _Run:
             tokens=self._tokens,
             tokens_per_second=round(self._tokens / self._worker_seconds, 1) if self._worker_seconds else 0.0,
         )
+        self._generation = report.generation
         self._report("storing", report.rows, report.rows, state="complete")
         return report
 
@@ -357,10 +358,12 @@ class _Run:
         skipped = tuple(sources.skipped)
         unchanged = len(sources.files) - len(planned)
         if not planned and not gone:
-            rows = (
-                0 if parts is None else json.loads(self._storage.read_bytes(_run_file(parts.generations[-1])))["rows"]
-            )
-            return PipelineReport(generation=self._generation - 1, unchanged=unchanged, skipped=skipped, rows=rows)
+            failures = [_failure(row) for row in self._table("failures", _FAILURE_SCHEMA).to_pylist()]
+            report = PipelineReport(self._generation - 1, unchanged=unchanged, skipped=(*skipped, *failures))
+            if parts is None:
+                return report
+            last = json.loads(self._storage.read_bytes(_run_file(parts.generations[-1])))
+            return replace(report, **{name: last[name] for name in ("rows", "exact_duplicates", "near_duplicates")})
         table = _plan_table(planned, previous, self._actors)
         schema = _PLAN_SCHEMA.with_metadata({"gone": json.dumps(gone)})
         self._storage.write_tables(_plan_file(self._generation), [table.cast(schema)], schema)
@@ -406,7 +409,7 @@ class _Run:
                 lost += result["lost"]
         skipped = [
             *(SkippedFile(str(row["address"]), str(row["reason"])) for row in _failed(documents)),
-            *(SkippedFile(f"{row['address']}!{row['path']}", str(row["reason"])) for row in failures.to_pylist()),
+            *(_failure(row) for row in failures.to_pylist()),
             *(SkippedFile(path, "the model returns no finite vector for a part of it") for path in lost),
         ]
         report = PipelineReport(
@@ -685,14 +688,14 @@ def _failed(documents: pa.Table) -> list[dict[str, Any]]:
     return list(documents.filter(pc.not_equal(documents["reason"], "")).select(["address", "reason"]).to_pylist())
 
 
+def _failure(row: dict[str, Any]) -> SkippedFile:
+    return SkippedFile(f"{row['address']}!{row['path']}", str(row["reason"]))
+
+
 def _joined(first: PipelineReport, second: PipelineReport) -> PipelineReport:
     """Return the report of a generation that was completed and of the one after it."""
     names = ("added", "changed", "deleted", "embedded", "copied", "rows_deleted")
-    sums = {name: getattr(first, name) + getattr(second, name) for name in names}
-    if second.generation <= first.generation and not second.exact_duplicates and not second.near_duplicates:
-        same = ("exact_duplicates", "near_duplicates", "skipped", "unchanged")
-        sums |= {name: getattr(first, name) for name in same}
-    return replace(second, **sums)
+    return replace(second, **{name: getattr(first, name) + getattr(second, name) for name in names})
 
 
 def _portable(source: str) -> str:

@@ -265,6 +265,8 @@ def test_archives_of_json_lines(tmp_path: Path, options: PipelineSettings, log: 
     row = next(row for row in rows if row["path"] == "d3")
     assert (row["root"], row["heading_path"], row["text"]) == (f"{docs}/corpus.jsonl.gz", "T3", text_of(3))
     assert json.loads(row["front_matter"]) == {"year": "2020"}
+    again = run_pipeline([], tmp_path / "out", options)
+    assert (again.skipped, again.rows, again.generation) == (report.skipped, 21, 1)
     # A new version of the archive: only what differs is embedded.
     log.unlink()
     with gzip.open(docs / "corpus.jsonl.gz", "wt") as file:
