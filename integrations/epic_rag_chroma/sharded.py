@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from epic_rag import EpicEncoder
     from epic_rag_chroma.search.index_reader import IndexReader, IndexSnapshot, Ranking
     from epic_rag_chroma.search.request import SearchSettings
-    from epic_rag_chroma.search.searcher import Embedded, Vectors
+    from epic_rag_chroma.search.searcher import Embedded, Encode, Vectors
     from epic_rag_chroma.store.database import Record
 
 __all__ = ["ShardedCollection"]
@@ -261,15 +261,16 @@ class ShardedCollection:
             raise ConfigError("A collection on a server has no times of files. Search without since.")
         info = self.info
 
-        def encode(queries: Sequence[str]) -> Vectors:
+        def encode_queries(queries: Sequence[str]) -> Vectors:
             encoder = self._load(info)
             with self._encoder_lock:
                 return encoder.encode_query(queries, request.prompt)
 
+        encode: Encode = encode_queries
         if embedded is not None:
             if len(embedded) != len(texts):
                 raise ConfigError(f"embedded has {len(embedded)} entries for {len(texts)} queries. Give one for each.")
-            encode = replace_queries(encode, embedded, info.dimension)
+            encode = replace_queries(encode_queries, embedded, info.dimension)
         with self._lock:
             self._filters = request.filters
             plain = replace(request, filters=None)  # the snapshot applies them

@@ -28,6 +28,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -348,18 +349,17 @@ class Shards:
             by_shard.setdefault(shard_of(row_id, len(self._shards)), []).append(row_id)
         deleted = 0
         for number, some in by_shard.items():
-            shard = self._shards[number]
-            for start in range(0, len(some), _PAGE):
-                try:
-                    self._check_shard(shard)
-                    part = some[start : start + _PAGE]
-                    there = list(shard.collection.get(ids=part, include=[])["ids"])
-                    if there:
-                        self._send(shard, lambda there=there, shard=shard: shard.collection.delete(ids=there))
-                    deleted += len(there)
-                except ShardInDoubtError:
-                    break
+            with suppress(ShardInDoubtError):
+                for start in range(0, len(some), _PAGE):
+                    deleted += self._delete_part(self._shards[number], some[start : start + _PAGE])
         return deleted
+
+    def _delete_part(self, shard: _Shard, ids: list[str]) -> int:
+        self._check_shard(shard)
+        there = list(shard.collection.get(ids=ids, include=[])["ids"])
+        if there:
+            self._send(shard, lambda: shard.collection.delete(ids=there))
+        return len(there)
 
     def ids(self) -> Iterator[list[str]]:
         """Yield the ids of all rows, page by page. Rows must not be deleted meanwhile."""
