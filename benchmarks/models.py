@@ -3,8 +3,8 @@
     python benchmarks/models.py [--output FOLDER]
 
 For each replica (see `replicas.py`): the largest difference in a number of a query's and a document's vector, in a
-batch and one by one. Vectors of models without a normalising module are normalised before they are compared, because
-an encoder returns unit vectors.
+batch and one by one; and what `epic-rag models show` prints of it. Vectors of models without a normalising module are
+normalised before they are compared, because an encoder returns unit vectors.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from epic_rag.metrics import unit_rows
 __all__ = ["Comparison", "compare", "measure", "parser", "reference"]
 
 LIMIT = 1e-5
+SHOWN = ("pooling", "query prompt", "document prompt", "longest text", "dimensions", "similarity")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Comparison:
         modules: Its modules.
         query: Largest difference in a number of a query's vector.
         document: Largest difference in a number of a document's vector.
+        shown: Value of each fact of SHOWN that `epic-rag models show` prints, with * if it is guessed.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Comparison:
     modules: str
     query: float
     document: float
+    shown: dict[str, str]
 
 
 def reference(replica: Replica, folder: Path) -> Any:
@@ -81,6 +84,11 @@ def compare(replica: Replica, folder: Path) -> Comparison:
         "epic-rag" if encoder.external is None else "sentence-transformers",
         ", ".join(type(module).__name__ for module in model),
         *differences,
+        {
+            fact.name: fact.value.removeprefix("'").removesuffix("'") + ("*" if "guessed" in fact.source else "")
+            for fact in encoder.describe()
+            if fact.name in SHOWN
+        },
     )
 
 
@@ -101,10 +109,20 @@ def measure(options: argparse.Namespace) -> int:
         [[item.name, item.run_by, item.modules, f"{item.query:.1e}", f"{item.document:.1e}"] for item in found],
         text_columns=3,
     )
+    shown = markdown_table(
+        ["model", *SHOWN],
+        [
+            [item.name.rsplit("/", 1)[-1], *(f"`{text}`" if (text := item.shown.get(name)) else "" for name in SHOWN)]
+            for item in found
+        ],
+        text_columns=1 + len(SHOWN),
+    )
     largest = max(max(item.query, item.document) for item in found)
     bars = [Bar("largest difference", largest, LIMIT, True)]
     rows = [asdict(item) for item in found]
-    write(options.output, "models", f"{markdown}\n\n{bars_table(bars)}", bars, torch.device("cpu"), rows=rows)
+    write(
+        options.output, "models", f"{markdown}\n\n{bars_table(bars)}\n\n{shown}", bars, torch.device("cpu"), rows=rows
+    )
     return 0 if bars[0].met else 1
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "identify",
     "is_int8",
     "is_shipped",
+    "is_trusted",
     "languages_of",
     "list_checkpoints",
     "read_epic_file",
@@ -46,6 +47,8 @@ __all__ = [
 ]
 
 DEFAULT_CHECKPOINT = "epic-minilm"
+TRUST_VARIABLE = "EPIC_RAG_TRUST_REMOTE_CODE"
+"""Names of models whose Python code may run, with commas between."""
 EPIC_FILE = "epic.json"
 PROJECTOR_FILE = "projector.safetensors"
 HEAD_FOLDER = "2_Dense"
@@ -153,6 +156,12 @@ def list_checkpoints() -> list[CheckpointInfo]:
 def is_shipped(folder: Path) -> bool:
     """Return whether a folder is a checkpoint that ships with the package."""
     return folder.parent == _SHIPPED and (folder / EPIC_FILE).is_file()
+
+
+def is_trusted(name_or_path: str | os.PathLike[str] | None) -> bool:
+    """Return whether EPIC_RAG_TRUST_REMOTE_CODE names a model: by its hub name or its folder's absolute path."""
+    names = {name.strip() for name in os.environ.get(TRUST_VARIABLE, "").split(",")} - {""}
+    return name_or_path is not None and bool(names & {os.fspath(name_or_path), os.path.abspath(name_or_path)})
 
 
 def resolve(

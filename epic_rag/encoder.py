@@ -36,6 +36,7 @@ from epic_rag.checkpoints import (
     check_width,
     fingerprint_of,
     identify,
+    is_trusted,
     read_epic_file,
     resolve,
 )
@@ -171,7 +172,7 @@ class EpicEncoder:
             max_query_tokens: Longest query in tokens, without its prompt.
             max_document_tokens: Longest document in tokens.
             truncate_dim: Keep the first N dimensions and renormalise; None takes the checkpoint's.
-            trust_remote_code: Allow Python code in the folder to run.
+            trust_remote_code: Allow Python code in the folder to run; EPIC_RAG_TRUST_REMOTE_CODE may name it, too.
             revision: Commit or tag on the hub.
             local_files_only: Use only what was downloaded before, without network access.
             backend: "native" runs the transformer by epic-rag, as training and prompts with demonstrations need it;
@@ -184,6 +185,7 @@ class EpicEncoder:
             RemoteModelError: If a remote model does not answer.
         """
         onnx = split_onnx(name_or_path)
+        trust_remote_code = trust_remote_code or is_trusted(name_or_path)
         changes = {
             "num_layers": num_layers,
             "adapter": adapter,
@@ -199,9 +201,7 @@ class EpicEncoder:
             remote = RemoteModel(
                 str(name_or_path), max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens
             )
-            encoder = cls._of_model(remote, remote.name, remote.source, truncate_dim)
-            encoder.folder = remote.reader_folder
-            return encoder
+            return cls._of_model(remote, remote.name, remote.source, truncate_dim, remote.reader_folder)
         folder = resolve(
             name_or_path if onnx is None else onnx[0],
             revision=revision,
@@ -232,9 +232,7 @@ class EpicEncoder:
                 **limits,
             )
             source = source if onnx is None else f"onnx:{source}" + ("" if file is None else f"@{file}")
-            encoder = cls._of_model(model, name, source, truncate_dim)
-            encoder.folder = folder
-            return encoder
+            return cls._of_model(model, name, source, truncate_dim, folder)
         settings = {"dtype": dtype, "truncate_dim": truncate_dim, "trust_remote_code": trust_remote_code}
         load = partial(
             _load_checkpoint, folder, epic, device, name=name, source=source, **settings, **limits, **changes
@@ -265,12 +263,15 @@ class EpicEncoder:
         return encoder
 
     @classmethod
-    def _of_model(cls, model: EmbeddingModel, name: str, source: str, truncate_dim: int | None) -> EpicEncoder:
+    def _of_model(
+        cls, model: EmbeddingModel, name: str, source: str, truncate_dim: int | None, folder: Path | None
+    ) -> EpicEncoder:
         """Make an encoder of a model of another library or service."""
         encoder = cls(model, None, name=name, source=source, config=EncoderConfig(strategy="reader"))
         encoder.truncate_dim = check_width(
             model.truncate_dim if truncate_dim is None else truncate_dim, model.dimension
         )
+        encoder.folder = folder
         return encoder
 
     def describe(self) -> list[Fact]:

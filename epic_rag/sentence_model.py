@@ -166,7 +166,8 @@ class SentenceModel(EmbeddingModel):
             raise
         except Exception as error:  # of any module of any author
             hint = (
-                "It brings its own code: pass trust_remote_code=True if you trust it."
+                "It brings its own code: pass trust_remote_code=True, or put its name into "
+                "EPIC_RAG_TRUST_REMOTE_CODE, if you trust it."
                 if "trust_remote_code" in str(error)
                 else "Check the folder's files."
             )
@@ -425,4 +426,6 @@ def _onnx_modules(folder: Path, file: str | None) -> list[Any]:
         entries = json.loads((folder / _MODULES).read_text(encoding="utf-8"))[1:]
     except OSError:
         return [transformer, Pooling(transformer.get_embedding_dimension(), "mean"), Normalize()]
+    if any(not str(entry["type"]).startswith("sentence_transformers.") for entry in entries):
+        raise CheckpointError("a module is not of sentence-transformers")
     return [transformer, *(load(entry["type"]).load(str(folder / entry["path"])) for entry in entries)]

@@ -221,3 +221,55 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert measure(parser().parse_args(["--only", "static-retrieval", "--output", str(tmp_path)])) == 0
     assert "static-retrieval-mrl-en-v1" in capsys.readouterr().out
     assert not Bar("largest difference", 2 * LIMIT, LIMIT, True).met
+
+
+@pytest.mark.parametrize("name", ["onnx", "potion", "bge-small"])
+def test_a_reader_is_trained_for_a_folder_and_changes_no_document(
+    name: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import epic_rag.training.reader_training as module
+    from epic_rag_cli.main import run
+
+    options = module.ReaderTrainingOptions(rows=60, episodes=8, largest=16, steps=10)
+    monkeypatch.setattr(module, "ReaderTrainingOptions", lambda: options)
+    if name == "onnx":
+        folder = tmp_path / "alone"
+        shutil.copytree(exported, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    else:
+        folder = replica(name, tmp_path)
+    pairs = tmp_path / "pairs.jsonl"
+    rows = ({"query": f"term {number}", "positive": f"what {number} means"} for number in range(60))
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encoder = EpicEncoder.from_pretrained(folder)
+    before = (encoder.reader.kind, encoder.fingerprint, encoder.query_fingerprint)
+    assert run(["train", "reader", "--model", str(folder), "--data", str(pairs)]) == 0
+    trained = EpicEncoder.from_pretrained(folder)
+    assert trained.external is not None
+    assert (before[0], trained.reader.kind) == ("universal", "trained")
+    assert trained.fingerprint == before[1]
+    assert trained.query_fingerprint != before[2]
+    np.testing.assert_array_equal(trained.encode_document(TEXTS), encoder.encode_document(TEXTS))
+
+
+def test_code_of_a_folder_runs_only_if_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = replica("bge-small", tmp_path)
+    plain = EpicEncoder.from_pretrained(folder).encode_document("a text")
+    (folder / "shift.py").write_text(
+        "import torch\n\n\nclass Shift(torch.nn.Module):\n"
+        "    @classmethod\n    def load(cls, *_, **__):\n        return cls()\n\n"
+        "    def forward(self, features, **_):\n"
+        "        features['sentence_embedding'] = features['sentence_embedding'].roll(1, -1)\n"
+        "        return features\n"
+    )
+    modules = json.loads((folder / "modules.json").read_text())
+    modules.append({"idx": 3, "name": "3", "path": "", "type": "shift.Shift"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for names in ("", "BAAI/bge-small-en-v1.5", f"{folder}-2"):
+        monkeypatch.setenv("EPIC_RAG_TRUST_REMOTE_CODE", names)
+        with pytest.raises(CheckpointError, match="put its name into EPIC_RAG_TRUST_REMOTE_CODE"):
+            EpicEncoder.from_pretrained(folder)
+    trusted = EpicEncoder.from_pretrained(folder, trust_remote_code=True)
+    np.testing.assert_allclose(trusted.encode_document("a text"), np.roll(plain, 1), atol=LIMIT)
+    monkeypatch.setenv("EPIC_RAG_TRUST_REMOTE_CODE", f"other/model, {folder}")
+    named = EpicEncoder.from_pretrained(folder)
+    np.testing.assert_array_equal(named.encode_document("a text"), trusted.encode_document("a text"))
