@@ -702,7 +702,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--kill-documents", type=int, default=4000)
     parser.add_argument("--kill-seconds", type=float, default=0.15, help="time that a batch takes")
-    parser.add_argument("--kill-within", type=float, default=8.0, help="longest time until the next kill")
+    parser.add_argument("--kill-within", type=float, default=20.0, help="longest time until the next kill")
     parser.add_argument("--chroma-kills", type=int, default=10)
     parser.add_argument("--chroma-within", type=float, default=4.0, help="longest time until the server is killed")
     parser.add_argument("--rows", type=int, default=1_000_000)

@@ -81,6 +81,10 @@ class EpicBatchEncoder:
             raise ConfigError("Documents are embedded without a prompt. Leave prompt out, or use role='query'.")
         use_threads(assigned_threads() if threads is None else threads)
         self.encoder = load_encoder(model, dtype=dtype, device=device, truncate_dim=truncate_dim)
+        if self.encoder.external is None:
+            # Loaded in any case: a batch of a handful of texts would be embedded without torch, with vectors that differ
+            # in their last bits, and a part must not depend on what its actor did before.
+            _ = self.encoder.backbone
         if batch_tokens is not None:
             if batch_tokens < 1:
                 raise ConfigError(f"batch_tokens is {batch_tokens}. Use 1 or more.")

@@ -24,7 +24,10 @@ from epic_rag.errors import ConfigError, EpicError, MissingExtraError, reason_of
 __all__ = ["Cluster", "Task", "Worker", "run_tasks"]
 
 Task = dict[str, Any]
-logger = logging.getLogger(__name__)
+# A node that does not start within half a minute is given up by Ray; on a busy machine the next one may.
+_STARTS = 3
+# Tasks and results alone are in the object store of a local cluster.
+_STORE_BYTES = 512 * 2**20
 
 
 class Worker(Protocol):
@@ -90,15 +93,20 @@ class Cluster:
         options: dict[str, Any] = {"address": self.address}
         if self.address == "local":
             wanted = None if self.actors is None else max(self.actors * self.cpus, _cpus())
-            options |= {"include_dashboard": False, "num_cpus": wanted}
-        try:
-            with _silent_stderr():
-                ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise EpicError(
-                f"The Ray cluster {self.address} cannot be reached ({reason_of(error)}). Check the address and that "
-                "it runs, or use --ray local."
-            ) from error
+            options |= {"include_dashboard": False, "num_cpus": wanted, "object_store_memory": _STORE_BYTES}
+        attempts = _STARTS if self.address == "local" else 1
+        for attempt in range(1, attempts + 1):
+            try:
+                with _silent_stderr():
+                    ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+                break
+            except Exception as error:  # Ray raises its own and plain ones
+                ray.shutdown()
+                if attempt == attempts:
+                    raise EpicError(
+                        f"The Ray cluster {self.address} cannot be reached ({reason_of(error)}). Check the address and "
+                        "that it runs, or use --ray local."
+                    ) from error
         for handler in logging.getLogger("ray.data").handlers:
             if type(handler).__name__ == "PlainRayHandler":  # that of the terminal; the others write to files
                 handler.setLevel(logging.ERROR)

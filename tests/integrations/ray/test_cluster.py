@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from epic_rag.errors import EpicError
+from epic_rag_cli.main import run
 from epic_rag_ray import Cluster, FileChunker, PipelineSettings, read_progress, run_pipeline
 from epic_rag_ray.engine import Task, run_tasks
 from tests.helpers.free_encoder import calls, free_encoder
@@ -70,6 +72,29 @@ def test_a_killed_actor_is_replaced_and_nothing_is_lost(ray_cluster: Cluster, tm
         np.testing.assert_array_equal(row["embedding"], free_encoder().encode_document(row["text"]))
     assert sum(count for _, count in calls(log)) <= 120 + 2 * 8
     assert read_progress(str(tmp_path / "out")).actors == 2
+
+
+def test_the_command_runs_on_the_cluster(
+    ray_cluster: Cluster, tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    docs = corpus(tmp_path / "docs", 19)
+    (docs / "bad.pdf").write_bytes(b"broken")
+    capfd.readouterr()
+    command = [
+        "index",
+        str(docs),
+        "--to",
+        str(tmp_path / "out"),
+        "--model",
+        str(tiny_checkpoint),
+        "--duplicates",
+        "exact",
+    ]
+    assert run([*command, "--ray", "local", "--actors", "1", "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["rows"], report["actors"]) == (19, 1)
+    assert [Path(each["path"]).name for each in report["skipped"]] == ["bad.pdf"]
+    assert len(contents(tmp_path / "out")) == 19
 
 
 class Broken:
