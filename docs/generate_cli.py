@@ -25,6 +25,8 @@ SCHEMAS = (
     "index",
     "index-dry-run",
     "index-collection",
+    "index-to",
+    "status-to",
     "index-watch",
     "config",
     "models",

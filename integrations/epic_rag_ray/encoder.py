@@ -82,7 +82,7 @@ class EpicBatchEncoder:
         use_threads(assigned_threads() if threads is None else threads)
         self.encoder = load_encoder(model, dtype=dtype, device=device, truncate_dim=truncate_dim)
         if self.encoder.external is None:
-            # Loaded in any case: a batch of a handful of texts would be embedded without torch, with vectors that differ
+            # Loaded in any case: a handful of texts would be embedded without torch, with vectors that differ
             # in their last bits, and a part must not depend on what its actor did before.
             _ = self.encoder.backbone
         if batch_tokens is not None:

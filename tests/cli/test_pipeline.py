@@ -10,6 +10,7 @@ import pytest
 
 from epic_rag_cli.pipeline import address_of, progress_line
 from epic_rag_ray import RunProgress, VectorParts
+from tests.cli.test_schemas import check
 
 
 def test_counts_rows_and_changes(cli: Any, docs: Path, tiny_checkpoint: Path) -> None:
@@ -24,6 +25,7 @@ def test_counts_rows_and_changes(cli: Any, docs: Path, tiny_checkpoint: Path) ->
     second = cli("index", "--to", "vectors", "--json")
     assert second.status == 0
     report = json.loads(second.out)
+    check("index-to", report)
     assert {name: report[name] for name in ("to", "changed", "deleted", "unchanged", "rows", "embedded")} == {
         "to": "vectors",
         "changed": 1,
@@ -46,6 +48,7 @@ def test_status(cli: Any, docs: Path, tiny_checkpoint: Path) -> None:
     assert "rows     5 of 1 run" in shown.out
     assert "run      complete: storing 5 of 5 rows" in shown.out
     facts = json.loads(cli("status", "--to", "vectors", "--json").out)
+    check("status-to", facts)
     assert (facts["state"], facts["rows"], facts["failures"], facts["generation"]) == ("complete", 5, {}, 1)
 
 
