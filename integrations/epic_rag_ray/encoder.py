@@ -117,7 +117,7 @@ class EpicBatchEncoder:
         vectors = np.zeros((len(texts), self.info.dimension), np.float32)
         if len(known):
             vectors[known] = self.embed([str(text) for text in texts.take(pa.array(known)).to_pylist()])
-        finite = np.isfinite(vectors).all(axis=1)
+        finite: npt.NDArray[np.bool_] = np.isfinite(vectors).all(axis=1, keepdims=False).reshape(-1)
         finite[~texts.is_valid().to_numpy()] = False
         column = embedding_column(np.where(finite[:, None], vectors, 0), self.info.dtype)
         if not finite.all():

@@ -17,7 +17,7 @@ import json
 import os
 import socket
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -261,7 +261,7 @@ class _Run:
         self._show = show
         self._started = time.monotonic()
         self._shown = self._saved = 0.0
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._failures: Counter[str] = Counter()
         self._tokens, self._worker_seconds, self._actors = 0, 0.0, 1
         self._generation = 0

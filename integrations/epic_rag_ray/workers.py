@@ -175,7 +175,7 @@ class PartWriter:
         if len(to_embed):
             texts = pc.coalesce(table["embedded"], table["text"]).take(pa.array(to_embed)).to_pylist()
             vectors[to_embed] = self._encoder.embed(texts)
-        finite: npt.NDArray[np.bool_] = np.isfinite(vectors).all(axis=1)
+        finite: npt.NDArray[np.bool_] = np.isfinite(vectors).all(axis=1, keepdims=False).reshape(-1)
         lost = table.filter(pa.array(~finite))["path"].to_pylist()
         table = table.select([name for name in self._schema.names if name != VECTOR_COLUMN])
         table = table.append_column(VECTOR_COLUMN, embedding_column(vectors, self._encoder.info.dtype))

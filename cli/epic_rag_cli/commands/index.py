@@ -237,19 +237,19 @@ def index(
         from epic_rag_cli.pipeline import index_to_parquet
         from epic_rag_ray import Cluster
 
-        settings = IndexSettings(
+        reading = IndexSettings(
             include=tuple(include or ()), exclude=tuple(exclude or ()), follow_links=bool(follow_links)
         )
         if chunk_tokens is not None:
-            overlap = min(settings.chunk_overlap, chunk_tokens // 10)
-            settings = dataclasses.replace(settings, chunk_tokens=chunk_tokens, chunk_overlap=overlap)
+            overlap = min(reading.chunk_overlap, chunk_tokens // 10)
+            reading = dataclasses.replace(reading, chunk_tokens=chunk_tokens, chunk_overlap=overlap)
         index_to_parquet(
             paths or [],
             to,
             model=model,
             dtype=dtype,
             device=device,
-            settings=settings,
+            settings=reading,
             vectors=vectors,
             duplicates=duplicates,
             cluster=Cluster(ray, actors, cpus, gpus),
