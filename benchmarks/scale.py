@@ -52,7 +52,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "scale.md"
 PICTURE = ROOT / "docs" / "images" / "scale.svg"
 PAIRS = "docs_sections.jsonl.gz"
-RESCORED = (100, 400)
+RESCORED = (100, 1000)
 
 
 @dataclass(frozen=True)

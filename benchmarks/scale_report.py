@@ -162,7 +162,7 @@ def tables(found: dict[str, Any]) -> str:
                         size_text(layout.memory(size)),
                         size_text(layout.disk(size)),
                         time_text(layout.build(size)),
-                        f"{layout.query_ms(size):,.0f} ms",
+                        f"{ms:,.0f} ms" if (ms := layout.query_ms(size)) < 10_000 else time_text(ms / 1e3),
                         f"{layout.recall:.3f}",
                     ]
                 )

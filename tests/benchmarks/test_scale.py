@@ -79,7 +79,7 @@ def test_every_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert 0.99 < found["training"]["parameters"] / 7.11e9 < 1.01  # Mistral-7B without its output layer
     assert 0.99 < found["training"]["adapters"] / (167.8e6 + 16.8e6) < 1.01
     printed = capsys.readouterr().out
-    for said in ("**Vectors.**", "scan, binary, 400 rescored", "Chroma, one collection", "8 x H100 80 GB"):
+    for said in ("**Vectors.**", "scan, binary, 1000 rescored", "Chroma, one collection", "8 x H100 80 GB"):
         assert said in printed
     assert (tmp_path / "scale.svg").is_file()
     monkeypatch.setattr("sys.argv", ["scale.py", "--only", "nothing"])
