@@ -595,7 +595,6 @@ def start_driver(work: Path, roots: list[str], out: Path, arguments: Facts) -> s
             env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_worker_niceness": "0"},
             stdout=errors,
             stderr=errors,
-            start_new_session=True,
         )
 
 
