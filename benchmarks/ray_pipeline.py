@@ -206,8 +206,8 @@ def scaling(options: argparse.Namespace, work: Path) -> tuple[Facts, list[list[s
     docs = work / "scaling"
     docs.mkdir()
     write_documents(docs / "passages.jsonl.gz", ((str(number), text) for number, text in enumerate(texts)))
-    # The model itself has one thread; the encoder of the driver, too.
-    settings = PipelineSettings(model=options.model, duplicates="keep", rows=options.part_rows)
+    rows = options.part_rows or max(1, -(-len(texts) // 24))
+    settings = PipelineSettings(model=options.model, duplicates="keep", rows=rows)
     reports: dict[str, PipelineReport] = {}
     for name, cluster in (
         ("plain loop", None),
@@ -678,7 +678,6 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], tuple[Facts, list[list[str
 }
 QUICK = {
     "passages": 200,
-    "part_rows": 32,
     "kills": 2,
     "chroma_kills": 1,
     "kill_documents": 1000,
@@ -697,7 +696,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, help="JSON lines with real passages under 'positive' or 'text'")
     parser.add_argument("--model", default="epic-minilm", help="model of scaling and broken")
     parser.add_argument("--passages", type=int, default=20_000)
-    parser.add_argument("--part-rows", type=int, default=1024, help="rows of a part in scaling")
+    parser.add_argument("--part-rows", type=int, default=0, help="rows of a part in scaling; 0 for 24 parts")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--kill-documents", type=int, default=4000)
     parser.add_argument("--kill-seconds", type=float, default=0.15, help="time that a batch takes")
