@@ -85,9 +85,9 @@ def compare(replica: Replica, folder: Path) -> Comparison:
         ", ".join(type(module).__name__ for module in model),
         *differences,
         {
-            fact.name: fact.value.removeprefix("'").removesuffix("'") + ("*" if "guessed" in fact.source else "")
+            fact.name: value + ("*" if "guessed" in fact.source else "")
             for fact in encoder.describe()
-            if fact.name in SHOWN
+            if fact.name in SHOWN and (value := fact.value.removeprefix("'").removesuffix("'"))
         },
     )
 
