@@ -257,6 +257,7 @@ def _score_arm(
     documents = family.documents.documents
     for draw in range(draws):
         queries, pairs, rows = moved(draw)
+        ranked: Iterable[tuple[Collection, dict[str, npt.NDArray[np.float64]]]]
         if queries is not None:
             ranked = family.ndcg(queries.astype(np.float32) @ documents.T)
         elif method == "reader-against":

@@ -42,7 +42,7 @@ class _Embedder:
         dtype: str | None,
         **others: Any,
     ) -> None:
-        prompt = {
+        prompt: dict[str, Any] = {
             "task": task,
             "bank": os.fspath(bank) if isinstance(bank, os.PathLike) else bank,
             "instruction": instruction,
