@@ -190,8 +190,9 @@ def measure(options: argparse.Namespace) -> int:
         statuses, sizes = using(
             lambda client: run_mixed(client, texts, 60 * options.minutes, lambda: process.memory_info().rss)
         )
-    # The first tenth fills pools and caches.
-    settled, last = (statistics.median(part) for part in (sizes[len(sizes) // 10 :][:5], sizes[-5:]))
+    # The first tenth fills pools and caches. Tenths, since a batch at work adds to a single sample.
+    tenth = max(1, len(sizes) // 10)
+    settled, last = statistics.median(sizes[tenth : 2 * tenth] or sizes), statistics.median(sizes[-tenth:])
     p95 = statistics.quantiles(probes, n=20)[-1] if len(probes) > 1 else probes[0]
     batch = statistics.median(batches)
     extra = 1e3 * (statistics.median(single_http) - statistics.median(single_local))

@@ -40,7 +40,7 @@ _SLICE = 64
 _EXPRESS_SHARE = 8
 _LONGEST_WAIT = 60
 # Seconds between two releases of freed memory, each of which takes 0.1 s at most.
-_RELEASE_INTERVAL = 10.0
+_RELEASE_INTERVAL = 5.0
 
 
 class QueueClosedError(EpicError):

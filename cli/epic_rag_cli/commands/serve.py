@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,8 +112,16 @@ def serve(
     from epic_rag_server import AccessPolicy, BankStore, LocalQueries, Server, Service, create_app
 
     policy = AccessPolicy(bind=host, hosts=allow_host or (), api_key=key)
-    encoder, indexes = _open(folders, encoder, model, dtype, device)
-    service = Service(encoder, indexes, BankStore(bank_folder(bank_dir)))
+    banks = BankStore(bank_folder(bank_dir))
+
+    def load() -> tuple[dict[str, ChromaIndexer], Service]:
+        loaded, indexes = _open(folders, encoder, model, dtype, device)
+        return indexes, Service(loaded, indexes, banks)
+
+    # In a thread that ends: a thread that has computed keeps OpenMP's workers, and with more of them than cores the
+    # workers of the thread that owns the model sleep between products, which doubles the time of a query.
+    with ThreadPoolExecutor(1) as loader:
+        indexes, service = loader.submit(load).result()
     local = LocalQueries(service, folders, ServedModel(model, dtype, device), light)
     try:
         server = Server(create_app(service, policy, role_prefixes=prefixes, local=local), host, port)
