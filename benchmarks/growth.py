@@ -71,6 +71,7 @@ class HashedEncoder:
         self.name, self.source, self.fingerprint = encoder.name, encoder.source, encoder.fingerprint
         self.dimension, self.truncate_dim = encoder.dimension, None
         self.max_document_tokens = encoder.max_document_tokens
+        self.folder, self.config = encoder.folder, encoder.config
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return self._encoder.count_tokens(texts)
