@@ -286,6 +286,7 @@ def prepare_cli(page_run: PageRun, text: str, stack: ExitStack) -> None:
     Path("notes/commits.md").write_text("# Commits\n\nA commit has a message.\n")
     assert run(["index", write_docs("docs"), "notes.md", "--quiet"]) == 0
     assert run(["index", "notes", "--quiet"]) == 0
+    assert run(["index", "docs", "--to", "vectors", "--quiet"]) == 0
     pairs = ({"query": f"term {number}", "positive": f"what {number} means"} for number in range(12))
     write_lines("pairs.jsonl", pairs)
     write_lines("terms.jsonl", ({"query": f"word {number}", "positive": f"its sense {number}"} for number in range(12)))

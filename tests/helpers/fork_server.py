@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,8 @@ class HashEncoder:
     dimension = DIMENSION
     truncate_dim = None
     max_document_tokens = 128
+    folder = None
+    config = SimpleNamespace(languages=())
 
     def __init__(self, pause: float = 0.0) -> None:
         self.pause = pause

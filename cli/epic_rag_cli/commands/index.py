@@ -219,8 +219,8 @@ def index(
         epic-rag index docs --chunk-tokens 120 --rebuild
         epic-rag index --remove notes.md --index-dir docs
         epic-rag index --dry-run
-        epic-rag index --from-parquet vectors --index-dir docs/.epic-rag
-        epic-rag index docs --to vectors --ray local
+        epic-rag index docs --to vectors
+        epic-rag index --from-parquet vectors --index-dir vectors.index
     """
     if math.isnan(wait):
         raise typer.BadParameter("nan is not a number of seconds", param_hint="'--wait'")

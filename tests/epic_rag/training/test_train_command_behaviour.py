@@ -103,8 +103,6 @@ def test_a_missing_extra_is_named(cli: Any, run_file: Path, monkeypatch: pytest.
         result = cli("train", *arguments)
         assert result.status == 1
         assert result.err.endswith("needs PyYAML, which is not installed. Run `pip install 'epic-rag[train]'`.\n")
-    # A JSON file needs nothing more.
-    assert cli("train", run_file).status == 0
 
 
 def test_wrong_command_line(cli: Any) -> None:

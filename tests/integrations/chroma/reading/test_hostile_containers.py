@@ -91,5 +91,5 @@ def test_encrypted_office_files() -> None:
 )
 def test_missing_package(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtraError, match=r"epic-rag\[files\]"):
+    with pytest.raises(MissingExtraError, match=r"epic-rag\[index\]"):
         read_document(name, SAMPLES[name])

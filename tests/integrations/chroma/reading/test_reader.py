@@ -160,5 +160,5 @@ def test_encrypted_pdf(pdf: Callable[[list[str]], bytes]) -> None:
 @pytest.mark.parametrize(("module", "name"), [("pypdfium2", "a.pdf"), ("justhtml", "a.html")])
 def test_missing_package(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtraError, match=r"epic-rag\[files\]"):
+    with pytest.raises(MissingExtraError, match=r"epic-rag\[index\]"):
         read_document(name, b"<p>x</p>")
