@@ -57,7 +57,7 @@ RESCORED = (100, 1000)
 
 @dataclass(frozen=True)
 class Counts:
-    """How much is measured."""
+    """Counts of what is measured."""
 
     passages: int = 16_000
     clusters: int = 256

@@ -22,7 +22,7 @@ ROWS_PER_SHARD = 5_000_000
 
 @dataclass(frozen=True)
 class Layout:
-    """What a layout takes at any number of rows; per row in bytes and seconds."""
+    """Memory, disk and time of a layout, each as a function of the number of rows; bytes and seconds."""
 
     name: str
     memory: Callable[[int], float]

@@ -62,6 +62,28 @@ _FOLDER_ERRORS = frozenset(
 )  # fmt: skip
 
 
+@dataclass
+class _OpenIndex:
+    """An index folder that is locked for a run: its database and state, None for a new one, and the mirror's place."""
+
+    current: IndexDatabase | None
+    state: IndexState | None
+    old_place: ServerPlace | str | None
+    place: ServerPlace | str
+    stack: ExitStack
+
+    def database_to_write(self, index_dir: Path, *, rebuild: bool) -> IndexDatabase:
+        """Open the database that the run writes: the current one, made if there is none, or that of a rebuild."""
+        if self.current is None:
+            self.current = IndexDatabase.open(index_dir / DATABASE_FILE)
+            self.stack.callback(self.current.close)
+        if not rebuild:
+            return self.current
+        database = IndexDatabase.open(index_dir / REBUILD_FILE)
+        self.stack.callback(database.close)
+        return database
+
+
 @dataclass(frozen=True)
 class IndexRunner:
     """Runs the indexer on an index folder.
@@ -92,95 +114,67 @@ class IndexRunner:
     ) -> IndexReport:
         """Bring the index up to date; see `ChromaIndexer.index`."""
         started = time.monotonic()
-        with (
-            _folder_errors(self.index_dir),
-            index_folder(self.index_dir),
-            write_lock(self.index_dir, wait=wait),
-        ):
-            current, old, old_chroma = self._open(rebuild=rebuild)
-            with ExitStack() as opened:
-                if current is not None:
-                    opened.callback(current.close)
-                place = new_place(self.server, old_chroma)
-                if isinstance(place, ServerPlace):
-                    require_known(self.index_dir, place.server, is_named=self.server is not None)
-                if old is not None and old.parts is not None and not rebuild:
-                    raise IndexStateError(
-                        f"The index in {self.index_dir} is filled from the Parquet files in {old.parts}. Run `epic-rag "
-                        f"index --from-parquet {shlex.quote(old.parts)}`, or index folders with another --index-dir."
-                    )
-                encoder = self.load(old)
-                if old is not None and not rebuild:
-                    check_model(self.index_dir, old, encoder, paths)
-                    check_settings(self.index_dir, old, settings, paths)
-                settings = settings or (old.settings if old is not None else IndexSettings())
-                chunk_tokens, chunk_overlap, chunk_window = chunk_sizes(settings, encoder)
-                state = IndexState(
-                    model=encoder.name,
-                    source=absolute_source(encoder.source),
-                    fingerprint=encoder.fingerprint,
-                    dimension=encoder.dimension,
-                    truncate_dim=encoder.truncate_dim,
-                    settings=settings,
-                    roots=tuple(merge_roots(paths, () if old is None else old.roots, self.index_dir, remove)),
-                    updated_at=None if old is None else old.updated_at,
-                    last_run=None if old is None else old.last_run,
-                    chroma=old_chroma or place,  # until the mirror is complete at another place
+        with self._locked(rebuild=rebuild, wait=wait) as opened:
+            old, place = opened.state, opened.place
+            if old is not None and old.parts is not None and not rebuild:
+                raise IndexStateError(
+                    f"The index in {self.index_dir} is filled from the Parquet files in {old.parts}. Run `epic-rag "
+                    f"index --from-parquet {shlex.quote(old.parts)}`, or index folders with another --index-dir."
                 )
-                if current is None:
-                    current = IndexDatabase.open(self.index_dir / DATABASE_FILE)
-                    opened.callback(current.close)
-                database = current
-                if rebuild:
-                    database = IndexDatabase.open(self.index_dir / REBUILD_FILE)
-                    opened.callback(database.close)
-                if rebuild or state != old:  # queries during the run find the roots of the chunks that it stores
-                    with database.transaction():
-                        database.save_state(state)
-                        if old is not None and old.chunker_version != state.chunker_version:
-                            database.forget_digests()  # every file is read and split again; known text keeps its vector
-                entries = database.files()
-                sync = Sync(
-                    database,
-                    entries,
-                    encoder,
-                    self.encoder_lock,
-                    chunk_tokens,
-                    chunk_overlap,
-                    chunk_window,
-                    progress,
-                    self.batch_chunks or BATCH_CHUNKS,
-                )
-                progress(IndexProgress("scanning", 0, len(state.roots), None))
-                found = scan_roots(state.roots, entries, settings, self.index_dir)
-                sync.skipped += found.skipped
-                sync.run({root for root, _ in entries} - found.missing, found.scans)
-                report = IndexReport(
-                    added=sync.added,
-                    changed=sync.changed,
-                    deleted=sync.deleted,
-                    unchanged=sync.unchanged,
-                    skipped=tuple(sync.skipped),
-                    chunks_embedded=sync.chunks_embedded,
-                    chunks_total=sum(entry.chunks for entry in entries.values()),
-                    seconds=time.monotonic() - started,
-                    renamed=sync.renamed,
-                    chunks_reused=sync.chunks_reused,
-                    language_mismatch=_language_mismatch(database, encoder) if sync.chunks_embedded else None,
-                )
-                counts = {
-                    **{name: value for name, value in asdict(report).items() if name not in _NO_COUNTS},
-                    "skipped": len(report.skipped),
-                    "seconds": round(report.seconds, 3),
-                }
-                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                state = replace(state, roots=tuple(found.roots), updated_at=now, last_run=counts)
-                database.finish_run(state)
-                if database is not current:
-                    database.close()
-                    current.replace_by(self.index_dir / REBUILD_FILE)
-                write_vectors(current)
-                self._update_mirror(current, state, place)
+            encoder = self.load(old)
+            if old is not None and not rebuild:
+                check_model(self.index_dir, old, encoder, paths)
+                check_settings(self.index_dir, old, settings, paths)
+            settings = settings or (old.settings if old is not None else IndexSettings())
+            chunk_tokens, chunk_overlap, chunk_window = chunk_sizes(settings, encoder)
+            state = IndexState(
+                model=encoder.name,
+                source=absolute_source(encoder.source),
+                fingerprint=encoder.fingerprint,
+                dimension=encoder.dimension,
+                truncate_dim=encoder.truncate_dim,
+                settings=settings,
+                roots=tuple(merge_roots(paths, () if old is None else old.roots, self.index_dir, remove)),
+                updated_at=None if old is None else old.updated_at,
+                last_run=None if old is None else old.last_run,
+                chroma=opened.old_place or place,  # until the mirror is complete at another place
+            )
+            database = opened.database_to_write(self.index_dir, rebuild=rebuild)
+            if rebuild or state != old:  # queries during the run find the roots of the chunks that it stores
+                with database.transaction():
+                    database.save_state(state)
+                    if old is not None and old.chunker_version != state.chunker_version:
+                        database.forget_digests()  # every file is read and split again; known text keeps its vector
+            entries = database.files()
+            sync = Sync(
+                database,
+                entries,
+                encoder,
+                self.encoder_lock,
+                chunk_tokens,
+                chunk_overlap,
+                chunk_window,
+                progress,
+                self.batch_chunks or BATCH_CHUNKS,
+            )
+            progress(IndexProgress("scanning", 0, len(state.roots), None))
+            found = scan_roots(state.roots, entries, settings, self.index_dir)
+            sync.skipped += found.skipped
+            sync.run({root for root, _ in entries} - found.missing, found.scans)
+            report = IndexReport(
+                added=sync.added,
+                changed=sync.changed,
+                deleted=sync.deleted,
+                unchanged=sync.unchanged,
+                skipped=tuple(sync.skipped),
+                chunks_embedded=sync.chunks_embedded,
+                chunks_total=sum(entry.chunks for entry in entries.values()),
+                seconds=time.monotonic() - started,
+                renamed=sync.renamed,
+                chunks_reused=sync.chunks_reused,
+                language_mismatch=_language_mismatch(database, encoder) if sync.chunks_embedded else None,
+            )
+            self._finish(opened, database, replace(state, roots=tuple(found.roots)), report)
             return report
 
     def load_rows(
@@ -196,55 +190,61 @@ class IndexRunner:
     ) -> IndexReport:
         """Make the index equal to rows that were embedded elsewhere; see `ChromaIndexer.load_rows`."""
         started = time.monotonic()
-        with (
-            _folder_errors(self.index_dir),
-            index_folder(self.index_dir),
-            write_lock(self.index_dir, wait=wait),
-        ):
+        with self._locked(rebuild=rebuild, wait=wait) as opened:
+            old, place = opened.state, opened.place
+            if old is not None and not rebuild:
+                _check_rows(self.index_dir, old, info, parts)
+            state = IndexState(
+                model=info.model,
+                source=info.source,
+                fingerprint=info.fingerprint,
+                dimension=info.dimension,
+                truncate_dim=info.truncate_dim,
+                settings=settings,
+                roots=(),
+                updated_at=None if old is None else old.updated_at,
+                last_run=None if old is None else old.last_run,
+                chroma=opened.old_place or place,
+                parts=parts,
+            )
+            database = opened.database_to_write(self.index_dir, rebuild=rebuild)
+            with database.transaction():
+                database.save_state(state)
+            counts = load_rows(database, rows, info, progress)
+            report = replace(counts, chunks_total=database.count(), seconds=time.monotonic() - started)
+            self._finish(opened, database, state, report)
+            return report
+
+    @contextmanager
+    def _locked(self, *, rebuild: bool, wait: float | None) -> Iterator[_OpenIndex]:
+        """Lock the index folder and open what it has; everything is closed at the end."""
+        with _folder_errors(self.index_dir), index_folder(self.index_dir), write_lock(self.index_dir, wait=wait):
             current, old, old_chroma = self._open(rebuild=rebuild)
-            with ExitStack() as opened:
+            with ExitStack() as stack:
                 if current is not None:
-                    opened.callback(current.close)
+                    stack.callback(current.close)
                 place = new_place(self.server, old_chroma)
                 if isinstance(place, ServerPlace):
                     require_known(self.index_dir, place.server, is_named=self.server is not None)
-                if old is not None and not rebuild:
-                    _check_rows(self.index_dir, old, info, parts)
-                state = IndexState(
-                    model=info.model,
-                    source=info.source,
-                    fingerprint=info.fingerprint,
-                    dimension=info.dimension,
-                    truncate_dim=info.truncate_dim,
-                    settings=settings,
-                    roots=(),
-                    updated_at=None if old is None else old.updated_at,
-                    last_run=None if old is None else old.last_run,
-                    chroma=old_chroma or place,
-                    parts=parts,
-                )
-                if current is None:
-                    current = IndexDatabase.open(self.index_dir / DATABASE_FILE)
-                    opened.callback(current.close)
-                database = current
-                if rebuild:
-                    database = IndexDatabase.open(self.index_dir / REBUILD_FILE)
-                    opened.callback(database.close)
-                with database.transaction():
-                    database.save_state(state)
-                counts = load_rows(database, rows, info, progress)
-                report = replace(counts, chunks_total=database.count(), seconds=time.monotonic() - started)
-                numbers = {name: value for name, value in asdict(report).items() if name not in _NO_COUNTS}
-                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                last_run = {**numbers, "skipped": 0, "seconds": round(report.seconds, 3)}
-                state = replace(state, updated_at=now, last_run=last_run)
-                database.finish_run(state)
-                if database is not current:
-                    database.close()
-                    current.replace_by(self.index_dir / REBUILD_FILE)
-                write_vectors(current)
-                self._update_mirror(current, state, place)
-            return report
+                yield _OpenIndex(current, old, old_chroma, place, stack)
+
+    def _finish(self, opened: _OpenIndex, database: IndexDatabase, state: IndexState, report: IndexReport) -> None:
+        """Store the state and counts of a complete run, and bring what is made of the database up to date."""
+        counts = {
+            **{name: value for name, value in asdict(report).items() if name not in _NO_COUNTS},
+            "skipped": len(report.skipped),
+            "seconds": round(report.seconds, 3),
+        }
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        state = replace(state, updated_at=now, last_run=counts)
+        database.finish_run(state)
+        current = opened.current
+        assert current is not None
+        if database is not current:
+            database.close()
+            current.replace_by(self.index_dir / REBUILD_FILE)
+        write_vectors(current)
+        self._update_mirror(current, state, opened.place)
 
     def _open(self, *, rebuild: bool) -> tuple[IndexDatabase | None, IndexState | None, ServerPlace | str | None]:
         """Open the database of the index, converted from an older format if necessary.
