@@ -49,6 +49,7 @@ DuplicateRule = Literal["near", "exact", "keep"]
 _TASK_SOURCES = 512
 _TASK_BYTES = 16 * 2**20
 _TASKS_PER_ACTOR = 4
+_SETTINGS = ("vectors", "roots", "chunk_tokens", "chunk_overlap", "duplicates", "rows")
 _SHOW_SECONDS, _SAVE_SECONDS, _STALE_SECONDS = 0.5, 2.0, 60.0
 _PLAN_SCHEMA = pa.schema(
     [
@@ -205,7 +206,7 @@ def read_progress(storage: Storage | str) -> RunProgress:
     storage = storage if isinstance(storage, Storage) else Storage(storage)
     if not storage.exists("progress.json"):
         raise DataError(f"{storage.address} has no run of `epic-rag index --to`. Check the address.")
-    found = RunProgress(**json.loads(storage.read_bytes("progress.json")))
+    found = RunProgress(**storage.read_json("progress.json", "state", "stage", "done", "total", "updated"))
     age = (datetime.now(timezone.utc) - datetime.fromisoformat(found.updated)).total_seconds()
     gone = found.host == socket.gethostname() and not _is_alive(found.pid)
     if found.state == "running" and (age > _STALE_SECONDS or gone):
@@ -269,7 +270,7 @@ class _Run:
 
     def _open(self, settings: PipelineSettings) -> tuple[PipelineSettings, VectorInfo, list[str]]:
         """Return the settings of the folder and the origin of its vectors; store those of a new folder."""
-        known = json.loads(self._storage.read_bytes("settings.json")) if self._storage.exists("settings.json") else None
+        known = self._storage.read_json("settings.json", *_SETTINGS) if self._storage.exists("settings.json") else None
         if known is not None and settings.model is None:
             settings = replace(settings, model=known["vectors"]["source"])
         if known is not None and settings.truncate_dim is None and not callable(settings.model):
@@ -352,7 +353,7 @@ class _Run:
             previous = self._documents()
             planned, gone = _compare_sources(sources, previous)
         if roots != self._roots:
-            content = json.loads(self._storage.read_bytes("settings.json"))
+            content = self._storage.read_json("settings.json", *_SETTINGS)
             self._storage.write_bytes("settings.json", json.dumps({**content, "roots": roots}, indent=2).encode())
             self._roots = roots
         skipped = tuple(sources.skipped)
@@ -362,7 +363,7 @@ class _Run:
             report = PipelineReport(self._generation - 1, unchanged=unchanged, skipped=(*skipped, *failures))
             if parts is None:
                 return report
-            last = json.loads(self._storage.read_bytes(_run_file(parts.generations[-1])))
+            last = self._storage.read_json(_run_file(parts.generations[-1]), "rows")
             return replace(report, **{name: last[name] for name in ("rows", "exact_duplicates", "near_duplicates")})
         table = _plan_table(planned, previous, self._actors)
         schema = _PLAN_SCHEMA.with_metadata({"gone": json.dumps(gone)})

@@ -185,7 +185,7 @@ class VectorParts:
     @cached_property
     def info(self) -> VectorInfo:
         """Origin and format of the vectors."""
-        settings = json.loads(self.storage.read_bytes("settings.json"))
+        settings = self.storage.read_json("settings.json", "vectors")
         return VectorInfo(**settings["vectors"])
 
     def files(self, *, since: int = 0) -> list[str]:

@@ -6,6 +6,7 @@ stores show an object when its upload ends.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -123,6 +124,28 @@ class Storage:
         except OSError as error:
             raise DataError(f"{self.address}/{name} cannot be read ({reason_of(error)}). Check the address.") from error
 
+    def read_json(self, name: str, *keys: str) -> dict[str, Any]:
+        """Read a file that holds a JSON object.
+
+        Args:
+            name: The file.
+            *keys: Keys that it must have.
+
+        Raises:
+            DataError: If it cannot be read, is no JSON object, or lacks a key.
+        """
+        data = self.read_bytes(name)
+        try:
+            found = json.loads(data)
+            if not isinstance(found, dict) or not all(key in found for key in keys):
+                raise ValueError("it is not what was written")
+        except ValueError as error:
+            raise DataError(
+                f"{self.address}/{name} is damaged ({reason_of(error)}). Restore it from a copy, or write to another "
+                "folder."
+            ) from error
+        return found
+
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file atomically.
 
@@ -209,7 +232,8 @@ class Storage:
                 yield file
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(
-                f"{self.address}/{name} is not a readable Parquet file ({reason_of(error)}). Delete it and run again."
+                f"{self.address}/{name} is not a readable Parquet file ({reason_of(error)}). Restore it from a copy, "
+                "or write to another folder."
             ) from error
 
     @contextmanager

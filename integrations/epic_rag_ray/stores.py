@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -94,7 +93,7 @@ def fill_index(
         IndexStateError: If it holds files of folders, or cannot be read or written.
     """
     live = parts if isinstance(parts, VectorParts) else VectorParts(parts)
-    settings = json.loads(live.storage.read_bytes("settings.json"))
+    settings = live.storage.read_json("settings.json", "vectors")
     sizes = {name: settings[name] for name in ("chunk_tokens", "chunk_overlap") if name in settings}
     return indexer.load_rows(
         _batches(live),

@@ -68,3 +68,10 @@ def test_vectors_of_slices_and_chunks() -> None:
     np.testing.assert_array_equal(embedding_vectors(whole), vectors)
     np.testing.assert_array_equal(embedding_vectors(whole.slice(2, 4)), vectors[2:6])
     np.testing.assert_array_equal(embedding_vectors(whole.slice(0, 0)), vectors[:0])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"rows": 1}', "\x00"])
+def test_a_damaged_json_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(DataError, match=r"settings\.json is damaged .* Restore it from a copy"):
+        Storage(tmp_path).read_json("settings.json", "vectors")
