@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -86,6 +87,23 @@ def _ctrl_c_counts() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def _log_levels() -> Iterator[None]:
+    """Programs set the levels of the packages' loggers for their process, which tests share with the next ones."""
+
+    def packages() -> Iterator[logging.Logger]:
+        for name, logger in list(logging.root.manager.loggerDict.items()):
+            if name.startswith("epic_rag") and isinstance(logger, logging.Logger):
+                yield logger
+
+    before = {logger: (logger.level, logger.disabled) for logger in packages()}
+    yield
+    for logger in packages():
+        level, logger.disabled = before.get(logger, (logging.NOTSET, False))
+        if logger.level != level:
+            logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

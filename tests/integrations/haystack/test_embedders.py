@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +62,7 @@ def test_metadata_stands_before_the_text(tiny_checkpoint: Path) -> None:
 def test_a_long_document_is_read_to_its_end(tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     long = "the quick brown fox " * 60
     component = EpicDocumentEmbedder(tiny_checkpoint)
-    # Libraries that were used before may have left logging disabled.
-    with caplog.at_level(logging.WARNING, logger="epic_rag"):
-        documents = component.run([Document(content=long + end) for end in ("jumps", "sleeps")])["documents"]
+    documents = component.run([Document(content=long + end) for end in ("jumps", "sleeps")])["documents"]
     first, second = vectors_of(documents)
     assert not np.allclose(first, second, atol=1e-4)
     assert sum("reads 128 at a time" in record.getMessage() for record in caplog.records) == 1

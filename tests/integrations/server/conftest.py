@@ -72,6 +72,7 @@ def serving(
     thread.start()
     try:
         with httpx.Client(base_url=server.url, timeout=60, headers=headers) as client:
+            client.get("/health")  # answered when the model is warm; tests then hold it as they like
             yield Running(server.url, service, encoder, folder / "docs", banks, client)
     finally:
         server.stop()

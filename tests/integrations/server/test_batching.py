@@ -7,8 +7,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from tests.conftest import make_encoder
 from tests.integrations.server.conftest import Running, serving
 
 WAIT = 30
+
+Sender: TypeAlias = Callable[[Running, str], socket.socket]
 
 
 class Held:
@@ -248,14 +251,21 @@ def busy(held: Held, tmp_path: Path) -> Iterator[tuple[Running, Held]]:
             held.free.set()
 
 
-def send(server: Running, text: str) -> socket.socket:
-    """Send a request without reading its answer."""
-    host, port = server.url.removeprefix("http://").split(":")
-    body = f'{{"input": ["{text}"]}}'
-    connection = socket.create_connection((host, int(port)), timeout=WAIT)
-    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall((head + body).encode())
-    return connection
+@pytest.fixture
+def send() -> Iterator[Sender]:
+    """A function that sends a request without reading its answer."""
+    with ExitStack() as connections:
+
+        def send(server: Running, text: str) -> socket.socket:
+            host, port = server.url.removeprefix("http://").split(":")
+            body = f'{{"input": ["{text}"]}}'
+            connection = socket.create_connection((host, int(port)), timeout=WAIT)
+            connections.enter_context(connection)
+            head = f"POST /v1/embeddings HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall((head + body).encode())
+            return connection
+
+        yield send
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -265,7 +275,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_requests_of_clients_that_left_are_not_encoded(busy: tuple[Running, Held]) -> None:
+def test_requests_of_clients_that_left_are_not_encoded(busy: tuple[Running, Held], send: Sender) -> None:
     server, held = busy
     held.free.clear()
     first = send(server, "first")
@@ -276,12 +286,11 @@ def test_requests_of_clients_that_left_are_not_encoded(busy: tuple[Running, Held
     wait_for(lambda: server.service.queue.texts == 1)
     held.free.set()
     assert b"200 OK" in first.recv(1000)
-    first.close()
     assert held.batches[-1] == ["first"]
     assert 'status="499"' in server.client.get("/metrics").text
 
 
-def test_a_full_queue_answers_429(busy: tuple[Running, Held]) -> None:
+def test_a_full_queue_answers_429(busy: tuple[Running, Held], send: Sender) -> None:
     server, held = busy
     held.free.clear()
     waiting = [send(server, f"waits {number}") for number in range(4)]
@@ -293,10 +302,9 @@ def test_a_full_queue_answers_429(busy: tuple[Running, Held]) -> None:
     held.free.set()
     for connection in waiting:
         assert b"200 OK" in connection.recv(1000)
-        connection.close()
 
 
-def test_a_stopping_server_answers_what_it_accepted(held: Held, tmp_path: Path) -> None:
+def test_a_stopping_server_answers_what_it_accepted(held: Held, tmp_path: Path, send: Sender) -> None:
     with serving(held, tmp_path) as server:  # type: ignore[arg-type]
         held.free.clear()
         waiting = [send(server, f"waits {number}") for number in range(3)]
@@ -304,7 +312,6 @@ def test_a_stopping_server_answers_what_it_accepted(held: Held, tmp_path: Path) 
         threading.Timer(0.3, held.free.set).start()
     for connection in waiting:
         assert b"200 OK" in connection.recv(1000)
-        connection.close()
     with pytest.raises(OSError, match="refused"):
         send(server, "too late")
 
