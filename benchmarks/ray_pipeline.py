@@ -114,72 +114,17 @@ def passages(texts: Path | None, count: int) -> list[str]:
     return list(found)
 
 
-VOCABULARY = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "for",
-    "that",
-    "on",
-    "with",
-    "as",
-    "are",
-    "this",
-    "by",
-    "from",
-    "file",
-    "user",
-    "system",
-    "can",
-    "be",
-    "not",
-    "has",
-    "data",
-    "index",
-    "query",
-    "server",
-    "option",
-    "value",
-    "name",
-    "path",
-    "list",
-    "string",
-    "number",
-    "type",
-    "class",
-    "method",
-    "object",
-    "return",
-    "error",
-    "message",
-    "time",
-    "memory",
-    "process",
-    "thread",
-    "network",
-    "request",
-    "response",
-    "client",
-    "table",
-    "column",
-    "row",
-    "key",
-    "field",
-    "document",
-    "text",
-    "word",
-    "vector",
-    "model",
-    "search",
-]
+VOCABULARY = (
+    "the of and to in is for that on with as are this by from file user system can be not has data index query "
+    "server option value name path list string number type class method object return error message time memory "
+    "process thread network request response client table column row key field document text word vector model "
+    "search"
+)
 
 
 def words(seed: int, count: int) -> str:
     """Return a text of common words that no other seed has."""
-    chosen = random.Random(seed).choices(VOCABULARY, k=count)
+    chosen = random.Random(seed).choices(VOCABULARY.split(), k=count)
     return f"{' '.join(chosen)} entry{seed}"
 
 
@@ -207,7 +152,7 @@ def scaling(options: argparse.Namespace, work: Path) -> tuple[Facts, list[list[s
     docs.mkdir()
     write_documents(docs / "passages.jsonl.gz", ((str(number), text) for number, text in enumerate(texts)))
     rows = options.part_rows or max(1, -(-len(texts) // 24))
-    settings = PipelineSettings(model=options.model, duplicates="keep", rows=rows)
+    settings = PipelineSettings(model=options.model, duplicates="keep", rows=rows, dtype=options.dtype)
     reports: dict[str, PipelineReport] = {}
     for name, cluster in (
         ("plain loop", None),
@@ -695,6 +640,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
     parser.add_argument("--texts", type=Path, help="JSON lines with real passages under 'positive' or 'text'")
     parser.add_argument("--model", default="epic-minilm", help="model of scaling and broken")
+    parser.add_argument("--dtype", default="auto", help="number format that the model computes in, in scaling")
     parser.add_argument("--passages", type=int, default=20_000)
     parser.add_argument("--part-rows", type=int, default=0, help="rows of a part in scaling; 0 for 24 parts")
     parser.add_argument("--kills", type=int, default=20)

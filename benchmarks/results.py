@@ -1,6 +1,6 @@
 """Run the commands of docs/results.md and write its tables. `make results` runs this.
 
-    python benchmarks/results.py --data DIR --minilm DIR --llm DIR --plain DIR
+    python benchmarks/results.py --data DIR --minilm DIR --static DIR --llm DIR --plain DIR
                                  [--only STAGE,...] [--output DIR] [--cache-dir DIR]
     python benchmarks/results.py --quick
 
@@ -62,6 +62,7 @@ TABLES = ("all", "heldout", "fewshot")
 SHOWN = {
     "data": "data",
     "minilm": "path/to/all-MiniLM-L6-v2",
+    "static": "path/to/wordllama",
     "llm": "path/to/untrained-LLM",
     "plain": "runs/plain/final",
     "float": "path/to/float-weights",
@@ -72,6 +73,7 @@ SHOWN = {
 OPTION_OF = {
     "data": "--data",
     "minilm": "--minilm",
+    "static": "--static",
     "llm": "--llm",
     "plain": "--plain",
     "float": "--float-weights",
@@ -258,6 +260,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     environment = os.environ.get
     parser.add_argument("--data", default=environment("EPIC_RAG_DATA"), metavar="DIR", help="holds eval/ and train/")
     parser.add_argument("--minilm", default=environment("EPIC_RAG_MINILM"), metavar="DIR", help="all-MiniLM-L6-v2")
+    parser.add_argument(
+        "--static",
+        default=environment("EPIC_RAG_STATIC"),
+        metavar="DIR",
+        help="a static model, as benchmarks/static_model.py makes it",
+    )
     parser.add_argument("--llm", default=environment("EPIC_RAG_LLM"), metavar="DIR", help="an untrained LLM")
     parser.add_argument(
         "--plain",
@@ -334,6 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         places = {
             "data": options.data,
             "minilm": options.minilm,
+            "static": options.static,
             "llm": options.llm,
             "plain": options.plain,
             "float": options.float_weights,

@@ -50,7 +50,8 @@ def make_tiny_world(folder: Path, commands: Sequence[str]) -> dict[str, str]:
     make_pairs(folder / "data" / "train", sorted(stems))
     make_sets(folder / "data" / "eval")
     places = dict.fromkeys(("llm", "plain", "float", "default", "smollm2"), str(folder / "llm"))
-    return {"dtype": "float32", "data": str(folder / "data"), "minilm": str(folder / "minilm"), **places}
+    others = dict.fromkeys(("minilm", "static"), str(folder / "minilm"))
+    return {"dtype": "float32", "data": str(folder / "data"), **others, **places}
 
 
 def grid_files(name: str) -> set[str]:

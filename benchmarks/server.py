@@ -3,10 +3,11 @@
     python benchmarks/server.py --model epic-minilm --texts docs_sections.jsonl.gz --minutes 10 --output DIR
 
 `epic-rag serve` runs in a process of its own. By turns, this process encodes the texts in one call, 32 clients send
-them in requests of 1 to 64, and they send them again while single queries are timed (those are further work, so this
-run does not count for the throughput). Single queries are also timed on an idle server, and in this process: in blocks,
-since the threads of a process that has just computed keep a core busy for milliseconds. Then the clients send requests
-of all kinds for --minutes, and the server's memory and errors are counted. Writes server.json and server.md to DIR.
+them in requests of 1 to 64 (3,000 texts, so that each client sends several), and they send them again while single
+queries are timed (those are further work, so this run does not count for the throughput). Single queries are also
+timed on an idle server, and in this process: in blocks, since the threads of a process that has just computed keep a
+core busy for milliseconds. Then the clients send requests of all kinds for --minutes, and the server's memory and
+errors are counted. Writes server.json and server.md to DIR.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ ROUTES = ("/v1/embeddings", "/embed", "/v1/rerank", "/v2/embed")
 
 
 def parser() -> argparse.ArgumentParser:
-    options = encoding_options((__doc__ or "").split("\n\n")[0], 1000)
+    options = encoding_options((__doc__ or "").split("\n\n")[0], 3000)
     options.add_argument("--minutes", type=float, default=10.0, help="duration of the load whose memory is measured")
     return options
 

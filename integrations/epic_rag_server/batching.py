@@ -84,7 +84,7 @@ class EncodingQueue:
 
     Args:
         encoder: The encoder; nothing else may use it.
-        batch_tokens: Tokens of a batch; None for three batches of the encoder. It uses its second worker from two on,
+        batch_tokens: Tokens of a batch; None for four batches of the encoder. It uses its second worker from two on,
             and a batch of whole texts is always a little short of its limit.
         max_texts: Most texts of requests that are not answered; a single request is always accepted.
         on_batch: Called with the number of tokens of each batch and the seconds that its oldest text waited.
@@ -98,7 +98,7 @@ class EncodingQueue:
         max_texts: int = 16_384,
         on_batch: Callable[[int, float], None] = lambda tokens, waited: None,
     ) -> None:
-        self.batch_tokens = 3 * encoder.max_batch_tokens if batch_tokens is None else batch_tokens
+        self.batch_tokens = 4 * encoder.max_batch_tokens if batch_tokens is None else batch_tokens
         self.texts = 0
         self._encoder = encoder
         self._max_texts = max_texts
