@@ -7,7 +7,7 @@ them in requests of 1 to 64 (3,000 texts, so that each client sends several), an
 queries are timed (those are further work, so this run does not count for the throughput). Single queries are also
 timed on an idle server, and in this process: in blocks, since the threads of a process that has just computed keep a
 core busy for milliseconds. Then the clients send requests of all kinds for --minutes, and the server's memory and
-errors are counted. Writes server.json and server.md to DIR.
+errors are counted. `--runs 0` leaves out the throughput. Writes server.json and server.md to DIR.
 """
 
 from __future__ import annotations
@@ -145,6 +145,12 @@ def metric(url: str, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
+def tenths(sizes: list[int]) -> list[float]:
+    """Return the median of each tenth of the samples: a batch at work adds to a single one."""
+    size = max(1, len(sizes) // 10)
+    return [statistics.median(sizes[min(place * size, len(sizes) - 1) :][:size]) for place in range(10)]
+
+
 def measure(options: argparse.Namespace) -> int:
     texts = read_texts(options.texts, options.count)
     encoder = EpicEncoder.from_pretrained(options.model, dtype="float32")
@@ -191,32 +197,47 @@ def measure(options: argparse.Namespace) -> int:
         statuses, sizes = using(
             lambda client: run_mixed(client, texts, 60 * options.minutes, lambda: process.memory_info().rss)
         )
-    # The first tenth fills pools and caches. Tenths, since a batch at work adds to a single sample.
-    tenth = max(1, len(sizes) // 10)
-    settled, last = statistics.median(sizes[tenth : 2 * tenth] or sizes), statistics.median(sizes[-tenth:])
-    p95 = statistics.quantiles(probes, n=20)[-1] if len(probes) > 1 else probes[0]
-    batch = statistics.median(batches)
+    memory = [round(size / 2**20) for size in tenths(sizes)]
+    # The first tenth fills pools and caches.
+    settled, last = memory[1], memory[-1]
     extra = 1e3 * (statistics.median(single_http) - statistics.median(single_local))
     failed = sum(count for status, count in statuses.items() if status not in ("200", "400", "left"))
-    bars = [
-        ratio("throughput of 32 clients / one call in this process", local, http, 0.9, at_most=False),
-        Bar("p95 of a single query under load / time of a batch", p95 / batch, 2.0, at_most=True),
+    bars, rows = [], []
+    if options.runs:
+        p95 = statistics.quantiles(probes, n=20)[-1] if len(probes) > 1 else probes[0]
+        batch = statistics.median(batches)
+        bars += [
+            ratio("throughput of 32 clients / one call in this process", local, http, 0.9, at_most=False),
+            Bar("p95 of a single query under load / time of a batch", p95 / batch, 2.0, at_most=True),
+        ]
+        rows += [
+            ["texts a second, one call", f"{len(texts) / statistics.median(local):.1f}"],
+            ["texts a second, 32 clients", f"{len(texts) / statistics.median(http):.1f}"],
+            ["time of a batch, s", f"{batch:.3f}"],
+            ["single query under load, median / p95, s", f"{statistics.median(probes):.3f} / {p95:.3f}"],
+        ]
+    bars += [
         Bar("single warm query over HTTP, ms above this process", extra, 5.0, at_most=True),
         Bar("memory at the end / memory after a tenth of the load", last / settled, 1.05, at_most=True),
         Bar("answered requests / requests", 1 - failed / max(1, sum(statuses.values())), 1, at_most=False),
     ]
-    rows = [
-        ["texts a second, one call", f"{len(texts) / statistics.median(local):.1f}"],
-        ["texts a second, 32 clients", f"{len(texts) / statistics.median(http):.1f}"],
-        ["time of a batch, s", f"{batch:.3f}"],
-        ["single query under load, median / p95, s", f"{statistics.median(probes):.3f} / {p95:.3f}"],
+    rows += [
         ["single query, this process / HTTP, ms", " / ".join(
             f"{1e3 * statistics.median(values):.1f}" for values in (single_local, single_http))],
-        ["memory of the server, MiB", f"{settled / 2**20:.0f} / {last / 2**20:.0f}"],
+        ["memory of the server by tenths of the load, MiB", ", ".join(map(str, memory))],
         [f"requests in {options.minutes:g} minutes", ", ".join(f"{count} {name}" for name, count in statuses.items())],
     ]  # fmt: skip
     markdown = "\n\n".join((markdown_table(["", "measured"], rows, text_columns=1), bars_table(bars)))
-    write(options.output, "server", markdown, bars, torch.device("cpu"), texts=len(texts), statuses=dict(statuses))
+    write(
+        options.output,
+        "server",
+        markdown,
+        bars,
+        torch.device("cpu"),
+        texts=len(texts),
+        statuses=dict(statuses),
+        memory=memory,
+    )
     return 0
 
 
