@@ -33,6 +33,7 @@ STAGES = (
     "cold_start",
     "vector_search",
     "growth",
+    "server",
     "scale",
     "report",
 )
@@ -73,6 +74,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
         "cold_start": ["cold_start.py", "--output", str(options.output)],
         "vector_search": ["vector_search.py", "--output", str(options.output)],
         "growth": ["growth.py", "--output", str(options.output)],
+        "server": ["server.py", "--texts", str(train / SECTIONS), "--runs", "2", "--output", str(options.output)],
         "scale": ["scale.py", "--data", str(options.data), "--output", str(options.output / "scale")],
     }
 
@@ -138,6 +140,10 @@ def quick_commands(folder: Path) -> dict[str, list[str]]:
         ],
         "vector_search": ["vector_search.py", "--sizes", "200", "--dim", "16", "--queries", "3", "--output", out],
         "growth": ["growth.py", "--model", model, "--sizes", "20", "--output", out],
+        "server": [
+            *("server.py", "--model", model, "--texts", str(pairs), "--count", "40", "--runs", "2"),
+            *("--minutes", "0.02", "--output", out),
+        ],
         "scale": ["scale.py", "--quick", "--output", str(folder / "scale")],
     }
 
