@@ -188,7 +188,8 @@ def _episode(
     directions = np.zeros((len(rows), 1 + len(FEATURES), queries.shape[1]), dtype=np.float32)
     directions[:, 0] = queries
     directions[:, 1] = features.mean
-    for place, linear in enumerate(features.maps, start=2):
+    directions[:, 2] = -features.middle
+    for place, linear in enumerate(features.maps, start=3):
         directions[:, place] = (queries - features.middle) @ linear
     directions[:, 1:] *= evidence.confidence
 

@@ -76,7 +76,7 @@ def test_the_ridge_map_is_a_weighted_least_squares_fit() -> None:
     rows = np.concatenate([np.sqrt(weights)[:, None] * centred, np.sqrt(4.0 * scale) * np.eye(32)])
     right = np.concatenate([np.sqrt(weights)[:, None] * target, np.zeros((32, 32))])
     expected = np.linalg.lstsq(rows, right, rcond=None)[0]
-    np.testing.assert_allclose(features.maps[FEATURES.index("ridge-4") - 1], expected, atol=1e-4)
+    np.testing.assert_allclose(features.maps[FEATURES.index("ridge-4") - 2], expected, atol=1e-4)
 
 
 def test_the_map_brings_queries_nearer_to_passages_than_a_shift() -> None:
@@ -88,7 +88,7 @@ def test_the_map_brings_queries_nearer_to_passages_than_a_shift() -> None:
         return float(np.einsum("nd,nd->n", unit_rows(queries), asked[:, 1]).mean())
 
     shifted = asked[:, 0] + 0.7 * features.mean
-    mapped = shifted + (asked[:, 0] - features.middle) @ features.maps[FEATURES.index("ridge-4") - 1]
+    mapped = shifted + (asked[:, 0] - features.middle) @ features.maps[FEATURES.index("ridge-4") - 2]
     assert cosine(shifted) > cosine(asked[:, 0]) + 0.02
     assert cosine(mapped) > cosine(shifted) + 0.02
     assert cosine(UNIVERSAL.prepare(shown).apply(asked[:, 0])) > cosine(asked[:, 0]) + 0.02
@@ -140,7 +140,7 @@ def test_left_out_demonstrations_are_moved_by_the_others_alone() -> None:
     for row in (0, 20, 45):
         rest, evidence = prepare_features(np.delete(pairs, row, axis=0))
         query, passage = pairs[row]
-        directions = np.stack([rest.mean, *((query - rest.middle) @ each for each in rest.maps)])
+        directions = np.stack([rest.mean, -rest.middle, *((query - rest.middle) @ each for each in rest.maps)])
         np.testing.assert_allclose(features.left_out.own[row, 1:], directions @ passage, atol=0.02)
         assert evidence.confidence == 1.0
 
@@ -216,13 +216,21 @@ def test_corrections_lie_in_the_span_of_the_pairs(seed: int, n: int) -> None:
     assert prepared.linear is None or not np.abs(prepared.linear[:, 32:]).max() > 1e-7
 
 
-def test_one_demonstration_moves_towards_its_difference() -> None:
+def test_one_demonstration_moves_along_its_difference_and_away_from_its_query() -> None:
     pairs = pairs_of(3, 1)
     prepared = UNIVERSAL.prepare(pairs)
     assert prepared.linear is None
     difference = pairs[0, 1] - pairs[0, 0]
-    gain = float(UNIVERSAL.gains_for(1)[0])
-    np.testing.assert_allclose(prepared.offset, gain * difference, atol=1e-6)
+    along, away = UNIVERSAL.gains_for(1)[:2]
+    np.testing.assert_allclose(prepared.offset, along * difference - away * pairs[0, 0], atol=1e-6)
+
+
+def test_centring_leaves_less_of_what_all_queries_have_in_common() -> None:
+    pairs = pairs_of(11, 40)
+    pairs[:, 0] = unit_rows(pairs[:, 0] + np.eye(1, 32, dtype=np.float32))
+    moved = with_gains(centre=0.4).prepare(pairs).apply(pairs[:, 0])
+    assert moved[:, 0].mean() < 0.8 * pairs[:, 0, 0].mean()
+    assert moved[:, 1:].std() > 1.1 * pairs[:, 0, 1:].std()
 
 
 @settings(max_examples=25, deadline=None)
