@@ -139,7 +139,7 @@ def serve(
 
 
 def _share_heap() -> None:
-    """Let all threads share one heap of glibc; call it before libraries are imported, whose threads get others.
+    """Make all threads share one heap of glibc; call it before libraries are imported, whose threads get others.
 
     Tensors of ever new sizes leave gaps in each heap, so that memory under load would grow for minutes, by a third.
     """
