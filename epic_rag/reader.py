@@ -13,8 +13,8 @@ Each M_k maps a query to a weighted sum of the demonstrations' differences:
 with C = sum_i w_i (q_i - m) (q_i - m)^T, s = mean |q_i - m|^2, and v_i = p_i minus the mean of the passages of all
 demonstrations that the moved query q_i + .7 r finds, in a softmax with the temperature of half a standard deviation
 of the cosines: one step of gradient descent on InfoNCE. In other words, a query attends to all demonstrations by a
-ridge kernel. The mean alone is the task vector (`task_vector`), which is the same for every query. Taking away a part of
-the queries' mean leaves less of what all of them have in common, and what tells one from another counts for more.
+ridge kernel. The mean alone is the task vector (`task_vector`), which is the same for every query. Taking away a part
+of the queries' mean leaves less of what all of them have in common; what tells one from another then counts for more.
 
 **Likely right passages are no negatives.** Of messages with labels, many share a demonstration's label. Another
 demonstration is left out of v_i if its query is more like q_i, or its passage more like p_i, than p_i is like q_i, all
@@ -68,7 +68,12 @@ RIDGES = (1.0, 4.0, 16.0, 64.0)
 """Penalties l of the ridge maps, relative to the spread of the queries."""
 CONTRASTS = (4.0, 16.0, 64.0)
 """Penalties l of the contrastive maps."""
-FEATURES = ("mean", "centre", *(f"ridge-{penalty:g}" for penalty in RIDGES), *(f"contrast-{penalty:g}" for penalty in CONTRASTS))
+FEATURES = (
+    "mean",
+    "centre",
+    *(f"ridge-{penalty:g}" for penalty in RIDGES),
+    *(f"contrast-{penalty:g}" for penalty in CONTRASTS),
+)
 KNOTS = (1, 4, 16, 64, 256, 1024)
 """Numbers of demonstrations that have gains; between them gains are linear in log n, beyond them constant."""
 
