@@ -115,7 +115,7 @@ async def run_mixed(client: httpx.AsyncClient, texts: list[str], seconds: float,
     async def send(seed: int) -> None:
         draw = random.Random(seed)
         while time.monotonic() < end:
-            path, chosen = draw.choice(ROUTES), draw.sample(texts, draw.choice(SIZES))
+            path, chosen = draw.choice(ROUTES), draw.sample(texts, min(draw.choice(SIZES), len(texts)))
             body: dict[str, Any] = {
                 "/v1/embeddings": {"input": chosen},
                 "/embed": {"inputs": chosen},
