@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.users import NOBODY, as_another_user, make_readable
+from tests.helpers.users import NOBODY, as_another_user, make_readable, require_reachable_packages
 
 PAIRS = [{"query": f"term {number}", "positive": f"definition of the term {number}"} for number in range(24)]
 # Private by purpose: the queries that somebody typed.
@@ -97,6 +97,7 @@ def test_a_missing_permission_is_named(
     cli: Any, indexed: Path, pairs: Path, tiny_checkpoint: Path, file: str, command: list[str]
 ) -> None:
     """The message has the file, its mode, its owner and the user; it never advises to make the data again."""
+    require_reachable_packages()
     shutil.copytree(tiny_checkpoint, "model")
     Path("epic-rag.toml").write_text("")
     assert cli("bank", "build", pairs, "--out", "bank", "--instruction", "Find it", "--model", "model").status == 0
