@@ -76,6 +76,8 @@ class EncoderConfig:
         license: SPDX identifier of the weights' licence.
         base_model: The model that training started from.
         languages: ISO 639-1 codes of the languages that the model was trained on.
+        symmetric_instructions: False if the model compares texts of one kind better without the instruction of a
+            symmetric task or bank; an instruction in words is always read.
     """
 
     default_instruction: str | None = None
@@ -88,6 +90,7 @@ class EncoderConfig:
     license: str | None = None
     base_model: str | None = None
     languages: list[str] | None = None
+    symmetric_instructions: bool | None = None
 
     @classmethod
     def from_dict(cls, epic: Mapping[str, Any]) -> EncoderConfig:
@@ -308,7 +311,7 @@ def fingerprint_of(
     pooling: str,
     projector: str,
     dimension: int,
-    default_instruction: str | None,
+    config: EncoderConfig,
     prompt: Mapping[str, Any],
 ) -> str:
     """Compute the short hash of everything that decides a vector: weights, template, pooling, lengths, width."""
@@ -317,9 +320,11 @@ def fingerprint_of(
         "pooling": pooling,
         "projector": projector,
         "dimension": dimension,
-        "default_instruction": default_instruction,
+        "default_instruction": config.default_instruction,
         **prompt,
     }
+    if config.symmetric_instructions is False:
+        facts["symmetric_instructions"] = False
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -440,8 +440,7 @@ class EpicEncoder:
     @property
     def query_fingerprint(self) -> str:
         """Short hash of what decides a query's vector: `fingerprint`, default strategy and reader."""
-        facts = f"{self.fingerprint}-{self.strategy}-{self.reader.fingerprint}"
-        return hashlib.sha256(facts.encode()).hexdigest()[:12]
+        return hashlib.sha256(f"{self.fingerprint}-{self.strategy}-{self.reader.fingerprint}".encode()).hexdigest()[:12]
 
     @property
     def fingerprint(self) -> str:
@@ -462,7 +461,7 @@ class EpicEncoder:
             pooling=model.pooling,
             projector=model.projector_kind,
             dimension=self.dimension,
-            default_instruction=self.config.default_instruction,
+            config=self.config,
             prompt=self.prompt.settings(),
         )
 
@@ -697,7 +696,8 @@ class EpicEncoder:
 
     def _instruction(self, prompt: QueryPrompt, bank: DemonstrationBank | None) -> str | None:
         """Return the instruction of a query; None for the model's own, or for a model that follows none."""
-        instruction = prompt.resolve_instruction(bank, self.default_instruction)
+        symmetric = self.config.symmetric_instructions is not False
+        instruction = prompt.resolve_instruction(bank, self.default_instruction, symmetric=symmetric)
         if self.external is not None:
             # "" stands for the model's own prompt as well: without it, the vectors are not those it was trained for.
             return (instruction or None) if self.takes_instructions else None

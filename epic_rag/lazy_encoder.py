@@ -127,6 +127,4 @@ def load_prompt(prompt: QueryPrompt) -> QueryPrompt:
 
 def is_symmetric(prompt: QueryPrompt) -> bool:
     """Return whether documents are embedded like queries: by the prompt's task, or else by its loaded bank."""
-    if prompt.task is not None:
-        return get_task(prompt.task).symmetric
-    return isinstance(prompt.bank, DemonstrationBank) and prompt.bank.symmetric
+    return prompt.is_symmetric(prompt.bank if isinstance(prompt.bank, DemonstrationBank) else None)

@@ -118,16 +118,34 @@ class QueryPrompt:
         loaded = [bank if isinstance(bank, DemonstrationBank) else DemonstrationBank.load(bank) for bank in self.bank]
         return merged_bank(*loaded)
 
-    def resolve_instruction(self, bank: DemonstrationBank | None, default: str | None) -> str | None:
+    def is_symmetric(self, bank: DemonstrationBank | None) -> bool:
+        """Return True if the task, or without one the bank, is about texts of one kind.
+
+        Args:
+            bank: The loaded bank.
+
+        Raises:
+            TaskError: If the task is unknown.
+        """
+        if self.task is not None:
+            return get_task(self.task).symmetric
+        return bank is not None and bank.symmetric
+
+    def resolve_instruction(
+        self, bank: DemonstrationBank | None, default: str | None, *, symmetric: bool = True
+    ) -> str | None:
         """Return the instruction that holds.
 
         Args:
             bank: The loaded bank.
             default: The checkpoint's default instruction.
+            symmetric: False if only an instruction in words holds for texts of one kind.
 
         Raises:
             TaskError: If the task is unknown.
         """
+        if not symmetric and self.instruction is None and self.is_symmetric(bank):
+            return None
         of_task = None if self.task is None else get_task(self.task).instruction
         if self.instruction is not None:
             return self.instruction

@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
@@ -88,6 +88,9 @@ COLLECTIONS: tuple[Collection, ...] = get_args(Collection)
 INSTRUCTION_SOURCES: tuple[InstructionSource, ...] = get_args(InstructionSource)
 """Origins of the instruction of held-out queries."""
 
+# Kinds of sets whose texts are compared with each other.
+_ONE_KIND = ("sts", "classification", "clustering")
+
 _Choice = TypeVar("_Choice", bound=str)
 
 
@@ -99,7 +102,8 @@ class ModelSpec:
         source: A name for `EpicEncoder.from_pretrained`.
         label: The model's name in tables.
         mode: "plain" encodes queries bare, at k = 0 only: for models that were never trained with an
-            instruction. "prompted" uses instructions. "auto" is plain for a model without a training record.
+            instruction. "prompted" uses instructions. "auto" is plain for a model without a training record,
+            and leaves out instructions of symmetric sets for a checkpoint that reads none there.
             "bm25" is BM25, on sets of documents and held-out files only.
     """
 
@@ -459,12 +463,14 @@ class LoadedModel:
         record: Description for the report.
         store: The encoder and its vectors; None for BM25.
         default_instruction: The checkpoint's.
+        symmetric_instructions: False if it reads texts of one kind without an instruction.
         reader: The checkpoint's reader of demonstrations; None for BM25.
     """
 
     record: ModelRecord
     store: EmbeddingStore | None = None
     default_instruction: str | None = None
+    symmetric_instructions: bool = True
     reader: DemonstrationReader | None = None
 
     def values_of_k(self, item: PlannedSet, request: EvaluationRequest) -> list[int]:
@@ -485,8 +491,7 @@ class LoadedModel:
         if self.store is None:
             model: MtebModel = bm25_model()
         else:
-            plain = self.record.plain
-            prompt = make_prompt(None) if plain else item.plan.prompt(k, strategy=self.record.strategy)
+            prompt = self._plan(item).prompt(k, strategy=self.record.strategy)
             fingerprint = prompt_fingerprint(prompt)
             model = EpicMtebEncoder(self.store, prompt, name=self.record.label)
         score, numbers = run_task(task, model, output=output)
@@ -498,12 +503,17 @@ class LoadedModel:
             metric=task.metadata.main_score,
             k=k,
             score=score,
-            instruction=None if self.record.plain else item.plan.instruction,
+            instruction=self._plan(item).instruction or None,
             demonstrations=item.plan.source if k else None,
             prompt=fingerprint,
             scores=numbers,
             seconds=time.monotonic() - started,
         )
+
+    def _plan(self, item: PlannedSet) -> PromptPlan:
+        """Return a set's plan, without its instruction where the model reads none."""
+        bare = self.record.plain or (item.kind in _ONE_KIND and not self.symmetric_instructions)
+        return replace(item.plan, instruction="") if bare else item.plan
 
     def score_split(
         self, split: HeldoutSplit, foreign_pool: Sequence[Pair] | None, request: EvaluationRequest
@@ -569,7 +579,13 @@ def load_model(spec: ModelSpec, request: EvaluationRequest) -> LoadedModel:
         batch_size=request.batch_size,
         show_progress=sys.stderr.isatty(),
     )
-    return LoadedModel(record, store, encoder.default_instruction, encoder.reader)
+    return LoadedModel(
+        record,
+        store,
+        encoder.default_instruction,
+        spec.mode == "prompted" or encoder.config.symmetric_instructions is not False,
+        encoder.reader,
+    )
 
 
 def run_few_shot(

@@ -78,6 +78,8 @@ class TaskConfig:
     symmetric: _Flag = False
     # Split the task's part of a step into this many sources, each with demonstrations of its source; 0 ignores them.
     sources_per_batch: _CountOrZero = 0
+    # Train on at most this many rows, drawn by the seed; None takes all.
+    max_rows: _Count | None = None
     # Sources that are never trained on; the held-out rows of an evaluation task are drawn from them.
     held_out_sources: tuple[str, ...] = ()
     # False leaves a row only its own hard negatives: for tasks where most of a batch would be false negatives.
@@ -178,6 +180,12 @@ class TrainingConfig:
     # Keep the vectors of the start on this many other texts in each step.
     retention_texts: _CountOrZero = 0
     retention_weight: _NotNegative = 1.0
+    # Share of these texts that the model reads behind an instruction.
+    retention_prompted_p: _Probability = 0.25
+    # Train queries alone: documents have the vectors of the start, which are computed once.
+    freeze_documents: _Flag = False
+    # Passages that a step takes as further negatives, with freeze_documents.
+    document_negatives: _CountOrZero = 0
     # After the last step, interpolate the weights linearly towards those of the start by this share.
     interpolate_with_start: _Probability = 0.0
     # Interpolate with this encoder's weights instead of the start's.
@@ -234,6 +242,8 @@ class TrainingConfig:
     # Written into the checkpoint
     inference_tokens: _Count | None = None
     default_instruction: str | None = None
+    # False lets the checkpoint read texts of symmetric tasks and banks without their instruction.
+    symmetric_instructions: _Flag = True
     description: str = ""
     license: str = ""
     base_model: str = ""
@@ -303,7 +313,7 @@ class TrainingConfig:
             )
         if self.lora_rank is not None and not self.lora_targets:
             return f"lora_rank is {self.lora_rank} and lora_targets is empty. Name modules, or set it to [all-linear]."
-        return self._teacher_problem() or self._interpolation_problem()
+        return self._teacher_problem() or self._interpolation_problem() or self._frozen_problem()
 
     def _teacher_problem(self) -> str | None:
         if self.teacher is None and self.teacher_weight:
@@ -319,6 +329,31 @@ class TrainingConfig:
                 "contrastive_weight is 0 without a teacher, which leaves nothing to learn from. Name a teacher, or "
                 "give a weight above 0."
             )
+        return None
+
+    def _frozen_problem(self) -> str | None:
+        if not self.freeze_documents:
+            if self.document_negatives:
+                return (
+                    f"document_negatives is {self.document_negatives} and freeze_documents is false. Set the former to "
+                    "0, or the latter to true."
+                )
+            return None
+        for name, task in self.tasks.items():
+            if task.symmetric:
+                return (
+                    f"tasks.{name}.symmetric is true and freeze_documents is true, but documents of a symmetric task "
+                    "are queries, too. Remove the task, or set freeze_documents to false."
+                )
+        unfit = {
+            "teacher": self.teacher is not None,
+            "grad_cache": self.grad_cache,
+            "demonstration_source: bank": self.demonstration_source == "bank",
+            "reset_projector": self.reset_projector,
+        }
+        for name, is_set in unfit.items():
+            if is_set:
+                return f"freeze_documents does not work with {name}. Remove one of the two."
         return None
 
     def _interpolation_problem(self) -> str | None:

@@ -184,6 +184,8 @@ def load_datasets(config: TrainingConfig) -> tuple[list[PairDataset], list[PairD
             dataset.rows = [row for row in rows if row.source not in new]
         if name in config.evaluation_tasks and config.evaluation_rows:
             _hold_out(dataset, config.evaluation_rows)
+        if task and task.max_rows is not None and task.max_rows < len(dataset.rows):
+            dataset.rows = random.Random(f"{config.seed}-rows-{name}").sample(dataset.rows, task.max_rows)
         if task and len(dataset.rows) < 2:
             raise DataError(
                 f"{name} has {len(rows)} rows, of which {len(dataset.rows)} are left for training beside "

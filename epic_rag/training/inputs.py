@@ -23,6 +23,7 @@ __all__ = [
     "false_negatives",
     "hard_negatives_mask",
     "negatives_mask",
+    "with_frozen_documents",
     "zero_shot_rows",
 ]
 
@@ -40,6 +41,7 @@ class StepInputs:
         shown: For each of `prompted`, the positions in [queries; documents] that fill its slots.
         mask: (pairs, counted) bool, True where a document is not a negative of a query.
         hard: (pairs, counted) bool, True at a row's own hard negatives.
+        document_vectors: (counted, dim) vectors of documents that are not trained; None if `documents` are encoded.
     """
 
     pairs: int
@@ -50,6 +52,7 @@ class StepInputs:
     shown: list[list[int]]
     mask: torch.Tensor
     hard: torch.Tensor
+    document_vectors: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -225,6 +228,24 @@ def hard_negatives_mask(batch: TrainingBatch) -> torch.Tensor:
         hard[index, column : column + len(row.negatives)] = True
         column += len(row.negatives)
     return hard
+
+
+def with_frozen_documents(inputs: StepInputs, vectors: torch.Tensor, mask: torch.Tensor) -> StepInputs:
+    """Return inputs whose documents are given as vectors, with more negatives behind them.
+
+    Args:
+        inputs: Inputs of the batch.
+        vectors: (counted + more, dim) unit vectors.
+        mask: (pairs, more) bool, True where one of the further documents is not a negative of a query.
+    """
+    return replace(
+        inputs,
+        counted=len(vectors),
+        documents=[],
+        mask=torch.cat([inputs.mask, mask], dim=1),
+        hard=torch.cat([inputs.hard, torch.zeros_like(mask)], dim=1),
+        document_vectors=vectors,
+    )
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,8 @@ def _facts(epic: Mapping[str, Any]) -> str:
         rows.append(("demonstrations in training", f"0 to {epic['max_demonstrations']} a query"))
     if epic.get("default_instruction"):
         rows.append(("default instruction", epic["default_instruction"]))
+    if epic.get("symmetric_instructions") is False:
+        rows.append(("texts of one kind", "compared without an instruction"))
     return _table(("", ""), rows)
 
 

@@ -16,7 +16,7 @@ Demonstration embeddings are free: the batch has them already. Gradients flow th
     gradcache         backpropagation in bounded memory or in several processes
     optimizer         learning rates, schedule, loss scaling
     checkpointing     save, resume, the training record
-    neighbours, retention, distillation, lora, distributed, validation, model_card
+    neighbours, frozen_documents, retention, distillation, lora, distributed, validation, model_card
 """
 
 from __future__ import annotations
@@ -54,8 +54,16 @@ from epic_rag.training.distillation import (
     require_equal_widths,
 )
 from epic_rag.training.distributed import init_distributed
+from epic_rag.training.frozen_documents import FrozenDocuments
 from epic_rag.training.gradcache import cached_backward
-from epic_rag.training.inputs import Forward, SlotTable, StepInputs, build_inputs, draw_hard_negatives
+from epic_rag.training.inputs import (
+    Forward,
+    SlotTable,
+    StepInputs,
+    build_inputs,
+    draw_hard_negatives,
+    with_frozen_documents,
+)
 from epic_rag.training.lora import Adapter, require_peft
 from epic_rag.training.losses import Objective, Terms
 from epic_rag.training.neighbours import group_rows
@@ -175,6 +183,11 @@ class Trainer:
             self.retention = Retention(backbone, self.forward, self.prompt, self.datasets, config)
         if config.frozen_layers is not None:
             freeze_layers(backbone, config.frozen_layers)
+        self.documents: FrozenDocuments | None = None
+        if config.freeze_documents:
+            if self.world.size > 1:
+                raise ConfigError("freeze_documents is true, which needs a single process. Start it without torchrun.")
+            self.documents = FrozenDocuments(self.datasets, config, Path(config.output) / "documents", device)
         self.objective = Objective(config, backbone.dimension)
         self.optimizer = build_optimizer(backbone, config)
         self.scaler = build_scaler(config, backbone.device)
@@ -210,6 +223,8 @@ class Trainer:
             self._fit_head()
         self.world.barrier()
         show_progress = show_progress and self.world.is_main
+        if self.documents is not None:
+            self.documents.embed(show_progress=show_progress)
         rows = sum(len(dataset.rows) for dataset in self.datasets)
         self._report("step %d of %d, %d rows in %d tasks", self.step, self.last_step, rows, len(self.datasets))
         with tqdm(
@@ -293,14 +308,21 @@ class Trainer:
         if config.hard_negatives is not None:
             batch = draw_hard_negatives(batch, config.hard_negatives, config.seed, self.step)
         if self.step < config.zero_shot_steps:
-            return batch, build_inputs(batch, self.prompt, replace(config, strategy="none"))
+            return batch, self._frozen(batch, build_inputs(batch, self.prompt, replace(config, strategy="none")))
         bank = None if self.banks is None else draw_bank_demonstrations(self.banks, batch, config, self.step)
-        return batch, build_inputs(batch, self.prompt, config, bank)
+        return batch, self._frozen(batch, build_inputs(batch, self.prompt, config, bank))
+
+    def _frozen(self, batch: TrainingBatch, inputs: StepInputs) -> StepInputs:
+        if self.documents is None:
+            return inputs
+        documents = self.documents.of_step(batch, self.step)
+        return with_frozen_documents(inputs, documents.vectors.to(self.encoder.device), documents.mask)
 
     def loss(self, batch: TrainingBatch, inputs: StepInputs) -> Terms:
         """Compute a prepared batch's loss with the graph of all its rows: a step of one process without GradCache."""
         teacher = None if self.teacher is None else self.teacher(batch, self.world)
-        q0, d = self.forward(inputs.queries), self.forward(inputs.documents)
+        q0 = self.forward(inputs.queries)
+        d = self.forward(inputs.documents) if inputs.document_vectors is None else inputs.document_vectors
         q1 = None
         if inputs.prompted:
             vectors = torch.cat([q0, d])
@@ -492,6 +514,7 @@ class Trainer:
                 license=config.license or stated_license(config.model),
                 base_model=base,
                 languages=list(languages) or None,
+                symmetric_instructions=None if config.symmetric_instructions else False,
                 training=self.record(),
             ),
         )

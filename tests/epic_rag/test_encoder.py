@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -340,6 +342,23 @@ def test_vectors_of_a_bank_follow_the_settings(tiny_checkpoint: Path) -> None:
 def test_a_symmetric_bank_in_a_call(tiny_encoder: EpicEncoder) -> None:
     both = [DemonstrationBank(PAIRS, instruction="same", symmetric=value) for value in (False, True)]
     assert different(*(tiny_encoder.encode_query("a", bank=bank) for bank in both))
+
+
+def test_symmetric_texts_without_an_instruction(tiny_encoder: EpicEncoder) -> None:
+    bank = DemonstrationBank(PAIRS, instruction="same", symmetric=True)
+    other = copy.copy(tiny_encoder)
+    other.config = replace(tiny_encoder.config, symmetric_instructions=False)
+    other.invalidate_caches()
+    assert other.fingerprint != tiny_encoder.fingerprint
+    bare = other.encode_query("a", instruction="")
+    np.testing.assert_array_equal(other.encode_query("a", task="sts"), bare)
+    np.testing.assert_array_equal(other.encode_query("a", bank=bank, num_demonstrations=0), bare)
+    np.testing.assert_array_equal(
+        other.embed_demonstrations(bank)[:, 0], other.encode_query([q for q, _ in PAIRS], instruction="")
+    )
+    assert different(tiny_encoder.encode_query("a", task="sts"), bare)
+    assert different(other.encode_query("a", task="docs"), bare)
+    assert different(other.encode_query("a", instruction="same"), bare)
 
 
 # Errors

@@ -46,6 +46,24 @@ def test_precedence_of_instructions(settings: dict[str, Any], expected: str) -> 
     assert prompt.resolve_instruction(prompt.resolve_bank(), "default") == expected
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "default"),
+        ({"bank": BANK}, "of the bank"),
+        ({"bank": "sts"}, None),
+        ({"task": "sts"}, None),
+        ({"task": "docs", "bank": "sts"}, get_task("docs").instruction),
+        ({"task": "intent", "bank": BANK}, None),
+        ({"task": "sts", "instruction": "mine"}, "mine"),
+        ({"bank": "sts", "instruction": ""}, ""),
+    ],
+)
+def test_texts_of_one_kind_without_an_instruction(settings: dict[str, Any], expected: str | None) -> None:
+    prompt = QueryPrompt(**settings)
+    assert prompt.resolve_instruction(prompt.resolve_bank(), "default", symmetric=False) == expected
+
+
 def test_a_bank_is_loaded_by_name_or_passed_through() -> None:
     assert QueryPrompt().resolve_bank() is None
     assert QueryPrompt(bank=BANK).resolve_bank() is BANK

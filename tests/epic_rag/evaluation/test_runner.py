@@ -314,6 +314,22 @@ def test_a_model_without_a_training_record_is_plain(
     assert scores["bare", 0] == scores["untrained", 0]
 
 
+def test_a_checkpoint_that_compares_texts_of_one_kind_bare(trained_checkpoint: Path, sets: Path, bank: Path) -> None:
+    file = trained_checkpoint / "epic.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**record, "symmetric_instructions": False}), encoding="utf-8")
+    path = str(trained_checkpoint)
+    models = (ModelSpec(path, "auto"), ModelSpec(path, "prompted", "prompted"), ModelSpec(path, "plain", "plain"))
+    report = run_evaluation(_request(trained_checkpoint, sets, bank, models=models))
+    behind = {(score.model, score.kind): bool(score.instruction) for score in report.sets if score.k == 0}
+    for kind in ("retrieval", "reranking"):
+        assert [behind[name, kind] for name in ("auto", "prompted", "plain")] == [True, True, False]
+    for kind in ("sts", "classification", "clustering"):
+        assert [behind[name, kind] for name in ("auto", "prompted", "plain")] == [False, True, False]
+    scores = {(score.model, score.set_name): score.score for score in report.sets if score.k == 0}
+    assert scores["auto", "likeness"] == scores["plain", "likeness"]
+
+
 def test_checks_before_a_model_is_loaded(sets: Path, bank: Path, pairs: Path) -> None:
     nowhere = Path("no-such-model")
     with pytest.raises(PromptError, match=r"bank has 2 demonstrations, and k is 3"):
