@@ -5,17 +5,19 @@
 Any Hugging Face transformer that takes `inputs_embeds` works. By default decoder LLMs (causal attention) pool the last
 token and bidirectional encoders (BERT family) the mean over the text's own tokens. A head is an optional linear map
 from the pooled state to a vector, perhaps of another width. The projector maps an embedding to one input position, a
-slot.
+slot. A model may read queries with weights of their own, for some or all layers: documents keep their vectors then,
+whatever queries are trained for.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import io
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from pathlib import Path
@@ -124,6 +126,7 @@ class Backbone(nn.Module):
                 f"{type(transformer).__name__} is an encoder-decoder. Use a decoder LLM or a bidirectional encoder."
             )
         self.transformer = transformer
+        self.query_transformer: PreTrainedModel | None = None
         self.causal = is_causal(transformer.config)
         self.pooling: Pooling = pooling if pooling is not None else ("last" if self.causal else "mean")
         if self.pooling not in POOLINGS:
@@ -171,6 +174,24 @@ class Backbone(nn.Module):
         self.head = None if head is None else head.to(device=weight.device, dtype=weight.dtype)
         self.reset_projector(self.projector.kind)
 
+    def separate_queries(self, names: Collection[str]) -> None:
+        """Copy weights for queries alone; all others stay shared with documents.
+
+        Args:
+            names: Parameters of the transformer to copy.
+        """
+        shared: dict[int, Any] = {
+            id(value): value for name, value in self.transformer.named_parameters() if name not in names
+        }
+        self.query_transformer = copy.deepcopy(self.transformer, shared)
+
+    def query_weights(self) -> dict[str, nn.Parameter]:
+        """Return the weights that only queries are read with, by name in the transformer."""
+        if self.query_transformer is None:
+            return {}
+        shared = {id(value) for value in self.transformer.parameters()}
+        return {name: value for name, value in self.query_transformer.named_parameters() if id(value) not in shared}
+
     @property
     def dimension(self) -> int:
         """Width of the vectors."""
@@ -207,14 +228,17 @@ class Backbone(nn.Module):
         Returns:
             (rows, dim) float32 unit vectors, or (rows, width) float32 pooled states.
         """
-        embeddings = self.embed_inputs(batch.ids, batch.slot_rows, batch.slot_columns, slot_vectors)
+        transformer = self.transformer
+        if batch.is_query and self.query_transformer is not None:
+            transformer = self.query_transformer
+        embeddings = self.embed_inputs(batch.ids, batch.slot_rows, batch.slot_columns, slot_vectors, transformer)
         inputs: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": batch.mask}
         if self.causal and self.takes_positions:
             # Positions count real tokens, so that padding on the left moves nothing.
             inputs["position_ids"] = (batch.mask.cumsum(dim=1) - 1).clamp(min=0)
         if self.causal:
             inputs["use_cache"] = False
-        hidden = self.transformer(**inputs).last_hidden_state  # (rows, tokens, dim)
+        hidden = transformer(**inputs).last_hidden_state  # (rows, tokens, dim)
         pooled = self._pool(hidden.float(), batch)
         return pooled if pooled_only else self.project_and_normalize(pooled)
 
@@ -230,6 +254,7 @@ class Backbone(nn.Module):
         slot_rows: torch.Tensor,
         slot_columns: torch.Tensor,
         slot_vectors: torch.Tensor | None,
+        transformer: PreTrainedModel | None = None,
     ) -> torch.Tensor:
         """Look up token embeddings and put the projected vectors into the slots.
 
@@ -238,11 +263,12 @@ class Backbone(nn.Module):
             slot_rows: (slots,) row of each slot.
             slot_columns: (slots,) column of each slot.
             slot_vectors: (slots, dim) vectors that fill them; None leaves the tokens' own embeddings.
+            transformer: The one that reads the rows; None for that of documents.
 
         Returns:
             (rows, tokens, dim) in the transformer's dtype.
         """
-        embeddings: torch.Tensor = self.transformer.get_input_embeddings()(ids)
+        embeddings: torch.Tensor = (transformer or self.transformer).get_input_embeddings()(ids)
         if slot_vectors is None or not len(slot_rows):
             return embeddings
         # On the module's output, not on its weight: some models (Gemma) scale inside the module.

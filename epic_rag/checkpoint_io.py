@@ -27,6 +27,9 @@ from epic_rag.checkpoints import (
     INT8_FORMAT_VERSION,
     INT8_ROWS,
     PROJECTOR_FILE,
+    QUERY_FILES,
+    QUERY_FOLDER,
+    QUERY_FORMAT_VERSION,
     EncoderConfig,
     check_width,
     is_int8,
@@ -51,6 +54,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _DEFAULT_MAX_TOKENS = 512
 _IDENTITY = "torch.nn.modules.linear.Identity"
 _ST_MODULES = "sentence_transformers.models"
+_ROUTER_FILE = "router_config.json"
 # Pooling modes: here, and as sentence-transformers names them.
 _ST_POOLING = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
 
@@ -122,6 +126,8 @@ def load_checkpoint(
         )
         backbone.set_head(_read_head(folder))
         _load_projector(backbone, folder, required=bool(epic))
+        has_query_weights = epic.get("format_version") == QUERY_FORMAT_VERSION
+        _load_query_weights(backbone, folder, required=has_query_weights, has_adapter=adapter is not None)
         positions = backbone.max_positions
         prompt = PromptBuilder.from_settings(
             tokenizer,
@@ -178,12 +184,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str | None = No
     new = write_int8_model(state, folder) if int8 else set(folder.glob("model*")) - set(folder.glob("model-int8-*"))
     apply_umask(*new)
     remove_weights(folder, keep=new)
+    has_query_weights = _save_query_weights(checkpoint, folder, None if int8 else kept)
+    version = INT8_FORMAT_VERSION if int8 else FORMAT_VERSION
     projector = {key: value.detach().to("cpu", kept) for key, value in backbone.projector.state_dict().items()}
     save_tensors(quantise(projector) if int8 else projector, folder / PROJECTOR_FILE)
     _save_tokenizer(prompt, folder)
     _write_sentence_transformers(checkpoint, folder, kept)
     epic = {
-        "format_version": INT8_FORMAT_VERSION if int8 else FORMAT_VERSION,
+        "format_version": QUERY_FORMAT_VERSION if has_query_weights else version,
         "name": checkpoint.name,
         "pooling": backbone.pooling,
         "projector": backbone.projector.kind,
@@ -239,6 +247,61 @@ def _load_projector(backbone: Backbone, folder: Path, *, required: bool) -> None
         ) from error
 
 
+def _load_query_weights(backbone: Backbone, folder: Path, *, required: bool, has_adapter: bool) -> None:
+    """Load the weights that only queries are read with, if the folder has any."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = next((folder / name for name in QUERY_FILES if (folder / name).is_file()), None)
+    if not required:
+        return
+    if file is None:
+        raise CheckpointError(
+            f"{folder} has no {QUERY_FILES[0]}, which {EPIC_FILE} asks for. Copy the checkpoint again."
+        )
+    if has_adapter:
+        raise ConfigError(f"{folder} has weights of its own for queries, which take no adapter. Name its base model.")
+    try:
+        tensors = dequantise(load_file(file))
+        # A model that is cut to its first layers has the others' weights in its file, and a whole model shared ones.
+        known = dict(backbone.transformer.named_parameters())
+        own = {name for name in tensors.keys() & known.keys() if not torch.equal(tensors[name], known[name])}
+        backbone.separate_queries(own)
+        with torch.no_grad():
+            for name, weight in backbone.query_weights().items():
+                weight.copy_(tensors[name])
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file} does not fit the model ({reason_of(error)}). Copy the checkpoint again."
+        ) from error
+
+
+def _save_query_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> bool:
+    """Write the weights that only queries are read with, as int8 rows if `dtype` is None; return True if there are any.
+
+    In a floating-point format they are a whole model, with a tokenizer, that other libraries open.
+    """
+    backbone = checkpoint.backbone
+    (folder / QUERY_FILES[0]).unlink(missing_ok=True)
+    shutil.rmtree(folder / QUERY_FOLDER, ignore_errors=True)
+    if backbone.query_transformer is None:
+        return False
+    if dtype is None:
+        own = {name: value.detach().cpu() for name, value in backbone.query_weights().items()}
+        save_tensors(quantise(own), folder / QUERY_FILES[0])
+        return True
+    state = {
+        key: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
+        for key, value in backbone.query_transformer.state_dict().items()
+    }
+    with quiet():
+        backbone.query_transformer.save_pretrained(folder / QUERY_FOLDER, state_dict=state, max_shard_size="1TB")
+    apply_umask(*(folder / QUERY_FOLDER).iterdir())
+    _save_tokenizer(checkpoint.prompt, folder / QUERY_FOLDER)
+    _write_lengths(folder / QUERY_FOLDER, checkpoint.prompt.max_query_tokens)
+    return True
+
+
 # Tokenizer
 
 
@@ -291,7 +354,19 @@ def _save_tokenizer(prompt: PromptBuilder, folder: Path) -> None:
 def _write_sentence_transformers(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     """Write modules, pooling, head, lengths and prompts; `dtype` is that of the head on disk."""
     backbone = checkpoint.backbone
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    has_query_weights = backbone.query_transformer is not None
+    modules = [("", "Router" if has_query_weights else "Transformer"), ("1_Pooling", "Pooling")]
+    (folder / _ROUTER_FILE).unlink(missing_ok=True)
+    if has_query_weights:
+        routes = {"document": ".", "query": QUERY_FOLDER}
+        _write_json(
+            folder / _ROUTER_FILE,
+            {
+                "types": dict.fromkeys(routes.values(), f"{_ST_MODULES}.Transformer"),
+                "structure": {route: [place] for route, place in routes.items()},
+                "parameters": {"default_route": "document", "allow_empty_key": True},
+            },
+        )
     # An earlier checkpoint in the folder may have had a head.
     shutil.rmtree(folder / HEAD_FOLDER, ignore_errors=True)
     if backbone.head is not None:
@@ -315,16 +390,17 @@ def _write_sentence_transformers(checkpoint: Checkpoint, folder: Path, dtype: to
             "include_prompt": False,
         },
     )
-    _write_json(
-        folder / "sentence_bert_config.json",
-        {"max_seq_length": checkpoint.prompt.max_document_tokens, "do_lower_case": False},
-    )
+    _write_lengths(folder, checkpoint.prompt.max_document_tokens)
     template, instruction = checkpoint.prompt.template, checkpoint.config.default_instruction
     prompt = f"{template.instruction.format(instruction=instruction)}{template.query} " if instruction else ""
     _write_json(
         folder / "config_sentence_transformers.json",
         {"prompts": {"query": prompt, "document": ""}, "default_prompt_name": None, "similarity_fn_name": "cosine"},
     )
+
+
+def _write_lengths(folder: Path, longest: int) -> None:
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False})
 
 
 def _read_pooling(folder: Path) -> str | None:

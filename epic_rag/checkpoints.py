@@ -30,6 +30,9 @@ __all__ = [
     "INT8_FORMAT_VERSION",
     "INT8_ROWS",
     "PROJECTOR_FILE",
+    "QUERY_FILES",
+    "QUERY_FOLDER",
+    "QUERY_FORMAT_VERSION",
     "CheckpointInfo",
     "EncoderConfig",
     "check_width",
@@ -51,10 +54,14 @@ TRUST_VARIABLE = "EPIC_RAG_TRUST_REMOTE_CODE"
 """Names of models whose Python code may run, with commas between."""
 EPIC_FILE = "epic.json"
 PROJECTOR_FILE = "projector.safetensors"
+# Weights that queries are read with: their own ones as int8 rows, or a whole model that other libraries open.
+QUERY_FOLDER = "query"
+QUERY_FILES = ("query_model-int8.safetensors", f"{QUERY_FOLDER}/model.safetensors")
 HEAD_FOLDER = "2_Dense"
 FORMAT_VERSION = 1
 # Version of folders whose weights are int8 rows, so that a release that cannot read those refuses them alone.
 INT8_FORMAT_VERSION = 2
+QUERY_FORMAT_VERSION = 3
 INT8_ROWS = "int8-rows"
 _SHIPPED = Path(__file__).parent / "checkpoints"
 # Files of a checkpoint. Pickled weights stay on the hub: only safetensors are ever read.
@@ -76,8 +83,8 @@ class EncoderConfig:
         license: SPDX identifier of the weights' licence.
         base_model: The model that training started from.
         languages: ISO 639-1 codes of the languages that the model was trained on.
-        symmetric_instructions: False if the model compares texts of one kind better without the instruction of a
-            symmetric task or bank; an instruction in words is always read.
+        symmetric_as_documents: True if texts of symmetric tasks and banks are read as documents are, without the
+            task's instruction; an instruction in words is always read.
     """
 
     default_instruction: str | None = None
@@ -90,7 +97,7 @@ class EncoderConfig:
     license: str | None = None
     base_model: str | None = None
     languages: list[str] | None = None
-    symmetric_instructions: bool | None = None
+    symmetric_as_documents: bool | None = None
 
     @classmethod
     def from_dict(cls, epic: Mapping[str, Any]) -> EncoderConfig:
@@ -323,8 +330,8 @@ def fingerprint_of(
         "default_instruction": config.default_instruction,
         **prompt,
     }
-    if config.symmetric_instructions is False:
-        facts["symmetric_instructions"] = False
+    if config.symmetric_as_documents:
+        facts["symmetric_as_documents"] = True
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -374,9 +381,9 @@ def read_epic_file(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} holds a {type(data).__name__}, not an object. Copy the checkpoint again.")
     version = data.get("format_version")
-    if version not in (FORMAT_VERSION, INT8_FORMAT_VERSION):
+    if version not in (FORMAT_VERSION, INT8_FORMAT_VERSION, QUERY_FORMAT_VERSION):
         raise CheckpointError(
-            f"{file} has format version {version}, this release reads {FORMAT_VERSION} and {INT8_FORMAT_VERSION}. "
+            f"{file} has format version {version}, this release reads {FORMAT_VERSION} to {QUERY_FORMAT_VERSION}. "
             "Run `pip install -U epic-rag`."
         )
     if is_int8(data) and data.get("weights") != {"format": INT8_ROWS}:
@@ -389,4 +396,5 @@ def read_epic_file(folder: Path) -> dict[str, Any]:
 
 def is_int8(epic: Mapping[str, Any]) -> bool:
     """Return whether the weights beside an `epic.json` with these contents are int8 rows."""
-    return bool(epic.get("format_version") == INT8_FORMAT_VERSION)
+    version = epic.get("format_version")
+    return bool(version == INT8_FORMAT_VERSION or (version == QUERY_FORMAT_VERSION and "weights" in epic))

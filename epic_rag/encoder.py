@@ -507,11 +507,10 @@ class EpicEncoder:
         prompt = QueryPrompt.of(prompt, settings)
         items = [texts] if isinstance(texts, str) else list(texts)
         bank = prompt.resolve_bank()
-        instruction = self._instruction(prompt, bank)
         strategy = prompt.strategy or self.strategy
         k = 0 if bank is None else self._num_demonstrations(bank, prompt.num_demonstrations, strategy)
         if bank is None or k == 0 or not items or strategy in ("reader", "task-vector"):
-            vectors = self._zero_shot(items, instruction, batch_size, show_progress)
+            vectors = self._zero_shot(items, prompt, bank, batch_size, show_progress)
             if bank is not None and k and items and strategy == "reader":
                 vectors = self._read_demonstrations(bank, k, prompt.selection, vectors)
             elif bank is not None and k and items:
@@ -524,7 +523,7 @@ class EpicEncoder:
             )
         else:
             rows, slots = self._rows_behind_demonstrations(
-                items, bank, k, instruction, strategy, prompt.selection, batch_size
+                items, bank, k, self._instruction(prompt, bank), strategy, prompt.selection, batch_size
             )
             vectors = self._embed(rows, slots, batch_size, show_progress)
         # A token has a character or more.
@@ -627,9 +626,7 @@ class EpicEncoder:
         Raises:
             PromptError: See `encode_query`.
         """
-        vectors = None
-        if selection == "nearest":
-            vectors = self._zero_shot(texts, self._instruction(QueryPrompt(), bank))
+        vectors = self._zero_shot(texts, QueryPrompt(), bank) if selection == "nearest" else None
         return self._select(bank, k, len(texts), selection, vectors)
 
     def embed_demonstrations(self, bank: DemonstrationBank) -> Vectors:
@@ -639,7 +636,7 @@ class EpicEncoder:
             (k, 2, dim) float32 at full width: query (zero-shot, with the bank's instruction), passage.
         """
         width = self.width
-        zero_shot = QueryPrompt(instruction=self._instruction(QueryPrompt(), bank) or "")
+        zero_shot = QueryPrompt(bank=bank, num_demonstrations=0)
         passages = [item.passage for item in bank.demonstrations]
         queries = self.encode_query([item.query for item in bank.demonstrations], zero_shot, truncate_dim=width)
         if bank.symmetric:
@@ -696,8 +693,7 @@ class EpicEncoder:
 
     def _instruction(self, prompt: QueryPrompt, bank: DemonstrationBank | None) -> str | None:
         """Return the instruction of a query; None for the model's own, or for a model that follows none."""
-        symmetric = self.config.symmetric_instructions is not False
-        instruction = prompt.resolve_instruction(bank, self.default_instruction, symmetric=symmetric)
+        instruction = prompt.resolve_instruction(bank, self.default_instruction)
         if self.external is not None:
             # "" stands for the model's own prompt as well: without it, the vectors are not those it was trained for.
             return (instruction or None) if self.takes_instructions else None
@@ -706,14 +702,17 @@ class EpicEncoder:
     def _zero_shot(
         self,
         texts: Sequence[str],
-        instruction: str | None,
+        prompt: QueryPrompt,
+        bank: DemonstrationBank | None,
         batch_size: int | None = None,
         show_progress: bool = False,
     ) -> Vectors:
         """Embed queries behind an instruction alone."""
+        instruction = self._instruction(prompt, bank)
         if self.external is not None:
             return self._external_vectors(texts, "query", instruction, batch_size, show_progress)
-        rows = self.prompt.queries(self.prompt.prefix(instruction), texts)
+        bare = bool(self.config.symmetric_as_documents) and prompt.is_bare(bank)
+        rows = self.prompt.symmetric(texts) if bare else self.prompt.queries(self.prompt.prefix(instruction), texts)
         return self._embed(rows, None, batch_size, show_progress)
 
     def _external_vectors(

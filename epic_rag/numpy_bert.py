@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from epic_rag.checkpoints import HEAD_FOLDER, PROJECTOR_FILE, hash_weights
+from epic_rag.checkpoints import HEAD_FOLDER, PROJECTOR_FILE, QUERY_FILES, QUERY_FORMAT_VERSION, hash_weights
 from epic_rag.prompt import EncoderInput, PromptBuilder
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class NumpyBert:
 
     Args:
         config: Contents of `config.json`.
-        weights: Tensors by name: `transformer.*`, `projector.*`, `head.*`, and `*.scale` of int8 rows.
+        weights: Tensors by name: `transformer.*`, `projector.*`, `head.*`, and `*.scale` of int8 rows;
+            `query_transformer.*` for those that queries are read with instead.
         pooling: "mean", "cls" or "last".
         projector_kind: Kind of the projector, which is part of the fingerprint alone: slots need torch.
         weights_hash: Hash of the weights that `hash_weights` would compute; None if it is unknown.
@@ -76,7 +77,12 @@ class NumpyBert:
         weights_hash: str | None = None,
     ) -> None:
         self._config = config
-        self._weights = weights
+        own = {name.removeprefix("query_") for name in weights if name.startswith("query_transformer.")}
+        self._weights = {name: array for name, array in weights.items() if not name.startswith("query_transformer.")}
+        # A matrix of queries' own brings its own scales, or has none.
+        shared = {name: array for name, array in self._weights.items() if name.removesuffix(_SCALE) not in own}
+        self._query_weights = {**shared, **{name: weights[f"query_{name}"] for name in own}}
+        self._has_query_weights = bool(own)
         self.pooling = pooling
         self.projector_kind = projector_kind
         self.dimension = int(weights["head.weight"].shape[0] if "head.weight" in weights else config["hidden_size"])
@@ -96,7 +102,7 @@ class NumpyBert:
         return self.tokens_left >= 0
 
     def embed(self, rows: Sequence[EncoderInput]) -> Vectors:
-        """Embed rows without slots.
+        """Embed rows without slots, all of them queries or none.
 
         Returns:
             (rows, dim) float32 unit vectors.
@@ -112,10 +118,11 @@ class NumpyBert:
             pooled_spans = [slice(span.start, span.start + 1) for span in spans]
         else:
             pooled_spans = [slice(span.stop - 1, span.stop) for span in spans]
-        states = self._forward(np.concatenate([row.ids for row in rows]), spans, pooled_spans)
+        weights = self._query_weights if rows[0].is_query else self._weights
+        states = self._forward(weights, np.concatenate([row.ids for row in rows]), spans, pooled_spans)
         pooled = np.stack([each.mean(axis=0) for each in states])
-        if "head.weight" in self._weights:
-            pooled = self._linear(pooled, "head")
+        if "head.weight" in weights:
+            pooled = self._linear(weights, pooled, "head")
         # torch's normalize has the same lower bound.
         vectors: Vectors = pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
         return vectors
@@ -124,14 +131,22 @@ class NumpyBert:
         """Return the hash that `epic_rag.backbone.hash_tensors` has for the same model in torch."""
         if self._weights_hash is not None:
             return self._weights_hash
-        scales = {name + _SCALE for name in self._weights}
-        names = [name for name in self._weights if name not in scales]
-        return hash_weights({name: partial(self._rows, name, slice(None)) for name in names})
+        tensors = {}
+        for prefix, weights in (("", self._weights), ("query_", self._query_weights)):
+            scales = {name + _SCALE for name in weights}
+            for name in weights:
+                # torch has all weights of both transformers, shared ones twice.
+                if name not in scales and (not prefix or (self._has_query_weights and name.startswith("transformer."))):
+                    tensors[prefix + name] = partial(self._rows, weights, name, slice(None))
+        return hash_weights(tensors)
 
-    def _forward(self, ids: Array, spans: Sequence[slice], pooled_spans: Sequence[slice]) -> list[Vectors]:
+    def _forward(
+        self, weights: Mapping[str, Array], ids: Array, spans: Sequence[slice], pooled_spans: Sequence[slice]
+    ) -> list[Vectors]:
         """Run the transformer.
 
         Args:
+            weights: Those of queries, or of documents.
             ids: (tokens,) token ids of all rows.
             spans: The tokens of each row.
             pooled_spans: Those of them that are pooled; the last layer computes no others.
@@ -144,17 +159,17 @@ class NumpyBert:
             int(config[name]) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")
         )
         scratch = np.empty(width * int(config["intermediate_size"]), dtype=np.float32)
-        linear, norm = partial(self._linear, scratch=scratch), partial(self._norm, eps=eps)
+        linear, norm = partial(self._linear, weights, scratch=scratch), partial(self._norm, weights, eps=eps)
 
         def split(x: Vectors) -> Vectors:
             parts: Vectors = x.reshape(len(x), heads, -1).transpose(1, 0, 2)  # (heads, tokens, width / heads)
             return parts
 
         embeddings = "transformer.embeddings."
-        x = self._rows(f"{embeddings}word_embeddings.weight", ids)
-        x += self._rows(f"{embeddings}token_type_embeddings.weight", slice(0, 1))
+        x = self._rows(weights, f"{embeddings}word_embeddings.weight", ids)
+        x += self._rows(weights, f"{embeddings}token_type_embeddings.weight", slice(0, 1))
         longest = max(span.stop - span.start for span in spans)
-        positions = self._rows(f"{embeddings}position_embeddings.weight", slice(0, longest))
+        positions = self._rows(weights, f"{embeddings}position_embeddings.weight", slice(0, longest))
         for span in spans:
             x[span] += positions[: span.stop - span.start]
         x = norm(x, f"{embeddings}LayerNorm")
@@ -178,9 +193,10 @@ class NumpyBert:
             x = norm(x + linear(inner, f"{layer}output.dense"), f"{layer}output.LayerNorm")
         return [x[part] for part in parts]
 
-    def _linear(self, x: Vectors, name: str, *, scratch: Vectors | None = None) -> Vectors:
+    @staticmethod
+    def _linear(weights: Mapping[str, Array], x: Vectors, name: str, *, scratch: Vectors | None = None) -> Vectors:
         """Map (tokens, in) to (tokens, out); a stored weight that is not float32 is converted into `scratch`."""
-        weight, scale = self._weights[f"{name}.weight"], self._weights.get(f"{name}.weight{_SCALE}")
+        weight, scale = weights[f"{name}.weight"], weights.get(f"{name}.weight{_SCALE}")
         if weight.dtype != np.float32:
             if scratch is None or weight.size > scratch.size:
                 scratch = np.empty(weight.size, dtype=np.float32)
@@ -191,21 +207,23 @@ class NumpyBert:
         y: Vectors = np.ascontiguousarray((weight @ np.ascontiguousarray(x.T)).T)
         if scale is not None:
             y *= scale
-        if f"{name}.bias" in self._weights:
-            y += self._weights[f"{name}.bias"]
+        if f"{name}.bias" in weights:
+            y += weights[f"{name}.bias"]
         return y
 
-    def _norm(self, x: Vectors, name: str, *, eps: float) -> Vectors:
+    @staticmethod
+    def _norm(weights: Mapping[str, Array], x: Vectors, name: str, *, eps: float) -> Vectors:
         width = np.float32(x.shape[1])
         x = x - np.add.reduce(x, axis=1, keepdims=True) / width
         x /= np.sqrt(np.einsum("td,td->t", x, x) / width + np.float32(eps))[:, np.newaxis]
-        x *= self._weights[f"{name}.weight"]
-        x += self._weights[f"{name}.bias"]
+        x *= weights[f"{name}.weight"]
+        x += weights[f"{name}.bias"]
         return x
 
-    def _rows(self, name: str, which: Any) -> Vectors:
+    @staticmethod
+    def _rows(weights: Mapping[str, Array], name: str, which: Any) -> Vectors:
         """Return rows of a tensor in float32."""
-        stored, scale = self._weights[name], self._weights.get(name + _SCALE)
+        stored, scale = weights[name], weights.get(name + _SCALE)
         rows: Vectors = stored[which].astype(np.float32) if stored.ndim else stored.astype(np.float32)
         if scale is not None:
             rows *= scale[which].reshape(-1, *[1] * (rows.ndim - 1))
@@ -263,6 +281,9 @@ def open_numpy_bert(
         if not _is_supported(config, epic):
             return None
         weights = _read_weights(folder)
+        has_query_weights = any(name.startswith("query_transformer.") for name in weights)
+        if has_query_weights is not (epic.get("format_version") == QUERY_FORMAT_VERSION):
+            return None
         if {name: array.shape for name, array in weights.items()} != _expected_shapes(config, epic, weights):
             return None
         tokenizer = _open_tokenizer(folder)
@@ -339,6 +360,7 @@ def _weight_files(folder: Path) -> dict[Path, str]:
     """
     shards = sorted(folder.glob("model-int8-*.safetensors")) or [folder / "model.safetensors"]
     files = {**dict.fromkeys(shards, "transformer."), folder / PROJECTOR_FILE: "projector."}
+    files |= {folder / name: "query_transformer." for name in QUERY_FILES if (folder / name).is_file()}
     modules = folder / "modules.json"
     listed = json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []
     for path in (entry["path"] for entry in listed if entry["type"].endswith(".Dense")):
@@ -407,6 +429,9 @@ def _expected_shapes(
         shapes[f"transformer.embeddings.{name}_embeddings.weight"] = (int(config[size]), width)
     if epic["projector"] != "linear":
         shapes["projector.scale"] = ()
+    for name in weights:
+        if name.startswith("query_transformer.") and not name.endswith(_SCALE):
+            shapes[name] = shapes[name.removeprefix("query_")]
     is_int8 = {name for name, shape in shapes.items() if len(shape) > 1 and weights[name].dtype == np.int8}
     return shapes | {name + _SCALE: shapes[name][:1] for name in is_int8}
 

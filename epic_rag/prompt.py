@@ -17,7 +17,7 @@ slot or the end-of-sequence token, because texts are cut before they are joined.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from epic_rag.errors import ConfigError, PromptError
@@ -104,11 +104,13 @@ class EncoderInput:
         slots: Positions of the slots, in the order query, passage, query, passage, ...
         pool_start: First position that mean pooling reads: 0, or the first of the query's own tokens if a prompt
             stands before it.
+        is_query: Whether a model with weights of its own for queries reads the row with these.
     """
 
     ids: tuple[int, ...]
     slots: tuple[int, ...] = ()
     pool_start: int = 0
+    is_query: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class Batch:
         pool_mask: (rows, tokens) float32, 1 on the tokens that mean pooling reads.
         slot_rows: (slots,) int64, the row of each slot.
         slot_columns: (slots,) int64, the column of each slot, already shifted for left padding.
+        is_query: Whether the rows are queries.
     """
 
     ids: torch.Tensor
@@ -143,17 +146,23 @@ class Batch:
     pool_mask: torch.Tensor
     slot_rows: torch.Tensor
     slot_columns: torch.Tensor
+    is_query: bool = False
 
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
-        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+    def to(self, device: torch.device, *, pinned: bool = False) -> Batch:
+        """Return the batch on a device, from pinned memory if asked: it is then copied while the CPU works on."""
+        tensors = {name: value for name, value in vars(self).items() if name != "is_query"}
+        moved = {
+            name: value.pin_memory().to(device, non_blocking=True) if pinned else value.to(device)
+            for name, value in tensors.items()
+        }
+        return replace(self, **moved)
 
 
 def collate(rows: Sequence[EncoderInput], *, pad_id: int, padding_side: Literal["left", "right"] = "right") -> Batch:
     """Pad rows to one width.
 
     Args:
-        rows: At least one row.
+        rows: At least one row; all of them queries, or none.
         pad_id: Token id of the padding; masked everywhere.
         padding_side: Where the padding goes.
 
@@ -163,6 +172,8 @@ def collate(rows: Sequence[EncoderInput], *, pad_id: int, padding_side: Literal[
     """
     import torch
 
+    if len({row.is_query for row in rows}) > 1:
+        raise ValueError("A batch has queries and other rows. Put them into batches of their own.")
     width = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -183,6 +194,7 @@ def collate(rows: Sequence[EncoderInput], *, pad_id: int, padding_side: Literal[
         pool_mask=pool_mask,
         slot_rows=torch.tensor(slot_rows, dtype=torch.long),
         slot_columns=torch.tensor(slot_columns, dtype=torch.long),
+        is_query=rows[0].is_query,
     )
 
 
@@ -302,7 +314,15 @@ class PromptBuilder:
         Returns:
             One row per text, of at most `max_document_tokens` tokens.
         """
-        return self.queries(Prefix(ids=self.start), texts, max_tokens=self.max_document_tokens, what="a document")
+        return self._rows(Prefix(ids=self.start), texts, self.max_document_tokens, "a document")
+
+    def symmetric(self, texts: Sequence[str]) -> list[EncoderInput]:
+        """Build inputs of bare texts that are compared with each other: read as documents, as long as queries.
+
+        Returns:
+            One row per text, of at most `max_query_tokens` tokens.
+        """
+        return self._rows(Prefix(ids=self.start), texts, self.max_query_tokens, "a text")
 
     def prefix(
         self,
@@ -378,16 +398,12 @@ class PromptBuilder:
         ids.extend((*line, *query) if each else query)
         return Prefix(ids=tuple(ids), slots=tuple(slots), words=True)
 
-    def queries(
-        self, prefix: Prefix, texts: Sequence[str], *, max_tokens: int | None = None, what: str = "a query"
-    ) -> list[EncoderInput]:
+    def queries(self, prefix: Prefix, texts: Sequence[str]) -> list[EncoderInput]:
         """Build inputs of queries behind a prefix.
 
         Args:
             prefix: Everything before the query's own tokens.
             texts: The queries.
-            max_tokens: Longest query with special tokens; None for `max_query_tokens`.
-            what: Noun for the message of an error.
 
         Returns:
             One row per text. Only the query's own tokens are ever cut.
@@ -395,9 +411,14 @@ class PromptBuilder:
         Raises:
             PromptError: If the prefix leaves no room for a query, or a text is not a string.
         """
+        return self._rows(prefix, texts, self.max_query_tokens, "a query", is_query=True)
+
+    def _rows(
+        self, prefix: Prefix, texts: Sequence[str], limit: int, what: str, *, is_query: bool = False
+    ) -> list[EncoderInput]:
         # The space belongs to the query's first word, as it would in one continuous text.
         texts = [f" {text}" if isinstance(text, str) else text for text in texts] if prefix.words else texts
-        room = self._room(prefix, self.max_query_tokens if max_tokens is None else max_tokens, what)
+        room = self._room(prefix, limit, what)
         pool_start = len(prefix.ids) if prefix.words else 0
         rows = []
         for ids in self.token_ids(texts, room):
@@ -405,7 +426,7 @@ class PromptBuilder:
             if len(row) == pool_start:
                 # An empty text and a tokenizer without special tokens: there must be one position to pool.
                 row = (*row, self.filler)
-            rows.append(EncoderInput(row, slots=prefix.slots, pool_start=pool_start))
+            rows.append(EncoderInput(row, slots=prefix.slots, pool_start=pool_start, is_query=is_query))
         return rows
 
     def with_prefix(self, prefix: Prefix, rows: Sequence[EncoderInput]) -> list[EncoderInput]:
@@ -423,7 +444,7 @@ class PromptBuilder:
         for row in rows:
             ids = (*prefix.ids, *row.ids[row.pool_start : len(row.ids) - stop][:room], *self.stop)
             ids = ids if len(ids) > len(prefix.ids) else (*ids, self.filler)
-            inputs.append(EncoderInput(ids, slots=prefix.slots, pool_start=len(prefix.ids)))
+            inputs.append(EncoderInput(ids, slots=prefix.slots, pool_start=len(prefix.ids), is_query=True))
         return inputs
 
     def _room(self, prefix: Prefix, limit: int, what: str) -> int:

@@ -131,21 +131,27 @@ class QueryPrompt:
             return get_task(self.task).symmetric
         return bank is not None and bank.symmetric
 
-    def resolve_instruction(
-        self, bank: DemonstrationBank | None, default: str | None, *, symmetric: bool = True
-    ) -> str | None:
+    def is_bare(self, bank: DemonstrationBank | None) -> bool:
+        """Return True for texts of one kind without an instruction in words: some models read them as documents.
+
+        Args:
+            bank: The loaded bank.
+
+        Raises:
+            TaskError: If the task is unknown.
+        """
+        return self.instruction is None and self.is_symmetric(bank)
+
+    def resolve_instruction(self, bank: DemonstrationBank | None, default: str | None) -> str | None:
         """Return the instruction that holds.
 
         Args:
             bank: The loaded bank.
             default: The checkpoint's default instruction.
-            symmetric: False if only an instruction in words holds for texts of one kind.
 
         Raises:
             TaskError: If the task is unknown.
         """
-        if not symmetric and self.instruction is None and self.is_symmetric(bank):
-            return None
         of_task = None if self.task is None else get_task(self.task).instruction
         if self.instruction is not None:
             return self.instruction

@@ -80,7 +80,8 @@ def make_prompt(
 def prompt_fingerprint(prompt: QueryPrompt) -> str:
     """Hash everything that decides a prompt; without demonstrations, only the instruction."""
     bank = prompt.resolve_bank()
-    content: list[object] = [prompt.resolve_instruction(bank, None) or ""]
+    instruction = prompt.resolve_instruction(bank, None) or ""
+    content: list[object] = [["symmetric", instruction] if prompt.is_bare(bank) else instruction]
     if bank is not None and prompt.num_demonstrations != 0:
         shown = bank.demonstrations[: prompt.num_demonstrations]
         content += [prompt.strategy, bank.symmetric, *([item.query, item.passage] for item in shown)]

@@ -293,12 +293,14 @@ class PromptPlan:
         source: Origin of the demonstrations, as the report names it; None when there are none.
         demonstrations: In the order in which they are used.
         symmetric: Whether their passages are encoded like queries.
+        bare: Whether the model reads the set's texts, which are of one kind, as documents.
     """
 
     instruction: str
     source: str | None = None
     demonstrations: tuple[Demonstration, ...] = ()
     symmetric: bool = False
+    bare: bool = False
 
     def prompt(self, k: int, *, strategy: QueryStrategy = "epic") -> QueryPrompt:
         """Return the prompt with the first k demonstrations.
@@ -311,7 +313,8 @@ class PromptPlan:
                 f"{self.source or 'This set'} has {len(self.demonstrations)} demonstrations, and k is {k}. "
                 "Lower --num-demonstrations, or name a larger source with --bank SET=SOURCE."
             )
-        return make_prompt(self.instruction, self.demonstrations[:k], symmetric=self.symmetric, strategy=strategy)
+        prompt = make_prompt(self.instruction, self.demonstrations[:k], symmetric=self.symmetric, strategy=strategy)
+        return replace(prompt, task="sts", instruction=None) if self.bare else prompt
 
 
 def training_demonstrations(
@@ -463,14 +466,14 @@ class LoadedModel:
         record: Description for the report.
         store: The encoder and its vectors; None for BM25.
         default_instruction: The checkpoint's.
-        symmetric_instructions: False if it reads texts of one kind without an instruction.
+        symmetric_as_documents: Whether it reads texts that are compared with each other as documents.
         reader: The checkpoint's reader of demonstrations; None for BM25.
     """
 
     record: ModelRecord
     store: EmbeddingStore | None = None
     default_instruction: str | None = None
-    symmetric_instructions: bool = True
+    symmetric_as_documents: bool = False
     reader: DemonstrationReader | None = None
 
     def values_of_k(self, item: PlannedSet, request: EvaluationRequest) -> list[int]:
@@ -511,9 +514,10 @@ class LoadedModel:
         )
 
     def _plan(self, item: PlannedSet) -> PromptPlan:
-        """Return a set's plan, without its instruction where the model reads none."""
-        bare = self.record.plain or (item.kind in _ONE_KIND and not self.symmetric_instructions)
-        return replace(item.plan, instruction="") if bare else item.plan
+        """Return a set's plan as the model takes it."""
+        if item.kind in _ONE_KIND and self.symmetric_as_documents:
+            return replace(item.plan, instruction="", symmetric=True, bare=True)
+        return replace(item.plan, instruction="") if self.record.plain else item.plan
 
     def score_split(
         self, split: HeldoutSplit, foreign_pool: Sequence[Pair] | None, request: EvaluationRequest
@@ -583,7 +587,7 @@ def load_model(spec: ModelSpec, request: EvaluationRequest) -> LoadedModel:
         record,
         store,
         encoder.default_instruction,
-        spec.mode == "prompted" or encoder.config.symmetric_instructions is not False,
+        spec.mode != "prompted" and bool(encoder.config.symmetric_as_documents),
         encoder.reader,
     )
 

@@ -180,9 +180,7 @@ class TrainingConfig:
     # Keep the vectors of the start on this many other texts in each step.
     retention_texts: _CountOrZero = 0
     retention_weight: _NotNegative = 1.0
-    # Share of these texts that the model reads behind an instruction.
-    retention_prompted_p: _Probability = 0.25
-    # Train queries alone: documents have the vectors of the start, which are computed once.
+    # Train weights of queries alone: documents keep theirs, and their vectors are computed once.
     freeze_documents: _Flag = False
     # Passages that a step takes as further negatives, with freeze_documents.
     document_negatives: _CountOrZero = 0
@@ -242,8 +240,8 @@ class TrainingConfig:
     # Written into the checkpoint
     inference_tokens: _Count | None = None
     default_instruction: str | None = None
-    # False lets the checkpoint read texts of symmetric tasks and banks without their instruction.
-    symmetric_instructions: _Flag = True
+    # Read texts of symmetric tasks and banks as documents, without the task's instruction.
+    symmetric_as_documents: _Flag = False
     description: str = ""
     license: str = ""
     base_model: str = ""
@@ -350,6 +348,9 @@ class TrainingConfig:
             "grad_cache": self.grad_cache,
             "demonstration_source: bank": self.demonstration_source == "bank",
             "reset_projector": self.reset_projector,
+            "retention_texts": self.retention_texts > 0,
+            "lora_rank": self.lora_rank is not None,
+            "interpolate_with_start": self.interpolate_with_start > 0,
         }
         for name, is_set in unfit.items():
             if is_set:

@@ -74,7 +74,7 @@ def build_inputs(
         config: The run.
         bank: For each of the batch's tasks the demonstrations of all its rows; None for other rows of the batch.
     """
-    queries, documents = zero_shot_rows(batch, prompt)
+    queries, documents = zero_shot_rows(batch, prompt, symmetric_as_documents=config.symmetric_as_documents)
     pairs, counted = len(queries), len(documents)
     prompted: list[EncoderInput] = []
     shown: list[list[int]] = []
@@ -114,7 +114,7 @@ def build_inputs(
 
 
 def zero_shot_rows(
-    batch: TrainingBatch, prompt: PromptBuilder, *, instructions: bool = True
+    batch: TrainingBatch, prompt: PromptBuilder, *, instructions: bool = True, symmetric_as_documents: bool = False
 ) -> tuple[list[EncoderInput], list[EncoderInput]]:
     """Tokenize the batch's queries and documents without demonstrations.
 
@@ -122,6 +122,7 @@ def zero_shot_rows(
         batch: The pairs.
         prompt: Tokenizer, template and limits.
         instructions: True to give queries their task's instruction.
+        symmetric_as_documents: True to read both sides of symmetric tasks as documents.
 
     Returns:
         Queries, one a pair; documents: one positive a pair, then all hard negatives, pair by pair.
@@ -130,8 +131,14 @@ def zero_shot_rows(
     positives: list[EncoderInput] = []
     negatives: list[EncoderInput] = []
     for task in batch.tasks:
+        texts = [row.query for row in task.rows]
+        if task.symmetric and symmetric_as_documents:
+            queries.extend(prompt.symmetric(texts))
+            positives.extend(prompt.symmetric([row.positive for row in task.rows]))
+            negatives.extend(prompt.symmetric([text for row in task.rows for text in row.negatives]))
+            continue
         prefix = prompt.prefix(task.instruction if instructions else None)
-        queries.extend(prompt.queries(prefix, [row.query for row in task.rows]))
+        queries.extend(prompt.queries(prefix, texts))
         positives.extend(_documents(prompt, task, prefix, [row.positive for row in task.rows]))
         # Encoded like the positives, or the two could be told apart by their encoding.
         negatives.extend(_documents(prompt, task, prefix, [text for row in task.rows for text in row.negatives]))
@@ -290,9 +297,13 @@ class Forward:
         return _in_order([self.chunk(rows, chunk, slots) for chunk in chunks], chunks)
 
     def chunks(self, rows: Sequence[EncoderInput], shard: Sequence[int]) -> list[list[int]]:
-        """Split positions of rows into chunks of at most `max_tokens` padded tokens."""
-        batches = token_batches([len(rows[index].ids) for index in shard], max_tokens=self.max_tokens)
-        return [[shard[index] for index in batch] for batch in batches]
+        """Split positions of rows into chunks of at most `max_tokens` padded tokens, queries apart from other rows."""
+        chunks = []
+        for is_query in (True, False):
+            part = [index for index in shard if rows[index].is_query is is_query]
+            batches = token_batches([len(rows[index].ids) for index in part], max_tokens=self.max_tokens)
+            chunks += [[part[index] for index in batch] for batch in batches]
+        return chunks
 
     def chunk(self, rows: Sequence[EncoderInput], chunk: Sequence[int], slots: SlotTable | None = None) -> torch.Tensor:
         """Return (chunk, dim) float32 unit vectors of some rows, from one forward pass."""
@@ -309,11 +320,7 @@ class Forward:
 
     def _collate(self, rows: Sequence[EncoderInput], chunk: Sequence[int]) -> Batch:
         batch = collate([rows[index] for index in chunk], pad_id=self.pad_id)
-        if self.backbone.device.type != "cuda":
-            return batch.to(self.backbone.device)
-        # Pinned memory is copied while the CPU works on.
-        tensors = (getattr(batch, name) for name in batch.__dataclass_fields__)
-        return Batch(*(tensor.pin_memory().to(self.backbone.device, non_blocking=True) for tensor in tensors))
+        return batch.to(self.backbone.device, pinned=self.backbone.device.type == "cuda")
 
     def _autocast(self) -> torch.autocast:
         enabled = self.dtype != torch.float32

@@ -40,6 +40,10 @@ class Adapter:
 
     def __init__(self, backbone: Backbone, config: TrainingConfig) -> None:
         require_peft()
+        if backbone.query_transformer is not None:
+            raise ConfigError(
+                "lora_rank is set, and the model has weights of its own for queries. Name its base model."
+            )
         from peft import LoraConfig, PeftModel
 
         targets: Any = _ALL if _ALL in config.lora_targets else list(config.lora_targets)

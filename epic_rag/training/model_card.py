@@ -20,7 +20,15 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from epic_rag.checkpoints import EPIC_FILE, HEAD_FOLDER, is_int8, list_checkpoints, read_epic_file, resolve
+from epic_rag.checkpoints import (
+    EPIC_FILE,
+    HEAD_FOLDER,
+    QUERY_FORMAT_VERSION,
+    is_int8,
+    list_checkpoints,
+    read_epic_file,
+    resolve,
+)
 from epic_rag.errors import CheckpointError, DataError, EpicError
 from epic_rag.training.config import LAST_COMMIT_WITH_DELETED_SETTINGS, TaskConfig, deleted_settings
 
@@ -154,8 +162,10 @@ def _facts(epic: Mapping[str, Any]) -> str:
         rows.append(("demonstrations in training", f"0 to {epic['max_demonstrations']} a query"))
     if epic.get("default_instruction"):
         rows.append(("default instruction", epic["default_instruction"]))
-    if epic.get("symmetric_instructions") is False:
-        rows.append(("texts of one kind", "compared without an instruction"))
+    if epic.get("format_version") == QUERY_FORMAT_VERSION:
+        rows.append(("weights", "two sets behind the first layers: of queries, and of documents"))
+    if epic.get("symmetric_as_documents"):
+        rows.append(("texts that are compared with each other", "read as documents, without an instruction"))
     return _table(("", ""), rows)
 
 

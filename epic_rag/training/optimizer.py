@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "build_scaler",
     "freeze_layers",
     "resolve_dtype",
+    "separate_queries",
     "warmup_and_decay",
 ]
 
@@ -89,12 +91,40 @@ def freeze_layers(backbone: Backbone, count: int) -> None:
         ConfigError: If there are not more layers than that.
     """
     depths = _depths(backbone)
-    layers = max(depths.values())
-    if count >= layers:
-        raise ConfigError(f"frozen_layers is {count}, and the model has {layers} layers. Give a smaller number.")
+    _require_layers(depths, count)
     for name, value in backbone.named_parameters():
         if depths[name] <= count:
             value.requires_grad_(False)
+
+
+def separate_queries(backbone: Backbone, shared_layers: int | None) -> None:
+    """Add weights of queries to a model that has none, and freeze all others but the projector.
+
+    Args:
+        backbone: The model.
+        shared_layers: Number of first layers that queries share with documents, as they share the token embeddings;
+            None shares nothing.
+
+    Raises:
+        ConfigError: If there are not more layers than that.
+    """
+    if backbone.query_transformer is None:
+        depths = _depths(backbone)
+        _require_layers(depths, shared_layers)
+        least = -1 if shared_layers is None else shared_layers
+        prefix = "transformer."
+        backbone.separate_queries(
+            {name.removeprefix(prefix) for name, depth in depths.items() if name.startswith(prefix) and depth > least}
+        )
+    own = {id(value) for value in backbone.query_weights().values()}
+    for name, value in backbone.named_parameters():
+        value.requires_grad_(id(value) in own or name.startswith("projector."))
+
+
+def _require_layers(depths: Mapping[str, int], count: int | None) -> None:
+    layers = max(depths.values())
+    if count is not None and count >= layers:
+        raise ConfigError(f"frozen_layers is {count}, and the model has {layers} layers. Give a smaller number.")
 
 
 def _depths(backbone: Backbone) -> dict[str, int]:

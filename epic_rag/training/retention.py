@@ -3,7 +3,7 @@
 A contrastive loss over a few tasks moves all vectors, those of texts too that no task is about, and similarity and
 clustering of such texts suffer. In each step some texts of the training files (queries, passages, sentences of
 passages) are embedded without an instruction by the model as it was before training, and by the one in training: mostly
-without an instruction too, and a share of them behind one, so that an instruction does not change what a text is about.
+without an instruction too, and sometimes behind one, so that an instruction does not change what a text is about.
 
     L = mean_i |s_i - t_i|^2 + mean_i KL(p(t_i) | p(s_i)),    p(v_i)_j = softmax_j (v_i . v_j / 0.05), j != i
 """
@@ -27,6 +27,8 @@ from epic_rag.training.inputs import Forward
 __all__ = ["Retention", "retention_loss"]
 
 _TEMPERATURE = 0.05
+# Share of the texts that the model in training reads behind an instruction.
+_PROMPTED = 0.25
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -38,7 +40,7 @@ class Retention:
         forward: Forward passes of the model in training.
         prompt: Tokenizer, template and limits.
         datasets: The texts are theirs, each file's as often as another's.
-        config: `retention_texts`, `retention_weight`, `retention_prompted_p`, instructions, seed.
+        config: `retention_texts`, `retention_weight`, instructions, seed.
     """
 
     def __init__(
@@ -66,17 +68,19 @@ class Retention:
             sentences = [part for part in _SENTENCE_END.split(row.positive[:2000]) if part.strip()] or [row.positive]
             text = rng.choice([row.query, row.positive, rng.choice(sentences)])
             instructions = [*self._config.generic_instructions, *filter(None, [dataset.instruction])]
-            prompted = bool(instructions) and rng.random() < self._config.retention_prompted_p
-            drawn.append((text, rng.choice(instructions) if prompted else None))
+            drawn.append((text, rng.choice(instructions) if instructions and rng.random() < _PROMPTED else None))
         return drawn
 
     def __call__(self, step: int) -> torch.Tensor:
         """Return a step's loss, with gradients into the model in training."""
         drawn = self.draw(step)
-        prompt, bare = self._prompt, self._prompt.prefix(None)
+        prompt = self._prompt
         with torch.no_grad():
-            goal = self._start(prompt.queries(bare, [text for text, _ in drawn]))
-        rows = [row for text, instruction in drawn for row in prompt.queries(prompt.prefix(instruction), [text])]
+            goal = self._start(prompt.symmetric([text for text, _ in drawn]))
+        rows = []
+        for text, instruction in drawn:
+            bare = instruction is None
+            rows += prompt.symmetric([text]) if bare else prompt.queries(prompt.prefix(instruction), [text])
         return retention_loss(self._forward(rows), goal)
 
 

@@ -75,6 +75,7 @@ from epic_rag.training.optimizer import (
     build_scaler,
     freeze_layers,
     resolve_dtype,
+    separate_queries,
     warmup_and_decay,
 )
 from epic_rag.training.retention import Retention
@@ -148,8 +149,10 @@ class Trainer:
 
         self.world, device = init_distributed(config.device)
         config = resolve_dtype(config, parse_devices(device)[0] if encoder is None else encoder.device)
-        self.config = config
         self.encoder = encoder if encoder is not None else _load_backbone(config, device)
+        if self.encoder.config.symmetric_as_documents:
+            config = replace(config, symmetric_as_documents=True)
+        self.config = config
         backbone = self.encoder.backbone
         allow_tf32(backbone.device)
         # Before training, and before a checkpoint is restored.
@@ -181,7 +184,9 @@ class Trainer:
         self.retention: Retention | None = None
         if config.retention_texts:
             self.retention = Retention(backbone, self.forward, self.prompt, self.datasets, config)
-        if config.frozen_layers is not None:
+        if config.freeze_documents:
+            separate_queries(backbone, config.frozen_layers)
+        elif config.frozen_layers is not None:
             freeze_layers(backbone, config.frozen_layers)
         self.documents: FrozenDocuments | None = None
         if config.freeze_documents:
@@ -514,7 +519,7 @@ class Trainer:
                 license=config.license or stated_license(config.model),
                 base_model=base,
                 languages=list(languages) or None,
-                symmetric_instructions=None if config.symmetric_instructions else False,
+                symmetric_as_documents=config.symmetric_as_documents or None,
                 training=self.record(),
             ),
         )

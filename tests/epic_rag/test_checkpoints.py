@@ -218,8 +218,8 @@ def test_a_short_model_is_not_asked_for_more_than_it_takes(tmp_path: Path) -> No
         ("{", r"epic\.json is not valid JSON .*\. Copy the checkpoint again"),
         (b"\xff\xfe\x00", r"epic\.json is not valid JSON .*\. Copy the checkpoint again"),
         ("[]", r"epic\.json holds a list, not an object\. Copy the checkpoint again"),
-        ('{"format_version": 3}', r"has format version 3, this release reads 1 and 2. Run `pip install -U epic-rag`"),
-        ("{}", r"has format version None, this release reads 1 and 2. Run `pip install -U epic-rag`"),
+        ('{"format_version": 4}', r"has format version 4, this release reads 1 to 3. Run `pip install -U epic-rag`"),
+        ("{}", r"has format version None, this release reads 1 to 3. Run `pip install -U epic-rag`"),
         (
             '{"format_version": 2}',
             r"has weights stored as None, this release reads {'format': 'int8-rows'}. Run `pip install -U epic-rag`",

@@ -347,7 +347,7 @@ def test_a_symmetric_bank_in_a_call(tiny_encoder: EpicEncoder) -> None:
 def test_symmetric_texts_without_an_instruction(tiny_encoder: EpicEncoder) -> None:
     bank = DemonstrationBank(PAIRS, instruction="same", symmetric=True)
     other = copy.copy(tiny_encoder)
-    other.config = replace(tiny_encoder.config, symmetric_instructions=False)
+    other.config = replace(tiny_encoder.config, symmetric_as_documents=True)
     other.invalidate_caches()
     assert other.fingerprint != tiny_encoder.fingerprint
     bare = other.encode_query("a", instruction="")

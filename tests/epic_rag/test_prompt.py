@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,7 +101,9 @@ def test_the_three_renderings_word_for_word() -> None:
     assert epic.ids == (*tokens("Instruct: find it\n"), *one, *one, *tokens("Query: hello"), 0)
     bare = made.queries(made.prefix(), ["hello"])[0]
     assert bare.ids == (*tokens("hello"), 0)
-    assert made.documents(["hello"])[0] == bare
+    assert made.documents(["hello"])[0] == replace(bare, is_query=False)
+    assert made.symmetric(["hello"]) == made.documents(["hello"])
+    assert all(row.is_query for row in (zero, text, epic, bare))
 
 
 def test_an_instruction_for_each_demonstration() -> None:
@@ -401,8 +404,16 @@ def test_collate_pads_on_the_given_side_and_moves_slots_along(rows: list[Encoder
 
 
 def test_a_batch_moves_as_a_whole() -> None:
-    batch = collate([EncoderInput((1, 2), (0,))], pad_id=0).to(torch.device("meta"))
-    assert all(getattr(batch, name).device.type == "meta" for name in batch.__dataclass_fields__)
+    batch = collate([EncoderInput((1, 2), (0,), is_query=True)], pad_id=0).to(torch.device("meta"))
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 5
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert batch.is_query
+
+
+def test_queries_and_documents_are_batches_of_their_own() -> None:
+    with pytest.raises(ValueError, match="A batch has queries and other rows"):
+        collate([EncoderInput((1,)), EncoderInput((1,), is_query=True)], pad_id=0)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 9])

@@ -49,19 +49,19 @@ def test_precedence_of_instructions(settings: dict[str, Any], expected: str) -> 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, "default"),
-        ({"bank": BANK}, "of the bank"),
-        ({"bank": "sts"}, None),
-        ({"task": "sts"}, None),
-        ({"task": "docs", "bank": "sts"}, get_task("docs").instruction),
-        ({"task": "intent", "bank": BANK}, None),
-        ({"task": "sts", "instruction": "mine"}, "mine"),
-        ({"bank": "sts", "instruction": ""}, ""),
+        ({}, False),
+        ({"bank": BANK}, False),
+        ({"bank": "sts"}, True),
+        ({"task": "sts"}, True),
+        ({"task": "docs", "bank": "sts"}, False),
+        ({"task": "intent", "bank": BANK}, True),
+        ({"task": "sts", "instruction": "mine"}, False),
+        ({"bank": "sts", "instruction": ""}, False),
     ],
 )
-def test_texts_of_one_kind_without_an_instruction(settings: dict[str, Any], expected: str | None) -> None:
+def test_texts_of_one_kind_without_an_instruction_in_words(settings: dict[str, Any], expected: bool) -> None:
     prompt = QueryPrompt(**settings)
-    assert prompt.resolve_instruction(prompt.resolve_bank(), "default", symmetric=False) == expected
+    assert prompt.is_bare(prompt.resolve_bank()) is expected
 
 
 def test_a_bank_is_loaded_by_name_or_passed_through() -> None:

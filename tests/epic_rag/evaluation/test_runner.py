@@ -317,7 +317,7 @@ def test_a_model_without_a_training_record_is_plain(
 def test_a_checkpoint_that_compares_texts_of_one_kind_bare(trained_checkpoint: Path, sets: Path, bank: Path) -> None:
     file = trained_checkpoint / "epic.json"
     record = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**record, "symmetric_instructions": False}), encoding="utf-8")
+    file.write_text(json.dumps({**record, "symmetric_as_documents": True}), encoding="utf-8")
     path = str(trained_checkpoint)
     models = (ModelSpec(path, "auto"), ModelSpec(path, "prompted", "prompted"), ModelSpec(path, "plain", "plain"))
     report = run_evaluation(_request(trained_checkpoint, sets, bank, models=models))

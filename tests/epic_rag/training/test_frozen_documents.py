@@ -100,7 +100,7 @@ def test_half_of_the_negatives_come_from_the_rows_sources(
 
 @pytest.mark.parametrize("strategy", ["none", "epic"])
 def test_loss_falls_and_documents_are_not_encoded(frozen: Config, strategy: str) -> None:
-    trainer = Trainer(frozen(strategy=strategy, steps=40, retention_texts=4, retention_prompted_p=0.0))
+    trainer = Trainer(frozen(strategy=strategy, steps=40))
     encoded: list[int] = []
     forward = trainer.forward
 
@@ -114,6 +114,43 @@ def test_loss_falls_and_documents_are_not_encoded(frozen: Config, strategy: str)
         losses.append(trainer.train_step(sample_batch(trainer.datasets, trainer.config, trainer.step)).zero_shot)
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     assert set(encoded) <= {8}
+
+
+def test_documents_keep_their_weights(frozen: Config, tiny_checkpoint: Path) -> None:
+    final = Trainer(frozen(steps=4, frozen_layers=1, symmetric_as_documents=True)).train(show_progress=False)
+    start, trained = (EpicEncoder.from_pretrained(folder, dtype="float32") for folder in (tiny_checkpoint, final))
+    np.testing.assert_allclose(trained.encode_document(WORDS), start.encode_document(WORDS), atol=2e-3)
+    np.testing.assert_array_equal(trained.encode_query(WORDS, task="sts"), trained.encode_document(WORDS))
+    moved = np.abs(trained.encode_query(WORDS) - start.encode_query(WORDS)).max()
+    assert moved > 0.02
+    own = trained.backbone.query_weights()
+    assert own
+    assert not [name for name in own if "embed" in name or ".0." in name]
+    # A run that starts there trains these weights further, and its result is of the same kind.
+    again = Trainer(frozen(model=str(final), output=str(final.parent / "more"), steps=2)).train(show_progress=False)
+    more = EpicEncoder.from_pretrained(again, dtype="float32")
+    assert more.backbone.query_weights().keys() == own.keys()
+    assert more.config.symmetric_as_documents
+    np.testing.assert_allclose(more.encode_document(WORDS), trained.encode_document(WORDS), atol=2e-3)
+    assert np.abs(more.encode_query(WORDS) - trained.encode_query(WORDS)).max() > 1e-3
+
+
+def test_a_run_of_both_sides_from_there(frozen: Config, config: Config, tmp_path: Path) -> None:
+    final = Trainer(frozen(steps=2, frozen_layers=1, symmetric_as_documents=True)).train(show_progress=False)
+    start = EpicEncoder.from_pretrained(final, dtype="float32")
+    changes = {"tasks": {"up": {}, "down": {"symmetric": True}}, "retention_texts": 4}
+    both = Trainer(config(model=str(final), output=str(tmp_path / "both"), steps=4, **changes)).train(
+        show_progress=False
+    )
+    trained = EpicEncoder.from_pretrained(both, dtype="float32")
+    assert trained.config.symmetric_as_documents
+    for encode in ("encode_query", "encode_document"):
+        assert np.abs(getattr(trained, encode)(WORDS) - getattr(start, encode)(WORDS)).max() > 1e-3
+
+
+def test_layers_that_there_are_not(frozen: Config) -> None:
+    with pytest.raises(ConfigError, match="frozen_layers is 2, and the model has 2 layers"):
+        Trainer(frozen(frozen_layers=2))
 
 
 def test_a_run_writes_its_vectors_once(
@@ -150,6 +187,9 @@ def test_fewer_rows(config: Config) -> None:
         ({"teacher": "epic-minilm", "teacher_weight": 1.0}, "teacher"),
         ({"demonstration_source": "bank"}, "bank"),
         ({"reset_projector": True}, "reset_projector"),
+        ({"retention_texts": 4}, "retention_texts"),
+        ({"lora_rank": 2}, "lora_rank"),
+        ({"interpolate_with_start": 0.5}, "interpolate_with_start"),
     ],
 )
 def test_settings_that_do_not_fit(settings: Settings, changes: dict[str, Any], words: str) -> None:

@@ -201,6 +201,13 @@ def test_the_code_in_the_card_runs(kind: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(np.asarray(scope[result]), wanted, atol=1e-4)
 
 
+def test_weights_of_queries_are_a_fact(config: Config) -> None:
+    run = config(freeze_documents=True, symmetric_as_documents=True, frozen_layers=1, steps=1, strategy="none")
+    card = (Trainer(run).train(show_progress=False) / "README.md").read_text(encoding="utf-8")
+    assert "| weights | two sets behind the first layers: of queries, and of documents |" in card
+    assert "| texts that are compared with each other | read as documents, without an instruction |" in card
+
+
 def test_the_command_writes_a_card_with_figures(trained: Trainer, tmp_path: Path, capsys: Any) -> None:
     final = trained.folder / "final"
     (tmp_path / "figures.md").write_text("| set | nDCG@10 |\n|---|---|\n| manuals | 75.0 |\n")
