@@ -193,6 +193,11 @@ class Backbone(nn.Module):
         return {name: value for name, value in self.query_transformer.named_parameters() if id(value) not in shared}
 
     @property
+    def has_query_weights(self) -> bool:
+        """True if queries are read with weights of their own."""
+        return self.query_transformer is not None
+
+    @property
     def dimension(self) -> int:
         """Width of the vectors."""
         return self.width if self.head is None else self.head.out_features

@@ -285,6 +285,7 @@ class EpicEncoder:
         facts = [
             Fact("run by", "epic-rag", source),
             Fact("pooling", model.pooling, source),
+            *([Fact("weights", "of their own for queries", source)] if model.has_query_weights else []),
             Fact("default instruction", repr(self.default_instruction), source),
             Fact(
                 "instructions",

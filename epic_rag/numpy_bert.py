@@ -64,6 +64,7 @@ class NumpyBert:
 
     Attributes:
         dimension: Width of the vectors.
+        has_query_weights: Whether queries are read with weights of their own.
         tokens_left: Tokens of calls with more than a query that are still embedded here.
     """
 
@@ -82,7 +83,7 @@ class NumpyBert:
         # A matrix of queries' own brings its own scales, or has none.
         shared = {name: array for name, array in self._weights.items() if name.removesuffix(_SCALE) not in own}
         self._query_weights = {**shared, **{name: weights[f"query_{name}"] for name in own}}
-        self._has_query_weights = bool(own)
+        self.has_query_weights = bool(own)
         self.pooling = pooling
         self.projector_kind = projector_kind
         self.dimension = int(weights["head.weight"].shape[0] if "head.weight" in weights else config["hidden_size"])
@@ -136,7 +137,7 @@ class NumpyBert:
             scales = {name + _SCALE for name in weights}
             for name in weights:
                 # torch has all weights of both transformers, shared ones twice.
-                if name not in scales and (not prefix or (self._has_query_weights and name.startswith("transformer."))):
+                if name not in scales and (not prefix or (self.has_query_weights and name.startswith("transformer."))):
                     tensors[prefix + name] = partial(self._rows, weights, name, slice(None))
         return hash_weights(tensors)
 

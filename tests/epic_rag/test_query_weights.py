@@ -131,6 +131,9 @@ def test_numpy_reads_queries_with_them(encoder: EpicEncoder, dtype: str, tmp_pat
         np.testing.assert_allclose(light.encode_document(texts), loaded.encode_document(texts), atol=2e-6)
         np.testing.assert_allclose(light.encode_query(texts, task="sts"), loaded.encode_document(texts), atol=2e-6)
     assert light.fingerprint == loaded.fingerprint
+    for each in (light, loaded):
+        assert [fact.value for fact in each.describe() if fact.name == "weights"] == ["of their own for queries"]
+    assert not [fact for fact in make_encoder(causal=False).describe() if fact.name == "weights"]
     assert epic["weights_hash"]["values"] == opened[0].weights_hash()
 
 
