@@ -162,7 +162,7 @@ def embed(
     if max_rows is not None and max_rows < 1:
         raise ConfigError(f"batch_size is {max_rows}. Pass 1 or more.")
     # Prompts are cached for the transformer of documents alone.
-    is_cached = cache is not None and backbone.causal and backbone.query_transformer is None
+    is_cached = cache is not None and backbone.causal and not backbone.has_query_weights
     prefix = None if cache is None or not is_cached else _shared_prefix(cache, backbone, rows, slots)
     cached = 0 if prefix is None else prefix.length
     lengths = [len(row.ids) - cached for row in rows]

@@ -126,8 +126,8 @@ def load_checkpoint(
         )
         backbone.set_head(_read_head(folder))
         _load_projector(backbone, folder, required=bool(epic))
-        has_query_weights = epic.get("format_version") == QUERY_FORMAT_VERSION
-        _load_query_weights(backbone, folder, required=has_query_weights, has_adapter=adapter is not None)
+        if epic.get("format_version") == QUERY_FORMAT_VERSION:
+            _load_query_weights(backbone, folder, is_cut=num_layers is not None, has_adapter=adapter is not None)
         positions = backbone.max_positions
         prompt = PromptBuilder.from_settings(
             tokenizer,
@@ -247,14 +247,19 @@ def _load_projector(backbone: Backbone, folder: Path, *, required: bool) -> None
         ) from error
 
 
-def _load_query_weights(backbone: Backbone, folder: Path, *, required: bool, has_adapter: bool) -> None:
-    """Load the weights that only queries are read with, if the folder has any."""
+def _load_query_weights(backbone: Backbone, folder: Path, *, is_cut: bool, has_adapter: bool) -> None:
+    """Load the weights that only queries are read with.
+
+    Args:
+        backbone: Gets them.
+        folder: The checkpoint.
+        is_cut: Whether the model is cut to its first layers; those of the others are left out.
+        has_adapter: Whether an adapter is merged into the model.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     file = next((folder / name for name in QUERY_FILES if (folder / name).is_file()), None)
-    if not required:
-        return
     if file is None:
         raise CheckpointError(
             f"{folder} has no {QUERY_FILES[0]}, which {EPIC_FILE} asks for. Copy the checkpoint again."
@@ -263,8 +268,11 @@ def _load_query_weights(backbone: Backbone, folder: Path, *, required: bool, has
         raise ConfigError(f"{folder} has weights of its own for queries, which take no adapter. Name its base model.")
     try:
         tensors = dequantise(load_file(file))
-        # A model that is cut to its first layers has the others' weights in its file, and a whole model shared ones.
         known = dict(backbone.transformer.named_parameters())
+        unknown = [] if is_cut else sorted(tensors.keys() - known.keys())
+        if unknown:
+            raise RuntimeError(f"unknown weight {unknown[0]}")
+        # A whole model holds the shared weights, too.
         own = {name for name in tensors.keys() & known.keys() if not torch.equal(tensors[name], known[name])}
         backbone.separate_queries(own)
         with torch.no_grad():
@@ -354,10 +362,9 @@ def _save_tokenizer(prompt: PromptBuilder, folder: Path) -> None:
 def _write_sentence_transformers(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     """Write modules, pooling, head, lengths and prompts; `dtype` is that of the head on disk."""
     backbone = checkpoint.backbone
-    has_query_weights = backbone.query_transformer is not None
-    modules = [("", "Router" if has_query_weights else "Transformer"), ("1_Pooling", "Pooling")]
+    modules = [("", "Router" if backbone.has_query_weights else "Transformer"), ("1_Pooling", "Pooling")]
     (folder / _ROUTER_FILE).unlink(missing_ok=True)
-    if has_query_weights:
+    if backbone.has_query_weights:
         routes = {"document": ".", "query": QUERY_FOLDER}
         _write_json(
             folder / _ROUTER_FILE,

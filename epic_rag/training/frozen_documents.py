@@ -2,12 +2,13 @@
 
 The passages of the training rows are embedded once, before the first step, in blocks of files that a stopped run finds
 again. A step then costs a few tokens a pair instead of a passage, and takes thousands of passages as negatives for the
-price of one matrix product. Where queries are told from documents by their instruction, and `retention` holds bare
-texts where they were, documents keep their vectors although queries and documents share all weights.
+price of one matrix product. Queries have weights of their own (`Backbone.separate_queries`), so documents keep their
+vectors.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import random
@@ -53,16 +54,22 @@ class FrozenDocuments:
         datasets: The rows.
         config: Model, lengths, dtype, and the number of negatives.
         folder: Folder of vectors; is made.
-        device: Device of the model; None chooses.
+        encoder: The model, whose weights of documents stay; None loads `config.model` in the run's dtype.
+        device: Device of a model that is loaded; None chooses.
 
     Attributes:
         texts: The passages, each once.
     """
 
     def __init__(
-        self, datasets: Sequence[PairDataset], config: TrainingConfig, folder: Path, device: str | None = None
+        self,
+        datasets: Sequence[PairDataset],
+        config: TrainingConfig,
+        folder: Path,
+        encoder: EpicEncoder | None = None,
+        device: str | None = None,
     ) -> None:
-        self._config, self._folder, self._device = config, folder, device
+        self._config, self._folder, self._encoder, self._device = config, folder, encoder, device
         texts = {text: None for dataset in datasets for row in dataset.rows for text in (row.positive, *row.negatives)}
         self.texts = list(texts)
         self._ids = {text: number for number, text in enumerate(self.texts)}
@@ -90,17 +97,9 @@ class FrozenDocuments:
             CheckpointError: If the model does not load.
         """
         if self._vectors is None:
-            config = self._config
-            encoder = EpicEncoder.from_pretrained(
-                config.model,
-                device=self._device,
-                dtype=config.dtype,
-                num_layers=config.num_layers,
-                gguf_file=config.gguf_file,
-                pooling=config.pooling,
-                max_document_tokens=config.inference_tokens,
-                backend="native",
-            )
+            encoder = self._load() if self._encoder is None else copy.copy(self._encoder)
+            if self._config.inference_tokens is not None:
+                encoder.prompt.max_document_tokens = self._config.inference_tokens
             blocks = [self.texts[start : start + _BLOCK] for start in range(0, len(self.texts), _BLOCK)]
             self._folder.mkdir(parents=True, exist_ok=True)
             with tqdm(total=len(self.texts), desc="Documents", unit="text", disable=not show_progress) as bar:
@@ -110,6 +109,18 @@ class FrozenDocuments:
                     bar.update(len(block))
             self._vectors = np.concatenate(parts)
         return self._vectors
+
+    def _load(self) -> EpicEncoder:
+        config = self._config
+        return EpicEncoder.from_pretrained(
+            config.model,
+            device=self._device,
+            dtype=config.dtype,
+            num_layers=config.num_layers,
+            gguf_file=config.gguf_file,
+            pooling=config.pooling,
+            backend="native",
+        )
 
     def of_step(self, batch: TrainingBatch, step: int) -> StepDocuments:
         """Return the vectors of a batch's documents and of the passages that are drawn as further negatives."""

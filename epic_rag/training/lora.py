@@ -40,7 +40,7 @@ class Adapter:
 
     def __init__(self, backbone: Backbone, config: TrainingConfig) -> None:
         require_peft()
-        if backbone.query_transformer is not None:
+        if backbone.has_query_weights:
             raise ConfigError(
                 "lora_rank is set, and the model has weights of its own for queries. Name its base model."
             )

@@ -108,7 +108,7 @@ def separate_queries(backbone: Backbone, shared_layers: int | None) -> None:
     Raises:
         ConfigError: If there are not more layers than that.
     """
-    if backbone.query_transformer is None:
+    if not backbone.has_query_weights:
         depths = _depths(backbone)
         _require_layers(depths, shared_layers)
         least = -1 if shared_layers is None else shared_layers

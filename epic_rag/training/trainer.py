@@ -192,7 +192,8 @@ class Trainer:
         if config.freeze_documents:
             if self.world.size > 1:
                 raise ConfigError("freeze_documents is true, which needs a single process. Start it without torchrun.")
-            self.documents = FrozenDocuments(self.datasets, config, Path(config.output) / "documents", device)
+            folder = Path(config.output) / "documents"
+            self.documents = FrozenDocuments(self.datasets, config, folder, encoder, device)
         self.objective = Objective(config, backbone.dimension)
         self.optimizer = build_optimizer(backbone, config)
         self.scaler = build_scaler(config, backbone.device)

@@ -174,10 +174,15 @@ def _truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-40])
 
 
+def _rename(folder: Path) -> None:
+    (folder / QUERY_FILES[0]).write_bytes((folder / "projector.safetensors").read_bytes())
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (_remove, "has no query_model-int8.safetensors"),
+        (_rename, "does not fit the model .unknown weight"),
         (_truncate, "does not fit the model .*. Copy the checkpoint again"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from epic_rag.errors import ConfigError
 from epic_rag.training import Trainer, TrainingConfig
 from epic_rag.training.frozen_documents import FrozenDocuments
 from epic_rag.training.sampling import sample_batch
+from tests.conftest import make_encoder
 from tests.helpers.training import WORDS
 
 Config = Callable[..., TrainingConfig]
@@ -48,6 +50,17 @@ def test_vectors_are_those_of_the_start(frozen: Config, tiny_checkpoint: Path) -
     assert inputs.counted == len(inputs.document_vectors) == len(texts) + len(drawn)
     assert inputs.documents == []
     assert inputs.mask.shape == inputs.hard.shape == (len(rows), inputs.counted)
+
+
+def test_vectors_are_those_of_a_model_in_memory(frozen: Config) -> None:
+    encoder = make_encoder(seed=3)
+    trainer = Trainer(frozen(strategy="none", inference_tokens=8), copy.deepcopy(encoder))
+    batch = sample_batch(trainer.datasets, trainer.config, 0)
+    trainer.train_step(batch)
+    texts = [row.positive for task in batch.tasks for row in task.rows]
+    vectors = documents_of(trainer).of_step(batch, 1).vectors[: len(texts)]
+    np.testing.assert_allclose(vectors, encoder.encode_document(texts), atol=1e-3)
+    assert trainer.encoder.max_document_tokens == encoder.max_document_tokens
 
 
 def test_draws_follow_the_step(frozen: Config) -> None:
