@@ -112,7 +112,9 @@ def test_half_of_the_negatives_come_from_the_rows_sources(
 
 
 @pytest.mark.parametrize("strategy", ["none", "epic"])
-def test_loss_falls_and_documents_are_not_encoded(frozen: Config, strategy: str) -> None:
+def test_loss_falls_and_documents_are_not_encoded(
+    frozen: Config, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = Trainer(frozen(strategy=strategy, steps=40))
     encoded: list[int] = []
     forward = trainer.forward
@@ -121,7 +123,7 @@ def test_loss_falls_and_documents_are_not_encoded(frozen: Config, strategy: str)
         encoded.append(len(rows))
         return forward(rows, slots)
 
-    trainer.forward = count  # type: ignore[assignment]
+    monkeypatch.setattr(trainer, "forward", count)
     losses = []
     for trainer.step in range(40):
         losses.append(trainer.train_step(sample_batch(trainer.datasets, trainer.config, trainer.step)).zero_shot)
