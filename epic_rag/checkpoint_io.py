@@ -169,10 +169,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str | None = No
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"No folder can be made at {folder} ({error}). Save the checkpoint elsewhere.") from error
-    state = {
-        key: value.detach().to("cpu", kept if value.is_floating_point() else value.dtype).contiguous()
-        for key, value in backbone.transformer.state_dict().items()
-    }
+    state = _state(backbone.transformer, kept)
     # New files, because other encoders may have the old ones memory-mapped.
     for file in [] if int8 else sorted(set(folder.glob("model*.safetensors")) - set(folder.glob("model-int8-*"))):
         file.unlink()
@@ -247,6 +244,14 @@ def _load_projector(backbone: Backbone, folder: Path, *, required: bool) -> None
         ) from error
 
 
+def _state(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return a model's tensors on the CPU, floating-point ones in another dtype."""
+    return {
+        key: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
+        for key, value in model.state_dict().items()
+    }
+
+
 def _load_query_weights(backbone: Backbone, folder: Path, *, is_cut: bool, has_adapter: bool) -> None:
     """Load the weights that only queries are read with.
 
@@ -298,12 +303,9 @@ def _save_query_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype
         own = {name: value.detach().cpu() for name, value in backbone.query_weights().items()}
         save_tensors(quantise(own), folder / QUERY_FILES[0])
         return True
-    state = {
-        key: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
-        for key, value in backbone.query_transformer.state_dict().items()
-    }
+    model, state = backbone.query_transformer, _state(backbone.query_transformer, dtype)
     with quiet():
-        backbone.query_transformer.save_pretrained(folder / QUERY_FOLDER, state_dict=state, max_shard_size="1TB")
+        model.save_pretrained(folder / QUERY_FOLDER, state_dict=state, max_shard_size="1TB")
     apply_umask(*(folder / QUERY_FOLDER).iterdir())
     _save_tokenizer(checkpoint.prompt, folder / QUERY_FOLDER)
     _write_lengths(folder / QUERY_FOLDER, checkpoint.prompt.max_query_tokens)
