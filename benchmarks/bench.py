@@ -71,7 +71,10 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
             *("profiling.py", "--texts", str(train / SECTIONS), "--llm", str(options.smollm2), "--num-layers", "12"),
             *("--output", str(options.output)),
         ],
-        "cold_start": ["cold_start.py", "--output", str(options.output)],
+        "cold_start": [
+            *("cold_start.py", "--output", str(options.output)),
+            *(("--large", str(options.smollm2)) if options.smollm2 else ()),
+        ],
         "vector_search": ["vector_search.py", "--output", str(options.output)],
         "growth": ["growth.py", "--output", str(options.output)],
         "server": ["server.py", "--texts", str(train / SECTIONS), "--runs", "2", "--output", str(options.output)],

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +67,9 @@ print(seconds[len(seconds) // 2])
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     options.add_argument("--model", help="default: the shipped checkpoint")
-    options.add_argument("--large", default="epic-smollm2", metavar="MODEL", help="a model that needs torch")
+    options.add_argument(
+        "--large", metavar="MODEL", help="a larger model, which needs torch; its rows are left out without"
+    )
     options.add_argument("--chunks", type=int, default=3000, metavar="N", help="chunks of documentation, about")
     options.add_argument("--sizes", default="1000,100000", help="chunks of the two synthetic indexes")
     options.add_argument("--runs", type=int, default=9, metavar="N")
@@ -144,7 +146,7 @@ def run(command: Sequence[str]) -> Run:
     return Run(float(seconds), float(cpu), int(peak) * (1 if sys.platform == "darwin" else 1024), done.stdout)
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(folder: str) -> Iterator[None]:
     """Run `epic-rag serve` of an index.
 
@@ -179,18 +181,18 @@ def measure(options: argparse.Namespace) -> int:
         folder = str(manual / ".epic-rag")
         ask = [*epic, "query", QUESTION, "--no-server", "--index-dir"]
         served = [*epic, "query", QUESTION, "--index-dir"]
-        few = place / "few"
-        write_manual(few, FEW_CHUNKS)
-        run([*epic, "index", str(few), "--model", options.large])
-        large_model = str(few / ".epic-rag")
+        large_model = None
+        if options.large is not None:
+            few = place / "few"
+            write_manual(few, FEW_CHUNKS)
+            run([*epic, "index", str(few), "--model", options.large])
+            large_model = str(few / ".epic-rag")
         commands = {
             "imports": [sys.executable, "-c", IMPORTS],
             "query": [*ask, folder],
             "query with demonstrations": [*ask, folder, "--bank", "docs", "-n", "16"],
             "threads": [str(shutil.which("env")), f"OPENBLAS_NUM_THREADS={os.cpu_count()}", *ask, folder],
             "served query": [*served, folder],
-            "large model": [*ask, large_model],
-            "large model served": [*served, large_model],
             "keyword query": [*ask, folder, "--mode", "keyword"],
             "index": index,
             "status": [*epic, "status", "--index-dir", folder],
@@ -200,8 +202,10 @@ def measure(options: argparse.Namespace) -> int:
             "small": [*ask, sizes[small]],
             "large": [*ask, sizes[large]],
         }
+        if large_model is not None:
+            commands |= {"large model": [*ask, large_model], "large model served": [*served, large_model]}
         found: dict[str, list[Run]] = {name: [] for name in commands}
-        with serving(folder), serving(large_model):
+        with serving(folder), contextlib.nullcontext() if large_model is None else serving(large_model):
             for number in range(options.runs + 1):
                 say(f"run {number} of {options.runs}" if number else "warm-up")
                 for name, command in commands.items():
@@ -220,8 +224,6 @@ def measure(options: argparse.Namespace) -> int:
         "query with demonstrations": "the same with --bank docs",
         "threads": "the same with a thread of OpenBLAS for each core",
         "served query": "the same with a server",
-        "large model": f"epic-rag query with {Path(options.large).name}",
-        "large model served": "the same with a server",
         "keyword query": "epic-rag query with --mode keyword",
         "index": "epic-rag index, nothing has changed",
         "status": "epic-rag status",
@@ -231,24 +233,10 @@ def measure(options: argparse.Namespace) -> int:
         "small": f"epic-rag query, {small:,} synthetic chunks",
         "large": f"epic-rag query, {large:,} synthetic chunks",
     }
-    rows = []
-    for name, label in labels.items():
-        part = spread_of([a / b for a, b in zip(seconds[name], seconds["imports"], strict=True)]).median
-        cpu = "" if name.startswith("warm") else f"{1e3 * spread_of([each.cpu for each in found[name]]).median:.0f}"
-        rows.append([label, milliseconds(seconds[name]), f"{part:.3f}", cpu, f"{peaks[name] / 1e6:.0f}"])
-    header = ["process", "ms: median (quartiles)", "part of the imports", "processor time, ms", "peak memory, MB"]
-    table = markdown_table(header, rows, text_columns=1)
     bars = [
         ratio("epic-rag query / the imports", seconds["query"], seconds["imports"], 0.30, at_most=True),
         ratio("unchanged epic-rag index / the imports", seconds["index"], seconds["imports"], 0.25, at_most=True),
         ratio("epic-rag query with a server / without", seconds["served query"], seconds["query"], 0.8, at_most=True),
-        ratio(
-            f"the same with {Path(options.large).name}",
-            seconds["large model served"],
-            seconds["large model"],
-            0.3,
-            at_most=True,
-        ),
         Bar("peak memory of epic-rag query, MB", peaks["query"] / 1e6, 260, True),
         Bar("a further query in one process, ms", 1e3 * spread_of(seconds["warm"]).median, 10, True),
         ratio(
@@ -256,6 +244,18 @@ def measure(options: argparse.Namespace) -> int:
         ),
         Bar(f"peak memory at {large:,} chunks, MB", peaks["large"] / 1e6, 400, True),
     ]
+    if options.large is not None:
+        shown = Path(options.large).name
+        labels |= {"large model": f"epic-rag query with {shown}", "large model served": "the same with a server"}
+        with_server, without = seconds["large model served"], seconds["large model"]
+        bars.append(ratio(f"a query with a server / without, {shown}", with_server, without, 0.3, at_most=True))
+    rows = []
+    for name, label in labels.items():
+        part = spread_of([a / b for a, b in zip(seconds[name], seconds["imports"], strict=True)]).median
+        cpu = "" if name.startswith("warm") else f"{1e3 * spread_of([each.cpu for each in found[name]]).median:.0f}"
+        rows.append([label, milliseconds(seconds[name]), f"{part:.3f}", cpu, f"{peaks[name] / 1e6:.0f}"])
+    header = ["process", "ms: median (quartiles)", "part of the imports", "processor time, ms", "peak memory, MB"]
+    table = markdown_table(header, rows, text_columns=1)
     write(
         options.output,
         "cold_start",

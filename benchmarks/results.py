@@ -44,7 +44,6 @@ from epic_rag.errors import ConfigError, EpicError
 from epic_rag.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
-LLM_CHECKPOINT = "epic-smollm2"
 STAGES = ("ablations", "efficiency", "heldout", "fewshot", "evaluation", "quantisation")
 REPORT = "report"
 # Options beyond the command that is shown, so that a program's files are in the step's folder.
@@ -65,9 +64,8 @@ SHOWN = {
     "static": "path/to/wordllama",
     "llm": "path/to/untrained-LLM",
     "plain": "runs/plain/final",
-    "float": "path/to/float-weights",
+    "int8": "path/to/epic-minilm-int8",
     "default": DEFAULT_CHECKPOINT,
-    "smollm2": LLM_CHECKPOINT,
     "dtype": DTYPE,
 }
 OPTION_OF = {
@@ -76,7 +74,7 @@ OPTION_OF = {
     "static": "--static",
     "llm": "--llm",
     "plain": "--plain",
-    "float": "--float-weights",
+    "int8": "--int8",
 }
 
 
@@ -121,6 +119,11 @@ class Run:
     shipped: Sequence[tuple[str, str]]
     quick: bool = False
     cache: Path | None = None
+
+    @property
+    def shown(self) -> dict[str, str | None]:
+        """Values of the placeholders in a document."""
+        return {**SHOWN, "dtype": self.places.get("dtype", DTYPE)}
 
 
 def load_stage(name: str, folder: Path = ROOT / "benchmarks" / "results") -> list[Step]:
@@ -206,7 +209,7 @@ def run_step(step: Step, run: Run) -> Finished:
     folder = run.output / step.stage / step.name
     command = f"{step.command} {step.quick}" if run.quick else step.command
     words = fill(command, run.places, run.shipped, step.stage)
-    shown = fill(step.command, SHOWN, run.shipped, step.stage)
+    shown = fill(step.command, run.shown, run.shipped, step.stage)
     finished = Finished(step.title, tuple(shown), folder, step.table)
     settings = settings_of(words)
     state = folder / "state.json"
@@ -274,8 +277,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="the start of the ablations: see their grids",
     )
     parser.add_argument(
-        "--float-weights", default=environment("EPIC_RAG_FLOAT_WEIGHTS"), metavar="DIR", help="epic-smollm2 before int8"
+        "--int8",
+        default=environment("EPIC_RAG_INT8"),
+        metavar="DIR",
+        help="`epic-rag models export epic-minilm DIR --dtype int8`",
     )
+    parser.add_argument("--dtype", default=DTYPE, help="of the models; default: bfloat16 where the processor has it")
     parser.add_argument("--output", type=Path, default=Path("runs/results"), metavar="DIR", help="of all steps")
     parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join((*STAGES, REPORT))}, or a step STAGE-STEP")
     parser.add_argument(
@@ -327,7 +334,7 @@ def run_steps(steps: Sequence[Step], run: Run, documents: Sequence[Path] | None)
         for step in load_stage(stage):
             folder = run.output / stage / step.name
             if step.title not in found and (folder / "state.json").is_file():
-                shown = fill(step.command, SHOWN, run.shipped, stage)
+                shown = fill(step.command, run.shown, run.shipped, stage)
                 found[step.title] = Finished(step.title, tuple(shown), folder, step.table)
     for line in write_report(list(found.values()), documents):
         say(line)
@@ -345,10 +352,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "static": options.static,
             "llm": options.llm,
             "plain": options.plain,
-            "float": options.float_weights,
+            "int8": options.int8,
             "default": DEFAULT_CHECKPOINT,
-            "smollm2": LLM_CHECKPOINT,
-            "dtype": DTYPE,
+            "dtype": options.dtype,
         }
         shipped = [("", info.name) for info in list_checkpoints()]
         run = Run(options.output, places, shipped, cache=options.cache_dir)

@@ -49,7 +49,7 @@ def make_tiny_world(folder: Path, commands: Sequence[str]) -> dict[str, str]:
             stems |= grid_files(words[2])
     make_pairs(folder / "data" / "train", sorted(stems))
     make_sets(folder / "data" / "eval")
-    places = dict.fromkeys(("llm", "plain", "float", "default", "smollm2"), str(folder / "llm"))
+    places = dict.fromkeys(("llm", "plain", "int8", "default"), str(folder / "llm"))
     others = dict.fromkeys(("minilm", "static"), str(folder / "minilm"))
     return {"dtype": "float32", "data": str(folder / "data"), **others, **places}
 

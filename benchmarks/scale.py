@@ -41,6 +41,7 @@ from scale_report import layouts, plot, tables, training_table
 from scale_vectors import NEAREST, Generator, Quantised, effective_dimension, neighbour_cosines
 
 from epic_rag import EpicEncoder
+from epic_rag.checkpoints import DEFAULT_CHECKPOINT
 from epic_rag.errors import ConfigError, DataError
 from epic_rag.evaluation.report import versions
 from epic_rag_chroma import ChromaIndexer, ChromaServer, ModelInfo, Record, Shards, WriteCounts
@@ -356,8 +357,8 @@ def training(options: argparse.Namespace, counts: Counts) -> dict[str, Any]:
     from epic_rag.training import load_recipe
 
     recipe = load_recipe("7b-lora")
-    # A byte-level BPE of 49,152 tokens; that of Mistral is not shipped.
-    tokenizer = EpicEncoder.from_pretrained("epic-smollm2" if not options.quick else options.model).tokenizer
+    # WordPieces, 30,522; the tokenizer of Mistral is not shipped.
+    tokenizer = EpicEncoder.from_pretrained(options.model).tokenizer
     rows, tokens = 0, {"query": 0.0, "document": 0.0}
     for task in recipe.tasks:
         try:
@@ -393,7 +394,7 @@ def training(options: argparse.Namespace, counts: Counts) -> dict[str, Any]:
         "one layer recomputed, bfloat16": 2 * micro * (6 * HIDDEN + 2 * KEY_VALUE + 4 * INNER),
     }
     return {
-        "tokenizer": "epic-smollm2",
+        "tokenizer": options.model or DEFAULT_CHECKPOINT,
         "rows": rows,
         "tokens_per_query": query,
         "tokens_of_demonstrations": shown,

@@ -160,8 +160,8 @@ def load_checkpoint(
     )
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str | None = None) -> None:
-    """Write a checkpoint folder; see `EpicEncoder.save_pretrained` for the dtype and errors."""
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str | None = None, *, compact: bool = False) -> None:
+    """Write a checkpoint folder; see `EpicEncoder.save_pretrained` for arguments and errors."""
     backbone, prompt = checkpoint.backbone, checkpoint.prompt
     int8 = dtype == INT8
     kept = backbone.transformer.dtype if dtype is None or int8 else parse_dtype(dtype, backbone.device, extra=(INT8,))
@@ -181,7 +181,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str | None = No
     new = write_int8_model(state, folder) if int8 else set(folder.glob("model*")) - set(folder.glob("model-int8-*"))
     apply_umask(*new)
     remove_weights(folder, keep=new)
-    has_query_weights = _save_query_weights(checkpoint, folder, None if int8 else kept)
+    has_query_weights = _save_query_weights(checkpoint, folder, None if int8 else kept, compact=compact)
     version = INT8_FORMAT_VERSION if int8 else FORMAT_VERSION
     projector = {key: value.detach().to("cpu", kept) for key, value in backbone.projector.state_dict().items()}
     save_tensors(quantise(projector) if int8 else projector, folder / PROJECTOR_FILE)
@@ -289,19 +289,24 @@ def _load_query_weights(backbone: Backbone, folder: Path, *, is_cut: bool, has_a
         ) from error
 
 
-def _save_query_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> bool:
+def _save_query_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, *, compact: bool) -> bool:
     """Write the weights that only queries are read with, as int8 rows if `dtype` is None; return True if there are any.
 
-    In a floating-point format they are a whole model, with a tokenizer, that other libraries open.
+    In a floating-point format they are a whole model, with a tokenizer, that other libraries open, unless `compact`.
     """
     backbone = checkpoint.backbone
-    (folder / QUERY_FILES[0]).unlink(missing_ok=True)
+    int8_file, compact_file, _ = (folder / name for name in QUERY_FILES)
+    int8_file.unlink(missing_ok=True)
+    compact_file.unlink(missing_ok=True)
     shutil.rmtree(folder / QUERY_FOLDER, ignore_errors=True)
     if backbone.query_transformer is None:
         return False
+    own = {name: value.detach().cpu() for name, value in backbone.query_weights().items()}
     if dtype is None:
-        own = {name: value.detach().cpu() for name, value in backbone.query_weights().items()}
-        save_tensors(quantise(own), folder / QUERY_FILES[0])
+        save_tensors(quantise(own), int8_file)
+        return True
+    if compact:
+        save_tensors({name: value.to(dtype) for name, value in own.items()}, compact_file)
         return True
     model, state = backbone.query_transformer, _state(backbone.query_transformer, dtype)
     with quiet():

@@ -56,7 +56,7 @@ EPIC_FILE = "epic.json"
 PROJECTOR_FILE = "projector.safetensors"
 # Weights that queries are read with: their own ones as int8 rows, or a whole model that other libraries open.
 QUERY_FOLDER = "query"
-QUERY_FILES = ("query_model-int8.safetensors", f"{QUERY_FOLDER}/model.safetensors")
+QUERY_FILES = ("query_model-int8.safetensors", "query_model.safetensors", f"{QUERY_FOLDER}/model.safetensors")
 HEAD_FOLDER = "2_Dense"
 FORMAT_VERSION = 1
 # Version of folders whose weights are int8 rows, so that a release that cannot read those refuses them alone.
@@ -64,6 +64,8 @@ INT8_FORMAT_VERSION = 2
 QUERY_FORMAT_VERSION = 3
 INT8_ROWS = "int8-rows"
 _SHIPPED = Path(__file__).parent / "checkpoints"
+# Shipped by earlier versions; indexes of them are on disks.
+_WITHDRAWN = frozenset({"epic-smollm2"})
 # Files of a checkpoint. Pickled weights stay on the hub: only safetensors are ever read.
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
 
@@ -212,6 +214,11 @@ def resolve(
     known = ", ".join(info.name for info in list_checkpoints()) or "none"
     if folder.exists():
         raise CheckpointError(f"{name} is a file, a checkpoint is a folder. Pass its folder, or one of {known}.")
+    if name in _WITHDRAWN:
+        raise CheckpointError(
+            f"{name} is no longer in the package. Build the index again with `epic-rag index --rebuild --model "
+            f"{DEFAULT_CHECKPOINT}`, or name another model."
+        )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"There is no checkpoint {name}. Pass an existing folder or one of {known}.")
     return _download(name, revision, local_files_only, [*([gguf_file] if gguf_file else []), *patterns], known)

@@ -282,16 +282,13 @@ class EpicEncoder:
         model = self.backbone if self._numpy is None else self._numpy
         is_own = self.folder is None or (self.folder / EPIC_FILE).is_file()
         source = stored if is_own else "the folder's files"
+        instructions = "before the query" if self.takes_instructions else "not used: the folder has no prompts"
         facts = [
             Fact("run by", "epic-rag", source),
             Fact("pooling", model.pooling, source),
             *([Fact("weights", "of their own for queries", source)] if model.has_query_weights else []),
             Fact("default instruction", repr(self.default_instruction), source),
-            Fact(
-                "instructions",
-                "before the query" if self.takes_instructions else "not used: the folder has no prompts",
-                source,
-            ),
+            Fact("instructions", instructions, source),
             Fact("strategy of demonstrations", self.strategy, stored if self.config.strategy else "default"),
             Fact("longest query", f"{self.max_query_tokens} tokens", source),
             Fact("longest text", f"{self.max_document_tokens} tokens", source),
@@ -303,13 +300,16 @@ class EpicEncoder:
             facts.append(Fact("base model", self.config.base_model, stored))
         return facts
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: str | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, dtype: str | None = None, compact: bool = False
+    ) -> None:
         """Write a checkpoint folder that `from_pretrained` opens, and `AutoModel` and `SentenceTransformer` too.
 
         Args:
             folder: Made if it is missing; a checkpoint in it is replaced.
             dtype: Weight dtype on disk; None keeps the current one. "int8" stores each row of a matrix as int8 with a
-                scale: the smallest folder, and the one kind that only `from_pretrained` reads.
+                scale: the smallest folder, which only `from_pretrained` reads.
+            compact: Write of the queries' own weights what documents do not share; only `from_pretrained` reads that.
 
         Raises:
             CheckpointError: If the folder cannot be made, or weights for int8 are not finite.
@@ -317,13 +317,13 @@ class EpicEncoder:
         """
         from epic_rag.checkpoint_io import Checkpoint, save_checkpoint
 
-        backbone = self.backbone
-        parts = Checkpoint(backbone, self.prompt, self.config, self.name, self.source, self.truncate_dim)
-        save_checkpoint(Path(folder).expanduser(), parts, dtype)
+        target = Path(folder).expanduser()
+        parts = Checkpoint(self.backbone, self.prompt, self.config, self.name, self.source, self.truncate_dim)
+        save_checkpoint(target, parts, dtype, compact=compact)
         if self.reader.kind == "trained":
-            self.reader.save(Path(folder).expanduser())
+            self.reader.save(target)
         else:
-            (Path(folder).expanduser() / READER_FILE).unlink(missing_ok=True)
+            (target / READER_FILE).unlink(missing_ok=True)
 
     def __copy__(self) -> EpicEncoder:
         """Return an encoder that shares the weights, and loads torch by itself when it is needed."""

@@ -107,12 +107,9 @@ def test_every_shipped_checkpoint_is_in_the_wheel(names: set[str]) -> None:
         folder = f"epic_rag/checkpoints/{name}"
         for file in ("config.json", "tokenizer.json", "epic.json", "projector.safetensors", "README.md"):
             assert f"{folder}/{file}" in names
-        # int8 alone: with float16 beside it, two checkpoints would be too large for the package index.
-        weights = [file for file in names if re.fullmatch(rf"{folder}/model.*", file)]
-        assert weights
-        assert [
-            file for file in weights if not re.fullmatch(r"model-int8-\d{5}-of-\d{5}\.safetensors", Path(file).name)
-        ] == []
+        # Weights in one format: another beside it would be too large for the package index.
+        weights = {Path(file).name for file in names if re.fullmatch(rf"{folder}/(query_)?model.*", file)}
+        assert weights in ({"model.safetensors"}, {"model.safetensors", "query_model.safetensors"})
 
 
 def test_the_shipped_checkpoints_are_under_95_megabytes_together() -> None:

@@ -350,7 +350,7 @@ class TrainingConfig:
             "reset_projector": self.reset_projector,
             "retention_texts": self.retention_texts > 0,
             "lora_rank": self.lora_rank is not None,
-            "interpolate_with_start": self.interpolate_with_start > 0,
+            "interpolation_model": self.interpolation_model is not None,
         }
         for name, is_set in unfit.items():
             if is_set:

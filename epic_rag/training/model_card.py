@@ -23,6 +23,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from epic_rag.checkpoints import (
     EPIC_FILE,
     HEAD_FOLDER,
+    QUERY_FILES,
     QUERY_FORMAT_VERSION,
     is_int8,
     list_checkpoints,
@@ -57,7 +58,9 @@ def write_model_card(folder: str | os.PathLike[str], *, figures: str = "") -> Pa
         raise CheckpointError(f"{home} has no {EPIC_FILE}. Name a checkpoint folder of epic-rag, such as RUN/final.")
     shipped = any(info.path == home.resolve() for info in list_checkpoints())
     place = str(epic.get("name")) if shipped else f"path/to/{home.resolve().name}"
-    exported = f"path/to/{Path(place).name}-float16" if is_int8(epic) else place
+    # Formats of epic-rag alone.
+    is_ours = is_int8(epic) or any((home / name).is_file() for name in QUERY_FILES[:2])
+    exported = f"path/to/{Path(place).name}-float16" if is_ours else place
     base = epic.get("base_model")
     card = ModelCard.from_template(
         ModelCardData(
@@ -74,7 +77,7 @@ def write_model_card(folder: str | os.PathLike[str], *, figures: str = "") -> Pa
         facts=_facts(epic),
         name=json.dumps(place, ensure_ascii=False),
         exported=json.dumps(exported, ensure_ascii=False),
-        export=f"epic-rag models export {shlex.quote(place)} {shlex.quote(exported)}" if is_int8(epic) else "",
+        export=f"epic-rag models export {shlex.quote(place)} {shlex.quote(exported)}" if is_ours else "",
         head=HEAD_FOLDER if (home / HEAD_FOLDER).is_dir() else "",
         figures=figures.strip(),
         stages=list(_stages(epic.get("training"))),

@@ -155,8 +155,6 @@ class Trainer:
         self.config = config
         backbone = self.encoder.backbone
         allow_tf32(backbone.device)
-        # Before training, and before a checkpoint is restored.
-        self.start = _weights_to_interpolate(backbone, config) if config.interpolate_with_start else None
         self.adapter = Adapter(backbone, config) if config.lora_rank is not None else None
         if config.gradient_checkpointing:
             _enable_gradient_checkpointing(backbone)
@@ -188,6 +186,8 @@ class Trainer:
             separate_queries(backbone, config.frozen_layers)
         elif config.frozen_layers is not None:
             freeze_layers(backbone, config.frozen_layers)
+        # With the names of the result, and before a checkpoint is restored.
+        self.start = _weights_to_interpolate(backbone, config) if config.interpolate_with_start else None
         self.documents: FrozenDocuments | None = None
         if config.freeze_documents:
             if self.world.size > 1:

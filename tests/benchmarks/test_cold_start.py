@@ -31,6 +31,7 @@ def test_it_measures_every_process(
     once = cache(cold_start.run)  # each process runs once instead of three times
     monkeypatch.setattr(cold_start, "run", lambda command: once(tuple(command)))
     options = ["--model", str(tmp_path / "model"), "--chunks", "5", "--sizes", "10,20", "--runs", "2"]
+    options += ["--large", str(tmp_path / "model")]
     cold_start.measure(cold_start.parser().parse_args([*options, "--output", str(tmp_path / "out")]))
     record = json.loads((tmp_path / "out" / "cold_start.json").read_text())
     assert {len(values) for values in record["seconds"].values()} == {2}

@@ -61,7 +61,7 @@ def _run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> tuple[An
     monkeypatch.setattr(results, "interpreter", lambda words: [sys.executable, str(script), *words])
     step = results.Step("heldout", "one", "epic-rag eval --data {data} --draws 2", quick="--draws 1")
     (tmp_path / "data").mkdir(exist_ok=True)
-    places = {"data": str(tmp_path / "data"), "minilm": None, "llm": None, "float": None, "default": "x"}
+    places = {"data": str(tmp_path / "data"), "minilm": None, "llm": None, "int8": None, "default": "x"}
     return step, results.Run(tmp_path / "output", places, [])
 
 

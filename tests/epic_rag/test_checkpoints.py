@@ -73,6 +73,10 @@ def test_what_ships_is_listed_without_reading_weights(
     ("name", "message"),
     [
         ("nothing", r"There is no checkpoint nothing\. Pass an existing folder or one of one, two"),
+        (
+            "epic-smollm2",
+            r"epic-smollm2 is no longer in the package\. Build the index again with `epic-rag index --reb",
+        ),
         ("./nothing/here", r"There is no checkpoint \./nothing/here\."),
         ("/nothing/here", r"There is no checkpoint /nothing/here\."),
         ("a/b/c", r"There is no checkpoint a/b/c\."),

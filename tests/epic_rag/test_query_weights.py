@@ -96,9 +96,12 @@ def test_copies_share_what_is_shared(encoder: EpicEncoder) -> None:
     assert make_encoder().backbone.query_weights() == {}
 
 
-@pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-6), ("float16", 5e-3), ("int8", 3e-2)])
-def test_a_saved_checkpoint(encoder: EpicEncoder, dtype: str, near: float, tmp_path: Path) -> None:
-    encoder.save_pretrained(tmp_path, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "compact", "near"),
+    [("float32", False, 1e-6), ("float16", False, 5e-3), ("float16", True, 5e-3), ("int8", False, 3e-2)],
+)
+def test_a_saved_checkpoint(encoder: EpicEncoder, dtype: str, compact: bool, near: float, tmp_path: Path) -> None:
+    encoder.save_pretrained(tmp_path, dtype=dtype, compact=compact)
     loaded = EpicEncoder.from_pretrained(tmp_path, dtype="float32")
     if dtype != "int8":
         assert loaded.fingerprint == encoder.fingerprint
@@ -106,11 +109,13 @@ def test_a_saved_checkpoint(encoder: EpicEncoder, dtype: str, near: float, tmp_p
     assert loaded.config.symmetric_as_documents
     np.testing.assert_allclose(loaded.encode_query(TEXTS), encoder.encode_query(TEXTS), atol=near)
     np.testing.assert_allclose(loaded.encode_document(TEXTS), encoder.encode_document(TEXTS), atol=near)
-    assert (tmp_path / QUERY_FILES[dtype != "int8"]).is_file()
+    kinds = {"int8": 0, "compact": 1, "float32": 2}
+    kind = "int8" if dtype == "int8" else "compact" if compact else "float32"
+    assert [(tmp_path / file).is_file() for file in QUERY_FILES] == [kinds[kind] == n for n in range(3)]
     # Saved again in each format, nothing of the former is left.
-    for again in ("int8", "float32"):
-        loaded.save_pretrained(tmp_path, dtype=again)
-        assert [(tmp_path / file).is_file() for file in QUERY_FILES] == [again == "int8", again != "int8"]
+    for again, number in kinds.items():
+        loaded.save_pretrained(tmp_path, dtype="float16" if again == "compact" else again, compact=again == "compact")
+        assert [(tmp_path / file).is_file() for file in QUERY_FILES] == [number == n for n in range(3)]
         assert EpicEncoder.from_pretrained(tmp_path, dtype="float32").backbone.query_weights()
     make_encoder(causal=False).save_pretrained(tmp_path)
     assert not [file for file in QUERY_FILES if (tmp_path / file).exists()]
@@ -118,9 +123,12 @@ def test_a_saved_checkpoint(encoder: EpicEncoder, dtype: str, near: float, tmp_p
     assert EpicEncoder.from_pretrained(tmp_path, dtype="float32").backbone.query_weights() == {}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-def test_numpy_reads_queries_with_them(encoder: EpicEncoder, dtype: str, tmp_path: Path) -> None:
-    encoder.save_pretrained(tmp_path, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "compact"),
+    [("float32", False), ("float32", True), ("float16", False), ("float16", True), ("int8", False)],
+)
+def test_numpy_reads_queries_with_them(encoder: EpicEncoder, dtype: str, compact: bool, tmp_path: Path) -> None:
+    encoder.save_pretrained(tmp_path, dtype=dtype, compact=compact)
     loaded = EpicEncoder.from_pretrained(tmp_path, device="cpu", dtype="float32")
     epic = read_epic_file(tmp_path)
     opened = open_numpy_bert(tmp_path, {**epic, "weights_hash": None}, max_query_tokens=None, max_document_tokens=None)

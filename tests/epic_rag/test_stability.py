@@ -22,7 +22,7 @@ from epic_rag.demonstrations import built_in_banks
 from epic_rag_chroma import ChromaIndexer
 
 VALUES = Path(__file__).parent / "stability.json"
-CHECKPOINTS = ("epic-minilm", "epic-smollm2")
+CHECKPOINTS = ("epic-minilm",)
 # Demonstrations shown in each strategy. Eight texts do not fit into the 512 positions of epic-minilm.
 STRATEGIES = {"task-vector": 8, "epic": 8, "text": 2}
 # The first dimensions of each vector are enough to notice a change, and keep the file small.

@@ -204,13 +204,28 @@ def test_fewer_rows(config: Config) -> None:
         ({"reset_projector": True}, "reset_projector"),
         ({"retention_texts": 4}, "retention_texts"),
         ({"lora_rank": 2}, "lora_rank"),
-        ({"interpolate_with_start": 0.5}, "interpolate_with_start"),
+        ({"interpolate_with_start": 0.5, "interpolation_model": "epic-minilm"}, "interpolation_model"),
     ],
 )
 def test_settings_that_do_not_fit(settings: Settings, changes: dict[str, Any], words: str) -> None:
     values = settings(**{"freeze_documents": True, "document_negatives": ALL, **changes})
     with pytest.raises(ConfigError, match=words):
         TrainingConfig.from_dict(values)
+
+
+def test_weights_of_queries_are_interpolated_with_the_start(
+    frozen: Config, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    states = {}
+    for share in (0.0, 0.25, 1.0):
+        trainer = Trainer(frozen(interpolate_with_start=share, output=str(tmp_path / str(share))))
+        trainer.train(show_progress=False)
+        states[share] = {name: value.clone() for name, value in trainer.encoder.backbone.query_weights().items()}
+    start = dict(EpicEncoder.from_pretrained(tiny_checkpoint, dtype="float32").backbone.transformer.named_parameters())
+    assert any(not torch.equal(states[0.0][name], start[name]) for name in states[0.0])
+    for name, value in states[0.25].items():
+        torch.testing.assert_close(value, 0.75 * states[0.0][name] + 0.25 * start[name])
+        torch.testing.assert_close(states[1.0][name], start[name].detach())
 
 
 def test_the_command(settings: Settings, cli: Callable[..., Any], tmp_path: Path) -> None:
