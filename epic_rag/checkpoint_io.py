@@ -267,7 +267,7 @@ def _load_query_weights(backbone: Backbone, folder: Path, *, is_cut: bool, has_a
     file = next((folder / name for name in QUERY_FILES if (folder / name).is_file()), None)
     if file is None:
         raise CheckpointError(
-            f"{folder} has no {QUERY_FILES[0]}, which {EPIC_FILE} asks for. Copy the checkpoint again."
+            f"{folder} has none of {', '.join(QUERY_FILES)}, and {EPIC_FILE} asks for one. Copy the checkpoint again."
         )
     if has_adapter:
         raise ConfigError(f"{folder} has weights of its own for queries, which take no adapter. Name its base model.")

@@ -54,7 +54,8 @@ TRUST_VARIABLE = "EPIC_RAG_TRUST_REMOTE_CODE"
 """Names of models whose Python code may run, with commas between."""
 EPIC_FILE = "epic.json"
 PROJECTOR_FILE = "projector.safetensors"
-# Weights that queries are read with: their own ones as int8 rows, or a whole model that other libraries open.
+# Weights that queries are read with: what documents do not share, as int8 rows or in floating point, or a whole model
+# that other libraries open.
 QUERY_FOLDER = "query"
 QUERY_FILES = ("query_model-int8.safetensors", "query_model.safetensors", f"{QUERY_FOLDER}/model.safetensors")
 HEAD_FOLDER = "2_Dense"

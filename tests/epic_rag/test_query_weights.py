@@ -189,7 +189,7 @@ def _rename(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_remove, "has no query_model-int8.safetensors"),
+        (_remove, "has none of query_model-int8.safetensors"),
         (_rename, "does not fit the model .unknown weight"),
         (_truncate, "does not fit the model .*. Copy the checkpoint again"),
     ],
