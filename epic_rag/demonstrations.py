@@ -30,6 +30,14 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
+from epic_rag.bank_files import (
+    EMBEDDINGS_FILE,
+    PREPARED_FILE,
+    read_prepared,
+    read_vectors,
+    write_prepared,
+    write_vectors,
+)
 from epic_rag.bank_report import BankReport, evaluate_pairs
 from epic_rag.errors import BankError, DataError, FingerprintError, PromptError, TaskError
 from epic_rag.files import describe_os_error, read_jsonl, write_atomically
@@ -58,10 +66,9 @@ Selection = Literal["first", "random", "diverse", "nearest"]
 SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 
 BANK_FILE = "bank.json"
-EMBEDDINGS_FILE = "embeddings.safetensors"
-PREPARED_FILE = "prepared.safetensors"
 FORMAT_VERSION = 1
-_FIRST_TENSOR = "embeddings"
+# What a query needs of a bank beside its prepared demonstrations.
+_FACTS = ("count", "bank", "task", "instruction", "symmetric", "origin", "enabled")
 _FORM = '{"query": "...", "passage": "..."}'
 
 
@@ -254,7 +261,8 @@ class DemonstrationBank:
             content = file.read_bytes()
         except OSError as error:
             raise BankError(f"{describe_os_error(error)}. Make it readable or pass another bank.") from error
-        bank = _read_prepared(folder, content) or _parse_bank(folder, content)
+        stored = read_prepared(folder, content, _FACTS)
+        bank = _parse_bank(folder, content) if stored is None else _StoredBank(folder, content, *stored)
         if encoder is not None:
             bank.embed(encoder)
         return bank
@@ -292,14 +300,16 @@ class DemonstrationBank:
         # Vectors first, under the fingerprint of the texts: a crash between the two writes leaves a pair that
         # disagrees, which load() treats as "not embedded".
         if self.embeddings is not None:
-            _write_vectors(target / EMBEDDINGS_FILE, self._vectors_by_encoder(), self.fingerprint, precision)
+            write_vectors(target / EMBEDDINGS_FILE, self._vectors_by_encoder(), self.fingerprint, precision)
         else:
             (target / EMBEDDINGS_FILE).unlink(missing_ok=True)
         text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
         # A lone surrogate has no UTF-8; its backslash escape is valid JSON and reads back as the same character.
         content = text.encode("utf-8", "backslashreplace")
         if self._prepared:
-            _write_prepared(target / PREPARED_FILE, self, content)
+            facts = {"count": len(self), "bank": self.fingerprint}
+            facts |= {name: getattr(self, name) for name in _FACTS if name not in facts}
+            write_prepared(target, self._prepared, facts, content)
         else:
             (target / PREPARED_FILE).unlink(missing_ok=True)
         write_atomically(target / BANK_FILE, content)
@@ -586,7 +596,7 @@ class _StoredBank(DemonstrationBank):
     Args:
         folder: The folder.
         content: Its `bank.json`.
-        facts: `count`, `bank` (the fingerprint) and the fields of the constructor.
+        facts: `count`, `bank` (the fingerprint) and fields of the constructor.
         prepared: The demonstrations as read, by fingerprints of encoder and reader.
     """
 
@@ -650,7 +660,7 @@ def _parse_bank(folder: Path, content: bytes) -> DemonstrationBank:
     vectors = folder / EMBEDDINGS_FILE
     fingerprint = data.get("encoder_fingerprint")
     if isinstance(fingerprint, str) and vectors.is_file():
-        bank._set_vectors(_read_vectors(vectors, encoder=fingerprint, bank=bank.fingerprint, count=len(bank)))
+        bank._set_vectors(read_vectors(vectors, encoder=fingerprint, bank=bank.fingerprint, count=len(bank)))
     return bank
 
 
@@ -724,85 +734,3 @@ def _demonstration(item: Demonstration | tuple[str, str], index: int) -> Demonst
     if len(pair) != 2 or not all(isinstance(part, str) and part.strip() for part in pair):
         raise BankError(f"Demonstration {index + 1} is {item!r}. Pass (query, passage), two non-empty strings.")
     return Demonstration(*pair)
-
-
-def _write_vectors(file: Path, vectors: Mapping[str, Vectors], bank: str, precision: str) -> None:
-    """Write (k, 2, dim) vectors by encoder; the first encoder's tensor is `embeddings`."""
-    from safetensors.numpy import save
-
-    first = next(iter(vectors))
-    tensors = {
-        _FIRST_TENSOR if name == first else f"{_FIRST_TENSOR}.{name}": np.ascontiguousarray(array, dtype=precision)
-        for name, array in vectors.items()
-    }
-    write_atomically(file, save(tensors, metadata={"encoder": first, "bank": bank}))
-
-
-def _read_vectors(file: Path, *, encoder: str, bank: str, count: int) -> dict[str, Vectors]:
-    """Read (k, 2, dim) vectors by encoder, the given one first; none if they are broken or belong to other texts."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as stored:
-            metadata: dict[str, str] = stored.metadata() or {}
-            tensors = {key: stored.get_tensor(key).astype(np.float32, copy=False) for key in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        # Nothing is lost but the time to embed the texts again.
-        logger.warning("%s cannot be read (%s); its vectors will be computed again", file, error)
-        return {}
-    whole = all(array.ndim == 3 and array.shape[:2] == (count, 2) for array in tensors.values())
-    # Texts that were edited by hand after embedding have another fingerprint.
-    if metadata != {"encoder": encoder, "bank": bank} or _FIRST_TENSOR not in tensors or not whole:
-        logger.info("the vectors in %s do not belong to its texts; they will be computed again", file.parent)
-        return {}
-    others = {
-        key.removeprefix(f"{_FIRST_TENSOR}."): array for key, array in sorted(tensors.items()) if key != _FIRST_TENSOR
-    }
-    return {encoder: tensors[_FIRST_TENSOR], **others}
-
-
-def _write_prepared(file: Path, bank: DemonstrationBank, content: bytes) -> None:
-    """Write demonstrations as read, with the facts that a query needs and a hash of the bank's `bank.json`."""
-    from safetensors.numpy import save
-
-    facts = {
-        "count": len(bank),
-        "bank": bank.fingerprint,
-        **{name: getattr(bank, name) for name in ("task", "instruction", "symmetric", "origin", "enabled")},
-    }
-    tensors: dict[str, Vectors] = {}
-    readers = []
-    for number, (key, prepared) in enumerate(bank._prepared.items()):
-        readers.append(key)
-        tensors |= {f"{number}.{name}": array for name, array in prepared.to_arrays().items()}
-    metadata = {"source": _hash_of(content), "facts": json.dumps(facts), "readers": json.dumps(readers)}
-    write_atomically(file, save(tensors, metadata=metadata))
-
-
-def _read_prepared(folder: Path, content: bytes) -> DemonstrationBank | None:
-    """Return a bank that was prepared, if its `bank.json` is the same since."""
-    file = folder / PREPARED_FILE
-    if not file.is_file():
-        return None
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as stored:
-            metadata: dict[str, str] = stored.metadata() or {}
-            if metadata.get("source") != _hash_of(content):
-                return None
-            facts = json.loads(metadata["facts"])
-            prepared = {}
-            names = set(stored.keys())
-            for number, (encoder, reader) in enumerate(json.loads(metadata["readers"])):
-                own = [name for name in names if name.startswith(f"{number}.")]
-                arrays = {name.partition(".")[2]: stored.get_tensor(name) for name in own}
-                prepared[encoder, reader] = PreparedDemonstrations.from_arrays(arrays)
-        return _StoredBank(folder, content, facts, prepared)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s cannot be read (%s); the demonstrations will be read again", file, error)
-        return None
-
-
-def _hash_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

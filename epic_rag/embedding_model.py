@@ -8,13 +8,14 @@ out, with the prompts of the model's authors. Demonstrations move such a model's
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from epic_rag.long_texts import SPECIAL_TOKENS
 from epic_rag.model_conventions import has_instruction
 
 __all__ = ["REMOTE_KINDS", "EmbeddingModel", "Fact", "Role", "Vectors", "is_remote", "join_unique", "split_onnx"]
@@ -95,6 +96,15 @@ class EmbeddingModel(ABC):
     @abstractmethod
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the token count of each text without special tokens; an estimate where there is no tokenizer."""
+
+    def token_counter(self) -> Callable[[Sequence[str], bool], list[int]]:
+        """Return a function of texts and whether they are documents: their lengths in tokens, special ones included."""
+
+        def count(texts: Sequence[str], is_document: bool) -> list[int]:
+            limit = self.max_document_tokens if is_document else self.max_query_tokens
+            return [min(tokens + SPECIAL_TOKENS, limit) for tokens in self.count_tokens(texts)]
+
+        return count
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

@@ -19,10 +19,8 @@ import json
 import logging
 import os
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
-from itertools import pairwise
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -41,13 +39,15 @@ from epic_rag.checkpoints import (
     resolve,
 )
 from epic_rag.demonstrations import DemonstrationBank, Selection
+from epic_rag.embedded_banks import EmbeddedBanks
 from epic_rag.embedding_model import EmbeddingModel, Fact, Role, is_remote, split_onnx
 from epic_rag.errors import ConfigError, PromptError
+from epic_rag.long_texts import SPECIAL_TOKENS, divide, mean_of_windows
 from epic_rag.metrics import unit_rows
 from epic_rag.numpy_bert import NumpyBert, open_numpy_bert
-from epic_rag.prompt import EncoderInput, LongTexts, Prefix, PromptBuilder, prefetch
+from epic_rag.prompt import EncoderInput, LongTexts, PromptBuilder, check_strings, prefetch
 from epic_rag.query_prompt import PromptSettings, QueryPrompt, QueryStrategy
-from epic_rag.reader import READER_FILE, DemonstrationReader, PreparedDemonstrations
+from epic_rag.reader import READER_FILE, DemonstrationReader
 from epic_rag.task_vector import apply_task_vector
 
 if TYPE_CHECKING:
@@ -67,9 +67,6 @@ logger = logging.getLogger(__name__)
 
 # Documents that are sorted by length together.
 _BLOCK = 4096
-_CACHED_BANKS = 16
-# At the beginning and the end of a text.
-_SPECIAL_TOKENS = 2
 
 
 class EpicEncoder:
@@ -121,13 +118,9 @@ class EpicEncoder:
         self.padding_side: Literal["left", "right"] = "right"
         self._load: Callable[[], tuple[Checkpoint, list[torch.device]]] | None = None
         self._weights_hash: str | None = None
-        self._banks: OrderedDict[tuple[str, str], DemonstrationBank] = OrderedDict()
+        self._banks = EmbeddedBanks()
         self.folder: Path | None = None
         self._noted: set[str] = set()
-        # Prepared demonstrations by identity of a bank's vectors, which are kept so that no other array has it.
-        self._prepared: OrderedDict[
-            tuple[int, int, Selection], tuple[Vectors, DemonstrationReader, PreparedDemonstrations]
-        ] = OrderedDict()
 
     @classmethod
     def from_pretrained(
@@ -234,9 +227,15 @@ class EpicEncoder:
             source = source if onnx is None else f"onnx:{source}" + ("" if file is None else f"@{file}")
             return cls._of_model(model, name, source, truncate_dim, folder)
         settings = {"dtype": dtype, "truncate_dim": truncate_dim, "trust_remote_code": trust_remote_code}
-        load = partial(
-            _load_checkpoint, folder, epic, device, name=name, source=source, **settings, **limits, **changes
-        )
+
+        def load() -> tuple[Checkpoint, list[torch.device]]:
+            from epic_rag.batching import parse_devices
+            from epic_rag.checkpoint_io import load_checkpoint
+
+            own, *others = parse_devices(device)
+            parts: dict[str, Any] = {"name": name, "source": source, **settings, **limits, **changes}
+            return load_checkpoint(folder, epic, device=own, **parts), others
+
         on_cpu = device in (None, "cpu") and dtype in (None, "auto", "float32")
         if "torch" not in sys.modules and on_cpu and all(change is None for change in changes.values()):
             opened = open_numpy_bert(folder, epic, **limits)
@@ -470,7 +469,6 @@ class EpicEncoder:
         """Drop the fingerprint and everything computed with the weights, after these have changed."""
         self._weights_hash = None
         self._banks.clear()
-        self._prepared.clear()
         self.replicas.clear()
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
@@ -513,9 +511,9 @@ class EpicEncoder:
         if bank is None or k == 0 or not items or strategy in ("reader", "task-vector"):
             vectors = self._zero_shot(items, prompt, bank, batch_size, show_progress)
             if bank is not None and k and items and strategy == "reader":
-                vectors = self._read_demonstrations(bank, k, prompt.selection, vectors)
+                vectors = self._banks.read(bank, k, self, selection=prompt.selection, vectors=vectors)
             elif bank is not None and k and items:
-                banks = self._select(bank, k, len(items), prompt.selection, vectors)
+                banks = self._banks.select(bank, k, len(items), self, selection=prompt.selection, vectors=vectors)
                 vectors = apply_task_vector(vectors, [each.embeddings_for(self.fingerprint) for each in banks])
         elif self.external is not None:
             raise PromptError(
@@ -529,7 +527,7 @@ class EpicEncoder:
             vectors = self._embed(rows, slots, batch_size, show_progress)
         # A token has a character or more.
         long_queries = [] if "query" in self._noted else [text for text in items if len(text) > self.max_query_tokens]
-        if long_queries and max(tokens := self.count_tokens(long_queries)) > self.max_query_tokens - _SPECIAL_TOKENS:
+        if long_queries and max(tokens := self.count_tokens(long_queries)) > self.max_query_tokens - SPECIAL_TOKENS:
             self._noted.add("query")
             logger.warning(
                 "A query has %d tokens, and %s reads %d. The rest of it is cut off.",
@@ -579,19 +577,7 @@ class EpicEncoder:
 
         A document of at most `max_document_tokens` is its only part.
         """
-        room = max(1, self.max_document_tokens - _SPECIAL_TOKENS)
-        count = -(-self.count_tokens([text])[0] // room)
-        while count > 1:
-            edges = [0]
-            for place in range(1, count):
-                edge = len(text) * place // count
-                space = max(text.rfind(" ", edges[-1], edge), text.rfind("\n", edges[-1], edge))
-                edges.append(space + 1 if space > edges[-1] else edge)
-            parts = [text[first:end] for first, end in pairwise([*edges, len(text)])]
-            if count >= len(text) or max(self.count_tokens(parts)) <= room:
-                return parts
-            count += 1
-        return [text]
+        return divide(text, self.max_document_tokens, self.count_tokens)
 
     def _encode_windows(self, texts: Sequence[str], batch_size: int | None, show_progress: bool) -> Vectors:
         """Encode documents by their windows; return the unit rows of their vectors' means, weighted by tokens."""
@@ -611,13 +597,7 @@ class EpicEncoder:
                 self.max_document_tokens,
                 len(parts[longest]),
             )
-        weights = np.array(self.count_tokens(windows), np.float32)[:, None]
-        starts = np.cumsum([0, *map(len, parts[:-1])])
-        means: Vectors = unit_rows(np.add.reduceat(vectors * np.maximum(weights, 1), starts))
-        # A text in one window keeps its very vector.
-        alone = np.array([len(own) == 1 for own in parts])
-        means[alone] = vectors[starts[alone]]
-        return means
+        return mean_of_windows(vectors, self.count_tokens(windows), [len(own) for own in parts])
 
     def select_demonstrations(
         self, texts: Sequence[str], bank: DemonstrationBank, k: int, *, selection: Selection = "nearest"
@@ -628,7 +608,7 @@ class EpicEncoder:
             PromptError: See `encode_query`.
         """
         vectors = self._zero_shot(texts, QueryPrompt(), bank) if selection == "nearest" else None
-        return self._select(bank, k, len(texts), selection, vectors)
+        return self._banks.select(bank, k, len(texts), self, selection=selection, vectors=vectors)
 
     def embed_demonstrations(self, bank: DemonstrationBank) -> Vectors:
         """Compute the vectors of a bank's demonstrations.
@@ -665,25 +645,11 @@ class EpicEncoder:
         return [len(ids) for ids in self.prompt.token_ids(texts)]
 
     def token_counter(self) -> Callable[[Sequence[str], bool], list[int]]:
-        """Return a function of texts and whether they are documents: their lengths as the model reads them.
+        """Return a function of texts and whether they are documents: their lengths in tokens, special ones included.
 
-        Special tokens are counted, prompts are not. The function may run in another thread beside the encoder.
+        Prompts are not counted. The function may run in another thread beside the encoder.
         """
-        if self.external is not None:
-            external = self.external
-            return lambda texts, is_document: [
-                min(count + 2, external.max_document_tokens if is_document else external.max_query_tokens)
-                for count in external.count_tokens(texts)
-            ]
-        # Tokenizers are not safe to share between threads.
-        prompt = copy.deepcopy(self.prompt)
-        special = len(prompt.start) + len(prompt.stop)
-
-        def count(texts: Sequence[str], is_document: bool) -> list[int]:
-            limit = prompt.max_document_tokens if is_document else prompt.max_query_tokens
-            return [len(ids) + special for ids in prompt.token_ids(texts, limit - special)]
-
-        return count
+        return (self.prompt if self.external is None else self.external).token_counter()
 
     @property
     def width(self) -> int:
@@ -720,11 +686,7 @@ class EpicEncoder:
         self, texts: Sequence[str], role: Role, instruction: str | None, batch_size: int | None, show_progress: bool
     ) -> Vectors:
         assert self.external is not None
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise PromptError(
-                    f"Text {index + 1} of {len(texts)} is {text!r}, not a string. Convert it or leave it out."
-                )
+        check_strings(texts)
         return self.external.embed(
             texts, role, instruction=instruction, batch_size=batch_size, show_progress=show_progress
         )
@@ -776,52 +738,7 @@ class EpicEncoder:
 
     def embedded(self, bank: DemonstrationBank) -> DemonstrationBank:
         """Return the bank with this encoder's vectors, which are cached; the given bank stays unchanged."""
-        if bank.encoder_fingerprint == self.fingerprint:
-            return bank
-        key = (self.fingerprint, bank.fingerprint)
-        if key not in self._banks:
-            embedded = bank.copy()
-            embedded.embed(self)
-            self._banks[key] = embedded
-            while len(self._banks) > _CACHED_BANKS:
-                self._banks.popitem(last=False)
-        self._banks.move_to_end(key)
-        return self._banks[key]
-
-    def _select(
-        self, bank: DemonstrationBank, k: int, count: int, selection: Selection, vectors: Vectors | None
-    ) -> list[DemonstrationBank]:
-        """Return `count` banks of k demonstrations; one shared object unless they are the nearest to each vector."""
-        embedded = self.embedded(bank)
-        if selection == "nearest" and vectors is not None:
-            return [embedded.select(k, method="nearest", query_embedding=vector) for vector in vectors]
-        return [embedded.select(k, method=selection)] * count
-
-    def _read_demonstrations(self, bank: DemonstrationBank, k: int, selection: Selection, vectors: Vectors) -> Vectors:
-        """Move queries by k demonstrations of a bank, which are prepared once."""
-        ready = bank.prepared_for(self.fingerprint, self.reader.fingerprint) if k == len(bank) else None
-        if ready is not None:
-            return ready.apply(vectors)
-        embedded = self.embedded(bank)
-        stored = embedded.embeddings
-        assert stored is not None
-        if selection == "nearest" and k < len(embedded):
-            chosen = self._select(bank, k, len(vectors), selection, vectors)
-            moved = [
-                self.reader.prepare(each.embeddings_for(self.fingerprint)).apply(vectors[row : row + 1])
-                for row, each in enumerate(chosen)
-            ]
-            return np.concatenate(moved)
-        key = (id(stored), k, selection)
-        known = self._prepared.get(key)
-        if known is None or known[0] is not stored or known[1] is not self.reader:
-            used = embedded if k == len(embedded) else embedded.select(k, method=selection)
-            known = (stored, self.reader, self.reader.prepare(used.embeddings_for(self.fingerprint)))
-            self._prepared[key] = known
-            while len(self._prepared) > _CACHED_BANKS:
-                self._prepared.popitem(last=False)
-        self._prepared.move_to_end(key)
-        return known[2].apply(vectors)
+        return self._banks.get(bank, self)
 
     def _rows_behind_demonstrations(
         self,
@@ -847,7 +764,7 @@ class EpicEncoder:
         if strategy == "text" and selection in ("first", "random"):
             banks = [bank.select(k, method=selection)] * len(texts)  # texts need no vectors
         else:
-            banks = self._select(bank, k, len(texts), selection, vectors)
+            banks = self._banks.select(bank, k, len(texts), self, selection=selection, vectors=vectors)
         if strategy == "epic":
             import torch
 
@@ -862,14 +779,8 @@ class EpicEncoder:
                 id(each): torch.from_numpy(each.embeddings_for(self.fingerprint)).flatten(0, 1) for each in banks
             }
             return rows, [tensors[id(each)] for each in banks]
-        prefixes: dict[int, Prefix] = {}
-        rows = []
-        for each, text in zip(banks, texts, strict=True):
-            if id(each) not in prefixes:
-                pairs = [(item.query, item.passage) for item in each.demonstrations]
-                prefixes[id(each)] = self.prompt.prefix(instruction, demonstrations=pairs, strategy="text")
-            rows.extend(self.prompt.queries(prefixes[id(each)], [text]))
-        return rows, None
+        shown = [[(item.query, item.passage) for item in each.demonstrations] for each in banks]
+        return self.prompt.queries_behind_texts(instruction, shown, texts), None
 
     def _output(self, vectors: Vectors, texts: str | Sequence[str], truncate_dim: int | None) -> Vectors:
         width = check_width(truncate_dim, self.width) or self.dimension
@@ -887,14 +798,3 @@ def _refuse(what: str, name: object, options: Mapping[str, object]) -> None:
 
 def _several(device: DeviceNames | None) -> bool:
     return (isinstance(device, str) and "," in device) or (isinstance(device, (list, tuple)) and len(device) > 1)
-
-
-def _load_checkpoint(
-    folder: Path, epic: dict[str, Any], device: DeviceNames | None, **settings: Any
-) -> tuple[Checkpoint, list[torch.device]]:
-    """Load a checkpoint with torch; return it and the devices beside its own."""
-    from epic_rag.batching import parse_devices
-    from epic_rag.checkpoint_io import load_checkpoint
-
-    target, *others = parse_devices(device)
-    return load_checkpoint(folder, epic, device=target, **settings), others

@@ -16,6 +16,7 @@ slot or the end-of-sequence token, because texts are cut before they are joined.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +35,7 @@ __all__ = [
     "PromptBuilder",
     "PromptTemplate",
     "Strategy",
+    "check_strings",
     "collate",
     "prefetch",
 ]
@@ -290,11 +292,7 @@ class PromptBuilder:
         """
         if not texts:
             return []
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise PromptError(
-                    f"Text {index + 1} of {len(texts)} is {text!r}, not a string. Convert it or leave it out."
-                )
+        check_strings(texts)
         encoded = self.tokenizer(
             # Half a surrogate pair, which broken JSON can hold, is no character: tokenizers refuse it.
             [text.encode("utf-8", "replace").decode("utf-8") for text in texts],
@@ -307,6 +305,20 @@ class PromptBuilder:
         )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+    def token_counter(self) -> Callable[[Sequence[str], bool], list[int]]:
+        """Return a function of texts and whether they are documents: their lengths in tokens, special ones included.
+
+        It has a tokenizer of its own, as tokenizers are not safe to share between threads.
+        """
+        own = copy.deepcopy(self)
+        special = len(own.start) + len(own.stop)
+
+        def count(texts: Sequence[str], is_document: bool) -> list[int]:
+            limit = own.max_document_tokens if is_document else own.max_query_tokens
+            return [len(ids) + special for ids in own.token_ids(texts, limit - special)]
+
+        return count
 
     def documents(self, texts: Sequence[str]) -> list[EncoderInput]:
         """Build inputs of bare texts: special tokens, text, end.
@@ -413,6 +425,31 @@ class PromptBuilder:
         """
         return self._rows(prefix, texts, self.max_query_tokens, "a query", is_query=True)
 
+    def queries_behind_texts(
+        self, instruction: str | None, demonstrations: Sequence[Sequence[tuple[str, str]]], texts: Sequence[str]
+    ) -> list[EncoderInput]:
+        """Build inputs of queries behind demonstrations as texts.
+
+        Args:
+            instruction: Instruction of all queries; None for none.
+            demonstrations: Each query's (query, passage) pairs.
+            texts: The queries.
+
+        Returns:
+            One row per text.
+
+        Raises:
+            PromptError: If a prompt leaves no room for its query, or a text is not a string.
+        """
+        prefixes: dict[tuple[tuple[str, str], ...], Prefix] = {}
+        rows = []
+        for shown, text in zip(demonstrations, texts, strict=True):
+            key = tuple(shown)
+            if key not in prefixes:
+                prefixes[key] = self.prefix(instruction, demonstrations=shown, strategy="text")
+            rows.extend(self.queries(prefixes[key], [text]))
+        return rows
+
     def _rows(
         self, prefix: Prefix, texts: Sequence[str], limit: int, what: str, *, is_query: bool = False
     ) -> list[EncoderInput]:
@@ -467,6 +504,17 @@ class PromptBuilder:
             "max_query_tokens": self.max_query_tokens,
             "max_document_tokens": self.max_document_tokens,
         }
+
+
+def check_strings(texts: Sequence[object]) -> None:
+    """Check that all texts are strings.
+
+    Raises:
+        PromptError: If one is not.
+    """
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise PromptError(f"Text {number} of {len(texts)} is {text!r}, not a string. Convert it or leave it out.")
 
 
 def prefetch(

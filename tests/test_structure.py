@@ -40,7 +40,7 @@ LAYERS = {
 }
 """Each package, and the others that it may import."""
 
-MAX_LINES = 900
+MAX_LINES = 800
 
 
 def modules() -> dict[str, Path]:
@@ -143,7 +143,7 @@ def test_other_packages_import_only_what_epic_rag_chroma_exports() -> None:
     assert found == []
 
 
-def test_modules_have_at_most_900_lines() -> None:
+def test_modules_have_at_most_800_lines() -> None:
     lines = {module: path.read_text(encoding="utf-8").count("\n") for module, path in modules().items()}
     assert {module: count for module, count in lines.items() if count > MAX_LINES} == {}
 

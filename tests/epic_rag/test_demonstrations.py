@@ -783,7 +783,7 @@ def test_a_query_with_a_prepared_bank_reads_neither_texts_nor_vectors(
     expected = tiny_encoder.encode_query(["undo", "a café"], bank=plain, strategy="reader")
     with monkeypatch.context() as patched:
         patched.setattr("epic_rag.demonstrations._parse_bank", lambda *_: pytest.fail("texts are read"))
-        patched.setattr("epic_rag.demonstrations._read_vectors", lambda *_, **__: pytest.fail("vectors are read"))
+        patched.setattr("epic_rag.demonstrations.read_vectors", lambda *_, **__: pytest.fail("vectors are read"))
         patched.setattr(DemonstrationReader, "prepare", lambda *_: pytest.fail("prepared again"))
         found = tiny_encoder.encode_query(["undo", "a café"], bank=prepared, strategy="reader")
         loaded = DemonstrationBank.load(prepared)
