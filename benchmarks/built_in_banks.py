@@ -256,11 +256,14 @@ def candidates(name: str, arguments: argparse.Namespace) -> list[DemonstrationBa
 
 
 def pairs_of(store: EmbeddingStore, bank: DemonstrationBank) -> np.ndarray:
-    """Return (k, 2, dim) vectors of a bank, from the cache."""
+    """Return (k, 3, dim) vectors of a bank, from the cache."""
     prompt = make_prompt(bank.instruction)
     queries = store.queries([item.query for item in bank.demonstrations], prompt)
     texts = [item.passage for item in bank.demonstrations]
-    return np.stack([queries, store.queries(texts, prompt) if bank.symmetric else store.documents(texts)], axis=1)
+    if bank.symmetric:
+        return np.stack([queries, store.queries(texts, prompt), queries], axis=1)
+    as_documents = store.documents([item.query for item in bank.demonstrations])
+    return np.stack([queries, store.documents(texts), as_documents], axis=1)
 
 
 def scores(families, vectors) -> dict[tuple[str, str], np.ndarray]:

@@ -1,6 +1,7 @@
 """Run the commands of docs/results.md and write its tables. `make results` runs this.
 
-    python benchmarks/results.py --data DIR --minilm DIR --static DIR --llm DIR --plain DIR
+    python benchmarks/results.py --data DIR --minilm DIR --reader DIR --static DIR --llm DIR
+                                 --plain DIR --int8 DIR
                                  [--only STAGE,...] [--output DIR] [--cache-dir DIR]
     python benchmarks/results.py --quick
 
@@ -53,6 +54,8 @@ PLUMBING = {
     ("python", "benchmarks/efficiency.py"): "--output {step}",
     ("python", "benchmarks/few_shot_index.py"): "",
     ("python", "benchmarks/built_in_banks.py"): "--cache-dir {cache}",
+    ("python", "benchmarks/fine_tuning.py"): "",
+    ("python", "benchmarks/prompt_arms.py"): "--output {step}/run",
 }
 # Without hardware support bfloat16 takes many times as long as float32.
 DTYPE = "bfloat16" if has_bfloat16_instructions() else "float32"
@@ -61,6 +64,7 @@ TABLES = ("all", "heldout", "fewshot")
 SHOWN = {
     "data": "data",
     "minilm": "path/to/all-MiniLM-L6-v2",
+    "reader": "path/to/all-MiniLM-L6-v2-reader",
     "static": "path/to/wordllama",
     "llm": "path/to/untrained-LLM",
     "plain": "runs/plain/final",
@@ -71,6 +75,7 @@ SHOWN = {
 OPTION_OF = {
     "data": "--data",
     "minilm": "--minilm",
+    "reader": "--reader",
     "static": "--static",
     "llm": "--llm",
     "plain": "--plain",
@@ -264,6 +269,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default=environment("EPIC_RAG_DATA"), metavar="DIR", help="holds eval/ and train/")
     parser.add_argument("--minilm", default=environment("EPIC_RAG_MINILM"), metavar="DIR", help="all-MiniLM-L6-v2")
     parser.add_argument(
+        "--reader",
+        default=environment("EPIC_RAG_READER"),
+        metavar="DIR",
+        help="all-MiniLM-L6-v2 with the reader.safetensors of `epic-rag train reader`",
+    )
+    parser.add_argument(
         "--static",
         default=environment("EPIC_RAG_STATIC"),
         metavar="DIR",
@@ -349,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         places = {
             "data": options.data,
             "minilm": options.minilm,
+            "reader": options.reader,
             "static": options.static,
             "llm": options.llm,
             "plain": options.plain,

@@ -50,7 +50,7 @@ def make_tiny_world(folder: Path, commands: Sequence[str]) -> dict[str, str]:
     make_pairs(folder / "data" / "train", sorted(stems))
     make_sets(folder / "data" / "eval")
     places = dict.fromkeys(("llm", "plain", "int8", "default"), str(folder / "llm"))
-    others = dict.fromkeys(("minilm", "static"), str(folder / "minilm"))
+    others = dict.fromkeys(("minilm", "reader", "static"), str(folder / "minilm"))
     return {"dtype": "float32", "data": str(folder / "data"), **others, **places}
 
 

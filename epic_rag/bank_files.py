@@ -1,6 +1,7 @@
 """Files of a demonstration bank beside its texts: vectors, and demonstrations as encoders' readers have read them.
 
-    embeddings.safetensors    (k, 2, dim) vectors: query, passage; one tensor per encoder, the first called `embeddings`
+    embeddings.safetensors    (k, 3, dim) vectors: query, passage, query read as a document; one tensor per
+                              encoder, the first called `embeddings`
     prepared.safetensors      prepared demonstrations by encoder and reader, facts that a query needs, hash of bank.json
 
 A file that is broken, or belongs to other texts, is as good as none: everything in it can be computed again.
@@ -47,7 +48,7 @@ def write_vectors(file: Path, vectors: Mapping[str, Vectors], bank: str, precisi
 
     Args:
         file: Its path.
-        vectors: (k, 2, dim) by the fingerprint of the encoder; the first encoder's are those that a bank has at once.
+        vectors: (k, 3, dim) by the fingerprint of the encoder; the first encoder's are those that a bank has at once.
         bank: The bank's fingerprint.
         precision: "float32" or "float16".
     """
@@ -71,7 +72,7 @@ def read_vectors(file: Path, *, encoder: str, bank: str, count: int) -> dict[str
         count: Number of demonstrations.
 
     Returns:
-        (k, 2, dim) float32 by encoder, the given one first; none if they are broken or belong to other texts.
+        (k, 3, dim) float32 by encoder, the given one first; none if they are broken or belong to other texts.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -83,7 +84,7 @@ def read_vectors(file: Path, *, encoder: str, bank: str, count: int) -> dict[str
         # Nothing is lost but the time to embed the texts again.
         logger.warning("%s cannot be read (%s); its vectors will be computed again", file, error)
         return {}
-    whole = all(array.ndim == 3 and array.shape[:2] == (count, 2) for array in tensors.values())
+    whole = all(array.ndim == 3 and array.shape[:2] == (count, 3) for array in tensors.values())
     # Texts that were edited by hand after embedding have another fingerprint.
     if metadata != {"encoder": encoder, "bank": bank} or _FIRST_TENSOR not in tensors or not whole:
         logger.info("the vectors in %s do not belong to its texts; they will be computed again", file.parent)

@@ -92,7 +92,7 @@ def evaluate_pairs(
     """Compute the expected gain of demonstrations.
 
     Args:
-        pairs: (n, 2, dim) unit vectors: query, passage; n at least `LEAST_PAIRS`.
+        pairs: (n, 3, dim) unit vectors: query, passage, and the query read as a document; n at least `LEAST_PAIRS`.
         queries: Their n queries; equal ones are in one fold.
         passages: Their n passages.
         reader: Reader of the demonstrations; None for the task vector.
@@ -101,7 +101,7 @@ def evaluate_pairs(
     Raises:
         BankError: If there are too few pairs, or `corpus` has more dimensions.
     """
-    n, _, dim = pairs.shape
+    n, kinds, dim = pairs.shape
     if n < LEAST_PAIRS:
         raise BankError(f"The bank has {n} pairs. An expected gain needs {LEAST_PAIRS} or more.")
     width = dim if corpus is None or not len(corpus) else corpus.shape[1]
@@ -118,8 +118,8 @@ def evaluate_pairs(
         elif len(shown) and reader is not None:
             moved[tested] = reader.prepare(shown, corpus).apply(pairs[tested, 0])
     if width < dim:
-        moved, cut = unit_rows(moved[:, :width]), unit_rows(pairs.reshape(2 * n, dim)[:, :width])
-        pairs = cut.reshape(n, 2, width)
+        moved, cut = unit_rows(moved[:, :width]), unit_rows(pairs.reshape(kinds * n, dim)[:, :width])
+        pairs = cut.reshape(n, kinds, width)
     # Equal passages are all right: a label, or the same passage in the index, whose chunk has a heading before it.
     own = pairs[:, 1]
     copies = [set(np.flatnonzero(row > _SAME_PASSAGE).tolist()) for row in own @ own.T]

@@ -4,7 +4,7 @@ A demonstration is a query and a passage that answers it. A `DemonstrationBank` 
 demonstrations and their embeddings *under the fingerprint of an encoder*, or of several. On disk it is a folder:
 
     bank.json                 format version, task, instruction, demonstrations as text, fingerprints of the vectors
-    embeddings.safetensors    (k, 2, dim) float32: query, passage; one tensor per encoder
+    embeddings.safetensors    (k, 3, dim) float32: query, passage, query read as a document; one tensor per encoder
     prepared.safetensors      optional: the demonstrations as encoders' readers have read them, a hash of bank.json
 
 Vectors of another encoder are never used: a bank that has none of the encoder's is embedded again from its texts.
@@ -88,7 +88,7 @@ class BankEncoder(Protocol):
         """Hash of everything that decides a vector."""
 
     def embed_demonstrations(self, bank: DemonstrationBank) -> Vectors:
-        """Return (k, 2, dim) float32 vectors of a bank's demonstrations."""
+        """Return (k, 3, dim) float32: query, passage, and the query read as a document, of each demonstration."""
 
 
 class BankReader(BankEncoder, Protocol):
@@ -129,8 +129,8 @@ class DemonstrationBank:
             passage last when the query is asked again.
 
     Attributes:
-        embeddings: (k, 2, dim) float32 vectors (query, passage) of the encoder `encoder_fingerprint`; None before
-            `embed`.
+        embeddings: (k, 3, dim) float32 vectors (query, passage, query read as a document) of the encoder
+            `encoder_fingerprint`; None before `embed`.
 
     Raises:
         BankError: If a demonstration is not a pair of non-empty strings.
@@ -321,7 +321,7 @@ class DemonstrationBank:
         is symmetric). Vectors of these encoders that the bank already has are kept, those of other encoders dropped.
 
         Args:
-            encoder: Its vectors become `embeddings`, (k, 2, dim) float32.
+            encoder: Its vectors become `embeddings`, (k, 3, dim) float32.
             others: Further encoders whose vectors the bank gets as well.
         """
         known = self._vectors_by_encoder()
@@ -422,7 +422,7 @@ class DemonstrationBank:
             fingerprint: The encoder's.
 
         Returns:
-            (k, 2, dim) float32, contiguous.
+            (k, 3, dim) float32, contiguous: query, passage, query read as a document.
 
         Raises:
             FingerprintError: If they are another encoder's, or there are none.

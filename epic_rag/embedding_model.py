@@ -8,17 +8,28 @@ out, with the prompts of the model's authors. Demonstrations move such a model's
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from epic_rag.errors import ConfigError
 from epic_rag.long_texts import SPECIAL_TOKENS
 from epic_rag.model_conventions import has_instruction
 
-__all__ = ["REMOTE_KINDS", "EmbeddingModel", "Fact", "Role", "Vectors", "is_remote", "join_unique", "split_onnx"]
+__all__ = [
+    "REMOTE_KINDS",
+    "EmbeddingModel",
+    "Fact",
+    "Role",
+    "Vectors",
+    "is_remote",
+    "join_unique",
+    "refuse_options",
+    "split_onnx",
+]
 
 Vectors = npt.NDArray[np.float32]
 Role = Literal["query", "document"]
@@ -128,6 +139,17 @@ class EmbeddingModel(ABC):
 def is_remote(name: object) -> bool:
     """Return whether a name is that of a remote model, `openai:NAME@URL` for instance."""
     return isinstance(name, str) and name.split(":", 1)[0] in REMOTE_KINDS and ":" in name
+
+
+def refuse_options(what: str, name: object, options: Mapping[str, object]) -> None:
+    """Check that no option is given that only a checkpoint of epic-rag takes.
+
+    Raises:
+        ConfigError: If one is.
+    """
+    given = ", ".join(key for key, value in options.items() if value is not None and value is not False)
+    if given:
+        raise ConfigError(f"{given}: {what} ({name}) does not take it. Leave it out.")
 
 
 def split_onnx(name: object) -> tuple[str, str | None] | None:

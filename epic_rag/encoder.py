@@ -19,8 +19,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -40,7 +40,7 @@ from epic_rag.checkpoints import (
 )
 from epic_rag.demonstrations import DemonstrationBank, Selection
 from epic_rag.embedded_banks import EmbeddedBanks
-from epic_rag.embedding_model import EmbeddingModel, Fact, Role, is_remote, split_onnx
+from epic_rag.embedding_model import EmbeddingModel, Fact, Role, is_remote, refuse_options, split_onnx
 from epic_rag.errors import ConfigError, PromptError
 from epic_rag.long_texts import SPECIAL_TOKENS, divide, mean_of_windows
 from epic_rag.metrics import unit_rows
@@ -188,7 +188,7 @@ class EpicEncoder:
         }
         limits = {"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens}
         if is_remote(name_or_path):
-            _refuse("a remote model", name_or_path, changes)
+            refuse_options("a remote model", name_or_path, changes)
             from epic_rag.remote_model import RemoteModel
 
             remote = RemoteModel(
@@ -212,7 +212,7 @@ class EpicEncoder:
         is_native = backend == "native" or bool(epic) or any(value is not None for value in changes.values())
         is_other = onnx is not None or (not is_native and backend == "sentence-transformers")
         if is_other or not (is_native or is_simple_folder(folder, name)):
-            _refuse("this model", name, {**changes, "several devices": _several(device)})
+            refuse_options("this model", name, {**changes, "several devices": _several(device)})
             file = None if onnx is None else onnx[1]
             model = SentenceModel.open(
                 folder,
@@ -227,15 +227,9 @@ class EpicEncoder:
             source = source if onnx is None else f"onnx:{source}" + ("" if file is None else f"@{file}")
             return cls._of_model(model, name, source, truncate_dim, folder)
         settings = {"dtype": dtype, "truncate_dim": truncate_dim, "trust_remote_code": trust_remote_code}
-
-        def load() -> tuple[Checkpoint, list[torch.device]]:
-            from epic_rag.batching import parse_devices
-            from epic_rag.checkpoint_io import load_checkpoint
-
-            own, *others = parse_devices(device)
-            parts: dict[str, Any] = {"name": name, "source": source, **settings, **limits, **changes}
-            return load_checkpoint(folder, epic, device=own, **parts), others
-
+        load = partial(
+            _load_checkpoint, folder, epic, device, name=name, source=source, **settings, **limits, **changes
+        )
         on_cpu = device in (None, "cpu") and dtype in (None, "auto", "float32")
         if "torch" not in sys.modules and on_cpu and all(change is None for change in changes.values()):
             opened = open_numpy_bert(folder, epic, **limits)
@@ -614,15 +608,18 @@ class EpicEncoder:
         """Compute the vectors of a bank's demonstrations.
 
         Returns:
-            (k, 2, dim) float32 at full width: query (zero-shot, with the bank's instruction), passage.
+            (k, 3, dim) float32 at full width: query (zero-shot, with the bank's instruction), passage, and the query
+            read as a document, as it would stand in a collection.
         """
         width = self.width
         zero_shot = QueryPrompt(bank=bank, num_demonstrations=0)
         passages = [item.passage for item in bank.demonstrations]
-        queries = self.encode_query([item.query for item in bank.demonstrations], zero_shot, truncate_dim=width)
+        texts = [item.query for item in bank.demonstrations]
+        queries = self.encode_query(texts, zero_shot, truncate_dim=width)
         if bank.symmetric:
-            return np.stack([queries, self.encode_query(passages, zero_shot, truncate_dim=width)], axis=1)
-        return np.stack([queries, self.encode_document(passages, truncate_dim=width)], axis=1)
+            return np.stack([queries, self.encode_query(passages, zero_shot, truncate_dim=width), queries], axis=1)
+        documents = (self.encode_document(each, truncate_dim=width) for each in (passages, texts))
+        return np.stack([queries, *documents], axis=1)
 
     def similarity(self, a: npt.ArrayLike, b: npt.ArrayLike) -> Vectors:
         """Compute the cosine similarity of every row of `a` with every row of `b`.
@@ -645,10 +642,7 @@ class EpicEncoder:
         return [len(ids) for ids in self.prompt.token_ids(texts)]
 
     def token_counter(self) -> Callable[[Sequence[str], bool], list[int]]:
-        """Return a function of texts and whether they are documents: their lengths in tokens, special ones included.
-
-        Prompts are not counted. The function may run in another thread beside the encoder.
-        """
+        """Return a function of texts and whether they are documents: their token counts; it may run in a thread."""
         return (self.prompt if self.external is None else self.external).token_counter()
 
     @property
@@ -775,9 +769,9 @@ class EpicEncoder:
                 if zero_shot and instruction
                 else self.prompt.queries(prefix, texts)
             )
-            tensors = {
-                id(each): torch.from_numpy(each.embeddings_for(self.fingerprint)).flatten(0, 1) for each in banks
-            }
+            fingerprint = self.fingerprint
+            pairs = {id(each): each.embeddings_for(fingerprint)[:, :2] for each in banks}
+            tensors = {key: torch.from_numpy(each).flatten(0, 1) for key, each in pairs.items()}
             return rows, [tensors[id(each)] for each in banks]
         shown = [[(item.query, item.passage) for item in each.demonstrations] for each in banks]
         return self.prompt.queries_behind_texts(instruction, shown, texts), None
@@ -789,12 +783,16 @@ class EpicEncoder:
         return vectors[0] if isinstance(texts, str) else vectors
 
 
-def _refuse(what: str, name: object, options: Mapping[str, object]) -> None:
-    """Raise an error for options that only a checkpoint of epic-rag takes."""
-    given = ", ".join(key for key, value in options.items() if value is not None and value is not False)
-    if given:
-        raise ConfigError(f"{given}: {what} ({name}) does not take it. Leave it out.")
-
-
 def _several(device: DeviceNames | None) -> bool:
     return (isinstance(device, str) and "," in device) or (isinstance(device, (list, tuple)) and len(device) > 1)
+
+
+def _load_checkpoint(
+    folder: Path, epic: dict[str, Any], device: DeviceNames | None, **settings: Any
+) -> tuple[Checkpoint, list[torch.device]]:
+    """Load a checkpoint with torch; return it and the devices beside its own."""
+    from epic_rag.batching import parse_devices
+    from epic_rag.checkpoint_io import load_checkpoint
+
+    target, *others = parse_devices(device)
+    return load_checkpoint(folder, epic, device=target, **settings), others

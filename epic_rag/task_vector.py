@@ -1,9 +1,10 @@
 """Task vector: demonstrations as one vector that is added to a query.
 
-For a given task, passage embeddings are offset from their query embeddings in a roughly common direction. The offset is
-estimated from k demonstrations with query vectors q_i and passage vectors p_i, and added to the query:
+For a given task, passage embeddings are offset in a roughly common direction from those of queries that stand among
+them. The offset is estimated from k demonstrations with passage vectors p_i and vectors b_i of their queries read as
+documents, and added to the query:
 
-    t = 1/k sum_i (p_i - q_i)
+    t = 1/k sum_i (p_i - b_i)
     q1 = normalise(q0 + s k / (k + n) g t)        s = 0.7, n = 2
 
 where q0 is the query without demonstrations. The sum has the form of Rocchio's relevance feedback (Rocchio 1971) with
@@ -46,7 +47,8 @@ def task_vector(pairs: Vectors, *, strength: float = _STRENGTH) -> Vectors:
     """Compute the vector that is added to a query's unit vector.
 
     Args:
-        pairs: (k, 2, dim) unit vectors of demonstrations: query, passage; k at least 1.
+        pairs: (k, 3, dim) unit vectors of demonstrations: query, passage, and the query read as a document; k at least
+            1. (k, 2, dim) stands for a model that reads queries as documents.
         strength: s of the formula.
 
     Returns:
@@ -59,8 +61,9 @@ def task_vector(pairs: Vectors, *, strength: float = _STRENGTH) -> Vectors:
     """
     k = len(pairs)
     queries, passages = pairs[:, 0], pairs[:, 1]
+    as_documents = pairs[:, 2] if pairs.shape[1] > 2 else queries
     weight = strength * k / (k + _PRIOR) * _confidence(queries, passages)
-    result: Vectors = (weight * (passages - queries).mean(axis=0)).astype(np.float32)
+    result: Vectors = (weight * (passages - as_documents).mean(axis=0)).astype(np.float32)
     return result
 
 
@@ -69,7 +72,7 @@ def apply_task_vector(vectors: Vectors, pairs: Sequence[Vectors]) -> Vectors:
 
     Args:
         vectors: (n, dim) unit vectors of the queries without demonstrations.
-        pairs: For each query (k, 2, dim) vectors of demonstrations; queries may share one array.
+        pairs: For each query the vectors of its demonstrations, as in `task_vector`; queries may share one array.
 
     Returns:
         (n, dim) float32 unit rows.

@@ -168,7 +168,7 @@ def evaluate_few_shot(
     return report
 
 
-_VERSION = 3
+_VERSION = 4
 """Version of the methods: another one discards stored results."""
 
 
@@ -338,7 +338,7 @@ def _arms(request: FewShotRequest, *, trained: bool) -> Iterable[tuple[str, Cont
 def _demonstrations(
     known: TaskVectors, foreign: TaskVectors, control: Control, n: int, seed: int
 ) -> tuple[Vectors, npt.NDArray[np.intp]]:
-    """Draw n demonstrations: (n, 2, dim), and the rows of their passages among the task's documents (-1: none)."""
+    """Draw n demonstrations: (n, 3, dim), and the rows of their passages among the task's documents (-1: none)."""
     if control == "foreign":
         rows = foreign.draw(n, seed)
         return foreign.pairs[rows], np.full(n, -1)
@@ -347,7 +347,8 @@ def _demonstrations(
     if control == "shuffled":
         if n == 1:
             spare = known.draw(len(known.pairs), seed)[-1:]
-            return np.stack([pairs[:, 0], known.pairs[spare, 1]], axis=1), known.passage_rows[spare]
+            pairs[:, 1] = known.pairs[spare, 1]
+            return pairs, known.passage_rows[spare]
         wrong = np.arange(n)
     else:
         wrong = np.arange(max(2, round({"wrong-10": 0.1, "wrong-25": 0.25}.get(control, 0.0) * n)))

@@ -42,9 +42,10 @@ class TaskVectors:
         self.others = store.documents(split.other_queries)
         places = {passage_key(text): row for row, text in enumerate(split.documents)}
         self.passage_rows = np.array([places[passage_key(pair.passage)] for pair in split.pool])
-        self.pairs = np.zeros((len(split.pool), 2, vectors.shape[1]), dtype=np.float32)
+        self.pairs = np.zeros((len(split.pool), 3, vectors.shape[1]), dtype=np.float32)
         self.pairs[self.rows, 0] = vectors[len(split.queries) :]
         self.pairs[:, 1] = self.documents[self.passage_rows]
+        self.pairs[self.rows, 2] = store.documents([split.pool[row].query for row in self.rows])
 
     def draw(self, n: int, seed: int) -> Rows:
         """Return n rows of the pool; the first ones of a permutation that depends on seed and task alone."""

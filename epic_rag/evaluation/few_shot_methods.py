@@ -59,7 +59,7 @@ def moved_queries(
         method: A name of `METHODS`.
         readers: Readers by the names of their methods.
         queries: (m, dim) unit rows.
-        pairs: (n, 2, dim) unit vectors of demonstrations.
+        pairs: (n, 3, dim) unit vectors of demonstrations: query, passage, and the query read as a document.
 
     Returns:
         (m, dim) float32 unit rows; None for a method that depends on the collection.
@@ -71,11 +71,11 @@ def moved_queries(
         return apply_task_vector(queries, [pairs] * len(queries))
     if method == "ridge":
         # The map from queries to passages that stays near the identity, by least squares, beside the mean difference.
-        differences = pairs[:, 1] - pairs[:, 0]
-        shift, middle = differences.mean(axis=0), pairs[:, 0].mean(axis=0)
+        differences, middle = pairs[:, 1] - pairs[:, 0], pairs[:, 0].mean(axis=0)
+        usual, shift = differences.mean(axis=0), (pairs[:, 1] - pairs[:, 2]).mean(axis=0)
         centred = pairs[:, 0] - middle
         gram = centred.T @ centred + np.float32(_RIDGE) * np.eye(pairs.shape[2], dtype=np.float32)
-        linear = np.linalg.solve(gram, centred.T @ (differences - shift))
+        linear = np.linalg.solve(gram, centred.T @ (differences - usual))
         return unit_rows(queries + _STRENGTH * n / (n + _STRENGTH_PRIOR) * shift + (queries - middle) @ linear)
     if method == "llama-index":
         return unit_rows(queries @ _train_adapter(pairs, rate=2e-5, epochs=1, batch=10, shuffled=False).T)
@@ -112,7 +112,7 @@ def scores_in_collection(
     Args:
         method: "memory", "prior" or "centring".
         queries: (m, dim) unit rows.
-        pairs: (n, 2, dim) unit vectors of demonstrations.
+        pairs: (n, 3, dim) unit vectors of demonstrations: query, passage, and the query read as a document.
         rows: (n,) rows of the demonstrations' passages among the documents; -1 where it is none of them.
         collection: The documents.
 

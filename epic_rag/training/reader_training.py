@@ -88,7 +88,7 @@ class ReaderTrainingOptions:
     least_rows: int = 300
     episodes: int = 700
     largest: int = 1400
-    own: float = 0.4
+    own: float = 0.3
     wrong: float = 0.15
     steps: int = 400
     learning_rate: float = 0.05
@@ -184,7 +184,9 @@ def _episode(
     if len(shown) >= 8 and rng.random() < options.wrong:
         wrong = rng.permutation(len(shown))[: max(2, int(rng.choice([0.1, 0.25]) * len(shown)))]
         passages[wrong] = passages[np.roll(wrong, 1)]
-    features, evidence = prepare_features(np.stack([task.queries[shown], passages], axis=1), leave_out=False)
+    features, evidence = prepare_features(
+        np.stack([task.queries[shown], passages, task.bare_queries[shown]], axis=1), leave_out=False
+    )
     directions = np.zeros((len(rows), 1 + len(FEATURES), queries.shape[1]), dtype=np.float32)
     directions[:, 0] = queries
     directions[:, 1] = features.mean

@@ -547,7 +547,7 @@ def test_vectors_round_trip_and_are_used_as_they_are(
     monkeypatch.setattr(tiny_encoder, "embed_demonstrations", lambda saved_bank: pytest.fail("embedded again"))
     loaded = DemonstrationBank.load(tmp_path / "saved_bank", tiny_encoder)
     assert loaded.embeddings is not None
-    assert (loaded.embeddings.shape, loaded.embeddings.dtype) == ((4, 2, 32), np.float32)
+    assert (loaded.embeddings.shape, loaded.embeddings.dtype) == ((4, 3, 32), np.float32)
     np.testing.assert_array_equal(loaded.embeddings, built_bank.embeddings)
     tiny_encoder.encode_query("a", bank=tmp_path / "saved_bank")
 
@@ -673,9 +673,9 @@ def test_another_encoders_vectors_are_made_again_with_a_log_line(
 def test_an_empty_bank_can_be_built_and_saved(tiny_encoder: EpicEncoder, tmp_path: Path) -> None:
     saved_bank = embedded(DemonstrationBank([]), tiny_encoder)
     assert saved_bank.embeddings is not None
-    assert saved_bank.embeddings.shape == (0, 2, 32)
+    assert saved_bank.embeddings.shape == (0, 3, 32)
     saved_bank.save(tmp_path)
-    assert DemonstrationBank.load(tmp_path).embeddings_for(tiny_encoder.fingerprint).shape == (0, 2, 32)
+    assert DemonstrationBank.load(tmp_path).embeddings_for(tiny_encoder.fingerprint).shape == (0, 3, 32)
 
 
 @pytest.mark.parametrize(

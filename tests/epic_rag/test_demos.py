@@ -149,7 +149,7 @@ def test_symmetric_pairs_are_not_copies(name: str) -> None:
 def test_a_bank_can_be_embedded_and_changes_queries_only(name: str, tiny_encoder: EpicEncoder) -> None:
     bank = DemonstrationBank.load(name, tiny_encoder)
     assert bank.embeddings is not None
-    assert bank.embeddings.shape == (len(bank), 2, tiny_encoder.dimension)
+    assert bank.embeddings.shape == (len(bank), 3, tiny_encoder.dimension)
     assert np.allclose(np.linalg.norm(bank.embeddings, axis=-1), 1, atol=1e-4)
     assert bank.encoder_fingerprint == tiny_encoder.fingerprint
     query = bank.demonstrations[0].query
@@ -166,7 +166,7 @@ def test_banks_have_the_vectors_of_every_shipped_checkpoint(checkpoint: str, mon
     for name in BANKS:
         stored = load(name)
         bank = DemonstrationBank.load(name, encoder)
-        assert bank.embeddings_for(encoder.fingerprint).shape == (len(bank), 2, encoder.backbone.dimension)
+        assert bank.embeddings_for(encoder.fingerprint).shape == (len(bank), 3, encoder.backbone.dimension)
         assert set(stored.encoder_fingerprints) >= {encoder.fingerprint}
         assert len(stored.encoder_fingerprints) == len(list_checkpoints())
 

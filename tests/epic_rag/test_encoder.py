@@ -163,7 +163,7 @@ def test_the_encoders_own_width_and_that_of_a_call() -> None:
     np.testing.assert_allclose(encoder.encode_query("a", bank=bank), expected, atol=1e-6)
     np.testing.assert_allclose(encoder.encode_query("a", bank=bank, selection="nearest", truncate_dim=32).shape, (32,))
     np.testing.assert_allclose(encoder.encode_query("a", bank=bank, truncate_dim=32), whole, atol=1e-6)
-    assert embedded(bank, encoder).embeddings_for(encoder.fingerprint).shape == (4, 2, 32)
+    assert embedded(bank, encoder).embeddings_for(encoder.fingerprint).shape == (4, 3, 32)
 
 
 @pytest.mark.parametrize("width", [0, -1, 33])
@@ -313,6 +313,23 @@ def test_an_unbuilt_bank_is_embedded_once(tiny_checkpoint: Path, monkeypatch: py
     for number in range(20):  # the cache is bounded
         encoder.encode_query("a", bank=DemonstrationBank(PAIRS, instruction=f"number {number}"))
     assert len(encoder._banks) == 16
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_three_vectors_of_a_demonstration(symmetric: bool) -> None:
+    encoder = make_encoder()
+    bank = DemonstrationBank(PAIRS, instruction="Find it", symmetric=symmetric)
+    queries, passages = zip(*PAIRS, strict=True)
+    asked = encoder.encode_query(list(queries), instruction="Find it")
+    found = encoder.embed_demonstrations(bank)
+    expected = [
+        asked,
+        encoder.encode_query(list(passages), instruction="Find it")
+        if symmetric
+        else encoder.encode_document(list(passages)),
+        asked if symmetric else encoder.encode_document(list(queries)),
+    ]
+    np.testing.assert_allclose(found, np.stack(expected, axis=1), atol=1e-6)
 
 
 def test_vectors_of_a_bank_follow_the_weights(tiny_checkpoint: Path) -> None:

@@ -225,6 +225,34 @@ def test_one_demonstration_moves_along_its_difference_and_away_from_its_query() 
     np.testing.assert_allclose(prepared.offset, along * difference - away * pairs[0, 0], atol=1e-6)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 60))
+def test_a_model_that_reads_queries_as_documents_needs_no_third_vector(seed: int, n: int) -> None:
+    pairs = pairs_of(seed, n)
+    queries = pairs_of(seed + 1, 5)[:, 0]
+    triples = np.concatenate([pairs, pairs[:, :1]], axis=1)
+    for corpus in (None, pairs_of(seed + 2, 200)[:, 1]):
+        expected = UNIVERSAL.prepare(pairs, corpus).apply(queries)
+        np.testing.assert_allclose(UNIVERSAL.prepare(triples, corpus).apply(queries), expected, atol=1e-6)
+
+
+def test_queries_move_away_from_what_queries_are_as_documents() -> None:
+    """With queries and documents that a model tells apart, the difference of their kinds is no part of the shift."""
+    pairs = pairs_of(5, 24)
+    kind = np.eye(1, 32, 7, dtype=np.float32)  # the direction in which queries differ from themselves as documents
+    asked = unit_rows(pairs[:, 0] + kind)
+    reader = with_gains(mean=0.7)
+    moved = {
+        name: reader.prepare(np.stack([asked, pairs[:, 1], third], axis=1)).apply(asked) - asked
+        for name, third in (("documents", pairs[:, 0]), ("queries", asked))
+    }
+    assert abs(float(moved["documents"][:, 7].mean())) < 0.3 * abs(float(moved["queries"][:, 7].mean()))
+    one = np.stack([asked[:1], pairs[:1, 1], pairs[:1, 0]], axis=1)
+    along, away = UNIVERSAL.gains_for(1)[:2]
+    expected = along * (pairs[0, 1] - pairs[0, 0]) - away * asked[0]
+    np.testing.assert_allclose(UNIVERSAL.prepare(one).offset, expected, atol=1e-6)
+
+
 def test_centring_leaves_less_of_what_all_queries_have_in_common() -> None:
     pairs = pairs_of(11, 40)
     pairs[:, 0] = unit_rows(pairs[:, 0] + np.eye(1, 32, dtype=np.float32))

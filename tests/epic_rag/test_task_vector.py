@@ -32,6 +32,14 @@ def pairs_of(seed: int, k: int, noise: float, dim: int = 32) -> np.ndarray:
     return np.asarray(stacked, dtype=np.float32)
 
 
+def test_the_shift_is_that_from_queries_read_as_documents() -> None:
+    pairs = pairs_of(3, 8, 0.3)
+    other = pairs_of(4, 8, 0.3)[:, 0]
+    expected = task_vector(pairs) + 0.7 * 8 / 10 * (pairs[:, 0] - other).mean(axis=0)
+    found = task_vector(np.concatenate([pairs, other[:, None]], axis=1))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("k", [2, 3, 8, 40])
 def test_the_formula(k: int) -> None:
     pairs = pairs_of(k, k, 0.9).astype(np.float64)
