@@ -39,6 +39,7 @@ from epic_rag.task_vector import apply_task_vector
 SEED = 0
 LARGEST = 500
 COLLECTIONS = ("own", "pooled-with-queries")
+SHORT = {"own": "own", "pooled-with-queries": "mixed"}
 # Documentation under licences without copyleft: BSD, MIT, Apache-2.0, PSF, ISC, BSL, curl, Tcl, OpenSSL (Apache-2.0).
 NAMES = """
     ant-doc barbican-doc cargo-doc cinder-doc clang-15-doc cmake-doc
@@ -209,41 +210,46 @@ def evaluate(arguments: argparse.Namespace) -> str:
     )
     vectors = {task.name: TaskVectors(store, task) for task in tasks}
     banks = {name: candidates(name, arguments) for name in arguments.only}
-    rows = []
+    found: dict[tuple[str, int, str], dict[tuple[str, str], dict[str, np.ndarray]]] = {}
     families_of = families_of_tasks(list(vectors.values()), COLLECTIONS)
     for known, families in zip(vectors.values(), families_of, strict=True):
-        for bank_name, found in banks.items():
-            if known.split.name not in {name.replace("#", "-") for name in TASKS[bank_name]}:
+        name = known.split.name
+        for bank_name, sized in banks.items():
+            if name not in {each.replace("#", "-") for each in TASKS[bank_name]}:
                 continue
             queries = store.queries(known.split.queries, make_prompt(get_task(bank_name).instruction))
             zero = scores(families, queries)
-            for bank in found:
+            for bank in sized:
                 pairs = pairs_of(store, bank)
                 for strategy in arguments.strategies:
                     if strategy == "reader":
                         moved = encoder.reader.prepare(pairs).apply(queries)
                     else:
                         moved = apply_task_vector(queries, [pairs] * len(queries))
-                    gains = scores(families, moved)
-                    for key, values in gains.items():
-                        difference = 100 * (values - zero[key])
-                        error = difference.std(ddof=1) / len(difference) ** 0.5
-                        rows.append(
-                            [
-                                bank_name,
-                                str(len(bank)),
-                                strategy,
-                                known.split.name,
-                                *key,
-                                f"{100 * zero[key].mean():.2f}",
-                                f"{difference.mean():+.2f} ± {error:.2f}",
-                            ]
-                        )
-        print(f"{known.split.name}: scored", file=sys.stderr)
-    header = ["bank", "demonstrations", "strategy", "set", "collection", "ranking", "k = 0", "gain"]
-    return markdown_table(
-        header, sorted(rows, key=lambda row: (row[0], row[3], row[4], row[5], row[2])), text_columns=6
-    )
+                    place = found.setdefault((bank_name, len(bank), strategy), {})
+                    for key, values in scores(families, moved).items():
+                        place.setdefault(key, {})[name] = 100 * (values - zero[key])
+        print(f"{name}: scored", file=sys.stderr)
+    columns = [(collection, ranking) for collection in COLLECTIONS for ranking in ("dense", "hybrid")]
+    rows = [
+        [bank, str(size), strategy, str(len(next(iter(place.values())))), *(cell(place[key]) for key in columns)]
+        for (bank, size, strategy), place in sorted(
+            found.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])
+        )
+    ]
+    header = ["bank", "demonstrations", "strategy", "sets", *(f"{SHORT[name]}, {kind}" for name, kind in columns)]
+    return markdown_table(header, rows, text_columns=3)
+
+
+def cell(gains: Mapping[str, np.ndarray]) -> str:
+    """Return the mean gain over sets ± its standard error, and the sets whose own gain is two of its errors or more."""
+    means = {name: float(values.mean()) for name, values in gains.items()}
+    errors = {name: float(values.std(ddof=1)) / len(values) ** 0.5 for name, values in gains.items()}
+    error = sum(each**2 for each in errors.values()) ** 0.5 / len(errors)
+    sure = [name for name in means if abs(means[name]) >= 2 * errors[name] > 0]
+    notes = [f"{name} {means[name]:+.2f}" for name in sorted(sure, key=means.__getitem__)]
+    text = f"{np.mean(list(means.values())):+.2f} ± {error:.2f}"
+    return f"{text} ({', '.join(notes)})" if notes and len(means) > 1 else text
 
 
 def candidates(name: str, arguments: argparse.Namespace) -> list[DemonstrationBank]:

@@ -1,6 +1,6 @@
 """Train EPIC's prompt in four ways at equal cost, and compare what eight demonstrations bring.
 
-    python benchmarks/prompt_arms.py --data DIR --heldout FILE [--heldout FILE ...] [--model NAME] [--steps 160]
+    python benchmarks/prompt_arms.py --data DIR --heldout FILE [--heldout FILE ...] [--model NAME] [--steps 80]
                                      [--output DIR] [--arms random,nearest,warm,warm-nearest]
 
 Arms: demonstrations of a training row are drawn at random from its batch, or are the nearest ones to it by zero-shot
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of the training files")
     parser.add_argument("--heldout", action="append", required=True, metavar="FILE", help="a file of pairs to score")
     parser.add_argument("--model", default="epic-minilm", metavar="MODEL")
-    parser.add_argument("--steps", type=int, default=160, metavar="N", help="of each arm, its warm-up among them")
+    parser.add_argument("--steps", type=int, default=80, metavar="N", help="of each arm, its warm-up among them")
     parser.add_argument("--k", type=int, default=8, metavar="K", help="demonstrations that are scored")
     parser.add_argument("--draws", type=int, default=2, metavar="N")
     parser.add_argument("--arms", default=",".join(ARMS), metavar="NAME,...")

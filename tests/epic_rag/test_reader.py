@@ -21,6 +21,7 @@ from epic_rag.reader import (
     DemonstrationReader,
     Evidence,
     PreparedDemonstrations,
+    QueryRange,
     prepare_features,
 )
 from tests.conftest import make_encoder
@@ -251,6 +252,17 @@ def test_queries_move_away_from_what_queries_are_as_documents() -> None:
     along, away = UNIVERSAL.gains_for(1)[:2]
     expected = along * (pairs[0, 1] - pairs[0, 0]) - away * asked[0]
     np.testing.assert_allclose(UNIVERSAL.prepare(one).offset, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [16, 40, 400])
+def test_few_different_queries_do_not_shut_others_of_their_kind_out(n: int) -> None:
+    """Each is nearer to a mean that it is part of: of 16 unlike queries, that alone is several standard deviations."""
+    chance = np.random.default_rng(n)
+    drawn = chance.standard_normal((n + 300, 64)).astype(np.float32)
+    kind = 3 * np.eye(1, 64, dtype=np.float32)
+    known = QueryRange.of(unit_rows(drawn[:n] + kind))
+    assert known.share(unit_rows(drawn[n:] + kind)).mean() > 0.7
+    assert known.share(unit_rows(drawn[n:] - kind)).mean() < 0.1
 
 
 def test_centring_leaves_less_of_what_all_queries_have_in_common() -> None:
