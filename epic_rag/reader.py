@@ -33,8 +33,8 @@ those that it finds first there, instead of the others' passages and queries, fr
 labels are an exception: many of an index's passages are right for them, and one cannot tell which. They are known by
 their shift r, which has less than 8% of the squared length of p_i - b_i; an index changes nothing then.
 
-**Queries of another task.** A query whose cosine with the mean of the demonstrations' queries lies half a standard
-deviation below theirs, each with the mean of the others, moves less, and one at 2 stays where it is.
+**Queries of another task.** A query whose cosine with the mean of the demonstrations' queries lies a standard deviation
+below theirs, each with the mean of the others, moves less, and one at 2.5 stays where it is.
 
 Everything is relative to spreads of the demonstrations' own cosines, so the same prior serves any encoder: the
 *universal* reader, which is part of this module. A checkpoint may bring its own gains in `reader.safetensors`.
@@ -89,7 +89,7 @@ _NEAR_PASSAGE = 0.97
 _FIT_SLOPE, _FIT_MIDDLE = 1.5, 1.0
 _STEP, _STEP_PRIOR = 0.7, 2
 _TEMPERATURE = 0.5
-_RULE = "5"
+_RULE = "6"
 """Version of the rule, part of a reader's fingerprint."""
 _LEAST_ADAPTED = 16
 _LEFT_OUT, _OTHERS = 256, 256
@@ -103,7 +103,7 @@ _LARGEST_CORPUS = 50_000
 _HOLD_MEAN, _HOLD_MAPS = 10.0, 30.0
 _WARMER = 1.5
 _NEWTON_STEPS = 6
-_FAR, _NEAR = 2.0, 0.5
+_FAR, _NEAR = 2.5, 1.0
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,17 @@ def test_quick(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_training_beside_demonstrations(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The steps that train: on the demonstrations themselves, and on prompts of them."""
+    assert results.main(["--quick", "--only", "fewshot-training,fewshot-prompt-arms,report"]) == 0
+    written = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written.splitlines() if line.startswith("|")]
+    assert ["task", "collection", "n", "n = 0", "reader", "trained: queries", "trained: everything"] in rows
+    assert ["**mean**", "own documents", "4"] in [row[:3] for row in rows]
+    arms = [row[0] for row in rows if row[1] == "own documents"]
+    assert arms[-5:] == ["before", "random", "nearest", "warm", "warm-nearest"]
+
+
 def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert results.main(["--only", "poems"]) == 1
     captured = capsys.readouterr()
