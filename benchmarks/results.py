@@ -59,7 +59,7 @@ PLUMBING = {
 }
 # Without hardware support bfloat16 takes many times as long as float32.
 DTYPE = "bfloat16" if has_bfloat16_instructions() else "float32"
-TABLES = ("all", "heldout", "fewshot")
+TABLES = ("all", "heldout", "fewshot", "methods")
 # Placeholders for folders in the commands of the document.
 SHOWN = {
     "data": "data",
@@ -91,7 +91,7 @@ class Step:
         stage: The stage's name.
         name: The step's name.
         command: With placeholders like {data}.
-        table: "all" for the printed table, "heldout" or "fewshot" for short ones of the JSON.
+        table: "all" for the printed table, "heldout", "fewshot" or "methods" for short ones of the JSON.
         quick: Arguments that make the command small, added under `--quick`.
     """
 

@@ -85,15 +85,7 @@ def few_shot_tables(result: dict[str, Any]) -> str:
             text_columns=2,
         ),
         "All methods and controls, dense:",
-        markdown_table(
-            ["method", "collection", *columns],
-            [
-                [label, NAMES[collection], *(_signed(gains.gain(collection, "dense", n, *arm)) for n in sizes)]
-                for label, arm in _arms(gains)
-                for collection in _ends(gains)
-            ],
-            text_columns=2,
-        ),
+        few_shot_methods(result),
         f"`{gains.arm}` on each task, dense:",
         _tasks_table(gains, sizes),
     ]
@@ -105,6 +97,21 @@ def few_shot_tables(result: dict[str, Any]) -> str:
     if targets:
         parts += ["What was aimed at:", targets]
     return "\n\n".join(parts)
+
+
+def few_shot_methods(result: dict[str, Any]) -> str:
+    """Return the gains of all methods and controls, dense, in the smallest and the largest collection."""
+    gains = Gains(result)
+    sizes = [n for n in SHOWN_SIZES if n in gains.sizes] or gains.sizes
+    return markdown_table(
+        ["method", "collection", *(f"n = {n}" for n in sizes)],
+        [
+            [label, NAMES[collection], *(_signed(gains.gain(collection, "dense", n, *arm)) for n in sizes)]
+            for label, arm in _arms(gains)
+            for collection in _ends(gains)
+        ],
+        text_columns=2,
+    )
 
 
 def few_shot_summary(result: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from results_few_shot import few_shot_summary, few_shot_tables
+from results_few_shot import few_shot_methods, few_shot_summary, few_shot_tables
 
 from epic_rag.errors import DataError
 from epic_rag.evaluation.heldout import Comparison
@@ -28,7 +28,7 @@ class Finished:
         title: The name of its place in a document.
         command: The command as a reader would type it.
         folder: Its files: table.md, perhaps result.json.
-        table: "all" for the printed table, "heldout" or "fewshot" for short ones of the JSON.
+        table: "all" for the printed table, "heldout", "fewshot" or "methods" for short ones of the JSON.
     """
 
     title: str
@@ -122,7 +122,8 @@ def block_of(step: Finished) -> str:
     if step.table == "all":
         table = (step.folder / "table.md").read_text(encoding="utf-8").strip()
     else:
-        table = heldout_table(result_of(step)) if step.table == "heldout" else few_shot_tables(result_of(step))
+        shorten = {"heldout": heldout_table, "fewshot": few_shot_tables, "methods": few_shot_methods}[step.table]
+        table = shorten(result_of(step))
     plot = f"\n\n![Gain by the number of demonstrations](images/{step.title}.svg)" if has_plot(step) else ""
     return f"```text\n{wrapped(step.command)}\n```{plot}\n\n{table}"
 
