@@ -41,7 +41,7 @@ class RandomVectors:
         chance = np.random.default_rng(0)
         queries = chance.standard_normal((len(bank), self._width))
         passages = queries + 0.5 * chance.standard_normal((len(bank), self._width))
-        rows = [unit_rows(side.astype(np.float32)) for side in (queries, passages)]
+        rows = [unit_rows(side.astype(np.float32)) for side in (queries, passages, queries)]
         return np.stack(rows, axis=1)
 
 

@@ -409,8 +409,8 @@ def test_stored_settings_of_earlier_versions(
         ({"task": "docs"}, "cbf63554"),
         ({"task": "docs", "bank": "docs", "num_demonstrations": 4}, "3aac8a1b"),
         ({"task": "sts", "bank": "sts", "num_demonstrations": 4}, "75ff6032"),
-        ({"bank": "qa", "strategy": "text"}, "5a6a60d5"),
-        ({"instruction": "Find", "bank": "code", "selection": "diverse"}, "1cf0b0c5"),
+        ({"bank": "qa", "strategy": "text", "num_demonstrations": 14}, "5a6a60d5"),
+        ({"instruction": "Find", "bank": "code", "selection": "diverse", "num_demonstrations": 14}, "1cf0b0c5"),
     ],
 )
 def test_query_fingerprints_are_those_of_version_0_1(
