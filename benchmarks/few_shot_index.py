@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from pair_tasks import pair_tasks
 
 from epic_rag import DemonstrationBank, EpicEncoder, QueryPrompt
-from epic_rag.evaluation.few_shot import load_few_shot_tasks
 from epic_rag.evaluation.heldout import HeldoutSplit
 from epic_rag.evaluation.report import markdown_table
 from epic_rag_chroma import NO_CHROMA, ChromaIndexer, SearchMode, SearchRequest
@@ -110,16 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     encoder = EpicEncoder.from_pretrained(given.model, device="cpu", dtype="auto")
     sizes = [int(part) for part in given.n.split(",")]
-    for task in load_few_shot_tasks(
-        given.heldout,
-        None,
-        None,
-        queries=given.queries,
-        documents=given.documents,
-        sizes=sizes,
-        instruction="default",
-        default_instruction=encoder.default_instruction,
-    ):
+    limits = {"queries": given.queries, "documents": given.documents}
+    for task in pair_tasks(given.heldout, encoder, sizes=sizes, **limits):
         print(measure(task, encoder, sizes, given.strategies.split(",")))
     return 0
 

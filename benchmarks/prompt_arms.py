@@ -16,19 +16,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pair_tasks import COLLECTIONS, embed_tasks, gains_over, mean_scores, pair_tasks
 
 from epic_rag import DemonstrationBank, EpicEncoder, QueryPrompt
 from epic_rag.demonstrations import Selection
-from epic_rag.evaluation.embedding_store import EmbeddingStore
-from epic_rag.evaluation.few_shot import load_few_shot_tasks
-from epic_rag.evaluation.few_shot_collections import TaskVectors, families_of_tasks
 from epic_rag.evaluation.heldout import Collection
 from epic_rag.evaluation.report import markdown_table
 from epic_rag.training import Trainer, TrainingBatch, load_recipe
@@ -37,8 +35,7 @@ from epic_rag.training.losses import info_nce
 from epic_rag.training.sampling import allowed_demonstrations, sample_batch
 
 ARMS = {"random": (False, False), "nearest": (True, False), "warm": (False, True), "warm-nearest": (True, True)}
-"""Whether demonstrations are the nearest ones, and whether the projector is warmed up."""
-COLLECTIONS: dict[Collection, str] = {"own": "own documents", "pooled-with-queries": "mixed, with queries"}
+"""Nearest demonstrations, and a projector that is warmed up, by arm."""
 SETTINGS = (
     "tasks={docs_questions: {max_rows: 3000, sources_per_batch: 2}, docs_sections: {max_rows: 4000, "
     "sources_per_batch: 2}, medquad: {max_rows: 2000}, squad_sentence: {max_rows: 3000}, tldr_pages: {max_rows: 2000}, "
@@ -53,6 +50,7 @@ SETTINGS = (
     "save_every=100000",
 )
 POOL = 200
+SELECTIONS: tuple[Selection, ...] = ("random", "nearest")
 
 
 class ArmTrainer:
@@ -126,58 +124,32 @@ class ArmTrainer:
         trainer.encoder.invalidate_caches()
 
 
-def score(encoder: EpicEncoder, heldout: Sequence[str], k: int, draws: int) -> list[list[str]]:
-    """Return rows of nDCG@10 without demonstrations, and of what k random and nearest ones in the prompt add."""
-    splits = load_few_shot_tasks(
-        heldout,
-        None,
-        None,
-        queries=200,
-        documents=2000,
-        sizes=[POOL],
-        instruction="default",
-        default_instruction=encoder.default_instruction,
-    )
-    store = EmbeddingStore(encoder, precision=str(encoder.dtype).removeprefix("torch."))
-    vectors = [TaskVectors(store, split) for split in splits]
-    rows = []
-    for task, families in zip(vectors, families_of_tasks(vectors, tuple(COLLECTIONS), bm25=False), strict=True):
-        gains: dict[Collection, dict[str, list[float]]] = {name: {} for name in COLLECTIONS}
+def score(encoder: EpicEncoder, heldout: Sequence[str], k: int, draws: int) -> dict[Collection, list[float]]:
+    """Return the mean nDCG@10 over tasks without demonstrations, and what random and nearest ones in the prompt add.
+
+    Args:
+        encoder: The model.
+        heldout: Files of pairs.
+        k: Number of demonstrations.
+        draws: Number of pools that they are taken from.
+    """
+    vectors, families = embed_tasks(pair_tasks(heldout, encoder, queries=200, documents=2000, sizes=[POOL]), encoder)
+    gains: dict[Collection, dict[Selection, list[float]]] = {
+        name: {each: [] for each in SELECTIONS} for name in COLLECTIONS
+    }
+    for task, own in zip(vectors, families, strict=True):
         for draw in range(draws):
             pool = [(task.split.pool[row].query, task.split.pool[row].passage) for row in task.draw(POOL, draw)]
             bank = DemonstrationBank(pool, instruction=task.split.instruction or "")
-            for selection in ("random", "nearest"):
-                moved = prompted(encoder, task.split.queries, bank, k, selection)
-                for family in families:
-                    for name, ranking in family.rankings.items():
-                        documents = family.documents.documents[: ranking.documents]
-                        found = family.ndcg_in(name, moved @ documents.T)["dense"].mean()
-                        gain = 100 * float(found - ranking.zero["dense"].mean())
-                        gains[name].setdefault(selection, []).append(gain)
-        for family in families:
-            for name, ranking in family.rankings.items():
-                means = [f"{np.mean(found):+.2f}" for found in gains[name].values()]
-                rows.append([task.split.name, COLLECTIONS[name], f"{100 * ranking.zero['dense'].mean():.2f}", *means])
-    return rows
-
-
-def prompted(
-    encoder: EpicEncoder, queries: Sequence[str], bank: DemonstrationBank, k: int, selection: Selection
-) -> npt.NDArray[np.float32]:
-    """Encode queries behind k demonstrations of a bank in EPIC's prompt."""
-    prompt = QueryPrompt(bank=bank, num_demonstrations=k, strategy="epic", selection=selection)
-    return np.asarray(encoder.encode_query(list(queries), prompt), dtype=np.float32)
-
-
-def means(rows: Mapping[str, Sequence[Sequence[str]]]) -> list[list[str]]:
-    """Return each arm's mean over tasks, by collection."""
-    lines = []
-    for arm, found in rows.items():
-        for label in COLLECTIONS.values():
-            chosen = [row for row in found if row[1] == label]
-            columns = [np.mean([float(row[column]) for row in chosen]) for column in (2, 3, 4)]
-            lines.append([arm, label, f"{columns[0]:.2f}", *(f"{value:+.2f}" for value in columns[1:])])
-    return lines
+            for selection in SELECTIONS:
+                prompt = QueryPrompt(bank=bank, num_demonstrations=k, strategy="epic", selection=selection)
+                for name, gain in gains_over(own, encoder.encode_query(task.split.queries, prompt)).items():
+                    gains[name][selection].append(gain)
+    zero = [mean_scores(own) for own in families]
+    return {
+        name: [float(np.mean([each[name] for each in zero])), *(float(np.mean(each)) for each in gains[name].values())]
+        for name in COLLECTIONS
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -204,7 +176,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         encoder = EpicEncoder.from_pretrained(final, device="cpu", dtype="auto")
         found[arm] = score(encoder, given.heldout, given.k, given.draws)
     header = ["arm", "collection", "k = 0", f"{given.k} random", f"{given.k} nearest"]
-    print(markdown_table(header, means(found), text_columns=2))
+    rows = [
+        [arm, COLLECTIONS[name], f"{zero:.2f}", *(f"{gain:+.2f}" for gain in gains)]
+        for arm, scores in found.items()
+        for name, (zero, *gains) in scores.items()
+    ]
+    print(markdown_table(header, rows, text_columns=2))
     return 0
 
 

@@ -79,7 +79,8 @@ def read_vectors(file: Path, *, encoder: str, bank: str, count: int) -> dict[str
     try:
         with safe_open(file, framework="numpy") as stored:
             metadata: dict[str, str] = stored.metadata() or {}
-            tensors = {key: stored.get_tensor(key).astype(np.float32, copy=False) for key in stored.keys()}  # noqa: SIM118
+            keys = list(stored.keys())
+            tensors = {key: stored.get_tensor(key).astype(np.float32, copy=False) for key in keys}
     except (SafetensorError, OSError) as error:
         # Nothing is lost but the time to embed the texts again.
         logger.warning("%s cannot be read (%s); its vectors will be computed again", file, error)
@@ -87,7 +88,7 @@ def read_vectors(file: Path, *, encoder: str, bank: str, count: int) -> dict[str
     whole = all(array.ndim == 3 and array.shape[:2] == (count, 3) for array in tensors.values())
     # Texts that were edited by hand after embedding have another fingerprint.
     if metadata != {"encoder": encoder, "bank": bank} or _FIRST_TENSOR not in tensors or not whole:
-        logger.info("the vectors in %s do not belong to its texts; they will be computed again", file.parent)
+        logger.info("the vectors in %s are of other texts or another release; they will be computed again", file.parent)
         return {}
     others = {
         key.removeprefix(f"{_FIRST_TENSOR}."): array for key, array in sorted(tensors.items()) if key != _FIRST_TENSOR

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from epic_rag import (
     BankError,
@@ -388,7 +390,6 @@ def test_edited_texts_lose_the_vectors_of_every_encoder(
 def test_a_file_of_one_encoder_from_before_is_read(
     tmp_path: Path, bank_with_instruction: DemonstrationBank, tiny_encoder: EpicEncoder
 ) -> None:
-    from safetensors.numpy import save_file
 
     built = embedded(bank_with_instruction, tiny_encoder)
     built.save(tmp_path)
@@ -573,7 +574,24 @@ def test_edited_texts_lose_their_vectors(
         loaded = DemonstrationBank.load(tmp_path)
     assert loaded.embeddings is None
     assert loaded.encoder_fingerprint is None
-    assert "do not belong to its texts; they will be computed again" in caplog.text
+    assert "are of other texts or another release; they will be computed again" in caplog.text
+
+
+def test_a_bank_of_an_earlier_release_is_embedded_again(
+    built_bank: DemonstrationBank, tmp_path: Path, tiny_encoder: EpicEncoder
+) -> None:
+    """It has no vectors of queries that are read as documents."""
+    built_bank.prepare(tiny_encoder)
+    expected = tiny_encoder.encode_query("a fox", bank=built_bank, strategy="reader")
+    built_bank.save(tmp_path)
+    (tmp_path / "prepared.safetensors").unlink()
+    file = tmp_path / "embeddings.safetensors"
+    with safe_open(file, framework="numpy") as stored:
+        vectors, metadata = stored.get_tensor("embeddings"), stored.metadata()
+    save_file({"embeddings": np.ascontiguousarray(vectors[:, :2])}, file, metadata=metadata)
+    loaded = DemonstrationBank.load(tmp_path)
+    assert loaded.embeddings is None
+    np.testing.assert_allclose(tiny_encoder.encode_query("a fox", bank=loaded, strategy="reader"), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("crash", ["while vectors are written", "between the two", "while texts are written"])
