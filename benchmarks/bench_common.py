@@ -8,7 +8,7 @@ import json
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from measuring import Spread, machine, spread_of, timed
 
-from epic_rag.errors import CheckpointError, EpicError
+from epic_rag.errors import CheckpointError, ConfigError, EpicError
 from epic_rag.evaluation.report import markdown_table, versions
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "require_new_folder",
     "run_main",
     "say",
+    "split_names",
     "write",
 ]
 
@@ -124,6 +125,18 @@ def encoding_options(description: str, count: int) -> argparse.ArgumentParser:
     return options
 
 
+def split_names(names: str, known: Sequence[str]) -> list[str]:
+    """Split names with commas between, each of which must be known.
+
+    Raises:
+        ConfigError: If one is not.
+    """
+    found = names.split(",")
+    if unknown := [name for name in found if name not in known]:
+        raise ConfigError(f"There is no {unknown[0]}. Choose from {', '.join(known)}.")
+    return found
+
+
 def package_file(requirement: str, name: str, source: Path | None) -> bytes:
     """Return a file of a package.
 
@@ -158,10 +171,14 @@ def require_new_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} holds other files. Pass a new folder.")
 
 
-def run_main(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], int]) -> int:
-    """Measure with the options of the command line; an error is one line."""
+def run_main(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], int],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Measure with the options of the command line, or those that are given; an error is one line."""
     try:
-        return measure(parser.parse_args())
+        return measure(parser.parse_args(arguments))
     except EpicError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

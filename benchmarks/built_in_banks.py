@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from bench_common import run_main
 
 from epic_rag import DemonstrationBank, EpicEncoder, get_task, list_checkpoints
 from epic_rag.demonstrations import Demonstration, built_in_banks
@@ -282,20 +283,23 @@ def scores(families, vectors) -> dict[tuple[str, str], np.ndarray]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
         prog="benchmarks/built_in_banks.py", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("command", choices=("build", "embed", "evaluate"))
-    parser.add_argument("--data", type=Path, metavar="DIR", help="files of training pairs")
-    parser.add_argument("--eval", type=Path, metavar="DIR", help="evaluation sets")
-    parser.add_argument("--only", metavar="NAME,...", help="banks")
-    parser.add_argument("--sets", default="", metavar="NAME,...", help="sets that are searched, instead of all")
-    parser.add_argument("--sizes", default="", metavar="N,...", help="further numbers of demonstrations")
-    parser.add_argument("--strategies", default="reader,task-vector", metavar="NAME,...")
-    parser.add_argument("--model", default=None, metavar="MODEL")
-    parser.add_argument("--cache-dir", type=Path, default=None, metavar="DIR")
-    given = parser.parse_args(arguments)
+    options.add_argument("command", choices=("build", "embed", "evaluate"))
+    options.add_argument("--data", type=Path, metavar="DIR", help="files of training pairs")
+    options.add_argument("--eval", type=Path, metavar="DIR", help="evaluation sets")
+    options.add_argument("--only", metavar="NAME,...", help="banks")
+    options.add_argument("--sets", default="", metavar="NAME,...", help="sets that are searched, instead of all")
+    options.add_argument("--sizes", default="", metavar="N,...", help="further numbers of demonstrations")
+    options.add_argument("--strategies", default="reader,task-vector", metavar="NAME,...")
+    options.add_argument("--model", default=None, metavar="MODEL")
+    options.add_argument("--cache-dir", type=Path, default=None, metavar="DIR")
+    return options
+
+
+def run(given: argparse.Namespace) -> int:
     given.only = given.only.split(",") if given.only else list(built_in_banks())
     given.strategies = given.strategies.split(",")
     given.sets = [name for name in given.sets.split(",") if name]
@@ -309,6 +313,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.sizes = [int(size) for size in sizes]
         print(evaluate(given))
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_main(parser(), run, arguments)
 
 
 if __name__ == "__main__":

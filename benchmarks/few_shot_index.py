@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from bench_common import run_main
 from pair_tasks import pair_tasks
 
 from epic_rag import DemonstrationBank, EpicEncoder, QueryPrompt
@@ -97,23 +98,30 @@ def measure(task: HeldoutSplit, encoder: EpicEncoder, sizes: Sequence[int], stra
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
         prog="benchmarks/few_shot_index.py", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--heldout", action="append", required=True, metavar="FILE", help="a file of pairs")
-    parser.add_argument("--model", default=None, metavar="MODEL")
-    parser.add_argument("--n", default="8,128,512", metavar="N,...", help="numbers of demonstrations")
-    parser.add_argument("--strategies", default="reader,task-vector", metavar="NAME,...")
-    parser.add_argument("--queries", type=int, default=200, metavar="N")
-    parser.add_argument("--documents", type=int, default=2000, metavar="N")
-    given = parser.parse_args(arguments)
+    options.add_argument("--heldout", action="append", required=True, metavar="FILE", help="a file of pairs")
+    options.add_argument("--model", default=None, metavar="MODEL")
+    options.add_argument("--n", default="8,128,512", metavar="N,...", help="numbers of demonstrations")
+    options.add_argument("--strategies", default="reader,task-vector", metavar="NAME,...")
+    options.add_argument("--queries", type=int, default=200, metavar="N")
+    options.add_argument("--documents", type=int, default=2000, metavar="N")
+    return options
+
+
+def report(given: argparse.Namespace) -> int:
     encoder = EpicEncoder.from_pretrained(given.model, device="cpu", dtype="auto")
     sizes = [int(part) for part in given.n.split(",")]
     limits = {"queries": given.queries, "documents": given.documents}
     for task in pair_tasks(given.heldout, encoder, sizes=sizes, **limits):
         print(measure(task, encoder, sizes, given.strategies.split(",")))
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_main(parser(), report, arguments)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from bench_common import run_main, split_names
 from pair_tasks import COLLECTIONS, embed_tasks, mean_scores, pair_tasks
 
 from epic_rag import EpicEncoder
@@ -89,18 +90,21 @@ def table(found: Sequence[tuple[str, int, Scores, dict[str, Scores]]], arms: Seq
     return markdown_table(header, rows, text_columns=2)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks/fine_tuning.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--heldout", action="append", required=True, metavar="FILE", help="a file of pairs")
-    parser.add_argument("--model", default="epic-minilm", metavar="MODEL")
-    parser.add_argument("--n", default="512", metavar="N,...", help="numbers of pairs")
-    parser.add_argument("--arms", default=",".join(ARMS), metavar="NAME,...", help=f"of {', '.join(ARMS)}")
-    parser.add_argument("--draw", type=int, default=0, metavar="SEED")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
-    parser.add_argument("--queries", type=int, default=300, metavar="N")
-    parser.add_argument("--documents", type=int, default=2000, metavar="N")
-    given = parser.parse_args(arguments)
-    arms, sizes = given.arms.split(","), [int(part) for part in given.n.split(",")]
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog="benchmarks/fine_tuning.py", description=(__doc__ or "").partition("\n")[0])
+    options.add_argument("--heldout", action="append", required=True, metavar="FILE", help="a file of pairs")
+    options.add_argument("--model", default="epic-minilm", metavar="MODEL")
+    options.add_argument("--n", default="512", metavar="N,...", help="numbers of pairs")
+    options.add_argument("--arms", default=",".join(ARMS), metavar="NAME,...", help=f"of {', '.join(ARMS)}")
+    options.add_argument("--draw", type=int, default=0, metavar="SEED")
+    options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
+    options.add_argument("--queries", type=int, default=300, metavar="N")
+    options.add_argument("--documents", type=int, default=2000, metavar="N")
+    return options
+
+
+def measure(given: argparse.Namespace) -> int:
+    arms, sizes = split_names(given.arms, list(ARMS)), [int(part) for part in given.n.split(",")]
     limits = {"queries": given.queries, "documents": given.documents}
     encoder = EpicEncoder.from_pretrained(given.model, device="cpu", dtype="auto")
     vectors, families = embed_tasks(pair_tasks(given.heldout, encoder, sizes=sizes, **limits), encoder)
@@ -120,6 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.append((task.split.name, n, mean_scores(families[number]), reached))
     print(table(found, ["reader", *arms]))
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_main(parser(), measure, arguments)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from bench_common import run_main, split_names
 from pair_tasks import COLLECTIONS, embed_tasks, gains_over, mean_scores, pair_tasks
 
 from epic_rag import DemonstrationBank, EpicEncoder, QueryPrompt
@@ -152,21 +153,24 @@ def score(encoder: EpicEncoder, heldout: Sequence[str], k: int, draws: int) -> d
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks/prompt_arms.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder of the training files")
-    parser.add_argument("--heldout", action="append", required=True, metavar="FILE", help="a file of pairs to score")
-    parser.add_argument("--model", default="epic-minilm", metavar="MODEL")
-    parser.add_argument("--steps", type=int, default=80, metavar="N", help="of each arm, its warm-up among them")
-    parser.add_argument("--k", type=int, default=8, metavar="K", help="demonstrations that are scored")
-    parser.add_argument("--draws", type=int, default=2, metavar="N")
-    parser.add_argument("--arms", default=",".join(ARMS), metavar="NAME,...")
-    parser.add_argument("--output", default="runs/prompt-arms", metavar="DIR", help="of vectors and the last arm")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the training")
-    given = parser.parse_args(arguments)
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog="benchmarks/prompt_arms.py", description=(__doc__ or "").partition("\n")[0])
+    options.add_argument("--data", required=True, metavar="DIR", help="folder of the training files")
+    options.add_argument("--heldout", action="append", required=True, metavar="FILE", help="a file of pairs to score")
+    options.add_argument("--model", default="epic-minilm", metavar="MODEL")
+    options.add_argument("--steps", type=int, default=80, metavar="N", help="of each arm, its warm-up among them")
+    options.add_argument("--k", type=int, default=8, metavar="K", help="demonstrations that are scored")
+    options.add_argument("--draws", type=int, default=2, metavar="N")
+    options.add_argument("--arms", default=",".join(ARMS), metavar="NAME,...")
+    options.add_argument("--output", default="runs/prompt-arms", metavar="DIR", help="of vectors and the last arm")
+    options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the training")
+    return options
+
+
+def measure(given: argparse.Namespace) -> int:
     start = EpicEncoder.from_pretrained(given.model, device="cpu", dtype="auto")
     found = {"before": score(start, given.heldout, given.k, given.draws)}
-    for arm in given.arms.split(","):
+    for arm in split_names(given.arms, list(ARMS)):
         nearest, warm = ARMS[arm]
         started = time.monotonic()
         settings = [*SETTINGS, f"data={given.data}", f"model={given.model}", f"steps={given.steps}", *given.set]
@@ -183,6 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     print(markdown_table(header, rows, text_columns=2))
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_main(parser(), measure, arguments)
 
 
 if __name__ == "__main__":
