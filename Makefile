@@ -82,8 +82,7 @@ format: $(DEV_STAMP)
 	$(BIN)/python -m ruff format .
 
 banks: $(RUN_STAMP)
-	$(BIN)/epic-rag bank build $(dir $(wildcard demos/epic_rag_demos/*/bank.json)) \
-	  $(patsubst epic_rag/checkpoints/%/epic.json,--model %,$(wildcard epic_rag/checkpoints/*/epic.json))
+	$(BIN)/python benchmarks/built_in_banks.py embed
 
 results: $(DEV_STAMP)
 	$(BIN)/python benchmarks/results.py $(RESULTS_ARGS)
