@@ -81,7 +81,7 @@ format: $(DEV_STAMP)
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-banks: $(RUN_STAMP)
+banks: $(DEV_STAMP)
 	$(BIN)/python benchmarks/built_in_banks.py embed
 
 results: $(DEV_STAMP)

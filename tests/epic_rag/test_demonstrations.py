@@ -390,7 +390,6 @@ def test_edited_texts_lose_the_vectors_of_every_encoder(
 def test_a_file_of_one_encoder_from_before_is_read(
     tmp_path: Path, bank_with_instruction: DemonstrationBank, tiny_encoder: EpicEncoder
 ) -> None:
-
     built = embedded(bank_with_instruction, tiny_encoder)
     built.save(tmp_path)
     assert built.embeddings is not None
